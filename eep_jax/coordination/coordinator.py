@@ -1,0 +1,607 @@
+"""The supervisor's side of a change: `(state, event) -> (state, commands)`, pure.
+
+Every event ends in the same few questions, asked in this order:
+1. Who is dead?       `detector.judge` over all signs; the dead are fenced at once and for good.
+2. Is a change due?   A death, a held step, a rank out of step: Prepare a new epoch. A death while
+                      a change is pending abandons it for a later epoch.
+3. Is it agreed?      All ranks of the pending epoch are READY with the right experts: Commit.
+4. Who waits outside? Joining ranks are told what to Load; once loaded, a change admits them.
+"""
+
+import dataclasses
+
+from eep_jax.coordination.protocol import (
+    Commit,
+    Fenced,
+    Load,
+    Mode,
+    Prepare,
+    Refused,
+    Status,
+    Welcome,
+)
+from eep_jax.errors import CoverageLost
+from eep_jax.membership import moves
+from eep_jax.membership.detector import DetectorOptions, Signs, judge
+from eep_jax.membership.view import RankState, View, empty_view
+from eep_jax.placement.placement import EMPTY, Placement, empty_placement, missing_experts
+from eep_jax.placement.planner import (
+    Move,
+    Plan,
+    initial_placement,
+    plan_admission,
+    plan_repair,
+)
+from eep_jax.placement.sources import rank_sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoordinatorOptions:
+    """Sizes and policies of the cluster. Times in milliseconds."""
+
+    ranks: int
+    experts: int
+    slots_per_rank: int
+    redundancy: int = 1
+    degrade: bool = False  # go on without experts that find no slot, instead of failing closed
+    formation_ms: int = 120_000  # how long the first epoch waits for all ranks
+    fenced_grace_ms: int = 5_000  # how long an evicted but living process may take to end itself
+    restart_grace_ms: int = 5_000  # how long ranks may take to find a restarted supervisor
+    detector: DetectorOptions = DetectorOptions()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    """What the supervisor knows of the newest process of one rank."""
+
+    incarnation: int = 0
+    fenced: int = 0  # incarnations up to this one are never listened to again
+    fenced_ms: int = 0
+    ended: bool = True
+    killed: bool = False
+    heard_ms: int = 0
+    channel_lost_ms: int | None = None
+    accused_by: tuple[int, ...] = ()
+    status: Status | None = None
+    load: Load | None = None
+
+    @property
+    def believed(self) -> bool:
+        return self.incarnation > self.fenced
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """A pending epoch."""
+
+    kind: str  # "formation", "repair", "admission" or "resync"
+    reason: str
+    view: View
+    plan: Plan
+    started_ms: int
+    ready: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoordinatorState:
+    """`view` and `placement` are the committed ones, with suspects and joining ranks marked."""
+
+    options: CoordinatorOptions
+    view: View
+    placement: Placement
+    records: tuple[RankRecord, ...]
+    epoch_tried: int = 0
+    change: Change | None = None
+    dirty: frozenset[tuple[int, int]] = frozenset()  # places an abandoned plan may have written
+    dropped: tuple[int, ...] = ()  # experts given up under `degrade`
+    blocked: str = ""  # why there is no coverage, empty while all is well
+    resync: str = ""  # why the members must agree anew, empty if not
+    first_offer_ms: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrived:
+    """A new process of `rank` asks to be an incarnation."""
+
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Disconnected:
+    """The control channel of this process broke."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """This process is known to have ended."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """Command: send `message` to this incarnation; it may be lost."""
+
+    rank: int
+    incarnation: int
+    message: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Command: send `message` to whoever caused the event."""
+
+    message: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """Command: end this process with SIGKILL, then report Ended."""
+
+    rank: int
+    incarnation: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Command: record in the journal. `kind` names what happened, `facts` are plain values."""
+
+    kind: str
+    facts: dict
+
+
+def initial_state(options: CoordinatorOptions) -> CoordinatorState:
+    """The state of a supervisor that was never started before."""
+    return CoordinatorState(
+        options=options,
+        view=empty_view(options.ranks),
+        placement=empty_placement(options.experts, options.ranks, options.slots_per_rank),
+        records=(RankRecord(),) * options.ranks,
+    )
+
+
+def restored_state(
+    options: CoordinatorOptions, view: View, placement: Placement, epoch_tried: int, issued, now_ms
+) -> CoordinatorState:
+    """The state of a restarted supervisor: the committed epoch, and who was last let in.
+
+    `issued[rank]` is the newest incarnation ever given out, `view` names the members. A member gets
+    `restart_grace_ms` to come back before its silence counts.
+    """
+    since_ms = now_ms + options.restart_grace_ms
+    records = tuple(
+        RankRecord(
+            incarnation=issued[rank],
+            fenced=member.incarnation if member.state is RankState.ABSENT else 0,
+            ended=False,
+            heard_ms=since_ms,
+            channel_lost_ms=since_ms,
+        )
+        for rank, member in enumerate(view.members)
+    )
+    return CoordinatorState(
+        options=options,
+        view=view,
+        placement=placement,
+        records=records,
+        epoch_tried=max(epoch_tried, view.epoch),
+    )
+
+
+def advance(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Feeds one event and settles all that follows from it."""
+    state, commands = _take(state, event, now_ms)
+    state, more = _settle(state, now_ms)
+    return state, (*commands, *more)
+
+
+def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    match event:
+        case Arrived(rank=rank):
+            return _arrived(state, rank, now_ms)
+        case Status():
+            return _heard(state, event, now_ms)
+        case Disconnected(rank=rank, incarnation=incarnation):
+            record = state.records[rank]
+            if incarnation != record.incarnation or record.channel_lost_ms is not None:
+                return state, ()
+            return _with(state, rank, channel_lost_ms=now_ms), ()
+        case Ended(rank=rank, incarnation=incarnation):
+            if incarnation != state.records[rank].incarnation:
+                return state, ()
+            return _with(state, rank, ended=True), ()
+    return state, ()
+
+
+def _arrived(state: CoordinatorState, rank: int, now_ms: int):
+    record = state.records[rank]
+    if not record.ended:
+        if record.believed:
+            reason = f"rank {rank} is served by incarnation {record.incarnation}, which lives"
+            return state, (Answer(Refused(reason=reason)),)
+        kill = Kill(rank, record.incarnation, "a new incarnation waits for its place")
+        reason = f"incarnation {record.incarnation} of rank {rank} must end first"
+        return _with(state, rank, killed=True), (kill, Answer(Refused(reason=reason)))
+    if state.view.members[rank].state is not RankState.ABSENT:
+        reason = f"the death of incarnation {record.incarnation} of rank {rank} is being settled"
+        return state, (Answer(Refused(reason=reason)),)
+    fresh = RankRecord(
+        incarnation=record.incarnation + 1, fenced=record.incarnation, ended=False, heard_ms=now_ms
+    )
+    records = state.records[:rank] + (fresh,) + state.records[rank + 1 :]
+    facts = {"rank": rank, "incarnation": fresh.incarnation}
+    return dataclasses.replace(state, records=records), (
+        Note("incarnation", facts),
+        Answer(Welcome(incarnation=fresh.incarnation)),
+    )
+
+
+def _heard(state: CoordinatorState, status: Status, now_ms: int):
+    rank, record = status.rank, state.records[status.rank]
+    if status.incarnation != record.incarnation or not record.believed:
+        reason = (
+            f"incarnation {status.incarnation} of rank {rank} is no longer a member; "
+            "start a new process to return"
+        )
+        return state, (Answer(Fenced(reason=reason)),)
+    if record.status is not None and status.sequence <= record.status.sequence:
+        return state, ()
+    state = _with(state, rank, status=status, heard_ms=now_ms, channel_lost_ms=None)
+    # A rank may know of an epoch that a supervisor which died had tried.
+    tried = max(state.epoch_tried, status.epoch, status.prepared)
+    state = dataclasses.replace(state, epoch_tried=tried)
+    inside = rank in state.view.in_epoch
+    if status.mode is Mode.HOLDING and inside and status.epoch == state.view.epoch:
+        for accused in status.accused:
+            by = {*state.records[accused].accused_by, rank}
+            state = _with(state, accused, accused_by=tuple(sorted(by)))
+        if state.change is not None:
+            return _put_in_step(state, status)
+        reason = f"rank {rank} held a step" + (
+            f" that timed out on ranks {list(status.accused)}" if status.accused else ""
+        )
+        return _want_resync(state, reason), ()
+    if status.mode is Mode.OFFERED and state.view.members[rank].state is RankState.ABSENT:
+        view = moves.offer(state.view, rank, status.incarnation)
+        first_ms = now_ms if state.first_offer_ms is None else state.first_offer_ms
+        state = dataclasses.replace(state, view=view, first_offer_ms=first_ms)
+        return state, (Note("offered", {"rank": rank, "incarnation": status.incarnation}),)
+    return _put_in_step(state, status)
+
+
+def _put_in_step(state: CoordinatorState, status: Status):
+    """Answers a Status that is behind the agreement with what its rank has missed."""
+    rank, change = status.rank, state.change
+    if change is not None:
+        if rank in change.view.in_epoch and status.prepared != change.view.epoch:
+            return state, (_prepare_for(state, rank),)
+        return state, ()
+    if rank in state.view.in_epoch and status.epoch != state.view.epoch:
+        if status.mode is Mode.READY and status.prepared == state.view.epoch:
+            return state, (_send(state, rank, Commit(epoch=state.view.epoch)),)
+        return _want_resync(state, f"rank {rank} is at epoch {status.epoch}"), ()
+    if rank in state.view.in_epoch and status.mode in (Mode.PREPARING, Mode.READY):
+        return _want_resync(state, f"rank {rank} prepared epoch {status.prepared}"), ()
+    load = state.records[rank].load
+    if status.mode is Mode.OFFERED and load is not None and status.contents != load.slots:
+        return state, (_send(state, rank, load),)
+    return state, ()
+
+
+def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    state, commands = _bury(state, now_ms)
+    for step in (_start_change, _commit, _assign_loads, _admit):
+        state, more = step(state, now_ms)
+        commands += more
+    return state, commands
+
+
+def _bury(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    commands: tuple = ()
+    for rank, member in enumerate(state.view.members):
+        record = state.records[rank]
+        if record.believed:
+            verdict = _verdict(state, rank, now_ms)
+            if not verdict.dead:
+                continue
+            state, facts = _fence(state, rank, now_ms), {"rank": rank, "reason": verdict.reason}
+            commands += (Note("dead", facts), _send(state, rank, Fenced(reason=verdict.reason)))
+            if member.state is RankState.ACTIVE:
+                state = dataclasses.replace(state, view=moves.suspect(state.view, rank))
+            elif member.state is RankState.JOINING:
+                state = dataclasses.replace(state, view=moves.withdraw(state.view, rank))
+        elif not record.ended and not record.killed:
+            if now_ms - record.fenced_ms > state.options.fenced_grace_ms:
+                kill = Kill(rank, record.incarnation, "it was evicted and did not end itself")
+                state, commands = _with(state, rank, killed=True), (*commands, kill)
+    return state, commands
+
+
+def _verdict(state: CoordinatorState, rank: int, now_ms: int):
+    record, status = state.records[rank], state.records[rank].status
+    signs = Signs(
+        rank=rank,
+        ended=record.ended,
+        heard_ms=record.heard_ms,
+        channel_lost_ms=record.channel_lost_ms,
+        # A rank that is alone compiles, which may take long and disturbs nobody.
+        stalled_ms=0 if status is None or status.mode is Mode.ALONE else status.stalled_ms,
+        accused_by=record.accused_by,
+    )
+    verdict = judge(now_ms, signs, state.options.detector)
+    reason = _disagreement(state, rank)
+    return verdict if verdict.dead or not reason else dataclasses.replace(verdict, dead=True, reason=reason)
+
+
+def _disagreement(state: CoordinatorState, rank: int) -> str:
+    """Why a rank cannot be used though it lives, or ''. Fatal to that rank alone."""
+    status, change = state.records[rank].status, state.change
+    if status is None:
+        return ""
+    if status.failure:
+        return f"rank {rank} failed: {status.failure}"
+    expected = None
+    if change is not None and status.mode is Mode.READY and status.prepared == change.view.epoch:
+        expected = change.plan.placement.slots[rank]
+    elif status.mode is Mode.SERVING and status.epoch == state.view.epoch:
+        expected = state.placement.slots[rank]
+    if expected is None or status.contents == expected:
+        return ""
+    return f"rank {rank} holds experts {status.contents}, its placement says {expected}"
+
+
+def _fence(state: CoordinatorState, rank: int, now_ms: int) -> CoordinatorState:
+    incarnation = state.records[rank].incarnation
+    return _with(state, rank, fenced=incarnation, fenced_ms=now_ms, load=None, accused_by=())
+
+
+def _start_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Prepares a new epoch if a member died or the members are out of step."""
+    suspects = state.view.with_state(RankState.SUSPECT)
+    change = state.change
+    if change is not None:
+        gone = [r for r in change.view.in_epoch if not state.records[r].believed]
+        if not gone:
+            return state, ()
+        abandoned = {(move.rank, move.slot) for move in change.plan.moves}
+        state = dataclasses.replace(state, change=None, dirty=state.dirty | abandoned)
+        reason = f"ranks {gone} died while epoch {change.view.epoch} was prepared"
+        return _begin(_want_resync(state, reason), (), now_ms)
+    if suspects or state.resync:
+        return _begin(state, (), now_ms)
+    return state, ()
+
+
+def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Prepares the epoch without the suspects and with the given joining ranks."""
+    suspects = state.view.with_state(RankState.SUSPECT)
+    view = state.view
+    for rank in suspects:
+        view = moves.evict(view, rank)
+    for rank in joining:
+        view = moves.admit(view, rank)
+    members = view.in_epoch
+    if not members:
+        return _block(state, view, "no rank is left")
+    if any(state.records[rank].status is None for rank in members):
+        return state, ()  # a restarted supervisor first hears from all, or judges them dead
+    wrong = {
+        (rank, slot)
+        for rank in members
+        if (status := state.records[rank].status) is not None and status.contents
+        for slot, expert in enumerate(state.placement.slots[rank])
+        if expert != EMPTY and status.contents[slot] != expert and rank not in joining
+    }
+    base = state.placement.without(state.dirty | wrong).without_ranks(suspects)
+    for rank in joining:
+        for slot, expert in enumerate(state.records[rank].load.slots):
+            base = base.with_expert(rank, slot, expert)
+    try:
+        plan = plan_repair(base, members, degrade=state.options.degrade)
+    except CoverageLost as error:
+        return _block(state, view, str(error))
+    view = moves.at_epoch(state.view, view, state.epoch_tried + 1)
+    dead = [f"rank {rank} is out" for rank in suspects]
+    back = [f"rank {rank} comes in" for rank in joining]
+    kind = "admission" if joining else "repair" if suspects else "resync"
+    if state.view.epoch == 0:
+        kind = "formation"
+    change = Change(
+        kind=kind,
+        reason="; ".join([*dead, *back]) or state.resync,
+        view=view,
+        plan=plan,
+        started_ms=now_ms,
+    )
+    state = dataclasses.replace(
+        state, change=change, epoch_tried=view.epoch, resync="", blocked=""
+    )
+    facts = {
+        "kind": kind,
+        "epoch": view.epoch,
+        "reason": change.reason,
+        "evicted": list(suspects),
+        "admitted": list(joining),
+        "moves": len(plan.moves),
+    }
+    sends = tuple(_prepare_for(state, rank) for rank in members)
+    return state, (*sends, Note("prepare", facts))
+
+
+def _block(state: CoordinatorState, view: View, reason: str):
+    """No epoch can be made of these members: nobody steps until somebody comes back."""
+    if state.blocked == reason:
+        return state, ()
+    state = dataclasses.replace(state, blocked=reason)
+    return state, (Note("coverage_lost", {"reason": reason, "members": list(view.in_epoch)}),)
+
+
+def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    change = state.change
+    if change is None:
+        return state, ()
+    ready = frozenset(r for r in change.view.in_epoch if _is_ready(state.records[r], change))
+    if ready != frozenset(change.view.in_epoch):
+        return dataclasses.replace(state, change=dataclasses.replace(change, ready=ready)), ()
+    # Ranks that offered themselves since the Prepare stay joining.
+    members = tuple(
+        now if now.state is RankState.JOINING and then.state is not RankState.ACTIVE else then
+        for now, then in zip(state.view.members, change.view.members, strict=True)
+    )
+    records = tuple(
+        dataclasses.replace(record, accused_by=(), load=None if r in change.view.in_epoch else record.load)
+        for r, record in enumerate(state.records)
+    )
+    state = dataclasses.replace(
+        state,
+        view=dataclasses.replace(change.view, members=members),
+        placement=change.plan.placement,
+        records=records,
+        change=None,
+        dirty=frozenset(),
+        dropped=change.plan.dropped,
+    )
+    facts = {
+        "kind": change.kind,
+        "epoch": change.view.epoch,
+        "reason": change.reason,
+        "members": {r: change.view.members[r].incarnation for r in change.view.in_epoch},
+        "incarnations": [m.incarnation for m in change.view.members],
+        "slots": [list(row) for row in change.plan.placement.slots],
+        "moves": [_move_facts(move) for move in change.plan.moves],
+        "dropped": list(change.plan.dropped),
+        "prepare_ms": now_ms - change.started_ms,
+    }
+    commit = Commit(epoch=change.view.epoch)
+    sends = tuple(_send(state, rank, commit) for rank in change.view.in_epoch)
+    # The record comes first: an epoch that any rank serves is one that a restart knows of.
+    return state, (Note("commit", facts), *sends)
+
+
+def _is_ready(record: RankRecord, change: Change) -> bool:
+    status = record.status
+    return (
+        record.believed
+        and status is not None
+        and status.mode is Mode.READY
+        and status.prepared == change.view.epoch
+    )
+
+
+def _assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Tells every joining rank that has no task yet which experts to load."""
+    options, commands = state.options, ()
+    waiting = [r for r in state.view.with_state(RankState.JOINING) if state.records[r].load is None]
+    if not waiting:
+        return state, commands
+    members = state.view.in_epoch
+    if state.view.epoch == 0:
+        plan = _formation_plan(state, waiting)
+    else:
+        base, loading = state.placement, []
+        for rank in state.view.with_state(RankState.JOINING):
+            if state.records[rank].load is not None:
+                loading.append(rank)
+                for slot, expert in enumerate(state.records[rank].load.slots):
+                    base = base.with_expert(rank, slot, expert)
+        active = [r for r in (*members, *loading) if state.records[r].believed]
+        plan = plan_admission(base, active, waiting, options.redundancy)
+    handles = _handles(state, members)
+    for rank in waiting:
+        load = Load(slots=plan.placement.slots[rank], moves=plan.moves_of(rank), handles=handles)
+        state = _with(state, rank, load=load)
+        commands += (_send(state, rank, load),)
+    return state, commands
+
+
+def _formation_plan(state: CoordinatorState, waiting) -> Plan:
+    options = state.options
+    whole = initial_placement(
+        options.experts, options.ranks, options.slots_per_rank, options.redundancy
+    )
+    empty = state.placement
+    planned = tuple(
+        Move(rank, slot, expert, rank_sources(empty, rank, expert))
+        for rank in waiting
+        for slot, expert in enumerate(whole.slots[rank])
+        if expert != EMPTY
+    )
+    return Plan(placement=whole, moves=planned)
+
+
+def _admit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Begins the change that takes loaded joining ranks in, once no other change is pending."""
+    if state.change is not None:
+        return state, ()
+    joining = state.view.with_state(RankState.JOINING)
+    loaded = tuple(r for r in joining if _has_loaded(state.records[r]))
+    if not loaded:
+        return state, ()
+    if state.view.epoch == 0:
+        waited_ms = now_ms - (state.first_offer_ms if state.first_offer_ms is not None else now_ms)
+        complete = len(loaded) == state.options.ranks
+        if not complete and waited_ms < state.options.formation_ms:
+            return state, ()
+    return _begin(state, loaded, now_ms)
+
+
+def _has_loaded(record: RankRecord) -> bool:
+    status, load = record.status, record.load
+    return (
+        load is not None
+        and status is not None
+        and status.mode is Mode.OFFERED
+        and status.contents == load.slots
+    )
+
+
+def _prepare_for(state: CoordinatorState, rank: int) -> Send:
+    change = state.change
+    prepare = Prepare(
+        epoch=change.view.epoch,
+        view=change.view,
+        placement=change.plan.placement,
+        moves=change.plan.moves_of(rank),
+        handles=_handles(state, change.view.in_epoch),
+        reason=change.reason,
+    )
+    return _send(state, rank, prepare)
+
+
+def _handles(state: CoordinatorState, ranks) -> dict[int, str]:
+    found = {r: state.records[r].status for r in ranks}
+    return {r: status.handle for r, status in found.items() if status is not None}
+
+
+def _move_facts(move: Move) -> dict:
+    sources = [source.kind.value for source in move.sources]
+    return {"rank": move.rank, "slot": move.slot, "expert": move.expert, "sources": sources}
+
+
+def _want_resync(state: CoordinatorState, reason: str) -> CoordinatorState:
+    return dataclasses.replace(state, resync=state.resync or reason)
+
+
+def _send(state: CoordinatorState, rank: int, message) -> Send:
+    return Send(rank, state.records[rank].incarnation, message)
+
+
+def _with(state: CoordinatorState, rank: int, **changes) -> CoordinatorState:
+    record = dataclasses.replace(state.records[rank], **changes)
+    records = state.records[:rank] + (record,) + state.records[rank + 1 :]
+    return dataclasses.replace(state, records=records)
+
+
+def missing(state: CoordinatorState) -> tuple[int, ...]:
+    """Experts without a live replica in the committed epoch, for reports."""
+    return missing_experts(state.placement, state.view.with_state(RankState.ACTIVE))

@@ -1,0 +1,157 @@
+"""A rank's side of a change: `(state, event) -> (state, actions)`, without JAX, sockets or clocks.
+
+    ALONE ──WarmedUp──▶ OFFERED ──Prepare──▶ PREPARING ──Prepared──▶ READY ──Commit──▶ SERVING
+                          ▲ Load                 ▲                     │                  │
+                          └──Loaded              ├──────Prepare────────┤     StepAccused  │
+                                                 ├──────Prepare────── HOLDING ◀───────────┤
+                                                 └──────Prepare───────────────────────────┘
+Fenced, or a failed preparation, ends the process from anywhere.
+"""
+
+import dataclasses
+
+from eep_jax.coordination.protocol import Commit, Fenced, Load, Mode, Prepare
+from eep_jax.membership.view import View
+from eep_jax.placement.placement import Placement
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParticipantState:
+    """What a rank knows of the agreement. `view` and `placement` are those of `epoch`."""
+
+    rank: int
+    mode: Mode = Mode.ALONE
+    epoch: int = 0
+    view: View | None = None
+    placement: Placement | None = None
+    prepare: Prepare | None = None
+    load: Load | None = None
+    contents: tuple[int, ...] = ()
+    accused: tuple[int, ...] = ()
+    failure: str = ""
+
+    @property
+    def prepared(self) -> int:
+        return self.prepare.epoch if self.prepare else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmedUp:
+    """The rank compiled and ran its steps alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A Load was carried out; `contents` are what the bank holds now."""
+
+    contents: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A Prepare was carried out; `contents` are what the bank holds now."""
+
+    epoch: int
+    contents: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """The rank cannot do what it was asked."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StepAccused:
+    """A step of `epoch` was discarded; `accused` are the ranks that it timed out on."""
+
+    epoch: int
+    accused: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FillBank:
+    """Action: carry out `load` without disturbing anyone, then report Loaded."""
+
+    load: Load
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryOut:
+    """Action: stop stepping, map and move as `prepare` says, then report Prepared."""
+
+    prepare: Prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Action: build the tables of this epoch and step on."""
+
+    epoch: int
+    view: View
+    placement: Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Action: end the process."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Action: send a Status now."""
+
+
+def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
+    """Feeds one message or local event. Late and repeated ones change nothing but may be reported."""
+    change = dataclasses.replace
+    if state.mode is Mode.FENCED:
+        return state, ()
+    match event:
+        case Fenced(reason=reason):
+            return change(state, mode=Mode.FENCED, failure=reason), (End(reason),)
+        case Broken(reason=reason):
+            return change(state, failure=reason), (Report(),)
+        case WarmedUp() if state.mode is Mode.ALONE:
+            return change(state, mode=Mode.OFFERED), (Report(),)
+        case Load() if state.mode is Mode.OFFERED:
+            if state.contents == event.slots or state.load == event:
+                return state, (Report(),)
+            return change(state, load=event), (FillBank(event),)
+        case Loaded(contents=contents) if state.mode is Mode.OFFERED:
+            return change(state, contents=contents, load=None), (Report(),)
+        case Prepare() if state.mode is not Mode.ALONE:
+            if event.epoch <= max(state.epoch, state.prepared):
+                return state, (Report(),)
+            preparing = change(state, mode=Mode.PREPARING, prepare=event, load=None)
+            return preparing, (CarryOut(event),)
+        case Prepared(epoch=epoch, contents=contents):
+            if state.mode is not Mode.PREPARING or epoch != state.prepared:
+                return change(state, contents=contents), ()
+            return change(state, mode=Mode.READY, contents=contents), (Report(),)
+        case Commit(epoch=epoch):
+            if state.mode is not Mode.READY or epoch != state.prepared:
+                return state, ()
+            return _serve(state)
+        case StepAccused(epoch=epoch, accused=accused):
+            if state.mode is not Mode.SERVING or epoch != state.epoch:
+                return state, ()
+            return change(state, mode=Mode.HOLDING, accused=accused), (Report(),)
+    return state, ()
+
+
+def _serve(state: ParticipantState) -> tuple[ParticipantState, tuple]:
+    prepare = state.prepare
+    serving = dataclasses.replace(
+        state,
+        mode=Mode.SERVING,
+        epoch=prepare.epoch,
+        view=prepare.view,
+        placement=prepare.placement,
+        prepare=None,
+        accused=(),
+    )
+    return serving, (Resume(prepare.epoch, prepare.view, prepare.placement), Report())

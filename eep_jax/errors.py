@@ -1,0 +1,37 @@
+"""The few errors a user can meet. Each says what was found, what was expected, and the way out."""
+
+
+class EepError(Exception):
+    """Base of all errors of this project that are about the cluster rather than about one call."""
+
+
+class CoverageLost(EepError):
+    """Some expert has no live replica and none can be placed: the step must not run."""
+
+
+class InvalidMove(EepError):
+    """A change of the View or of a Placement that its present state does not allow."""
+
+
+class Evicted(EepError):
+    """This process is no longer a member; it must end and return as a new incarnation."""
+
+
+class CheckpointError(EepError):
+    """A checkpoint or one of its weights is missing, unreadable, or not what its manifest says."""
+
+
+class RelocationFailed(EepError):
+    """No source could supply an expert; the message names every source tried and why it failed."""
+
+
+class HeapError(EepError):
+    """The symmetric heap could not reserve, map or exchange memory."""
+
+
+class ProtocolError(EepError):
+    """A message that is malformed, too large, or not allowed from its sender."""
+
+
+class QueueFull(EepError):
+    """The queue of requests is at its maximum; try again later."""

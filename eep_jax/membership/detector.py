@@ -1,0 +1,68 @@
+"""Whether a rank is dead: one verdict from all signs, with its reason in words."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorOptions:
+    """How long each sign may last. Milliseconds.
+
+    Raises ValueError where the limits contradict each other.
+    """
+
+    lease_ms: int = 3_000  # without any heartbeat
+    accused_lease_ms: int = 1_500  # without any heartbeat, once a peer's step accuses the rank
+    channel_grace_ms: int = 1_500  # without a control channel, process not known dead
+    stall_ms: int = 15_000  # heartbeats arrive, but the engine loop does not move
+
+    def __post_init__(self):
+        if not 0 < self.accused_lease_ms <= self.lease_ms:
+            raise ValueError(f"{self.accused_lease_ms=} must be in 1..{self.lease_ms=}")
+        if min(self.channel_grace_ms, self.stall_ms) <= 0:
+            raise ValueError(f"{self.channel_grace_ms=} and {self.stall_ms=} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signs:
+    """All that is known of one member. Times are milliseconds of the judge's clock."""
+
+    rank: int
+    ended: bool = False  # its process is known to have ended
+    heard_ms: int = 0  # last message of any kind
+    channel_lost_ms: int | None = None  # None while its control channel stands
+    stalled_ms: int = 0  # how long its engine loop had not moved, as it last said itself
+    accused_by: tuple[int, ...] = ()  # ranks whose step timed out on it in this epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`dead` is final for this incarnation; else the rank is believed alive. `reason` is a sentence."""
+
+    rank: int
+    dead: bool
+    reason: str
+
+
+def judge(now_ms: int, signs: Signs, options: DetectorOptions) -> Verdict:
+    """Decides from all signs. A peer's suspicion alone never kills: it only shortens the lease.
+
+    >>> judge(5_000, Signs(rank=2, heard_ms=4_900, accused_by=(0,)), DetectorOptions()).dead
+    False
+    """
+    silent_ms = now_ms - signs.heard_ms
+    lease_ms = options.accused_lease_ms if signs.accused_by else options.lease_ms
+    accusers = f" and ranks {list(signs.accused_by)} accuse it" if signs.accused_by else ""
+    dead = lambda reason: Verdict(signs.rank, True, f"rank {signs.rank} {reason}")
+    if signs.ended:
+        return dead("ended: its process exited")
+    if silent_ms > lease_ms:
+        return dead(f"was silent for {silent_ms} ms, longer than {lease_ms} ms{accusers}")
+    if signs.channel_lost_ms is not None:
+        lost_ms = now_ms - signs.channel_lost_ms
+        if lost_ms > options.channel_grace_ms:
+            return dead(f"lost its channel {lost_ms} ms ago, longer than {options.channel_grace_ms}")
+    if signs.stalled_ms > options.stall_ms:
+        return dead(f"is stuck: its engine did not move for {signs.stalled_ms} ms{accusers}")
+    if signs.accused_by:
+        return Verdict(signs.rank, False, f"rank {signs.rank} was heard {silent_ms} ms ago{accusers}")
+    return Verdict(signs.rank, False, f"rank {signs.rank} is well")

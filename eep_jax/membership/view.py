@@ -1,0 +1,68 @@
+"""Who is in the cluster: an immutable View, and what must always be true of it."""
+
+import dataclasses
+import enum
+
+from eep_jax.errors import InvalidMove
+
+
+class RankState(enum.Enum):
+    """What the cluster believes of a rank. Only `ACTIVE` and `SUSPECT` ranks are in the epoch."""
+
+    ABSENT = "absent"  # no member; its incarnation, if any, is fenced
+    JOINING = "joining"  # offered itself, loads its experts, serves nobody yet
+    ACTIVE = "active"
+    SUSPECT = "suspect"  # still in the epoch, until it is evicted or cleared
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One rank's slot in the View. `incarnation` counts its processes from 1; 0 means never seen."""
+
+    state: RankState = RankState.ABSENT
+    incarnation: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Who is in: one Member per rank, numbered by an epoch that only grows."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.members))
+
+    @property
+    def in_epoch(self) -> tuple[int, ...]:
+        """Ranks that take part in the steps of this epoch, suspects included."""
+        inside = (RankState.ACTIVE, RankState.SUSPECT)
+        return tuple(r for r in self.ranks if self.members[r].state in inside)
+
+    def with_state(self, state: RankState) -> tuple[int, ...]:
+        """Ranks in the given state, ascending."""
+        return tuple(r for r in self.ranks if self.members[r].state is state)
+
+    def __str__(self) -> str:
+        members = (f"{r}:{m.state.value}" for r, m in enumerate(self.members))
+        return f"epoch={self.epoch} " + " ".join(members)
+
+
+def empty_view(ranks: int) -> View:
+    """The View before anyone came: epoch 0, every rank absent."""
+    return check(View(epoch=0, members=(Member(),) * ranks))
+
+
+def check(view: View) -> View:
+    """Returns the view, or raises InvalidMove naming what is wrong with it."""
+    if view.epoch < 0:
+        raise InvalidMove(f"epoch {view.epoch} is negative")
+    if not view.members:
+        raise InvalidMove("a view needs at least one rank")
+    for rank, member in enumerate(view.members):
+        if member.incarnation < 0:
+            raise InvalidMove(f"rank {rank} has incarnation {member.incarnation}, expected >= 0")
+        if member.state is not RankState.ABSENT and member.incarnation == 0:
+            raise InvalidMove(f"rank {rank} is {member.state.value} but has no incarnation")
+    return view

@@ -1,0 +1,72 @@
+"""Grouped-query attention with q/k norm and RoPE: projections, and the two ways to attend."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from eep_jax.models.model_config import ModelConfig
+
+
+def rope(
+    x: Float[Array, "*T H C"], positions: Int32[Array, "*T"], theta: float
+) -> Float[Array, "*T H C"]:
+    """Rotates channel pairs (c, c + C/2) by `position * theta ** (-2c / C)` (RoFormer, NeoX order)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    low, high = x[..., :half], x[..., half:]
+    return jnp.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
+
+
+class Attention(nnx.Module):
+    """The weights of one attention layer, and what is done before and after attending."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, rngs=rngs)
+        norm = lambda: nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, rngs=rngs)
+        self.q_proj = linear(config.hidden, config.query_heads * config.head_dim)
+        self.k_proj = linear(config.hidden, config.kv_heads * config.head_dim)
+        self.v_proj = linear(config.hidden, config.kv_heads * config.head_dim)
+        self.o_proj = linear(config.query_heads * config.head_dim, config.hidden)
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
+        """Returns q `[*T Hq C]`, k and v `[*T Hkv C]`; q and k are normed and rotated."""
+        heads = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_dim)
+        q = rope(self.q_norm(heads(self.q_proj(x))), positions, self.config.rope_theta)
+        k = rope(self.k_norm(heads(self.k_proj(x))), positions, self.config.rope_theta)
+        return q, k, heads(self.v_proj(x))
+
+    def output(self, context: Float[Array, "*T Hq C"]) -> Float[Array, "*T D"]:
+        return self.o_proj(context.reshape(*context.shape[:-2], -1))
+
+
+def attend_causal(
+    q: Float[Array, "N T Hq C"], k: Float[Array, "N T Hkv C"], v: Float[Array, "N T Hkv C"]
+) -> Float[Array, "N T Hq C"]:
+    """Attention of N whole sequences to themselves; for training and for the reference."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def attend_cached(
+    q: Float[Array, "T Hq C"],
+    k: Float[Array, "T Hkv C P"],
+    v: Float[Array, "T Hkv P C"],
+    positions: Int32[Array, "T"],
+) -> Float32[Array, "T Hq C"]:
+    """Attention of T tokens, each to its own P cached positions, of which it sees `<= positions[t]`.
+
+    Every token is an own batch entry of the matrix products, so its result has the same bits
+    whichever other tokens stand beside it.
+    """
+    tokens, query_heads, channels = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)
+    scores = jnp.einsum("thgc,thcp->thgp", grouped, k) * (channels**-0.5)
+    visible = jnp.arange(k.shape[-1])[None, :] <= positions[:, None]
+    scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.einsum("thgp,thpc->thgc", weights, v).reshape(tokens, query_heads, channels)

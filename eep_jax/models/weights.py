@@ -1,0 +1,65 @@
+"""Weights as named arrays: a model's dense part by path, and each expert as one array over all layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from eep_jax.models.decoder import Decoder, DenseModel
+from eep_jax.models.model_config import ModelConfig
+
+
+def expert_name(expert: int) -> str:
+    """Checkpoint key of one expert: 7 is `e007`."""
+    return f"e{expert:03d}"
+
+
+def dense_names(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names and shapes of all weights outside the experts, without making any."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return dict(_by_path(nnx.state(abstract, nnx.Param)))
+
+
+def split_model(model: DenseModel, config: ModelConfig) -> tuple[dict, dict]:
+    """Returns (dense weights by path, experts by name); an expert is `[L 3 F D]`."""
+    dense = {path: np.asarray(leaf) for path, leaf in _by_path(nnx.state(model.decoder, nnx.Param))}
+    stacked = np.asarray(model.experts.weights[...])
+    return dense, {expert_name(e): stacked[e] for e in range(config.experts)}
+
+
+def build_dense_model(config: ModelConfig, dense: dict, experts: dict) -> DenseModel:
+    """The inverse of `split_model`; for the reference and for evaluation."""
+    model = nnx.eval_shape(lambda: DenseModel(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    stacked = np.stack([experts[expert_name(e)] for e in range(config.experts)])
+
+    def fill(path, leaf):
+        name = _path_name(path)
+        values = stacked if name == "experts/weights" else dense[name.removeprefix("decoder/")]
+        return jnp.asarray(values, leaf.dtype).reshape(leaf.shape)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
+
+
+def decoder_graph(config: ModelConfig):
+    """Returns (graphdef, names): `merge_decoder` with weights in the order of `names` rebuilds it."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    flat, tree = jax.tree_util.tree_flatten_with_path(state)
+    return (graph, tree), [_path_name(path) for path, _ in flat]
+
+
+def merge_decoder(graph, leaves) -> Decoder:
+    """A Decoder over the given leaves (arrays or tracers), without copying."""
+    definition, tree = graph
+    return nnx.merge(definition, jax.tree_util.tree_unflatten(tree, leaves))
+
+
+def _by_path(state):
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [(_path_name(path), leaf) for path, leaf in flat]
+
+
+def _path_name(path) -> str:
+    keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    return "/".join(k for k in keys if k not in ("value", "_value"))

@@ -1,0 +1,90 @@
+"""Where experts live: which expert is in which slot of which rank, and who is covered."""
+
+import collections
+import dataclasses
+
+from eep_jax.errors import CoverageLost, InvalidMove
+
+EMPTY = -1  # a slot without an expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Slot -> expert, `slots[rank][slot]`; EMPTY where there is none.
+
+    A rank that is away has only EMPTY slots. The flat id of a slot is `rank * S + slot`.
+    """
+
+    experts: int
+    slots: tuple[tuple[int, ...], ...]
+
+    @property
+    def slots_per_rank(self) -> int:
+        return len(self.slots[0])
+
+    def replicas(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """For each expert its places `(rank, slot)`, ascending; experts without one are left out."""
+        places = collections.defaultdict(list)
+        for rank, row in enumerate(self.slots):
+            for slot, expert in enumerate(row):
+                if expert != EMPTY:
+                    places[expert].append((rank, slot))
+        return {expert: tuple(found) for expert, found in sorted(places.items())}
+
+    def without(self, places) -> "Placement":
+        """The same with these `(rank, slot)` places emptied."""
+        gone = set(places)
+        rows = (
+            tuple(EMPTY if (rank, slot) in gone else e for slot, e in enumerate(row))
+            for rank, row in enumerate(self.slots)
+        )
+        return dataclasses.replace(self, slots=tuple(rows))
+
+    def without_ranks(self, ranks) -> "Placement":
+        """The same with all slots of these ranks emptied."""
+        places = [(rank, slot) for rank in ranks for slot in range(self.slots_per_rank)]
+        return self.without(places)
+
+    def with_expert(self, rank: int, slot: int, expert: int) -> "Placement":
+        row = self.slots[rank]
+        row = row[:slot] + (expert,) + row[slot + 1 :]
+        rows = self.slots[:rank] + (row,) + self.slots[rank + 1 :]
+        return dataclasses.replace(self, slots=rows)
+
+
+def check(placement: Placement) -> Placement:
+    """Returns the placement, or raises InvalidMove naming the slot that is wrong."""
+    widths = {len(row) for row in placement.slots}
+    if len(widths) != 1:
+        raise InvalidMove(f"ranks have different numbers of slots: {sorted(widths)}")
+    for rank, row in enumerate(placement.slots):
+        for slot, expert in enumerate(row):
+            if expert != EMPTY and not 0 <= expert < placement.experts:
+                raise InvalidMove(f"rank {rank} slot {slot} holds {expert}, expected 0..{placement.experts - 1}")
+        held = [e for e in row if e != EMPTY]
+        if len(held) != len(set(held)):
+            raise InvalidMove(f"rank {rank} holds an expert twice: {row}")
+    return placement
+
+
+def empty_placement(experts: int, ranks: int, slots_per_rank: int) -> Placement:
+    return check(Placement(experts=experts, slots=((EMPTY,) * slots_per_rank,) * ranks))
+
+
+def missing_experts(placement: Placement, active) -> tuple[int, ...]:
+    """Experts without a replica on an active rank, ascending."""
+    active = set(active)
+    held = {e for rank, row in enumerate(placement.slots) if rank in active for e in row}
+    return tuple(e for e in range(placement.experts) if e not in held)
+
+
+def require_room(placement: Placement, active) -> None:
+    """Raises CoverageLost where the active ranks have fewer slots than there are experts."""
+    available = len(tuple(active)) * placement.slots_per_rank
+    if available < placement.experts:
+        missing = missing_experts(placement, active)
+        raise CoverageLost(
+            f"experts {list(missing)} have no live replica: {placement.experts} slots are needed and "
+            f"ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); bring a rank "
+            "back, configure more slots_per_rank, or choose policy 'degrade'"
+        )

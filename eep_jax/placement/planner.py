@@ -1,0 +1,165 @@
+"""What must move so that every expert has a live replica, with the fewest moves.
+
+All plans are deterministic: the same arguments give the same Plan, ties go to the lowest rank,
+then slot, then expert.
+"""
+
+import dataclasses
+
+from eep_jax.placement.placement import EMPTY, Placement, check, missing_experts, require_room
+from eep_jax.placement.sources import Source, rank_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Bring `expert` (all layers) into `slot` of `rank`, from the first of `sources` that works."""
+
+    rank: int
+    slot: int
+    expert: int
+    sources: tuple[Source, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The placement to reach, the moves that lead there, and the experts given up (`degrade`)."""
+
+    placement: Placement
+    moves: tuple[Move, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+    def moves_of(self, rank: int) -> tuple[Move, ...]:
+        return tuple(move for move in self.moves if move.rank == rank)
+
+
+def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy: int) -> Placement:
+    """The placement of a whole cluster: each expert `redundancy` times, on different ranks.
+
+    Round-robin, each further replica shifted by one rank more, so that the partners of one rank's
+    experts are spread. Left-over slots stay EMPTY: they are where repair puts orphans.
+
+    Raises ValueError where the slots cannot hold that.
+    """
+    if not 1 <= redundancy <= ranks:
+        raise ValueError(f"{redundancy=} must be between 1 and {ranks=}")
+    if experts * redundancy > ranks * slots_per_rank:
+        raise ValueError(
+            f"{experts} experts x {redundancy} replicas do not fit {ranks} ranks x {slots_per_rank} "
+            "slots; raise slots_per_rank or lower redundancy"
+        )
+    rows = [[] for _ in range(ranks)]
+    for replica in range(redundancy):
+        for expert in range(experts):
+            shift = replica * (1 + expert // ranks)
+            order = sorted(range(ranks), key=lambda r: (len(rows[r]), (r - expert - shift) % ranks))
+            target = next(r for r in order if expert not in rows[r])
+            rows[target].append(expert)
+    if max(map(len, rows)) > slots_per_rank:
+        raise ValueError(f"{slots_per_rank=} cannot hold {experts} experts x {redundancy} evenly")
+    padded = (tuple(row) + (EMPTY,) * (slots_per_rank - len(row)) for row in rows)
+    return check(Placement(experts=experts, slots=tuple(padded)))
+
+
+def plan_repair(placement: Placement, active, *, degrade: bool = False) -> Plan:
+    """Covers every expert on the active ranks again: exactly one move for each orphan, no other.
+
+    An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has most.
+    The rank with the fewest experts takes first. With `degrade`, experts that find no slot are
+    dropped and named instead.
+
+    Raises CoverageLost where the active ranks have too few slots and `degrade` is not chosen.
+    """
+    active = tuple(sorted(active))
+    away = set(range(len(placement.slots))) - set(active)
+    kept = placement.without_ranks(away)
+    if not degrade:
+        require_room(kept, active)
+    target, moves, dropped = kept, [], []
+    for expert in missing_experts(kept, active):
+        place = _slot_for_orphan(target, active)
+        if place is None:
+            dropped.append(expert)
+            continue
+        target = target.with_expert(*place, expert)
+        moves.append((*place, expert))
+    return _with_sources(kept, target, moves, tuple(dropped))
+
+
+def plan_admission(placement: Placement, active, joining, redundancy: int, held=None) -> Plan:
+    """Fills the slots of joining ranks; the slots of active ranks are left as they are.
+
+    Joiners first take orphans, then the experts with the fewest replicas, up to `redundancy`
+    replicas each. `held[rank]` names what a joiner's bank already holds (slot -> expert): such an
+    expert stays in its slot where it is wanted, at no move.
+    """
+    target, moves, held = placement, [], held or {}
+    joining = tuple(sorted(joining))
+    members = tuple(sorted({*active, *joining}))
+    for rank in joining:
+        target = target.without_ranks([rank])
+    while (place := _next_free(target, joining)) is not None:
+        rank, _ = place
+        expert = _neediest(target, rank, members, redundancy)
+        if expert is None:
+            joining = tuple(r for r in joining if r != rank)
+            continue
+        slot = _preferred_slot(target, rank, expert, held.get(rank, ()))
+        target = target.with_expert(rank, slot, expert)
+        if held.get(rank, ())[slot : slot + 1] != (expert,):
+            moves.append((rank, slot, expert))
+    return _with_sources(placement, target, moves, missing_experts(target, members))
+
+
+def _with_sources(before: Placement, target: Placement, moves, dropped) -> Plan:
+    # Only a replica that stays where it is may be read from while others write.
+    written = {(rank, slot) for rank, slot, _ in moves}
+    stable = before.without(written)
+    planned = tuple(
+        Move(rank, slot, expert, rank_sources(stable, rank, expert)) for rank, slot, expert in moves
+    )
+    return Plan(placement=check(target), moves=planned, dropped=tuple(dropped))
+
+
+def _slot_for_orphan(placement: Placement, active) -> tuple[int, int] | None:
+    replicas = placement.replicas()
+    load = {r: sum(e != EMPTY for e in placement.slots[r]) for r in active}
+    free = [
+        (load[r], r, s) for r in active for s, e in enumerate(placement.slots[r]) if e == EMPTY
+    ]
+    if free:
+        return min(free)[1:]
+    spare = [
+        (-len(replicas[e]), load[r], r, s)
+        for r in active
+        for s, e in enumerate(placement.slots[r])
+        if len(replicas[e]) > 1
+    ]
+    return min(spare)[2:] if spare else None
+
+
+def _next_free(placement: Placement, ranks) -> tuple[int, int] | None:
+    load = lambda r: sum(e != EMPTY for e in placement.slots[r])
+    free = [(load(r), r) for r in ranks if EMPTY in placement.slots[r]]
+    if not free:
+        return None
+    rank = min(free)[1]
+    return rank, placement.slots[rank].index(EMPTY)
+
+
+def _neediest(placement: Placement, rank: int, members, redundancy: int) -> int | None:
+    replicas = placement.replicas()
+    inside = set(members)
+    count = lambda e: sum(r in inside for r, _ in replicas.get(e, ()))
+    wanted = [
+        (count(e), e)
+        for e in range(placement.experts)
+        if count(e) < redundancy and e not in placement.slots[rank]
+    ]
+    return min(wanted)[1] if wanted else None
+
+
+def _preferred_slot(placement: Placement, rank: int, expert: int, held) -> int:
+    row = placement.slots[rank]
+    if expert in held and row[held.index(expert)] == EMPTY:
+        return held.index(expert)
+    return row.index(EMPTY)

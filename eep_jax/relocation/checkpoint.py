@@ -1,0 +1,105 @@
+"""The model on storage: an Orbax checkpoint of which single experts can be read, and its manifest.
+
+    <directory>/manifest.json   model sizes, and the digest of every weight
+    <directory>/weights/        Orbax: {"dense": {name: array}, "experts": {"e007": [L 3 F D]}}
+
+Orbax restores just the named leaves (`partial_restore`), so a repair reads only its orphans.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from eep_jax.errors import CheckpointError
+from eep_jax.models.model_config import ModelConfig
+from eep_jax.models.weights import expert_name
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights"
+
+
+def digest(array: np.ndarray) -> str:
+    """Names the content of an array: 128 bits of BLAKE2b over its bytes, as hexadecimal."""
+    contiguous = np.ascontiguousarray(array)
+    return hashlib.blake2b(contiguous.view(np.uint8).reshape(-1).data, digest_size=16).hexdigest()
+
+
+def save_checkpoint(directory, config: ModelConfig, dense: dict, experts: dict, facts: dict) -> None:
+    """Writes weights and manifest; `directory` must not exist. `facts` are kept in the manifest."""
+    root = pathlib.Path(directory).absolute()
+    root.mkdir(parents=True)
+    with _checkpointer() as checkpointer:
+        tree = {"dense": dense, "experts": experts}
+        checkpointer.save(root / WEIGHTS, args=ocp.args.PyTreeSave(tree))
+    manifest = {
+        "model": dataclasses.asdict(config),
+        "dtype": str(next(iter(experts.values())).dtype),
+        "facts": facts,
+        "dense": {name: digest(array) for name, array in dense.items()},
+        "experts": {name: digest(array) for name, array in experts.items()},
+    }
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+class Checkpoint:
+    """A checkpoint opened for reading. Reads are whole weights, each compared with its digest.
+
+    Raises CheckpointError where the directory, a weight or its digest is not as the manifest says.
+    """
+
+    def __init__(self, directory):
+        self.root = pathlib.Path(directory).absolute()
+        try:
+            self.manifest = json.loads((self.root / MANIFEST).read_text())
+            self.model = ModelConfig(**self.manifest["model"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.root} is no checkpoint: {error!r}; expected {MANIFEST} and {WEIGHTS}/ "
+                "as launch.train_tiny writes them"
+            ) from error
+
+    def read_dense(self) -> dict[str, np.ndarray]:
+        """All weights outside the experts, by name, in the stored dtype."""
+        return self._read("dense", list(self.manifest["dense"]))
+
+    def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
+        """Just these experts, each `[L 3 F D]` in the stored dtype. Nothing else is read."""
+        missing = [e for e in experts if expert_name(e) not in self.manifest["experts"]]
+        if missing:
+            raise CheckpointError(f"{self.root} has no experts {missing}")
+        if not experts:
+            return {}
+        arrays = self._read("experts", [expert_name(e) for e in experts])
+        return {e: arrays[expert_name(e)] for e in experts}
+
+    def _read(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+        wanted = {part: {name: 0 for name in names}}
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        try:
+            with _checkpointer() as checkpointer:
+                restored = checkpointer.restore(
+                    self.root / WEIGHTS,
+                    args=ocp.args.PyTreeRestore(
+                        item=wanted, restore_args=arguments, partial_restore=True
+                    ),
+                )
+        except Exception as error:  # Orbax and TensorStore raise many types for unreadable storage
+            raise CheckpointError(f"cannot read {names} of {self.root / WEIGHTS}: {error}") from error
+        arrays = {name: np.asarray(array) for name, array in restored[part].items()}
+        for name, array in arrays.items():
+            found, expected = digest(array), self.manifest[part][name]
+            if found != expected:
+                raise CheckpointError(
+                    f"{part} weight {name} of {self.root} has digest {found}, the manifest says "
+                    f"{expected}; the stored bytes are damaged, restore them from a copy"
+                )
+        return arrays
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
