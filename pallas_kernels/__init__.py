@@ -1,0 +1,1 @@
+"""Dispatch, expert GEMM and combine: knows arrays, addresses and layouts, and nothing of models."""

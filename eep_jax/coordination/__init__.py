@@ -1,1 +1,1 @@
-"""How ranks and supervisor agree on a change: two pure state machines and the values they exchange."""
+"""How ranks and supervisor agree on a change: two pure state machines and what they say."""

@@ -2,10 +2,11 @@
 
 Every event ends in the same few questions, asked in this order:
 1. Who is dead?       `detector.judge` over all signs; the dead are fenced at once and for good.
-2. Is a change due?   A death, a held step, a rank out of step: Prepare a new epoch. A death while
-                      a change is pending abandons it for a later epoch.
+2. Is a change due?   A death, a held step, a rank out of step, a joining rank that has loaded:
+                      Prepare a new epoch. A death while a change is pending abandons it for a
+                      later epoch.
 3. Is it agreed?      All ranks of the pending epoch are READY with the right experts: Commit.
-4. Who waits outside? Joining ranks are told what to Load; once loaded, a change admits them.
+4. Who waits outside? Joining ranks are told what to Load.
 """
 
 import dataclasses
@@ -24,7 +25,13 @@ from eep_jax.errors import CoverageLost
 from eep_jax.membership import moves
 from eep_jax.membership.detector import DetectorOptions, Signs, judge
 from eep_jax.membership.view import RankState, View, empty_view
-from eep_jax.placement.placement import EMPTY, Placement, empty_placement, missing_experts
+from eep_jax.placement.placement import (
+    EMPTY,
+    Placement,
+    empty_placement,
+    holds,
+    missing_experts,
+)
 from eep_jax.placement.planner import (
     Move,
     Plan,
@@ -33,6 +40,10 @@ from eep_jax.placement.planner import (
     plan_repair,
 )
 from eep_jax.placement.sources import rank_sources
+
+# A process in one of these modes that is no member wants to become one. The last two are left over
+# from a change that was abandoned, or that a supervisor which died had begun.
+_OUTSIDE = (Mode.OFFERED, Mode.PREPARING, Mode.READY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +58,8 @@ class CoordinatorOptions:
     formation_ms: int = 120_000  # how long the first epoch waits for all ranks
     fenced_grace_ms: int = 5_000  # how long an evicted but living process may take to end itself
     restart_grace_ms: int = 5_000  # how long ranks may take to find a restarted supervisor
-    detector: DetectorOptions = DetectorOptions()
+    own_pause_ms: int = 1_000  # a longer gap between two events is the supervisor's own sleep
+    detector: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +96,10 @@ class Change:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinatorState:
-    """`view` and `placement` are the committed ones, with suspects and joining ranks marked."""
+    """`view` and `placement` are the committed ones, with suspects and joining ranks marked.
+
+    While `blocked`, the dead have also left them, under the old epoch, which nobody can step in.
+    """
 
     options: CoordinatorOptions
     view: View
@@ -97,6 +112,7 @@ class CoordinatorState:
     blocked: str = ""  # why there is no coverage, empty while all is well
     resync: str = ""  # why the members must agree anew, empty if not
     first_offer_ms: int | None = None
+    advanced_ms: int | None = None  # when the last event came
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +195,14 @@ def restored_state(
     `restart_grace_ms` to come back before its silence counts.
     """
     since_ms = now_ms + options.restart_grace_ms
+    # Where a newer process was let in since the commit, the member had been given up as dead.
+    replaced = [r for r in view.in_epoch if issued[r] > view.members[r].incarnation]
+    view = _without(view, replaced)
     records = tuple(
         RankRecord(
             incarnation=issued[rank],
             fenced=member.incarnation if member.state is RankState.ABSENT else 0,
-            ended=False,
+            ended=issued[rank] == 0,
             heard_ms=since_ms,
             channel_lost_ms=since_ms,
         )
@@ -192,17 +211,36 @@ def restored_state(
     return CoordinatorState(
         options=options,
         view=view,
-        placement=placement,
+        placement=placement.without_ranks(replaced),
         records=records,
         epoch_tried=max(epoch_tried, view.epoch),
+        resync=f"ranks {replaced} died before the supervisor restarted" if replaced else "",
     )
 
 
 def advance(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Feeds one event and settles all that follows from it."""
+    """Feeds one event and settles all that follows from it. A Tick comes several times a second."""
+    state = _excuse_own_pause(state, now_ms)
     state, commands = _take(state, event, now_ms)
     state, more = _settle(state, now_ms)
     return state, (*commands, *more)
+
+
+def _excuse_own_pause(state: CoordinatorState, now_ms: int) -> CoordinatorState:
+    """A supervisor that slept heard nobody: no rank is to blame for the time of the sleep."""
+    pause_ms = now_ms - (now_ms if state.advanced_ms is None else state.advanced_ms)
+    state = dataclasses.replace(state, advanced_ms=now_ms)
+    if pause_ms <= state.options.own_pause_ms:
+        return state
+    for rank, record in enumerate(state.records):
+        lost_ms = record.channel_lost_ms
+        state = _with(
+            state,
+            rank,
+            heard_ms=record.heard_ms + pause_ms,
+            channel_lost_ms=None if lost_ms is None else lost_ms + pause_ms,
+        )
+    return state
 
 
 def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
@@ -271,7 +309,7 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
             f" that timed out on ranks {list(status.accused)}" if status.accused else ""
         )
         return _want_resync(state, reason), ()
-    if status.mode is Mode.OFFERED and state.view.members[rank].state is RankState.ABSENT:
+    if status.mode in _OUTSIDE and state.view.members[rank].state is RankState.ABSENT:
         view = moves.offer(state.view, rank, status.incarnation)
         first_ms = now_ms if state.first_offer_ms is None else state.first_offer_ms
         state = dataclasses.replace(state, view=view, first_offer_ms=first_ms)
@@ -282,25 +320,27 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
 def _put_in_step(state: CoordinatorState, status: Status):
     """Answers a Status that is behind the agreement with what its rank has missed."""
     rank, change = status.rank, state.change
-    if change is not None:
-        if rank in change.view.in_epoch and status.prepared != change.view.epoch:
+    if change is not None and rank in change.view.in_epoch:
+        if status.prepared < change.view.epoch:
             return state, (_prepare_for(state, rank),)
         return state, ()
-    if rank in state.view.in_epoch and status.epoch != state.view.epoch:
-        if status.mode is Mode.READY and status.prepared == state.view.epoch:
-            return state, (_send(state, rank, Commit(epoch=state.view.epoch)),)
-        return _want_resync(state, f"rank {rank} is at epoch {status.epoch}"), ()
-    if rank in state.view.in_epoch and status.mode in (Mode.PREPARING, Mode.READY):
-        return _want_resync(state, f"rank {rank} prepared epoch {status.prepared}"), ()
+    if rank in state.view.in_epoch:
+        if status.epoch != state.view.epoch:
+            if status.mode is Mode.READY and status.prepared == state.view.epoch:
+                return state, (_send(state, rank, Commit(epoch=state.view.epoch)),)
+            return _want_resync(state, f"rank {rank} is at epoch {status.epoch}"), ()
+        if status.mode in (Mode.PREPARING, Mode.READY):
+            return _want_resync(state, f"rank {rank} prepared epoch {status.prepared}"), ()
+        return state, ()
     load = state.records[rank].load
-    if status.mode is Mode.OFFERED and load is not None and status.contents != load.slots:
+    if status.mode in _OUTSIDE and load is not None and not holds(status.contents, load.slots):
         return state, (_send(state, rank, load),)
     return state, ()
 
 
 def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     state, commands = _bury(state, now_ms)
-    for step in (_start_change, _commit, _assign_loads, _admit):
+    for step in (_start_change, _commit, _assign_loads):
         state, more = step(state, now_ms)
         commands += more
     return state, commands
@@ -320,10 +360,12 @@ def _bury(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple
                 state = dataclasses.replace(state, view=moves.suspect(state.view, rank))
             elif member.state is RankState.JOINING:
                 state = dataclasses.replace(state, view=moves.withdraw(state.view, rank))
-        elif not record.ended and not record.killed:
-            if now_ms - record.fenced_ms > state.options.fenced_grace_ms:
-                kill = Kill(rank, record.incarnation, "it was evicted and did not end itself")
-                state, commands = _with(state, rank, killed=True), (*commands, kill)
+            continue
+        fenced_for_ms = now_ms - record.fenced_ms
+        alive = not record.ended and not record.killed
+        if alive and fenced_for_ms > state.options.fenced_grace_ms:
+            kill = Kill(rank, record.incarnation, "it was evicted and did not end itself")
+            state, commands = _with(state, rank, killed=True), (*commands, kill)
     return state, commands
 
 
@@ -340,7 +382,9 @@ def _verdict(state: CoordinatorState, rank: int, now_ms: int):
     )
     verdict = judge(now_ms, signs, state.options.detector)
     reason = _disagreement(state, rank)
-    return verdict if verdict.dead or not reason else dataclasses.replace(verdict, dead=True, reason=reason)
+    if verdict.dead or not reason:
+        return verdict
+    return dataclasses.replace(verdict, dead=True, reason=reason)
 
 
 def _disagreement(state: CoordinatorState, rank: int) -> str:
@@ -355,7 +399,7 @@ def _disagreement(state: CoordinatorState, rank: int) -> str:
         expected = change.plan.placement.slots[rank]
     elif status.mode is Mode.SERVING and status.epoch == state.view.epoch:
         expected = state.placement.slots[rank]
-    if expected is None or status.contents == expected:
+    if expected is None or holds(status.contents, expected):
         return ""
     return f"rank {rank} holds experts {status.contents}, its placement says {expected}"
 
@@ -366,20 +410,39 @@ def _fence(state: CoordinatorState, rank: int, now_ms: int) -> CoordinatorState:
 
 
 def _start_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Prepares a new epoch if a member died or the members are out of step."""
-    suspects = state.view.with_state(RankState.SUSPECT)
-    change = state.change
-    if change is not None:
-        gone = [r for r in change.view.in_epoch if not state.records[r].believed]
-        if not gone:
+    """Prepares a new epoch if a member died, members are out of step, or joining ranks loaded."""
+    if state.change is not None:
+        reason = _why_hopeless(state, state.change)
+        if not reason:
             return state, ()
-        abandoned = {(move.rank, move.slot) for move in change.plan.moves}
-        state = dataclasses.replace(state, change=None, dirty=state.dirty | abandoned)
-        reason = f"ranks {gone} died while epoch {change.view.epoch} was prepared"
-        return _begin(_want_resync(state, reason), (), now_ms)
-    if suspects or state.resync:
-        return _begin(state, (), now_ms)
+        state = dataclasses.replace(state, change=None, dirty=_unsettled(state))
+        state = _want_resync(state, reason)
+    loaded = _loaded(state, now_ms)
+    if state.view.with_state(RankState.SUSPECT) or state.resync or loaded:
+        return _begin(state, loaded, now_ms)
     return state, ()
+
+
+def _why_hopeless(state: CoordinatorState, change: Change) -> str:
+    """Why a pending change can never be committed, or ''."""
+    epoch, members = change.view.epoch, change.view.in_epoch
+    gone = [r for r in members if not state.records[r].believed]
+    if gone:
+        return f"ranks {gone} died while epoch {epoch} was prepared"
+    lost = [r for r in members if _lost_preparation(state.records[r].status, epoch)]
+    return f"ranks {lost} cannot prepare epoch {epoch} any more" if lost else ""
+
+
+def _lost_preparation(status: Status, epoch: int) -> bool:
+    """A rank listens to no Prepare older than its newest, which a dead supervisor may have sent."""
+    at_work = status.mode in (Mode.PREPARING, Mode.READY)
+    return status.prepared > epoch or (status.prepared == epoch and not at_work)
+
+
+def _unsettled(state: CoordinatorState) -> frozenset[tuple[int, int]]:
+    """Places that a pending or an abandoned plan may be writing."""
+    moves_pending = state.change.plan.moves if state.change else ()
+    return state.dirty | {(move.rank, move.slot) for move in moves_pending}
 
 
 def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorState, tuple]:
@@ -392,24 +455,13 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
         view = moves.admit(view, rank)
     members = view.in_epoch
     if not members:
-        return _block(state, view, "no rank is left")
+        return _block(state, members, "no rank is left")
     if any(state.records[rank].status is None for rank in members):
         return state, ()  # a restarted supervisor first hears from all, or judges them dead
-    wrong = {
-        (rank, slot)
-        for rank in members
-        if (status := state.records[rank].status) is not None and status.contents
-        for slot, expert in enumerate(state.placement.slots[rank])
-        if expert != EMPTY and status.contents[slot] != expert and rank not in joining
-    }
-    base = state.placement.without(state.dirty | wrong).without_ranks(suspects)
-    for rank in joining:
-        for slot, expert in enumerate(state.records[rank].load.slots):
-            base = base.with_expert(rank, slot, expert)
     try:
-        plan = plan_repair(base, members, degrade=state.options.degrade)
+        plan = plan_repair(_found(state, joining), members, degrade=state.options.degrade)
     except CoverageLost as error:
-        return _block(state, view, str(error))
+        return _block(state, members, str(error))
     view = moves.at_epoch(state.view, view, state.epoch_tried + 1)
     dead = [f"rank {rank} is out" for rank in suspects]
     back = [f"rank {rank} comes in" for rank in joining]
@@ -423,9 +475,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
         plan=plan,
         started_ms=now_ms,
     )
-    state = dataclasses.replace(
-        state, change=change, epoch_tried=view.epoch, resync="", blocked=""
-    )
+    state = dataclasses.replace(state, change=change, epoch_tried=view.epoch, resync="", blocked="")
     facts = {
         "kind": kind,
         "epoch": view.epoch,
@@ -435,15 +485,55 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
         "moves": len(plan.moves),
     }
     sends = tuple(_prepare_for(state, rank) for rank in members)
-    return state, (*sends, Note("prepare", facts))
+    # The record comes first: a restarted supervisor must not use this epoch for another change.
+    return state, (Note("prepare", facts), *sends)
 
 
-def _block(state: CoordinatorState, view: View, reason: str):
-    """No epoch can be made of these members: nobody steps until somebody comes back."""
-    if state.blocked == reason:
-        return state, ()
-    state = dataclasses.replace(state, blocked=reason)
-    return state, (Note("coverage_lost", {"reason": reason, "members": list(view.in_epoch)}),)
+def _found(state: CoordinatorState, joining) -> Placement:
+    """What the members and these joining ranks hold for certain, as far as it is wanted there."""
+    found = _with_loads(state.placement, state, joining)
+    wrong = {
+        (rank, slot)
+        for rank in (*state.view.in_epoch, *joining)
+        if (status := state.records[rank].status) is not None and status.contents
+        for slot, expert in enumerate(found.slots[rank])
+        if expert != EMPTY and status.contents[slot] != expert
+    }
+    return found.without(state.dirty | wrong)
+
+
+def _with_loads(placement: Placement, state: CoordinatorState, joining) -> Placement:
+    for rank in joining:
+        for slot, expert in enumerate(state.records[rank].load.slots):
+            placement = placement.with_expert(rank, slot, expert)
+    return placement
+
+
+def _block(state: CoordinatorState, members, reason: str):
+    """No epoch can be made of these members: nobody steps until somebody comes back.
+
+    The dead leave at once, for else no new process could take their ranks and end this.
+    """
+    if state.view.epoch == 0 and not members:
+        return dataclasses.replace(state, resync=""), ()  # nobody has come yet
+    suspects, news = state.view.with_state(RankState.SUSPECT), state.blocked != reason
+    state = dataclasses.replace(
+        state,
+        view=_without(state.view, suspects),
+        placement=state.placement.without_ranks(suspects),
+        blocked=reason,
+    )
+    facts = {"reason": reason, "members": list(members)}
+    return state, (Note("coverage_lost", facts),) if news else ()
+
+
+def _without(view: View, ranks) -> View:
+    """The view without these members, under the same epoch: none can be stepped in any more."""
+    for rank in ranks:
+        if view.members[rank].state is RankState.ACTIVE:
+            view = moves.suspect(view, rank)
+        view = dataclasses.replace(moves.evict(view, rank), epoch=view.epoch)
+    return view
 
 
 def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
@@ -453,13 +543,14 @@ def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
     ready = frozenset(r for r in change.view.in_epoch if _is_ready(state.records[r], change))
     if ready != frozenset(change.view.in_epoch):
         return dataclasses.replace(state, change=dataclasses.replace(change, ready=ready)), ()
-    # Ranks that offered themselves since the Prepare stay joining.
+    # Ranks outside of both epochs may have come or gone since the Prepare.
+    settled = {*state.view.in_epoch, *change.view.in_epoch}
     members = tuple(
-        now if now.state is RankState.JOINING and then.state is not RankState.ACTIVE else then
-        for now, then in zip(state.view.members, change.view.members, strict=True)
+        change.view.members[r] if r in settled else state.view.members[r] for r in state.view.ranks
     )
+    inside = change.view.in_epoch
     records = tuple(
-        dataclasses.replace(record, accused_by=(), load=None if r in change.view.in_epoch else record.load)
+        dataclasses.replace(record, accused_by=(), load=None if r in inside else record.load)
         for r, record in enumerate(state.records)
     )
     state = dataclasses.replace(
@@ -475,15 +566,19 @@ def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
         "kind": change.kind,
         "epoch": change.view.epoch,
         "reason": change.reason,
-        "members": {r: change.view.members[r].incarnation for r in change.view.in_epoch},
-        "incarnations": [m.incarnation for m in change.view.members],
+        "members": {r: change.view.members[r].incarnation for r in inside},
+        # Of the others, the newest that is fenced: a joining process is not.
+        "incarnations": [
+            change.view.members[r].incarnation if r in inside else record.fenced
+            for r, record in enumerate(records)
+        ],
         "slots": [list(row) for row in change.plan.placement.slots],
         "moves": [_move_facts(move) for move in change.plan.moves],
         "dropped": list(change.plan.dropped),
         "prepare_ms": now_ms - change.started_ms,
     }
     commit = Commit(epoch=change.view.epoch)
-    sends = tuple(_send(state, rank, commit) for rank in change.view.in_epoch)
+    sends = tuple(_send(state, rank, commit) for rank in inside)
     # The record comes first: an epoch that any rank serves is one that a restart knows of.
     return state, (Note("commit", facts), *sends)
 
@@ -500,59 +595,53 @@ def _is_ready(record: RankRecord, change: Change) -> bool:
 
 def _assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     """Tells every joining rank that has no task yet which experts to load."""
-    options, commands = state.options, ()
-    waiting = [r for r in state.view.with_state(RankState.JOINING) if state.records[r].load is None]
+    joining, commands = state.view.with_state(RankState.JOINING), ()
+    waiting = tuple(r for r in joining if state.records[r].load is None)
     if not waiting:
         return state, commands
-    members = state.view.in_epoch
-    if state.view.epoch == 0:
-        plan = _formation_plan(state, waiting)
-    else:
-        base, loading = state.placement, []
-        for rank in state.view.with_state(RankState.JOINING):
-            if state.records[rank].load is not None:
-                loading.append(rank)
-                for slot, expert in enumerate(state.records[rank].load.slots):
-                    base = base.with_expert(rank, slot, expert)
-        active = [r for r in (*members, *loading) if state.records[r].believed]
-        plan = plan_admission(base, active, waiting, options.redundancy)
-    handles = _handles(state, members)
+    wanted = _wanted(state, waiting, loading=tuple(r for r in joining if r not in waiting))
     for rank in waiting:
-        load = Load(slots=plan.placement.slots[rank], moves=plan.moves_of(rank), handles=handles)
+        load = _load(state, rank, wanted.slots[rank])
         state = _with(state, rank, load=load)
         commands += (_send(state, rank, load),)
     return state, commands
 
 
-def _formation_plan(state: CoordinatorState, waiting) -> Plan:
+def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
+    """The placement with what these joining ranks shall hold."""
     options = state.options
-    whole = initial_placement(
-        options.experts, options.ranks, options.slots_per_rank, options.redundancy
-    )
-    empty = state.placement
+    if state.view.epoch == 0:
+        return initial_placement(
+            options.experts, options.ranks, options.slots_per_rank, options.redundancy
+        )
+    base = _with_loads(state.placement, state, loading)
+    counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].believed]
+    held = {rank: state.records[rank].status.contents for rank in waiting}
+    return plan_admission(base, counted, waiting, options.redundancy, held).placement
+
+
+def _load(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
+    """What brings a joining rank from what it holds to `slots`, read from members only."""
+    members = tuple(r for r in state.view.in_epoch if state.records[r].believed)
+    away = set(state.view.ranks) - set(members)
+    readable = state.placement.without_ranks(away).without(_unsettled(state))
+    held = state.records[rank].status.contents
     planned = tuple(
-        Move(rank, slot, expert, rank_sources(empty, rank, expert))
-        for rank in waiting
-        for slot, expert in enumerate(whole.slots[rank])
-        if expert != EMPTY
+        Move(rank, slot, expert, rank_sources(readable, rank, expert))
+        for slot, expert in enumerate(slots)
+        if expert != EMPTY and held[slot : slot + 1] != (expert,)
     )
-    return Plan(placement=whole, moves=planned)
+    return Load(slots=slots, moves=planned, handles=_handles(state, members))
 
 
-def _admit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Begins the change that takes loaded joining ranks in, once no other change is pending."""
-    if state.change is not None:
-        return state, ()
+def _loaded(state: CoordinatorState, now_ms: int) -> tuple[int, ...]:
+    """Joining ranks that can be admitted. The first epoch waits for all ranks, but not forever."""
     joining = state.view.with_state(RankState.JOINING)
     loaded = tuple(r for r in joining if _has_loaded(state.records[r]))
-    if not loaded:
-        return state, ()
-    if state.view.epoch == 0:
-        waited_ms = now_ms - (state.first_offer_ms if state.first_offer_ms is not None else now_ms)
-        complete = len(loaded) == state.options.ranks
-        if not complete and waited_ms < state.options.formation_ms:
-            return state, ()
-    return _begin(state, loaded, now_ms)
+    if state.view.epoch == 0 and len(loaded) < state.options.ranks:
+        waited_ms = now_ms - (now_ms if state.first_offer_ms is None else state.first_offer_ms)
+        return loaded if waited_ms >= state.options.formation_ms else ()
+    return loaded
 
 
 def _has_loaded(record: RankRecord) -> bool:
@@ -560,8 +649,8 @@ def _has_loaded(record: RankRecord) -> bool:
     return (
         load is not None
         and status is not None
-        and status.mode is Mode.OFFERED
-        and status.contents == load.slots
+        and status.mode in _OUTSIDE
+        and holds(status.contents, load.slots)
     )
 
 

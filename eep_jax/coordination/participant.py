@@ -5,19 +5,26 @@
                           └──Loaded              ├──────Prepare────────┤     StepAccused  │
                                                  ├──────Prepare────── HOLDING ◀───────────┤
                                                  └──────Prepare───────────────────────────┘
-Fenced, or a failed preparation, ends the process from anywhere.
+Fenced, or a failed preparation, ends the process from anywhere. A rank that never served goes back
+from PREPARING or READY to OFFERED where a Load asks for other experts: its change was given up.
 """
 
 import dataclasses
 
 from eep_jax.coordination.protocol import Commit, Fenced, Load, Mode, Prepare
 from eep_jax.membership.view import View
-from eep_jax.placement.placement import Placement
+from eep_jax.placement.placement import EMPTY, Placement, holds
+
+_OUTSIDE = (Mode.OFFERED, Mode.PREPARING, Mode.READY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParticipantState:
-    """What a rank knows of the agreement. `view` and `placement` are those of `epoch`."""
+    """What a rank knows of the agreement. `view` and `placement` are those of `epoch`.
+
+    `contents` leaves out the slots that a Load or Prepare may be writing: they hold nothing for
+    certain until Loaded or Prepared says so.
+    """
 
     rank: int
     mode: Mode = Mode.ALONE
@@ -72,7 +79,10 @@ class StepAccused:
 
 @dataclasses.dataclass(frozen=True)
 class FillBank:
-    """Action: carry out `load` without disturbing anyone, then report Loaded."""
+    """Action: carry out `load` without disturbing anyone, then report Loaded.
+
+    FillBank and CarryOut write the same bank: one at a time, in the order of their asking.
+    """
 
     load: Load
 
@@ -106,7 +116,7 @@ class Report:
 
 
 def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
-    """Feeds one message or local event. Late and repeated ones change nothing but may be reported."""
+    """Feeds one message or local event. Late and repeated ones change nothing, or are reported."""
     change = dataclasses.replace
     if state.mode is Mode.FENCED:
         return state, ()
@@ -117,20 +127,24 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
             return change(state, failure=reason), (Report(),)
         case WarmedUp() if state.mode is Mode.ALONE:
             return change(state, mode=Mode.OFFERED), (Report(),)
-        case Load() if state.mode is Mode.OFFERED:
-            if state.contents == event.slots or state.load == event:
+        case Load() if state.mode in _OUTSIDE and state.epoch == 0:
+            if holds(state.contents, event.slots) or state.load == event:
                 return state, (Report(),)
-            return change(state, load=event), (FillBank(event),)
+            # `prepare` stays: what was given up must not be taken up again.
+            contents = _unwritten(state.contents, event.moves)
+            state = change(state, mode=Mode.OFFERED, load=event, contents=contents)
+            return state, (FillBank(event),)
         case Loaded(contents=contents) if state.mode is Mode.OFFERED:
             return change(state, contents=contents, load=None), (Report(),)
         case Prepare() if state.mode is not Mode.ALONE:
             if event.epoch <= max(state.epoch, state.prepared):
                 return state, (Report(),)
-            preparing = change(state, mode=Mode.PREPARING, prepare=event, load=None)
-            return preparing, (CarryOut(event),)
+            contents = _unwritten(state.contents, event.moves)
+            state = change(state, mode=Mode.PREPARING, prepare=event, load=None, contents=contents)
+            return state, (CarryOut(event),)
         case Prepared(epoch=epoch, contents=contents):
             if state.mode is not Mode.PREPARING or epoch != state.prepared:
-                return change(state, contents=contents), ()
+                return state, ()  # a newer Prepare or Load writes by now, and will report
             return change(state, mode=Mode.READY, contents=contents), (Report(),)
         case Commit(epoch=epoch):
             if state.mode is not Mode.READY or epoch != state.prepared:
@@ -141,6 +155,12 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
                 return state, ()
             return change(state, mode=Mode.HOLDING, accused=accused), (Report(),)
     return state, ()
+
+
+def _unwritten(contents: tuple[int, ...], moves) -> tuple[int, ...]:
+    """The contents less the slots that these moves write."""
+    written = {move.slot for move in moves}
+    return tuple(EMPTY if slot in written else e for slot, e in enumerate(contents))
 
 
 def _serve(state: ParticipantState) -> tuple[ParticipantState, tuple]:

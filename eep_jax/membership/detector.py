@@ -36,7 +36,7 @@ class Signs:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`dead` is final for this incarnation; else the rank is believed alive. `reason` is a sentence."""
+    """`dead` is final for this incarnation; else it is believed alive. `reason` is a sentence."""
 
     rank: int
     dead: bool
@@ -59,10 +59,15 @@ def judge(now_ms: int, signs: Signs, options: DetectorOptions) -> Verdict:
         return dead(f"was silent for {silent_ms} ms, longer than {lease_ms} ms{accusers}")
     if signs.channel_lost_ms is not None:
         lost_ms = now_ms - signs.channel_lost_ms
-        if lost_ms > options.channel_grace_ms:
-            return dead(f"lost its channel {lost_ms} ms ago, longer than {options.channel_grace_ms}")
+        grace_ms = options.channel_grace_ms
+        if lost_ms > grace_ms:
+            return dead(f"lost its channel {lost_ms} ms ago, longer than {grace_ms} ms{accusers}")
     if signs.stalled_ms > options.stall_ms:
-        return dead(f"is stuck: its engine did not move for {signs.stalled_ms} ms{accusers}")
+        return dead(
+            f"is stuck: its engine did not move for {signs.stalled_ms} ms, longer than "
+            f"{options.stall_ms} ms{accusers}"
+        )
     if signs.accused_by:
-        return Verdict(signs.rank, False, f"rank {signs.rank} was heard {silent_ms} ms ago{accusers}")
+        reason = f"rank {signs.rank} was heard {silent_ms} ms ago{accusers}"
+        return Verdict(signs.rank, False, reason)
     return Verdict(signs.rank, False, f"rank {signs.rank} is well")

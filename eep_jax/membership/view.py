@@ -17,7 +17,7 @@ class RankState(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One rank's slot in the View. `incarnation` counts its processes from 1; 0 means never seen."""
+    """One rank's place in the View. `incarnation` counts its processes from 1; 0 is never seen."""
 
     state: RankState = RankState.ABSENT
     incarnation: int = 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from eep_jax.models.model_config import ModelConfig
+from eep_jax.config import ModelConfig
 
 
 def rope(
@@ -53,7 +53,7 @@ def attend_causal(
 
 def attend_cached(
     q: Float[Array, "T Hq C"],
-    k: Float[Array, "T Hkv C P"],
+    k: Float[Array, "T Hkv P C"],
     v: Float[Array, "T Hkv P C"],
     positions: Int32[Array, "T"],
 ) -> Float32[Array, "T Hq C"]:
@@ -65,8 +65,8 @@ def attend_cached(
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)
-    scores = jnp.einsum("thgc,thcp->thgp", grouped, k) * (channels**-0.5)
-    visible = jnp.arange(k.shape[-1])[None, :] <= positions[:, None]
+    scores = jnp.einsum("thgc,thpc->thgp", grouped, k) * (channels**-0.5)
+    visible = jnp.arange(k.shape[2])[None, :] <= positions[:, None]
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     return jnp.einsum("thgp,thpc->thgc", weights, v).reshape(tokens, query_heads, channels)

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from eep_jax.models.attention import Attention, attend_causal
-from eep_jax.models.model_config import ModelConfig
+from eep_jax.config import ModelConfig
 from eep_jax.models.moe_block import DenseExperts, dense_experts
 from eep_jax.models.router import route
 

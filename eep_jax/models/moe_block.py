@@ -1,11 +1,19 @@
-"""The expert layer of a decoder: all experts in one process."""
+"""The expert layer of a decoder: all experts in one process, or spread over ranks that come and go."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from eep_jax.models.model_config import ModelConfig
+from eep_jax.config import ModelConfig
+from eep_jax.tables import NO_SLOT, Tables, assign
+from pallas_kernels.call import Call
+from pallas_kernels.combine.api import combine
+from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.expert_gemm.api import expert_gemm
+from pallas_kernels.window import WindowLayout
 
 
 class DenseExperts(nnx.Module):
@@ -35,3 +43,40 @@ def dense_experts(
     hidden = jax.nn.silu(jnp.einsum("...d,efd->...ef", x, gate))
     hidden = hidden * jnp.einsum("...d,efd->...ef", x, up)
     return jnp.einsum("...ef,efd->...d", hidden * share[..., None], down)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSpread:
+    """Where the experts of a model run: the static part. What changes is in Tables and Call."""
+
+    layout: WindowLayout
+    rank: int
+    slots_per_rank: int
+    tile_rows: int = 8
+
+
+def elastic_experts(
+    spread: ExpertSpread,
+    layer: int,
+    x: Float[Array, "T D"],
+    expert_ids: Int32[Array, "T K"],
+    weights: Float32[Array, "T K"],
+    bank: Float[Array, "S L 3 F D"],
+    heap: UInt8[Array, "R B"],
+    tables: Tables,
+    call: Call,
+) -> tuple[Float[Array, "T D"], Int32[Array, "T"], Call]:
+    """Runs each token through its experts, wherever they live now: assign, dispatch, GEMM, combine.
+
+    `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`. Returns y, how many choices of
+    each token had no live replica (they add nothing, and the weights are not renormalised), and the
+    call for the next layer, its wish raised to the largest heard.
+    """
+    place = {"layout": spread.layout, "rank": spread.rank, "slots_per_rank": spread.slots_per_rank}
+    slots = assign(expert_ids, tables)
+    rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
+    call = call.after(suspicion)
+    results = expert_gemm(rows, here, bank, layer=layer, tile_rows=spread.tile_rows)
+    y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
+    dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
+    return y, dropped, dataclasses.replace(call.after(suspicion).next(), wish=wish)

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from eep_jax.models.decoder import Decoder, DenseModel
-from eep_jax.models.model_config import ModelConfig
+from eep_jax.config import ModelConfig
 
 
 def expert_name(expert: int) -> str:

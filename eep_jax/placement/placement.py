@@ -23,7 +23,7 @@ class Placement:
         return len(self.slots[0])
 
     def replicas(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        """For each expert its places `(rank, slot)`, ascending; experts without one are left out."""
+        """For each expert its places `(rank, slot)`, ascending; those without one are left out."""
         places = collections.defaultdict(list)
         for rank, row in enumerate(self.slots):
             for slot, expert in enumerate(row):
@@ -60,7 +60,9 @@ def check(placement: Placement) -> Placement:
     for rank, row in enumerate(placement.slots):
         for slot, expert in enumerate(row):
             if expert != EMPTY and not 0 <= expert < placement.experts:
-                raise InvalidMove(f"rank {rank} slot {slot} holds {expert}, expected 0..{placement.experts - 1}")
+                raise InvalidMove(
+                    f"rank {rank} slot {slot} holds {expert}, expected 0..{placement.experts - 1}"
+                )
         held = [e for e in row if e != EMPTY]
         if len(held) != len(set(held)):
             raise InvalidMove(f"rank {rank} holds an expert twice: {row}")
@@ -78,13 +80,24 @@ def missing_experts(placement: Placement, active) -> tuple[int, ...]:
     return tuple(e for e in range(placement.experts) if e not in held)
 
 
+def holds(contents, slots) -> bool:
+    """Whether a bank with these contents can serve these slots. EMPTY slots may hold anything.
+
+    >>> holds((4, 7, 2), (4, EMPTY, 2)), holds((4, 7, 2), (7, 4, 2)), holds((), (4, 7, 2))
+    (True, False, False)
+    """
+    wanted = zip(contents, slots, strict=False)
+    return len(contents) == len(slots) and all(e in (EMPTY, held) for held, e in wanted)
+
+
 def require_room(placement: Placement, active) -> None:
     """Raises CoverageLost where the active ranks have fewer slots than there are experts."""
-    available = len(tuple(active)) * placement.slots_per_rank
+    active = tuple(active)
+    available = len(active) * placement.slots_per_rank
     if available < placement.experts:
         missing = missing_experts(placement, active)
         raise CoverageLost(
-            f"experts {list(missing)} have no live replica: {placement.experts} slots are needed and "
-            f"ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); bring a rank "
-            "back, configure more slots_per_rank, or choose policy 'degrade'"
+            f"experts {list(missing)} have no live replica: {placement.experts} slots are needed "
+            f"and ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); bring "
+            "a rank back, configure more slots_per_rank, or choose policy 'degrade'"
         )

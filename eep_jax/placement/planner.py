@@ -44,8 +44,8 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
         raise ValueError(f"{redundancy=} must be between 1 and {ranks=}")
     if experts * redundancy > ranks * slots_per_rank:
         raise ValueError(
-            f"{experts} experts x {redundancy} replicas do not fit {ranks} ranks x {slots_per_rank} "
-            "slots; raise slots_per_rank or lower redundancy"
+            f"{experts} experts x {redundancy} replicas do not fit {ranks} ranks x "
+            f"{slots_per_rank} slots; raise slots_per_rank or lower redundancy"
         )
     rows = [[] for _ in range(ranks)]
     for replica in range(redundancy):
@@ -54,8 +54,12 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
             order = sorted(range(ranks), key=lambda r: (len(rows[r]), (r - expert - shift) % ranks))
             target = next(r for r in order if expert not in rows[r])
             rows[target].append(expert)
-    if max(map(len, rows)) > slots_per_rank:
-        raise ValueError(f"{slots_per_rank=} cannot hold {experts} experts x {redundancy} evenly")
+    # Round-robin may overfill a rank. A longer row always has an expert that a shorter one lacks.
+    while len(fullest := max(rows, key=len)) > slots_per_rank:
+        emptiest = min(rows, key=len)
+        moving = next(expert for expert in reversed(fullest) if expert not in emptiest)
+        fullest.remove(moving)
+        emptiest.append(moving)
     padded = (tuple(row) + (EMPTY,) * (slots_per_rank - len(row)) for row in rows)
     return check(Placement(experts=experts, slots=tuple(padded)))
 
@@ -63,9 +67,9 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
 def plan_repair(placement: Placement, active, *, degrade: bool = False) -> Plan:
     """Covers every expert on the active ranks again: exactly one move for each orphan, no other.
 
-    An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has most.
-    The rank with the fewest experts takes first. With `degrade`, experts that find no slot are
-    dropped and named instead.
+    An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has
+    most. The rank with the fewest experts takes first. With `degrade`, experts that find no slot
+    are dropped and named instead.
 
     Raises CoverageLost where the active ranks have too few slots and `degrade` is not chosen.
     """
@@ -89,17 +93,17 @@ def plan_admission(placement: Placement, active, joining, redundancy: int, held=
     """Fills the slots of joining ranks; the slots of active ranks are left as they are.
 
     Joiners first take orphans, then the experts with the fewest replicas, up to `redundancy`
-    replicas each. `held[rank]` names what a joiner's bank already holds (slot -> expert): such an
-    expert stays in its slot where it is wanted, at no move.
+    replicas each. `held[rank]` names what a joiner's bank already holds (slot -> expert): among
+    equally needy experts these go first, and stay in their slot at no move.
     """
-    target, moves, held = placement, [], held or {}
     joining = tuple(sorted(joining))
     members = tuple(sorted({*active, *joining}))
-    for rank in joining:
-        target = target.without_ranks([rank])
+    # A joiner's bank is not there to be read yet, so only active ranks can be sources.
+    kept = placement.without_ranks(set(range(len(placement.slots))) - set(active))
+    target, moves, held = kept, [], held or {}
     while (place := _next_free(target, joining)) is not None:
         rank, _ = place
-        expert = _neediest(target, rank, members, redundancy)
+        expert = _neediest(target, rank, members, redundancy, held.get(rank, ()))
         if expert is None:
             joining = tuple(r for r in joining if r != rank)
             continue
@@ -107,7 +111,7 @@ def plan_admission(placement: Placement, active, joining, redundancy: int, held=
         target = target.with_expert(rank, slot, expert)
         if held.get(rank, ())[slot : slot + 1] != (expert,):
             moves.append((rank, slot, expert))
-    return _with_sources(placement, target, moves, missing_experts(target, members))
+    return _with_sources(kept, target, moves, missing_experts(target, members))
 
 
 def _with_sources(before: Placement, target: Placement, moves, dropped) -> Plan:
@@ -123,9 +127,7 @@ def _with_sources(before: Placement, target: Placement, moves, dropped) -> Plan:
 def _slot_for_orphan(placement: Placement, active) -> tuple[int, int] | None:
     replicas = placement.replicas()
     load = {r: sum(e != EMPTY for e in placement.slots[r]) for r in active}
-    free = [
-        (load[r], r, s) for r in active for s, e in enumerate(placement.slots[r]) if e == EMPTY
-    ]
+    free = [(load[r], r, s) for r in active for s, e in enumerate(placement.slots[r]) if e == EMPTY]
     if free:
         return min(free)[1:]
     spare = [
@@ -146,20 +148,22 @@ def _next_free(placement: Placement, ranks) -> tuple[int, int] | None:
     return rank, placement.slots[rank].index(EMPTY)
 
 
-def _neediest(placement: Placement, rank: int, members, redundancy: int) -> int | None:
+def _neediest(placement: Placement, rank: int, members, redundancy: int, held) -> int | None:
     replicas = placement.replicas()
     inside = set(members)
     count = lambda e: sum(r in inside for r, _ in replicas.get(e, ()))
     wanted = [
-        (count(e), e)
+        (count(e), e not in held, e)
         for e in range(placement.experts)
         if count(e) < redundancy and e not in placement.slots[rank]
     ]
-    return min(wanted)[1] if wanted else None
+    return min(wanted)[2] if wanted else None
 
 
 def _preferred_slot(placement: Placement, rank: int, expert: int, held) -> int:
     row = placement.slots[rank]
     if expert in held and row[held.index(expert)] == EMPTY:
         return held.index(expert)
-    return row.index(EMPTY)
+    kept = [slot for slot, e in enumerate(held) if e != EMPTY and e not in row]
+    free = [slot for slot, e in enumerate(row) if e == EMPTY]
+    return min(free, key=lambda slot: (slot in kept, slot))

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from eep_jax.errors import CheckpointError
-from eep_jax.models.model_config import ModelConfig
+from eep_jax.config import ModelConfig
 from eep_jax.models.weights import expert_name
 
 MANIFEST = "manifest.json"

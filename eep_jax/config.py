@@ -1,0 +1,154 @@
+"""The configuration of a run: frozen values, one class per component, no JAX."""
+
+import dataclasses
+
+COMBINE_MODES = ("per_choice", "per_rank")
+POLICIES = ("fail_closed", "degrade")
+
+
+def _positive(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a Qwen3-MoE style decoder (arXiv 2505.09388). All lengths are in tokens or channels.
+
+    Raises ValueError for sizes that contradict each other; the message holds both numbers.
+    """
+
+    name: str
+    vocab_size: int  # V
+    hidden: int  # D
+    layers: int  # L
+    query_heads: int
+    kv_heads: int
+    head_dim: int  # C in the shapes of attention
+    experts: int  # E
+    experts_per_token: int  # K
+    expert_hidden: int  # F
+    norm_topk_prob: bool = True  # renormalise the K router weights to sum to one
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    bos_token: int = 0
+    eos_token: int = 0
+
+    def __post_init__(self):
+        _positive(self, "vocab_size", "hidden", "layers", "query_heads", "kv_heads", "expert_hidden")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"{self.query_heads=} must be a multiple of {self.kv_heads=}")
+        if not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(f"{self.experts_per_token=} must be between 1 and {self.experts=}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} must be even, RoPE rotates pairs")
+
+    @property
+    def expert_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one expert, all layers: [L, 3 (gate, up, down transposed), F, D]."""
+        return (self.layers, 3, self.expert_hidden, self.hidden)
+
+    @property
+    def expert_elements(self) -> int:
+        layers, matrices, rows, columns = self.expert_shape
+        return layers * matrices * rows * columns
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the whole model."""
+        attention = self.hidden * self.head_dim * (2 * self.query_heads + 2 * self.kv_heads)
+        norms = 2 * self.hidden + 2 * self.head_dim
+        layer = attention + norms + self.hidden * self.experts
+        dense = 2 * self.vocab_size * self.hidden + self.hidden + self.layers * layer
+        return dense + self.experts * self.expert_elements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How many ranks, how experts are spread, and when a rank counts as dead. Milliseconds."""
+
+    ranks: int  # R
+    slots_per_rank: int  # S
+    redundancy: int = 1  # replicas of each expert while all ranks are in
+    policy: str = "fail_closed"  # what to do when an expert finds no live slot, see POLICIES
+    heartbeat_ms: int = 200
+    lease_ms: int = 3_000
+    accused_lease_ms: int = 1_500
+    channel_grace_ms: int = 1_500
+    stall_ms: int = 15_000
+    formation_ms: int = 120_000
+    fenced_grace_ms: int = 5_000
+    restart_grace_ms: int = 5_000
+
+    def __post_init__(self):
+        _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
+        if self.policy not in POLICIES:
+            raise ValueError(f"{self.policy=} must be one of {POLICIES}")
+        if self.redundancy > self.ranks:
+            raise ValueError(f"{self.redundancy=} replicas need as many ranks, there are {self.ranks=}")
+        if self.lease_ms < 3 * self.heartbeat_ms:
+            raise ValueError(f"{self.lease_ms=} must be at least 3 x {self.heartbeat_ms=}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The fixed shapes of a rank's steps."""
+
+    batch_slots: int = 8  # B, sequences a rank decodes at once
+    prefill_tokens: int = 32  # C, prompt tokens a mixed step takes beside the B decode rows
+    context_tokens: int = 512  # P, longest prompt + completion
+    row_tile: int = 8  # rows of one matrix product; results do not depend on other tiles
+    combine: str = "per_choice"  # see COMBINE_MODES
+    step_deadline_ms: int = 2_000  # how long a step waits for a peer
+    waiting_max: int = 256  # requests a rank holds beyond its batch slots
+
+    def __post_init__(self):
+        _positive(self, "batch_slots", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms")
+        if self.combine not in COMBINE_MODES:
+            raise ValueError(f"{self.combine=} must be one of {COMBINE_MODES}")
+        for name in ("batch_slots", "prefill_tokens"):
+            if getattr(self, name) % self.row_tile:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}")
+
+    @property
+    def tokens_max(self) -> int:
+        """T, the rows of the widest step."""
+        return self.batch_slots + self.prefill_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The HTTP front and the control channel."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port
+    control_host: str = "127.0.0.1"
+    control_port: int = 0  # 0: any free port; ranks read it from the run directory
+    queue_max: int = 256  # requests accepted and not finished, beyond which HTTP says 429
+    message_bytes_max: int = 4 << 20  # largest message on the control channel
+    finished_max: int = 512  # finished requests kept for clients that ask again
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the model and its checkpoint, and every component's configuration.
+
+    Raises ValueError where the parts do not fit each other.
+    """
+
+    name: str
+    model: ModelConfig
+    cluster: ClusterConfig
+    engine: EngineConfig = EngineConfig()
+    serve: ServeConfig = ServeConfig()
+    checkpoint: str = ""  # directory written by launch.train_tiny
+
+    def __post_init__(self):
+        slots = self.cluster.ranks * self.cluster.slots_per_rank
+        if slots < self.model.experts * self.cluster.redundancy:
+            raise ValueError(
+                f"{self.cluster.ranks} ranks x {self.cluster.slots_per_rank} slots = {slots} slots, but "
+                f"{self.model.experts} experts x redundancy {self.cluster.redundancy} need "
+                f"{self.model.experts * self.cluster.redundancy}; raise slots_per_rank"
+            )

@@ -1,0 +1,163 @@
+"""One rank's engine: plan a batch, run the compiled step, commit its tokens or discard it.
+
+Executables are compiled ahead of time, one per StepKind, before the rank offers itself. They cannot
+recompile; failure, repair and return only change the values they are called with.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eep_jax.config import RunConfig
+from eep_jax.engine.lockstep import Lockstep
+from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.scheduler import Scheduler
+from eep_jax.engine.step import StepKind, empty_batch, make_step
+from eep_jax.heap.arrays import heap_array, import_host
+from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.models.expert_bank import ExpertBank, SlabLayout
+from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.moe_block import ExpertSpread
+from eep_jax.tables import Tables, solo_tables
+from pallas_kernels.call import Call
+from pallas_kernels.signals import first_round
+
+PAUSED_SLEEP_MS = 50
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """`committed` tokens, or a discarded step with the ranks it timed out on (none: aborted)."""
+
+    committed: bool
+    progress: tuple[Progress, ...] = ()
+    accused: tuple[int, ...] = ()
+
+
+class CompileCounter:
+    """Counts compilations of this process by JAX's own monitoring events."""
+
+    def __init__(self):
+        self.total = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_) -> None:
+        self.total += event == COMPILE_EVENT
+
+
+class Engine:
+    """Everything a rank computes with. Belongs to one thread, except `lockstep.abort` and `nudge`."""
+
+    def __init__(self, config: RunConfig, rank: int, heap: SymmetricHeap, layout: SlabLayout, dense):
+        """`dense` are the weights outside the experts by name, as the checkpoint has them."""
+        self.config, self.rank, self.heap = config, rank, heap
+        self.compilations = CompileCounter()
+        self.bank = ExpertBank(layout, heap)
+        self.lockstep = Lockstep(layout.window, heap.whole(), rank)
+        self.scheduler = Scheduler(config)
+        self.steps = self.discarded = 0
+        spread = ExpertSpread(
+            layout=layout.window,
+            rank=rank,
+            slots_per_rank=layout.slots,
+            tile_rows=config.engine.row_tile,
+        )
+        self._step, names = make_step(config, spread)
+        self._dense = [jnp.asarray(dense[name].astype(np.float32)) for name in names]
+        self._bank_array = import_host(self.bank.weights)
+        self._heap_array = heap_array(heap)
+        self._cache = empty_cache(config.model, config.engine)
+        cluster = config.cluster
+        self._tables = solo_tables(
+            cluster.ranks, config.model.experts, cluster.slots_per_rank, rank
+        )
+        self._round = np.uint32(first_round(0))
+        self._next = StepKind.DECODE
+        self._executables = {}
+        self._warm_compilations = 0
+
+    def warm_up(self) -> None:
+        """Compiles all executables and runs each once, alone: no peer is waited for or written to."""
+        for kind in (StepKind.DECODE, StepKind.MIXED):
+            arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
+            jitted = jax.jit(self._step, donate_argnames="cache")
+            self._executables[kind] = jitted.lower(*arguments).compile()
+        for kind in self._executables:
+            self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
+        self._warm_compilations = self.compilations.total
+
+    @property
+    def compilations_since_start(self) -> int:
+        """Compilations after `warm_up`; stays 0 over every change of membership."""
+        return self.compilations.total - self._warm_compilations
+
+    @property
+    def epoch(self) -> int:
+        return int(self._tables.epoch)
+
+    def resume(self, tables: Tables) -> None:
+        """Steps from now on under the tables of a new epoch, from its first round.
+
+        Flags must have been cleared since the last step (see `Lockstep.clear_flags`).
+        """
+        self._tables = tables
+        self._round = np.uint32(first_round(int(tables.epoch)))
+        # After a change the kind is agreed anew, in a step that costs every rank the least.
+        self._next = StepKind.DECODE
+
+    @property
+    def paused(self) -> bool:
+        """All ranks agreed that there is nothing to do."""
+        return self._next is StepKind.IDLE
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def try_wake(self) -> bool:
+        """While paused: whether this rank or a peer has work, so that all go on. Tells the peers."""
+        wish, paused_round = self.scheduler.wish(), int(self._round)
+        if wish is not StepKind.IDLE:
+            active = np.flatnonzero(self._tables.active)
+            self.lockstep.wake_peers([p for p in active if p != self.rank], paused_round)
+        elif not self.lockstep.is_woken(paused_round):
+            return False
+        self._next = StepKind.DECODE
+        return True
+
+    def advance(self) -> StepOutcome:
+        """Runs one step. A discarded one leaves the scheduler as it was, and is planned again."""
+        plan = self.scheduler.plan(self._next)
+        result = self._run(plan.kind, plan.batch, self.scheduler.wish_after(plan))
+        suspicion = np.asarray(result.suspicion)
+        if suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
+            self.discarded += 1
+            suspicion = np.where(np.arange(len(suspicion)) == self.rank, 0, suspicion)
+            return StepOutcome(False, accused=tuple(np.flatnonzero(suspicion).tolist()))
+        self.steps += 1
+        self._round = np.uint32(result.round)
+        self._next = StepKind(int(result.agreed))
+        tokens, dropped = np.asarray(result.tokens), np.asarray(result.dropped)
+        return StepOutcome(True, tuple(self.scheduler.commit(plan, tokens, dropped)))
+
+    def _run(self, kind: StepKind, batch, wish: StepKind):
+        arguments = self._arguments(batch, wish)
+        result = self._executables[kind](*arguments)
+        # The old cache was donated. Discarding a step keeps the new one: rows are kept by position.
+        self._cache = result.cache
+        jax.block_until_ready(result.suspicion)
+        return result
+
+    def _arguments(self, batch, wish: StepKind):
+        tables = self._tables
+        call = Call(
+            active=tables.active,
+            epoch=tables.epoch,
+            round=self._round,
+            deadline_ms=np.uint32(self.config.engine.step_deadline_ms),
+            wish=np.uint32(wish),
+            suspicion=np.zeros(self.config.cluster.ranks, np.int32),
+        )
+        return self._dense, self._bank_array, self._cache, self._heap_array, tables, batch, call

@@ -1,0 +1,64 @@
+"""When the ranks of an epoch step, and when they all pause: words in each other's windows.
+
+The kind of a step is agreed in the step before (the largest wish). When nobody wishes anything, all
+ranks pause at the same round. A rank that finds work writes that round into every peer's `wake` word;
+so a late reader still sees it, and an old word wakes nobody.
+"""
+
+import numpy as np
+
+from pallas_kernels.signals import post, sleep_on
+from pallas_kernels.window import WindowLayout
+
+
+class Lockstep:
+    """The host side of one rank's window: abort word and wake words."""
+
+    def __init__(self, layout: WindowLayout, heap: np.ndarray, rank: int):
+        self._windows, self._rank = layout.views(heap), rank
+
+    def abort(self, epoch: int) -> None:
+        """Ends all waits of steps below `epoch`, now. May be called from any thread."""
+        own = self._windows[self._rank]
+        if int(own["abort"][0]) < epoch:
+            post(own["abort"], epoch)
+        self.nudge()
+
+    @property
+    def aborted_epoch(self) -> int:
+        return int(self._windows[self._rank]["abort"][0])
+
+    def clear_flags(self) -> None:
+        """Forgets all flags of earlier epochs. Only while no step runs and no peer can send."""
+        own = self._windows[self._rank]
+        for name in ("sent", "returned", "wake"):
+            own[name][...] = 0
+
+    def wake_peers(self, peers, paused_round: int) -> None:
+        """Tells the peers paused at this round that there is work."""
+        for peer in peers:
+            window = self._windows[peer]
+            post(window["wake"][self._rank : self._rank + 1], paused_round)
+            _ring(window["bell"])
+
+    def is_woken(self, paused_round: int) -> bool:
+        """Whether a peer found work since all paused at this round."""
+        return bool(np.any(self._windows[self._rank]["wake"] == np.uint32(paused_round)))
+
+    def nudge(self) -> None:
+        """Ends this rank's own sleep. May be called from any thread."""
+        _ring(self._windows[self._rank]["bell"])
+
+    def bell(self) -> int:
+        """Read this before looking for work, and pass it to `sleep` if there was none."""
+        return int(self._windows[self._rank]["bell"][0])
+
+    def sleep(self, seen_bell: int, timeout_ms: int) -> None:
+        """Sleeps until the bell rings after `seen_bell` was read, or the timeout; burns no core."""
+        sleep_on(self._windows[self._rank]["bell"], seen_bell, timeout_ms * 1_000_000)
+
+
+def _ring(bell: np.ndarray) -> None:
+    # Two ringers may write the same value: each wakes sleepers itself, and the reason was stored
+    # before, where whoever read the bell in between looks for it.
+    post(bell, (int(bell[0]) + 1) & 0xFFFFFFFF)

@@ -1,0 +1,30 @@
+"""A request as a rank sees it, and what comes of it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Continue `prompt` with at most `max_tokens`. `produced` were made by a rank that died since."""
+
+    id: str
+    prompt: tuple[int, ...]
+    produced: tuple[int, ...] = ()
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int  # 64 bits; with the position it makes the sampling key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """New tokens of a request; `start` is the index of the first among all produced ones.
+
+    `finish` is "" while it goes on, else "length", "stop" (end-of-text token) or "cancelled".
+    """
+
+    id: str
+    start: int
+    tokens: tuple[int, ...]
+    finish: str = ""
+    dropped: int = 0  # choices of experts that had no live replica (policy degrade)

@@ -1,0 +1,167 @@
+"""Which tokens go into the next step: continuous batching into fixed slots, with chunked prefill.
+
+Pure on its own state: no clock, no JAX arrays. A plan changes nothing until it is committed, so a
+step that was discarded is simply planned again.
+"""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from eep_jax.config import RunConfig
+from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.step import Batch, StepKind, empty_batch
+from eep_jax.errors import QueueFull
+
+
+@dataclasses.dataclass
+class Sequence:
+    """A request in a batch slot. Positions below `cached` are in the KV cache."""
+
+    request: Request
+    tokens: list[int]  # prompt and all produced
+    cached: int = 0
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """A batch, and how far each batch slot's cache reaches once it is committed."""
+
+    kind: StepKind
+    batch: Batch
+    cached: dict[int, int]
+
+
+class Scheduler:
+    """Batch slots and the queue before them."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._slots: list[Sequence | None] = [None] * config.engine.batch_slots
+        self._waiting: collections.deque[Request] = collections.deque()
+
+    def add(self, request: Request) -> None:
+        """Queues a request; one that is already here is left as it is.
+
+        Raises QueueFull beyond `waiting_max`, ValueError for a request that cannot fit the context.
+        """
+        engine = self._config.engine
+        if len(request.prompt) < 1 or len(request.prompt) + request.max_tokens > engine.context_tokens:
+            raise ValueError(
+                f"request {request.id}: {len(request.prompt)} prompt tokens + {request.max_tokens} do "
+                f"not fit a context of {engine.context_tokens} (at least one prompt token)"
+            )
+        if request.id in self.ids():
+            return
+        if len(self._waiting) >= engine.waiting_max:
+            raise QueueFull(f"rank has {len(self._waiting)} waiting requests, its maximum")
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forgets a request; False if it is not here."""
+        for index, sequence in enumerate(self._slots):
+            if sequence is not None and sequence.request.id == request_id:
+                self._slots[index] = None
+                return True
+        kept = [r for r in self._waiting if r.id != request_id]
+        found = len(kept) < len(self._waiting)
+        self._waiting = collections.deque(kept)
+        return found
+
+    def ids(self) -> set[str]:
+        running = {s.request.id for s in self._slots if s is not None}
+        return running | {r.id for r in self._waiting}
+
+    def snapshot(self) -> list[Progress]:
+        """All tokens of every request that is here, from the first."""
+        running = [s for s in self._slots if s is not None]
+        held = [(s.request.id, tuple(s.tokens[len(s.request.prompt) :])) for s in running]
+        held += [(r.id, r.produced) for r in self._waiting]
+        return [Progress(id=i, start=0, tokens=tokens) for i, tokens in held]
+
+    def wish(self) -> StepKind:
+        """What this rank needs next: prompt work, plain decoding, or nothing."""
+        return self._wish({})
+
+    def wish_after(self, plan: StepPlan) -> StepKind:
+        """What it will need once `plan` is committed, as far as can be known before its tokens."""
+        return self._wish(plan.cached)
+
+    def _wish(self, cached: dict[int, int]) -> StepKind:
+        running = {i: s for i, s in enumerate(self._slots) if s is not None}
+        # A step that samples adds one token to a sequence, which is then one behind again.
+        if any(cached.get(i, s.cached) < len(s.tokens) - 1 for i, s in running.items()):
+            return StepKind.MIXED
+        if self._waiting and len(running) < len(self._slots):
+            return StepKind.MIXED
+        return StepKind.DECODE if running else StepKind.IDLE
+
+    def plan(self, kind: StepKind) -> StepPlan:
+        """The fullest batch of this kind. Oldest slots' prompts go first into the prefill rows."""
+        self._fill_slots()
+        batch, cached = empty_batch(self._config, kind), {}
+        next_row = self._config.engine.batch_slots
+        for slot, sequence in enumerate(self._slots):
+            if sequence is None:
+                continue
+            missing = len(sequence.tokens) - sequence.cached
+            if missing == 1:
+                rows = np.array([slot])
+            else:
+                rows = np.arange(next_row, min(next_row + missing, len(batch.tokens)))
+                next_row += len(rows)
+            if not len(rows):
+                continue
+            start, end = sequence.cached, sequence.cached + len(rows)
+            batch.tokens[rows] = sequence.tokens[start:end]
+            batch.slots[rows] = slot
+            batch.positions[rows] = np.arange(start, end)
+            batch.last_rows[slot] = rows[-1]
+            batch.sampled[slot] = end == len(sequence.tokens)
+            request = sequence.request
+            batch.seeds[slot] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+            batch.temperature[slot], batch.top_p[slot] = request.temperature, request.top_p
+            cached[slot] = end
+        return StepPlan(kind, batch, cached)
+
+    def commit(self, plan: StepPlan, tokens: np.ndarray, dropped: np.ndarray) -> list[Progress]:
+        """Takes over the step's tokens; returns what each request gained, finished ones last seen."""
+        progress = []
+        for slot, cached in plan.cached.items():
+            sequence = self._slots[slot]
+            sequence.cached = cached
+            if not plan.batch.sampled[slot]:
+                continue
+            token, start = int(tokens[slot]), sequence.produced
+            sequence.tokens.append(token)
+            finish = self._finish_of(sequence, token)
+            if finish:
+                self._slots[slot] = None
+            progress.append(
+                Progress(
+                    id=sequence.request.id,
+                    # The end comes with all tokens, so that it can be told again after a reconnect.
+                    start=0 if finish else start,
+                    tokens=tuple(sequence.tokens[len(sequence.request.prompt) :]) if finish else (token,),
+                    finish=finish,
+                    dropped=int(dropped[slot]),
+                )
+            )
+        return progress
+
+    def _finish_of(self, sequence: Sequence, token: int) -> str:
+        if token == self._config.model.eos_token:
+            return "stop"
+        return "length" if sequence.produced >= sequence.request.max_tokens else ""
+
+    def _fill_slots(self) -> None:
+        for index, sequence in enumerate(self._slots):
+            if sequence is None and self._waiting:
+                request = self._waiting.popleft()
+                tokens = [*request.prompt, *request.produced]
+                self._slots[index] = Sequence(request, tokens)

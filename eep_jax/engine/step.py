@@ -1,0 +1,139 @@
+"""The one compiled function: (weights, bank, cache, heap, tables, batch) -> tokens, cache, suspicion."""
+
+import dataclasses
+import enum
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from eep_jax.config import RunConfig
+from eep_jax.engine.sampler import sample
+from eep_jax.models.attention import attend_cached
+from eep_jax.models.kv_cache import KVCache
+from eep_jax.models.moe_block import ExpertSpread, elastic_experts
+from eep_jax.models.weights import decoder_graph, merge_decoder
+from eep_jax.tables import Tables
+from pallas_kernels.call import Call
+
+
+class StepKind(enum.IntEnum):
+    """What a step is; ranks agree on the largest that any of them wishes."""
+
+    IDLE = 0  # no step: all ranks pause until one of them has work
+    DECODE = 1  # one token for each batch slot: T = B
+    MIXED = 2  # prompt tokens beside them: T = B + prefill_tokens
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # leaves may be abstract under tree.map
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The tokens of one step. A row with position -1 is empty."""
+
+    tokens: Int32[Array, "T"]
+    slots: Int32[Array, "T"]  # batch slot of each row
+    positions: Int32[Array, "T"]
+    last_rows: Int32[Array, "B"]  # row whose logits give the next token of each batch slot
+    sampled: Bool[Array, "B"]  # whether they do in this step
+    seeds: UInt32[Array, "B 2"]
+    temperature: Float32[Array, "B"]
+    top_p: Float32[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Provisional until the suspicion is seen to be zero everywhere."""
+
+    tokens: Int32[Array, "B"]
+    cache: KVCache
+    suspicion: Int32[Array, "R"]
+    round: UInt32[Array, ""]  # the round of the next step
+    agreed: UInt32[Array, ""]  # the StepKind all ranks take next
+    dropped: Int32[Array, "B"]  # choices without a live expert, summed over the rows of each slot
+
+
+def make_step(config: RunConfig, spread: ExpertSpread):
+    """Returns (step, names): the function to compile, and the order of its dense weights.
+
+    Everything that can change while serving is an argument; nothing of the cluster is closed over.
+    """
+    graph, names = decoder_graph(config.model)
+    tile = config.engine.row_tile
+
+    def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:
+        decoder = merge_decoder(graph, dense)
+        x = decoder.embed(batch.tokens)
+        visible = jnp.maximum(batch.positions, 0)
+        dropped = jnp.zeros(batch.tokens.shape, jnp.int32)
+        for index, layer in enumerate(decoder.layers):
+            q, k, v = by_tile(layer.before_attention, tile, x, visible)
+            cache = cache.write(index, batch.slots, batch.positions, k, v)
+
+            def attend(x, q, slots, positions, layer=layer, index=index, cache=cache):
+                keys, values = cache.keys[index][slots], cache.values[index][slots]
+                return layer.after_attention(x, attend_cached(q, keys, values, positions))
+
+            x, normed, ids, weights = by_tile(attend, tile, x, q, batch.slots, visible)
+            # An empty row goes to no expert.
+            ids_or_none = jnp.where(batch.positions[:, None] >= 0, ids, -1)
+            y, lost, call = elastic_experts(
+                spread, index, normed, ids_or_none, weights, bank, heap, tables, call
+            )
+            x, dropped = x + y, dropped + lost
+        logits = by_tile(decoder.logits, tile, x[batch.last_rows])
+        tokens = sample(
+            logits,
+            batch.seeds,
+            batch.positions[batch.last_rows],
+            batch.temperature,
+            batch.top_p,
+        )
+        by_slot = jnp.zeros(batch.last_rows.shape, jnp.int32)
+        real = jnp.where(batch.positions >= 0, dropped, 0)
+        return StepResult(
+            tokens=tokens,
+            cache=cache,
+            suspicion=call.suspicion,
+            round=call.round,
+            agreed=call.wish,
+            dropped=by_slot.at[batch.slots].add(real, mode="drop"),
+        )
+
+    return step, names
+
+
+def by_tile(function, tile_rows: int, *arrays):
+    """`function` over tiles of `tile_rows` rows of the leading axis, one after the other.
+
+    Every product then has the same shape in a decode and in a prefill step, and a token's result the
+    same bits in both, wherever it stands: XLA:CPU picks its loops, and so the order of sums, by shape.
+    """
+    rows = arrays[0].shape[0]
+    if rows == tile_rows:
+        return function(*arrays)
+    tiles = [a.reshape(rows // tile_rows, tile_rows, *a.shape[1:]) for a in arrays]
+    out = lax.map(lambda parts: function(*parts), tuple(tiles))
+    return jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), out)
+
+
+def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
+    """A batch without tokens: what a rank runs so that others can go on."""
+    engine = config.engine
+    rows = engine.batch_slots if kind is StepKind.DECODE else engine.tokens_max
+    slots = engine.batch_slots
+    return Batch(
+        tokens=np.zeros(rows, np.int32),
+        slots=np.zeros(rows, np.int32),
+        positions=np.full(rows, -1, np.int32),
+        last_rows=np.arange(slots, dtype=np.int32),
+        sampled=np.zeros(slots, np.bool_),
+        seeds=np.zeros((slots, 2), np.uint32),
+        temperature=np.zeros(slots, np.float32),
+        top_p=np.ones(slots, np.float32),
+    )

@@ -1,0 +1,44 @@
+"""The keys and values of all sequences of a rank, written by position."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from eep_jax.config import EngineConfig, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # leaves may be abstract under tree.map
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """One array per layer. A step that is discarded and run again writes the same rows again."""
+
+    keys: tuple[Float[Array, "B Hkv P C"], ...]
+    values: tuple[Float[Array, "B Hkv P C"], ...]
+
+    def write(
+        self,
+        layer: int,
+        slots: Int32[Array, "T"],
+        positions: Int32[Array, "T"],
+        k: Float[Array, "T Hkv C"],
+        v: Float[Array, "T Hkv C"],
+    ) -> "KVCache":
+        """Writes token t at `[slots[t], :, positions[t]]`; a position of -1 writes nothing."""
+        # Out of range rather than negative, which would count from the end.
+        length = self.keys[layer].shape[2]
+        at = (slots, slice(None), jnp.where(positions < 0, length, positions))
+        put = lambda old, new: old.at[at].set(new, mode="drop")
+        keys = (*self.keys[:layer], put(self.keys[layer], k), *self.keys[layer + 1 :])
+        values = (*self.values[:layer], put(self.values[layer], v), *self.values[layer + 1 :])
+        return KVCache(keys, values)
+
+
+def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
+    """Zeros for B sequences of P positions."""
+    shape = (engine.batch_slots, model.kv_heads, engine.context_tokens, model.head_dim)
+    zeros = lambda: tuple(jnp.zeros(shape, jnp.float32) for _ in range(model.layers))
+    return KVCache(zeros(), zeros())

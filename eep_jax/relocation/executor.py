@@ -1,0 +1,88 @@
+"""Carries out the moves of a Plan on one rank: fetch, compare with the digest, write, or try the next."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from eep_jax.errors import RelocationFailed
+from eep_jax.models.expert_bank import EMPTY, ExpertBank
+from eep_jax.models.weights import expert_name
+from eep_jax.placement.planner import Move
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.transports import Transport, all_transports
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_SOURCE = Source(SourceKind.CHECKPOINT)
+
+
+class Executor:
+    """Brings a rank's bank to what its placement says. Belongs to the engine's thread."""
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        checkpoint: Checkpoint,
+        transports: dict[SourceKind, Transport] | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ):
+        """`beat` is called between experts, so that a long repair is not taken for a stuck engine."""
+        self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
+        self._transports = transports or all_transports(bank, checkpoint)
+        self.moved: dict[str, int] = {}  # experts written since start, by kind of source
+
+    def carry_out(self, slots: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
+        """Makes the bank hold `slots` (expert per slot, EMPTY for none); returns its contents.
+
+        What a slot already holds is not fetched again, so carrying out the same plan twice, or a
+        plan after an abandoned one, moves only what is missing. Slots not named by a move fall back
+        to the checkpoint. Raises RelocationFailed where no source of an expert works; what was
+        written before stays.
+        """
+        planned = {move.slot: move for move in moves}
+        for slot, expert in enumerate(slots):
+            if expert == EMPTY or self._bank.contents[slot] == expert:
+                continue
+            move = planned.get(slot)
+            usable = move is not None and move.expert == expert
+            self._fill(slot, expert, move.sources if usable else (CHECKPOINT_SOURCE,))
+            self._beat()
+        for slot, expert in enumerate(slots):
+            if expert == EMPTY:
+                self._bank.clear(slot)
+        return self._bank.contents
+
+    def _fill(self, slot: int, expert: int, sources: tuple[Source, ...]) -> None:
+        failures = []
+        for source in sources:
+            started = time.monotonic()
+            try:
+                weights = self._transports[source.kind].fetch(expert, source)
+                self._verify(expert, weights)
+            except Exception as error:  # any failure of a source means the next source
+                failures.append(f"{_name(source)}: {error}")
+                _log.warning("expert %d from %s failed: %s", expert, _name(source), error)
+                continue
+            self._bank.write(slot, expert, weights)
+            self.moved[source.kind.value] = self.moved.get(source.kind.value, 0) + 1
+            milliseconds = (time.monotonic() - started) * 1e3
+            _log.info("expert %d into slot %d from %s, %.1f ms", expert, slot, _name(source), milliseconds)
+            return
+        raise RelocationFailed(f"no source has expert {expert} for slot {slot}: " + "; ".join(failures))
+
+    def _verify(self, expert: int, weights: np.ndarray) -> None:
+        """Compares with the manifest, whose digest is of the stored dtype; widening lost nothing."""
+        manifest = self._checkpoint.manifest
+        stored = {"bfloat16": ml_dtypes.bfloat16}.get(manifest["dtype"], manifest["dtype"])
+        found, expected = digest(weights.astype(stored)), manifest["experts"][expert_name(expert)]
+        if found != expected:
+            raise RelocationFailed(f"digest {found} of expert {expert}, expected {expected}")
+
+
+def _name(source: Source) -> str:
+    place = f" rank {source.rank} slot {source.slot}" if source.rank >= 0 else ""
+    return source.kind.value + place

@@ -1,0 +1,56 @@
+"""Ways to get one expert's bytes, behind one verb."""
+
+from typing import Protocol
+
+import numpy as np
+
+from eep_jax.models.expert_bank import ExpertBank
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.checkpoint import Checkpoint
+
+
+class Transport(Protocol):
+    """Reads an expert from one kind of source. Any exception means: try the next source."""
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        """The expert's weights, `[L 3 F D]`; whether they are right is for the caller to check."""
+
+
+class LocalCopy:
+    """From another slot of the same rank."""
+
+    def __init__(self, bank: ExpertBank):
+        self._bank = bank
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        if self._bank.contents[source.slot] != expert:
+            raise LookupError(f"slot {source.slot} holds {self._bank.contents[source.slot]}")
+        return self._bank.weights[source.slot]
+
+
+class PeerCopy:
+    """From the bank of another rank, over the heap."""
+
+    def __init__(self, bank: ExpertBank):
+        self._bank = bank
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        return self._bank.of_peer(source.rank)[source.slot].copy()
+
+
+class CheckpointCopy:
+    """From the Orbax checkpoint; only this expert is read."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        return self._checkpoint.read_experts([expert])[expert].astype(np.float32)
+
+
+def all_transports(bank: ExpertBank, checkpoint: Checkpoint) -> dict[SourceKind, Transport]:
+    return {
+        SourceKind.LOCAL: LocalCopy(bank),
+        SourceKind.PEER: PeerCopy(bank),
+        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint),
+    }

@@ -1,0 +1,105 @@
+"""The supervisor's end of the control channel: authenticated WebSockets, one per rank process."""
+
+import asyncio
+import dataclasses
+import hmac
+import logging
+from collections.abc import Callable
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from eep_jax.errors import ProtocolError
+from eep_jax.runtime import messages
+from eep_jax.runtime.codec import decode, encode
+
+_log = logging.getLogger(__name__)
+
+OUTGOING_MAX = 4_096
+HELLO_TIMEOUT_S = 10.0
+
+
+@dataclasses.dataclass(eq=False)
+class Connection:
+    """A rank process at the other end. `incarnation` is 0 until it was given one."""
+
+    hello: messages.Hello
+    incarnation: int
+    outgoing: asyncio.Queue
+
+    def send(self, message) -> None:
+        """Queues a message; closes the connection of a rank that does not read."""
+        try:
+            self.outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            _log.error("rank %d does not read its channel; closing it", self.hello.rank)
+            self.close()
+
+    def close(self) -> None:
+        while self.outgoing.full():
+            self.outgoing.get_nowait()
+        self.outgoing.put_nowait(None)
+
+
+class ControlServer:
+    """Accepts rank processes with the right token; hands over their messages, checked and in order."""
+
+    def __init__(
+        self,
+        token: str,
+        message_bytes_max: int,
+        on_message: Callable[[Connection, object], None],
+        on_closed: Callable[[Connection], None],
+    ):
+        """`on_message` may raise ProtocolError to refuse what was said and close the connection."""
+        self._token, self._bytes_max = token, message_bytes_max
+        self._on_message, self._on_closed = on_message, on_closed
+
+    def build_app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/control", self._serve)
+        return app
+
+    async def _serve(self, http: web.Request) -> web.StreamResponse:
+        given = http.headers.get("Authorization", "").encode(errors="replace")
+        if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            _log.warning("refused a control connection from %s: wrong token", http.remote)
+            raise web.HTTPUnauthorized(text="the control channel needs the run's token\n")
+        socket = web.WebSocketResponse(max_msg_size=self._bytes_max, timeout=2.0)
+        await socket.prepare(http)
+        connection: Connection | None = None
+        writer: asyncio.Task | None = None
+        try:
+            first = await socket.receive(timeout=HELLO_TIMEOUT_S)
+            hello = self._decode(first)
+            if not isinstance(hello, messages.Hello):
+                raise ProtocolError(f"the first message is {type(hello).__name__}, expected Hello")
+            connection = Connection(hello, hello.incarnation, asyncio.Queue(OUTGOING_MAX))
+            writer = asyncio.create_task(self._write(socket, connection))
+            self._on_message(connection, hello)
+            async for frame in socket:
+                self._on_message(connection, self._decode(frame))
+        except (ProtocolError, TimeoutError) as error:
+            who = f"rank {connection.hello.rank}" if connection else http.remote
+            _log.warning("refused a message of %s: %s", who, error or "no Hello in time")
+            await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=str(error).encode()[:120])
+        finally:
+            if socket.close_code == WSCloseCode.MESSAGE_TOO_BIG:
+                _log.warning("refused a message of more than %d bytes", self._bytes_max)
+            if writer is not None:
+                writer.cancel()
+            if connection is not None:
+                self._on_closed(connection)
+        return socket
+
+    async def _write(self, socket: web.WebSocketResponse, connection: Connection) -> None:
+        try:
+            while (message := await connection.outgoing.get()) is not None:
+                await socket.send_bytes(encode(message))
+            await socket.close()
+        except ConnectionError:
+            pass  # the reader sees the same end, and says so
+
+    def _decode(self, frame):
+        if frame.type is not WSMsgType.BINARY:
+            raise ProtocolError(f"a {frame.type.name} frame, expected a binary one")
+        return decode(frame.data, messages.TO_SUPERVISOR, self._bytes_max)

@@ -1,0 +1,352 @@
+"""The HTTP face of the service: OpenAI completions, models, health, membership and metrics.
+
+The life of a completion: `complete` reads and checks the body, submits it, and turns the Progress
+of its Stream into one JSON answer or into server-sent events. Every error is JSON.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from aiohttp import web
+
+from eep_jax.errors import EepError, QueueFull
+from eep_jax.runtime.completion import (
+    CompletionLimits,
+    CompletionRequest,
+    RequestError,
+    TextAssembler,
+    parse_request,
+)
+
+BODY_DEADLINE_S = 30.0  # for a body to arrive
+WRITE_DEADLINE_S = 30.0  # for a client to take what it was sent; then it counts as gone
+GONE_CHECK_S = 0.1  # how often a request that waits for tokens looks for its client
+RETRY_AFTER_S = 1  # what a refused client is told to wait
+KEY_CHARS_MAX = 128
+KEY_HEADER = "Idempotency-Key"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy must pass each event on at once
+}
+CLIENT_GONE_STATUS = 499
+
+LOG = logging.getLogger(__name__)
+
+
+class ServiceUnavailable(EepError):
+    """No rank can take the request now; the message says why. Trying again later may help."""
+
+
+class KeyConflict(EepError):
+    """This Idempotency-Key was used with another body."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What is new in a request. The last one has a `finish_reason` or an `error`."""
+
+    tokens: tuple[int, ...] = ()  # without the end-of-text token
+    finish_reason: str | None = None  # "length", or "stop" at the end of text
+    error: str | None = None
+    degraded: tuple[int, ...] = ()  # experts that were dropped from these tokens
+
+
+class Stream(Protocol):
+    """One reading of a request, from its first token."""
+
+    id: str
+    created: int  # seconds since 1970
+
+    def __aiter__(self) -> AsyncIterator[Progress]: ...
+
+    def cancel(self) -> None:
+        """No further tokens are wanted. Harmless when repeated or after the end."""
+
+
+class CompletionService(Protocol):
+    """What stands behind the API. No method blocks."""
+
+    def submit(self, request: CompletionRequest, key: str | None) -> Stream:
+        """Starts a request, or reads the one that has this key again, from its first token.
+
+        Raises QueueFull, ServiceUnavailable, or KeyConflict.
+        """
+
+    def health(self) -> tuple[bool, dict]: ...
+
+    def status(self) -> dict: ...
+
+    def metrics(self) -> bytes: ...
+
+
+def build_app(
+    service: CompletionService,
+    limits: CompletionLimits,
+    *,
+    body_bytes_max: int = 1 << 20,
+    write_deadline_s: float = WRITE_DEADLINE_S,
+) -> web.Application:
+    """The application that serves `service`; its caller runs it."""
+    api = _Api(service, limits, body_bytes_max, write_deadline_s)
+    app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
+    app.router.add_post("/v1/completions", api.complete)
+    app.router.add_get("/v1/models", api.models)
+    app.router.add_get("/v1/models/{id:.+}", api.model)
+    app.router.add_get("/v1/fault_tolerance/status", api.status)
+    app.router.add_get("/health", api.health)
+    app.router.add_get("/metrics", api.metrics)
+    return app
+
+
+class _ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Failed(Exception):
+    """The service accepted the request and then could not complete it."""
+
+
+class _Api:
+    """The handlers. `http` is the HTTP request, `request` what it asks for."""
+
+    def __init__(
+        self,
+        service: CompletionService,
+        limits: CompletionLimits,
+        body_bytes_max: int,
+        write_deadline_s: float,
+    ):
+        self._service, self._limits = service, limits
+        self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
+        self._model = {
+            "id": limits.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "eep-jax",
+            "max_model_len": limits.context_tokens,
+        }
+
+    async def complete(self, http: web.Request) -> web.StreamResponse:
+        request, key = parse_request(await _read_json(http), self._limits), _read_key(http)
+        answer = _Answer(request, self._service.submit(request, key))
+        try:
+            if request.stream:
+                return await self._send_events(http, answer)
+            text = "".join([delta async for delta in _deltas(http, answer)])
+            return web.json_response(answer.chunk(text) | {"usage": answer.usage()})
+        except _ClientGone:
+            if http.transport is not None:
+                http.transport.abort()
+            return web.Response(status=CLIENT_GONE_STATUS)
+        finally:
+            # With a key the client may come back for the answer, so the request goes on.
+            if key is None and answer.finish_reason is None:
+                answer.stream.cancel()
+
+    async def models(self, http: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._model]})
+
+    async def model(self, http: web.Request) -> web.Response:
+        if (name := http.match_info["id"]) != self._limits.model:
+            message = f"model {name[:80]!r} does not exist; this service has {self._limits.model!r}"
+            raise RequestError(404, "model", message, code="model_not_found")
+        return web.json_response(self._model)
+
+    async def health(self, http: web.Request) -> web.Response:
+        healthy, facts = self._service.health()
+        return web.json_response(facts, status=200 if healthy else 503)
+
+    async def status(self, http: web.Request) -> web.Response:
+        return web.json_response(self._service.status())
+
+    async def metrics(self, http: web.Request) -> web.Response:
+        headers = {"Content-Type": PROMETHEUS_TEXT}
+        return web.Response(body=self._service.metrics(), headers=headers)
+
+    async def _send_events(self, http: web.Request, answer: "_Answer") -> web.StreamResponse:
+        """Sends every increment as it comes; reads no further while the client takes nothing."""
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        usage = {"usage": None} if answer.request.include_usage else {}
+        await response.prepare(http)
+        try:
+            async for delta in _deltas(http, answer):
+                if delta or answer.finish_reason:
+                    await self._send(response, json.dumps(answer.chunk(delta) | usage))
+            if usage:
+                final = {"choices": [], "usage": answer.usage()}
+                await self._send(response, json.dumps(answer.chunk("") | final))
+            await self._send(response, "[DONE]")
+        except _ClientGone:
+            raise
+        except Exception as error:
+            # The status line is out, so the error can only travel as an event.
+            _, body = _describe(error, http, self._body_bytes_max)
+            await self._send(response, json.dumps(body))
+        await self._bounded(response.write_eof())
+        return response
+
+    async def _send(self, response: web.StreamResponse, data: str) -> None:
+        await self._bounded(response.write(f"data: {data}\n\n".encode()))
+
+    async def _bounded(self, write) -> None:
+        """Waits for a write, which waits for a slow client to empty the buffer in front of it."""
+        try:
+            async with asyncio.timeout(self._write_deadline_s):
+                await write
+        except (TimeoutError, ConnectionError):
+            raise _ClientGone from None
+
+    @property
+    def errors_as_json(self):
+        @web.middleware
+        async def middleware(http: web.Request, handler) -> web.StreamResponse:
+            try:
+                return await handler(http)
+            except Exception as error:
+                if isinstance(error, web.HTTPException) and error.status < 400:
+                    raise
+                status, body = _describe(error, http, self._body_bytes_max)
+                headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+                if isinstance(error, web.HTTPMethodNotAllowed):
+                    headers["Allow"] = error.headers["Allow"]
+                return web.json_response(body, status=status, headers=headers)
+
+        return middleware
+
+
+class _Answer:
+    """What the client of one request has been told so far, and how it ended."""
+
+    def __init__(self, request: CompletionRequest, stream: Stream):
+        self.request, self.stream = request, stream
+        self.finish_reason: str | None = None
+        self._assembler = TextAssembler(request.stop)
+        self._degraded: set[int] = set()
+
+    def advance(self, progress: Progress | None) -> str:
+        """Takes in one increment, None for the end of the stream, and returns its text."""
+        if progress is None:
+            raise _Failed("the stream ended without a reason; send the request again")
+        if progress.error is not None:
+            raise _Failed(progress.error)
+        self._degraded.update(progress.degraded)
+        text = self._assembler.feed(progress.tokens)
+        if progress.finish_reason is not None:
+            text += self._assembler.finish()
+        if self._assembler.stopped:
+            self.stream.cancel()
+        self.finish_reason = "stop" if self._assembler.stopped else progress.finish_reason
+        return text
+
+    def chunk(self, text: str) -> dict:
+        choice = {
+            "index": 0,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": self.finish_reason,
+        }
+        chunk = {
+            "id": f"cmpl-{self.stream.id}",
+            "object": "text_completion",
+            "created": self.stream.created,
+            "model": self.request.model,
+            "choices": [choice],
+        }
+        if self._degraded:
+            chunk["degraded"] = {"experts": sorted(self._degraded)}
+        return chunk
+
+    def usage(self) -> dict:
+        prompt, completion = len(self.request.prompt), self._assembler.num_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+async def _deltas(http: web.Request, answer: _Answer) -> AsyncIterator[str]:
+    """The text of each increment until the answer is complete. Raises _ClientGone, _Failed."""
+    progresses = aiter(answer.stream)
+    while answer.finish_reason is None:
+        waiting = asyncio.ensure_future(anext(progresses, None))
+        try:
+            # aiohttp tells a handler of a lost client only when it writes, so it must look.
+            while not waiting.done():
+                if http.transport is None or http.transport.is_closing():
+                    raise _ClientGone
+                await asyncio.wait((waiting,), timeout=GONE_CHECK_S)
+        finally:
+            waiting.cancel()
+        yield answer.advance(waiting.result())
+
+
+async def _read_json(http: web.Request) -> object:
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            data = await http.read()
+    except TimeoutError:
+        message = f"the body took longer than {BODY_DEADLINE_S:g} s to arrive; send it again"
+        raise RequestError(408, None, message) from None
+    except web.RequestPayloadError as error:
+        message = f"the body cannot be read ({error}); send it in the encoding that its headers say"
+        raise RequestError(400, None, message) from None
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not valid JSON ({error}); send one JSON object"
+        raise RequestError(400, None, message) from None
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _read_key(http: web.Request) -> str | None:
+    key = http.headers.get(KEY_HEADER)
+    if key is None or (0 < len(key) <= KEY_CHARS_MAX and key.isascii() and key.isprintable()):
+        return key
+    message = (
+        f"{KEY_HEADER} has {len(key)} characters ({key[:40]!a}); "
+        f"send 1 to {KEY_CHARS_MAX} printable ASCII characters, or leave it out"
+    )
+    raise RequestError(400, KEY_HEADER, message)
+
+
+def _describe(error: Exception, http: web.Request, body_bytes_max: int) -> tuple[int, dict]:
+    """The status and the JSON of an error, in OpenAI's form."""
+    param, kind, message = None, "invalid_request_error", str(error)
+    match error:
+        case RequestError():
+            status, param, code = error.status, error.field, error.code
+        case KeyConflict():
+            status, param, code = 409, KEY_HEADER, "idempotency_key_conflict"
+        case QueueFull():
+            status, kind, code = 429, "rate_limit_error", "queue_full"
+        case ServiceUnavailable():
+            status, kind, code = 503, "server_error", "service_unavailable"
+        case _Failed():
+            status, kind, code = 500, "server_error", "generation_failed"
+        case web.HTTPRequestEntityTooLarge():
+            status, code = 413, "body_too_large"
+            message = f"the body is larger than {body_bytes_max} bytes; send a shorter prompt"
+        case web.HTTPNotFound():
+            status, code = 404, "unknown_url"
+            message = f"{http.path[:200]} does not exist; completions are at /v1/completions"
+        case web.HTTPMethodNotAllowed():
+            status, code = 405, "method_not_allowed"
+            message = f"{http.method} is not allowed here; use {error.headers['Allow']}"
+        case web.HTTPException():
+            status, code = error.status, None
+        case _:
+            LOG.error("%s %s failed", http.method, http.path, exc_info=error)
+            status, kind, code = 500, "server_error", "internal_error"
+            message = f"{type(error).__name__} inside the service; its log says more"
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,40 @@
+"""Which process is which: what survives a restart of the supervisor and the reuse of a pid."""
+
+import contextlib
+import os
+import pathlib
+import signal
+
+
+def boot_id() -> str:
+    """Same for all processes whose pids mean the same: one boot of one machine, one pid namespace."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def start_ticks(pid: int) -> int:
+    """When the process started, in clock ticks since boot; 0 if there is none. Tells reused pids."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The command name may hold spaces and brackets; fields are counted after its end.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def open_process(pid: int, ticks: int) -> int | None:
+    """A pidfd of the process that started at `ticks`, or None if it has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if start_ticks(pid) == ticks:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def kill_process(pidfd: int) -> None:
+    """SIGKILL to exactly that process; nothing if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)

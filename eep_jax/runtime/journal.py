@@ -1,0 +1,71 @@
+"""The supervisor's memory on disk: one JSON object per line, appended before it is acted upon.
+
+A line says what happened (`kind`), when (`time`, Unix seconds), and the facts. A supervisor that was
+killed reads it back; a last line that was cut off is dropped. The process may die at any time; the
+machine may not, so lines are flushed and not synced.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+
+class Journal:
+    """Appends to `path`. `compact` replaces the file when it has grown past `bytes_max`."""
+
+    def __init__(self, path: pathlib.Path, bytes_max: int = 16 << 20):
+        self.path, self.bytes_max = pathlib.Path(path), bytes_max
+        _drop_partial_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, kind: str, facts: dict) -> dict:
+        """Writes one record and returns it."""
+        record = {"time": time.time(), "kind": kind, **facts}
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._file.flush()
+        return record
+
+    @property
+    def is_full(self) -> bool:
+        return self._file.tell() > self.bytes_max
+
+    def compact(self, records: list[dict]) -> None:
+        """Puts `records` in place of everything, in one step: either all of it happened or nothing."""
+        fresh = self.path.with_suffix(".new")
+        with fresh.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        os.replace(fresh, self.path)
+        self._file.close()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def replay(path: pathlib.Path) -> list[dict]:
+    """All whole records of a journal, oldest first; empty where there is none."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines[:-1]:  # what follows the last newline was cut off
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+    return records
+
+
+def _drop_partial_line(path: pathlib.Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)

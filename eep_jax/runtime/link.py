@@ -1,0 +1,239 @@
+"""A rank's end of the control channel: a thread that keeps the connection, and two queues."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import aiohttp
+
+from eep_jax.coordination.protocol import Fenced, Mode, Prepare, Refused, Status, Welcome
+from eep_jax.errors import ProtocolError
+from eep_jax.runtime import messages
+from eep_jax.runtime.codec import decode, encode
+from eep_jax.runtime.identity import boot_id
+
+_log = logging.getLogger(__name__)
+
+RETRY_MS = 150
+CONNECT_TIMEOUT_MS = 3_000
+OUTGOING_MAX = 10_000
+INCOMING_MAX = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Connected:
+    """Local event: the channel stands (again); what was sent before may be lost."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinkOptions:
+    """Where the supervisor is found, and who calls."""
+
+    endpoint_file: pathlib.Path  # JSON {"host", "port"}, rewritten by every supervisor
+    token: str
+    rank: int
+    run: str
+    heartbeat_ms: int
+    message_bytes_max: int
+
+
+class Link:
+    """Connects, reconnects, sends a Status with every heartbeat, hands incoming messages over.
+
+    `on_arrival` is called in the link's thread after a message was queued, `on_prepare` with the
+    epoch at once when a Prepare comes in: a step in flight should end now, not after its deadline.
+    """
+
+    def __init__(
+        self,
+        options: LinkOptions,
+        on_arrival: Callable[[], None] = lambda: None,
+        on_prepare: Callable[[int], None] = lambda epoch: None,
+    ):
+        self._options = options
+        self.on_arrival, self.on_prepare = on_arrival, on_prepare
+        self._incoming: queue.Queue = queue.Queue(INCOMING_MAX)
+        self._status = Status(rank=options.rank, incarnation=0, sequence=0, mode=Mode.ALONE)
+        self._incarnation = 0
+        self._beat_ns = time.monotonic_ns()
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._outgoing: asyncio.Queue | None = None  # of the connection that stands, if one does
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_ms: int = 1_000) -> None:
+        """Sends what is queued, closes the connection, ends the thread."""
+        self._stopping = True
+        with contextlib.suppress(RuntimeError):  # the loop may be over already
+            self._loop.call_soon_threadsafe(self._close_outgoing)
+        self._thread.join(timeout_ms / 1000)
+
+    @property
+    def incarnation(self) -> int:
+        return self._incarnation
+
+    def beat(self) -> None:
+        """The engine loop says that it moves."""
+        self._beat_ns = time.monotonic_ns()
+
+    def publish(self, status: Status) -> None:
+        """Sets what heartbeats say from now on, and says it at once."""
+        with self._lock:
+            self._status = dataclasses.replace(status, sequence=self._status.sequence)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._send_status)
+
+    def send(self, message) -> None:
+        """Queues a message; dropped while there is no connection (see `Connected`)."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._enqueue, message)
+
+    def receive(self) -> list:
+        """All messages that came in since the last call, oldest first."""
+        found = []
+        while True:
+            try:
+                found.append(self._incoming.get_nowait())
+            except queue.Empty:
+                return found
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._keep_connected())
+        finally:
+            self._loop.close()
+
+    async def _keep_connected(self) -> None:
+        complained = ""
+        while not self._stopping:
+            try:
+                await self._connect_once()
+                complained = ""
+            except (aiohttp.ClientError, OSError, ValueError, ProtocolError, TimeoutError) as error:
+                if str(error) != complained:
+                    complained = str(error)
+                    _log.warning("no channel to the supervisor: %s; trying again", error)
+            self._outgoing = None
+            await asyncio.sleep(RETRY_MS / 1000)
+
+    async def _connect_once(self) -> None:
+        options = self._options
+        endpoint = json.loads(options.endpoint_file.read_text())
+        url = f"http://{endpoint['host']}:{endpoint['port']}/control"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)
+        headers = {"Authorization": f"Bearer {options.token}"}
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+            session.ws_connect(url, max_msg_size=options.message_bytes_max) as socket,
+        ):
+            await self._introduce(socket)
+            self._outgoing = asyncio.Queue(OUTGOING_MAX)
+            self._send_status()
+            self._arrived(Connected())
+            tasks = [
+                asyncio.create_task(self._write(socket)),
+                asyncio.create_task(self._heartbeat()),
+                asyncio.create_task(self._read(socket)),
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                self._outgoing = None
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Says who this is; a new process asks until it is given an incarnation."""
+        hello = messages.Hello(
+            rank=self._options.rank,
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            run=self._options.run,
+        )
+        while not self._stopping:
+            await socket.send_bytes(encode(hello))
+            if self._incarnation:
+                return
+            answer = self._decode(await socket.receive(timeout=CONNECT_TIMEOUT_MS / 1000))
+            match answer:
+                case Welcome(incarnation=incarnation):
+                    self._incarnation = incarnation
+                    return
+                case Refused(reason=reason):
+                    _log.info("not let in yet: %s", reason)
+                    await asyncio.sleep(RETRY_MS / 1000)
+                case Fenced():
+                    self._arrived(answer)
+                    raise ProtocolError(answer.reason)
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            message = self._decode(await socket.receive())
+            if isinstance(message, Prepare):
+                self.on_prepare(message.epoch)
+            self._arrived(message)
+
+    async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        outgoing = self._outgoing
+        while (message := await outgoing.get()) is not None:
+            await socket.send_bytes(encode(message))
+        await socket.close()
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.heartbeat_ms / 1000)
+            self._send_status()
+
+    def _decode(self, frame: aiohttp.WSMessage):
+        if frame.type is not aiohttp.WSMsgType.BINARY:
+            raise ProtocolError(f"the supervisor closed the channel ({frame.type.name}) {frame.extra or ''}")
+        return decode(frame.data, messages.TO_RANK, self._options.message_bytes_max)
+
+    def _arrived(self, message) -> None:
+        self._incoming.put(message, timeout=1.0)
+        self.on_arrival()
+
+    def _send_status(self) -> None:
+        stalled_ms = (time.monotonic_ns() - self._beat_ns) // 1_000_000
+        with self._lock:
+            self._status = dataclasses.replace(
+                self._status,
+                incarnation=self._incarnation,
+                sequence=self._status.sequence + 1,
+                stalled_ms=stalled_ms,
+            )
+            status = self._status
+        self._enqueue(status)
+
+    def _enqueue(self, message) -> None:
+        if self._outgoing is None:
+            return
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            _log.error("more than %d messages wait for the supervisor; reconnecting", OUTGOING_MAX)
+            self._close_outgoing()
+
+    def _close_outgoing(self) -> None:
+        outgoing, self._outgoing = self._outgoing, None
+        if outgoing is not None:
+            while outgoing.full():
+                outgoing.get_nowait()
+            outgoing.put_nowait(None)

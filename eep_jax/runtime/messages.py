@@ -1,0 +1,78 @@
+"""One frozen dataclass per message of the control channel, grouped by receiver."""
+
+import dataclasses
+
+from eep_jax.coordination import protocol
+from eep_jax.engine.request import Progress, Request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hello:
+    """First message of a connection. `incarnation` is 0 for a process that has none yet."""
+
+    rank: int
+    incarnation: int
+    pid: int
+    boot_id: str  # of the operating system: same id, same machine, pids can be watched
+    run: str  # name of the configuration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Produced:
+    """New tokens of requests of this rank."""
+
+    progress: tuple[Progress, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """After a reconnect: every request the rank has, with all its tokens."""
+
+    progress: tuple[Progress, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """Numbers for reports; nothing is decided by them."""
+
+    compilations: int  # since the rank was ready; promised to stay 0
+    steps: int
+    discarded: int
+    moved: dict[str, int]  # experts written, by kind of source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Begin, or go on with, a request."""
+
+    request: Request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forget:
+    """A request is over for the supervisor: finished, cancelled, or moved to another rank."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shutdown:
+    """End in order; the run is over."""
+
+
+def _by_name(*kinds: type) -> dict[str, type]:
+    return {kind.__name__: kind for kind in kinds}
+
+
+TO_SUPERVISOR = _by_name(Hello, protocol.Status, Produced, Held, Telemetry)
+TO_RANK = _by_name(
+    protocol.Welcome,
+    protocol.Refused,
+    protocol.Fenced,
+    protocol.Load,
+    protocol.Prepare,
+    protocol.Commit,
+    Generate,
+    Forget,
+    Shutdown,
+)

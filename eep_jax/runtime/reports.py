@@ -1,0 +1,121 @@
+"""What the supervisor tells people and monitors: health, status, metrics. Decides nothing."""
+
+import collections
+import typing
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from eep_jax.coordination.coordinator import missing
+from eep_jax.membership.view import RankState
+
+if typing.TYPE_CHECKING:
+    from eep_jax.runtime.supervisor import Supervisor
+
+
+class Reports:
+    """Reads a Supervisor."""
+
+    def __init__(self, supervisor: "Supervisor"):
+        self._supervisor = supervisor
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def phase(self) -> str:
+        """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
+        state = self._supervisor.state
+        if state.blocked:
+            return "blocked"
+        if state.view.epoch == 0:
+            return "forming"
+        return "changing" if state.change is not None else "serving"
+
+    def health(self) -> tuple[bool, dict]:
+        """Healthy while requests are taken; a change of members is no illness."""
+        state, phase = self._supervisor.state, self.phase()
+        facts = {
+            "status": phase,
+            "epoch": state.view.epoch,
+            "active_ranks": list(state.view.with_state(RankState.ACTIVE)),
+            "reason": state.blocked,
+        }
+        return phase in ("serving", "changing"), facts
+
+    def status(self) -> dict:
+        """Everything a person or a test may want to know of the cluster."""
+        supervisor, state = self._supervisor, self._supervisor.state
+        replicas = state.placement.replicas()
+        counts = supervisor.book.counts
+        return {
+            "state": self.phase(),
+            "blocked": state.blocked,
+            "epoch": state.view.epoch,
+            "policy": supervisor.config.cluster.policy,
+            "ranks": [self._rank(rank) for rank in state.view.ranks],
+            "experts": {
+                "count": state.placement.experts,
+                "missing": list(missing(state)),
+                "dropped": list(state.dropped),
+                "replicas_min": min((len(replicas.get(e, ())) for e in range(state.placement.experts))),
+                "placement": [list(row) for row in state.placement.slots],
+            },
+            "requests": {
+                "waiting": supervisor.book.waiting,
+                "running": supervisor.book.running,
+                "accepted": counts["accepted"],
+                "finished": counts["finished"],
+                "cancelled": counts["cancelled"],
+                "requeued": counts["requeued"],
+                "tokens": counts["tokens"],
+                "dropped_choices": counts["dropped_choices"],
+            },
+            "events": list(supervisor.events),
+        }
+
+    def _rank(self, rank: int) -> dict:
+        supervisor, state = self._supervisor, self._supervisor.state
+        member, record = state.view.members[rank], state.records[rank]
+        telemetry = supervisor.telemetry.get(rank)
+        # The View names a rank's incarnation from its offer on, the record from its first Hello.
+        status = record.status
+        return {
+            "rank": rank,
+            "state": member.state.value,
+            "incarnation": record.incarnation,
+            "pid": supervisor.pid_of(rank, record.incarnation),
+            "mode": status.mode.value if status is not None and record.believed else None,
+            "epoch": status.epoch if status is not None else 0,
+            "requests": len(supervisor.book.of_rank(rank)),
+            "compilations_after_start": telemetry.compilations if telemetry else 0,
+            "steps": telemetry.steps if telemetry else 0,
+            "steps_discarded": telemetry.discarded if telemetry else 0,
+            "experts_moved": dict(telemetry.moved) if telemetry else {},
+        }
+
+    def metrics(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def collect(self):
+        """Called by the registry at each scrape."""
+        supervisor, state = self._supervisor, self._supervisor.state
+        gauges = {
+            "eep_epoch": ("Number of the committed View.", state.view.epoch),
+            "eep_active_ranks": (
+                "Ranks that take part in steps.",
+                len(state.view.with_state(RankState.ACTIVE)),
+            ),
+            "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
+            "eep_requests_waiting": ("Accepted requests on no rank.", supervisor.book.waiting),
+            "eep_requests_running": ("Requests on a rank.", supervisor.book.running),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
+            text = f"Since this supervisor started: {name.replace('_', ' ')}."
+            yield CounterMetricFamily(f"eep_{name}", text, value=supervisor.book.counts[name])
+        kinds = collections.Counter(e["kind"] for e in supervisor.events)
+        family = CounterMetricFamily("eep_events", "Recent events by kind.", labels=["kind"])
+        for kind, number in sorted(kinds.items()):
+            family.add_metric([kind], number)
+        yield family

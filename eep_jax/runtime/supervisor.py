@@ -1,0 +1,438 @@
+"""The supervisor process: receive, decide, record, carry out. Never imports JAX.
+
+It may be killed at any time: ranks go on without it, and the next one reads the journal, waits for the
+ranks to come back, and asks them what they have.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+
+from aiohttp import web
+
+from eep_jax.config import RunConfig
+from eep_jax.coordination import coordinator as c
+from eep_jax.coordination.protocol import Refused, Status, Welcome
+from eep_jax.engine.request import Request
+from eep_jax.errors import ProtocolError
+from eep_jax.membership.detector import DetectorOptions
+from eep_jax.membership.view import Member, RankState, View
+from eep_jax.placement.placement import Placement
+from eep_jax.runtime import messages
+from eep_jax.runtime.clock import Clock, SystemClock
+from eep_jax.runtime.completion import CompletionLimits
+from eep_jax.runtime.control import Connection, ControlServer
+from eep_jax.runtime.http_api import build_app
+from eep_jax.runtime.identity import boot_id, kill_process, open_process, start_ticks
+from eep_jax.runtime.journal import Journal, replay
+from eep_jax.runtime.reports import Reports
+from eep_jax.runtime.requests import Entry, RequestBook
+from eep_jax.runtime.serving import Serving
+
+_log = logging.getLogger(__name__)
+
+TICK_MS = 50
+EVENTS_MAX = 500
+ENDPOINT = "endpoint.json"
+JOURNAL = "journal.jsonl"
+
+
+@dataclasses.dataclass
+class Process:
+    """A rank's process on this machine. `pidfd` is None once it is known to have ended."""
+
+    pid: int
+    ticks: int
+    pidfd: int | None
+
+
+class Supervisor:
+    """All state of the control process; every method runs in its one event loop."""
+
+    def __init__(self, config: RunConfig, run_dir: pathlib.Path, token: str, clock: Clock | None = None):
+        self.config, self._run_dir = config, pathlib.Path(run_dir)
+        self._clock = clock or SystemClock()
+        self._connections: dict[int, Connection] = {}
+        self._processes: dict[tuple[int, int], Process] = {}
+        self.telemetry: dict[int, messages.Telemetry] = {}
+        self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
+        serve, engine = config.serve, config.engine
+        self.book = RequestBook(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
+        self._serving = Serving(
+            self.book, config.model.eos_token, self._unavailable, self._accepted, self._cancelled
+        )
+        self._control = ControlServer(
+            token, serve.message_bytes_max, self._on_message, self._on_closed
+        )
+        self.state = c.initial_state(_coordinator_options(config))
+        records = replay(self._run_dir / JOURNAL)
+        self._journal = Journal(self._run_dir / JOURNAL)
+        self._restore(records)
+        self.reports = Reports(self)
+        self.submit = self._serving.submit
+        self.health, self.status, self.metrics = (
+            self.reports.health,
+            self.reports.status,
+            self.reports.metrics,
+        )
+
+    async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
+        """Serves until `stop` is set, then tells all ranks to end. Raises OSError for a taken port."""
+        serve = self.config.serve
+        limits = CompletionLimits(
+            model=self.config.model.name,
+            context_tokens=self.config.engine.context_tokens,
+            vocab_size=self.config.model.vocab_size,
+            bos_token=self.config.model.bos_token,
+        )
+        before = self._endpoint_before()
+        runners = []
+        try:
+            control_port = await self._open(
+                runners, self._control.build_app(), serve.control_host, serve.control_port or before.get("port", 0)
+            )
+            http_port = await self._open(
+                runners, build_app(self, limits), serve.host, serve.port or before.get("http_port", 0)
+            )
+            self._write_endpoint(control_port, http_port)
+            self._watch_known_processes()
+            _log.info("serving on http://%s:%d", serve.host, http_port)
+            if ready is not None:
+                ready.set()
+            while not stop.is_set():
+                self._feed(c.Tick())
+                if self._journal.is_full:
+                    self._journal.compact(self._snapshot())
+                try:
+                    await asyncio.wait_for(stop.wait(), TICK_MS / 1000)
+                except TimeoutError:
+                    continue
+        finally:
+            await self._close(runners)
+
+    async def _open(self, runners, app: web.Application, host: str, port: int) -> int:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        runners.append(runner)
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another port (0: any free one)"
+            ) from error
+        return runner.addresses[0][1]
+
+    async def _close(self, runners) -> None:
+        for connection in self._connections.values():
+            connection.send(messages.Shutdown())
+            connection.close()
+        await asyncio.sleep(0.1)  # for the writers to pass the last message on
+        for runner in runners:
+            await runner.cleanup()
+        loop = asyncio.get_running_loop()
+        for process in self._processes.values():
+            if process.pidfd is not None:
+                loop.remove_reader(process.pidfd)
+                os.close(process.pidfd)
+        self._journal.close()
+
+    # Messages of ranks.
+
+    def _on_message(self, connection: Connection, message) -> None:
+        if isinstance(message, messages.Hello):
+            return self._on_hello(connection, message)
+        if not connection.incarnation:
+            raise ProtocolError(f"{type(message).__name__} before the Hello was answered")
+        match message:
+            case Status():
+                self._check_status(connection, message)
+                self._feed(message, connection)
+            case messages.Produced(progress=progress):
+                for part in progress:
+                    self._on_progress(connection.hello.rank, part)
+            case messages.Held(progress=progress):
+                self._on_held(connection, progress)
+            case messages.Telemetry():
+                self.telemetry[connection.hello.rank] = message
+        self._assign()
+
+    def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
+        if not 0 <= hello.rank < self.config.cluster.ranks:
+            raise ProtocolError(f"rank {hello.rank} is not in 0..{self.config.cluster.ranks - 1}")
+        if hello.run != self.config.name:
+            raise ProtocolError(f"rank {hello.rank} runs {hello.run!r}, this is {self.config.name!r}")
+        if hello.boot_id != boot_id():
+            raise ProtocolError(
+                f"rank {hello.rank} is on another machine; its memory cannot be mapped from here yet"
+            )
+        if hello.incarnation:
+            self._watch(hello.rank, hello.incarnation, hello.pid, start_ticks(hello.pid))
+            self._connections[hello.rank] = connection
+        else:
+            self._feed(c.Arrived(hello.rank), connection)
+
+    def _check_status(self, connection: Connection, status: Status) -> None:
+        if (status.rank, status.incarnation) != (connection.hello.rank, connection.incarnation):
+            raise ProtocolError(
+                f"a Status of rank {status.rank} incarnation {status.incarnation} on the channel of "
+                f"rank {connection.hello.rank} incarnation {connection.incarnation}"
+            )
+        cluster = self.config.cluster
+        if len(status.contents) != cluster.slots_per_rank:
+            raise ProtocolError(f"{len(status.contents)} slots, expected {cluster.slots_per_rank}")
+        if any(not 0 <= rank < cluster.ranks for rank in status.accused):
+            raise ProtocolError(f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}")
+
+    def _on_progress(self, rank: int, progress) -> None:
+        entry = self.book.produced(rank, progress)
+        if entry is None:
+            return
+        if progress.dropped:
+            entry.degraded.update(self.state.dropped)
+            self.book.counts["dropped_choices"] += progress.dropped
+        if entry.finish:
+            self._record_finish(entry)
+            self._send(rank, messages.Forget(id=entry.request.id))
+        self._serving.changed(entry.request.id)
+
+    def _on_held(self, connection: Connection, progress) -> None:
+        """A rank is back: both sides learn what the other has. It may know more than the journal."""
+        rank = connection.hello.rank
+        for part in progress:
+            self.book.adopt(rank, part.id)
+            self._on_progress(rank, part)
+        forget, resend = self.book.reconcile(rank, {part.id for part in progress})
+        for request_id in forget:
+            connection.send(messages.Forget(id=request_id))
+        for request in resend:
+            connection.send(messages.Generate(request=request))
+
+    def _on_closed(self, connection: Connection) -> None:
+        rank = connection.hello.rank
+        if self._connections.get(rank) is connection:
+            del self._connections[rank]
+            self._feed(c.Disconnected(rank, connection.incarnation))
+
+    # Decisions, and what follows from them.
+
+    def _feed(self, event, connection: Connection | None = None) -> None:
+        self.state, commands = c.advance(self.state, event, self._clock.now_ms())
+        for command in commands:
+            match command:
+                case c.Send(rank=rank, incarnation=incarnation, message=message):
+                    self._send(rank, message, incarnation)
+                case c.Answer(message=message):
+                    self._answer(connection, message)
+                case c.Kill(rank=rank, incarnation=incarnation, reason=reason):
+                    self._kill(rank, incarnation, reason)
+                case c.Note(kind=kind, facts=facts):
+                    self._note(kind, facts)
+        self._assign()
+
+    def _note(self, kind: str, facts: dict) -> None:
+        record = self._journal.append(kind, facts)
+        self.events.append(record)
+        _log.info("%s %s", kind, {k: v for k, v in facts.items() if k not in ("slots", "moves")})
+        if kind == "dead":
+            for entry in self.book.release(facts["rank"]):
+                _log.info("request %s waits for another rank", entry.request.id)
+
+    def _answer(self, connection: Connection | None, message) -> None:
+        if connection is None:
+            return
+        if isinstance(message, Welcome):
+            hello = connection.hello
+            connection.incarnation = message.incarnation
+            self._connections[hello.rank] = connection
+            facts = {"rank": hello.rank, "incarnation": message.incarnation, "pid": hello.pid}
+            self._journal.append("process", facts | {"ticks": start_ticks(hello.pid)})
+            self._watch(hello.rank, message.incarnation, hello.pid, start_ticks(hello.pid))
+        elif isinstance(message, Refused):
+            _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
+        connection.send(message)
+
+    def _send(self, rank: int, message, incarnation: int | None = None) -> None:
+        connection = self._connections.get(rank)
+        if connection is not None and incarnation in (None, connection.incarnation):
+            connection.send(message)
+
+    def _kill(self, rank: int, incarnation: int, reason: str) -> None:
+        process = self._processes.get((rank, incarnation))
+        _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
+        if process is not None and process.pidfd is not None:
+            kill_process(process.pidfd)
+
+    # Requests.
+
+    def _assign(self) -> None:
+        """Gives waiting requests to the active ranks that have a channel."""
+        if self.state.blocked:
+            return
+        active = self.state.view.with_state(RankState.ACTIVE)
+        ready = [r for r in active if r in self._connections and self.state.records[r].believed]
+        for rank, request in self.book.assign(ready):
+            self._send(rank, messages.Generate(request=request))
+
+    def _accepted(self, entry: Entry) -> None:
+        facts = {"key": entry.key, "body": entry.body, "created": entry.created}
+        self._journal.append("accepted", facts | {"request": dataclasses.asdict(entry.request)})
+        self._assign()
+
+    def _cancelled(self, entry: Entry) -> None:
+        self._record_finish(entry)
+        if entry.rank is not None:
+            self._send(entry.rank, messages.Forget(id=entry.request.id))
+
+    def _record_finish(self, entry: Entry) -> None:
+        facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
+        self._journal.append("finished", facts)
+
+    def _unavailable(self) -> str:
+        if self.state.view.epoch == 0:
+            return "the cluster is starting: not all ranks are ready yet"
+        return f"no expert coverage: {self.state.blocked}" if self.state.blocked else ""
+
+    # Processes.
+
+    def _watch(self, rank: int, incarnation: int, pid: int, ticks: int) -> None:
+        """Reports Ended as soon as the process is gone, by whatever cause."""
+        if (rank, incarnation) in self._processes:
+            return
+        pidfd = open_process(pid, ticks)
+        process = self._processes[rank, incarnation] = Process(pid, ticks, pidfd)
+        if pidfd is None:
+            self._feed(c.Ended(rank, incarnation))
+            return
+
+        def ended() -> None:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+            process.pidfd = None
+            self._note("ended", {"rank": rank, "incarnation": incarnation, "pid": pid})
+            self._feed(c.Ended(rank, incarnation))
+
+        asyncio.get_running_loop().add_reader(pidfd, ended)
+
+    def _watch_known_processes(self) -> None:
+        for (rank, incarnation), (pid, ticks) in self._restored_processes.items():
+            self._watch(rank, incarnation, pid, ticks)
+
+    def pid_of(self, rank: int, incarnation: int) -> int | None:
+        process = self._processes.get((rank, incarnation))
+        return process.pid if process is not None and process.pidfd is not None else None
+
+    # Restart.
+
+    def _restore(self, records: list[dict]) -> None:
+        """Takes up where the supervisor that wrote the journal was killed."""
+        ranks = self.config.cluster.ranks
+        self._restored_processes = {}
+        commit, tried, issued = None, 0, [0] * ranks
+        for record in records:
+            kind = record["kind"]
+            if kind == "commit":
+                commit = record
+            elif kind == "prepare":
+                tried = max(tried, record["epoch"])
+            elif kind == "process":
+                rank, incarnation = record["rank"], record["incarnation"]
+                issued[rank] = max(issued[rank], incarnation)
+                self._restored_processes[rank, incarnation] = (record["pid"], record["ticks"])
+            elif kind == "accepted":
+                self._restore_request(record)
+            elif kind == "finished" and record["id"] in self.book.entries:
+                entry = self.book.entries[record["id"]]
+                entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
+            if kind in ("commit", "dead", "prepare", "ended", "coverage_lost"):
+                self.events.append(record)
+        newest = {(rank, incarnation) for rank, incarnation in enumerate(issued) if incarnation}
+        self._restored_processes = {k: v for k, v in self._restored_processes.items() if k in newest}
+        self.book.settle_restored()
+        if not records:
+            return
+        view, placement = self.state.view, self.state.placement
+        if commit is not None:
+            view, placement = _view_of(commit), _placement_of(commit, self.config)
+        now_ms = self._clock.now_ms()
+        self.state = c.restored_state(self.state.options, view, placement, tried, issued, now_ms)
+        self._note("restarted", {"epoch": view.epoch, "requests": len(self.book.entries)})
+
+    def _restore_request(self, record: dict) -> None:
+        facts = record["request"]
+        request = Request(**facts | {"prompt": tuple(facts["prompt"]), "produced": ()})
+        entry = Entry(request, key=record["key"], body=record["body"], created=record["created"])
+        self.book.restore(entry)
+
+    def _snapshot(self) -> list[dict]:
+        """Records from which `_restore` makes the same state."""
+        commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"][-1:]
+        records = [{"kind": "prepare", "epoch": self.state.epoch_tried}, *commits]
+        for (rank, incarnation), process in self._processes.items():
+            facts = {"rank": rank, "incarnation": incarnation}
+            records.append({"kind": "process", "pid": process.pid, "ticks": process.ticks} | facts)
+        for entry in self.book.entries.values():
+            facts = {"key": entry.key, "body": entry.body, "created": entry.created}
+            request = dataclasses.asdict(entry.request)
+            records.append({"kind": "accepted", "request": request} | facts)
+            if entry.finish:
+                facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
+                records.append({"kind": "finished"} | facts)
+        return records
+
+    def _endpoint_before(self) -> dict:
+        try:
+            return json.loads((self._run_dir / ENDPOINT).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _write_endpoint(self, control_port: int, http_port: int) -> None:
+        serve = self.config.serve
+        endpoint = {
+            "host": serve.control_host,
+            "port": control_port,
+            "http_host": serve.host,
+            "http_port": http_port,
+            "pid": os.getpid(),
+        }
+        fresh = self._run_dir / (ENDPOINT + ".new")
+        fresh.write_text(json.dumps(endpoint))
+        os.replace(fresh, self._run_dir / ENDPOINT)
+
+
+def _coordinator_options(config: RunConfig) -> c.CoordinatorOptions:
+    cluster = config.cluster
+    return c.CoordinatorOptions(
+        ranks=cluster.ranks,
+        experts=config.model.experts,
+        slots_per_rank=cluster.slots_per_rank,
+        redundancy=cluster.redundancy,
+        degrade=cluster.policy == "degrade",
+        formation_ms=cluster.formation_ms,
+        fenced_grace_ms=cluster.fenced_grace_ms,
+        restart_grace_ms=cluster.restart_grace_ms,
+        detector=DetectorOptions(
+            lease_ms=cluster.lease_ms,
+            accused_lease_ms=cluster.accused_lease_ms,
+            channel_grace_ms=cluster.channel_grace_ms,
+            stall_ms=cluster.stall_ms,
+        ),
+    )
+
+
+def _view_of(commit: dict) -> View:
+    members = tuple(
+        Member(RankState.ACTIVE if str(rank) in commit["members"] else RankState.ABSENT, incarnation)
+        for rank, incarnation in enumerate(commit["incarnations"])
+    )
+    return View(epoch=commit["epoch"], members=members)
+
+
+def _placement_of(commit: dict, config: RunConfig) -> Placement:
+    return Placement(
+        experts=config.model.experts, slots=tuple(tuple(row) for row in commit["slots"])
+    )

@@ -1,0 +1,37 @@
+"""What every exchange of a step is told beside its data, and what it says back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, UInt32
+
+from pallas_kernels.signals import next_round
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """Travels through a step; all leaves are jit arguments, so their values never recompile.
+
+    `suspicion[r]` becomes 1 when a wait for rank r timed out; later exchanges of the step leave that
+    rank out, so a step has one timeout and not one per layer. The own entry says that the step was
+    aborted: a later epoch is being prepared, and the remaining exchanges return at once.
+    """
+
+    active: Int32[Array, "R"]  # 1 for the ranks of this epoch
+    epoch: UInt32[Array, ""]
+    round: UInt32[Array, ""]
+    deadline_ms: UInt32[Array, ""]
+    wish: UInt32[Array, ""]  # what this rank would like the next step to be
+    suspicion: Int32[Array, "R"]
+
+    def scalars(self) -> UInt32[Array, "4"]:
+        """Epoch, round, deadline and wish in one array, as the kernels take them."""
+        return jnp.stack([self.epoch, self.round, self.deadline_ms, self.wish])
+
+    def after(self, suspicion: Int32[Array, "R"]) -> "Call":
+        return dataclasses.replace(self, suspicion=suspicion)
+
+    def next(self) -> "Call":
+        return dataclasses.replace(self, round=next_round(self.round))

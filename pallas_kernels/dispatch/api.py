@@ -1,0 +1,63 @@
+"""Dispatch inside a compiled step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
+
+from pallas_kernels.call import Call
+from pallas_kernels.dispatch.host import HostDispatch
+from pallas_kernels.window import WindowLayout
+
+
+def dispatch(
+    x: Float[Array, "T D"],
+    slots: Int32[Array, "T K"],
+    weights: Float32[Array, "T K"],
+    heap: UInt8[Array, "R B"],
+    call: Call,
+    *,
+    layout: WindowLayout,
+    rank: int,
+    slots_per_rank: int,
+) -> tuple[
+    Float[Array, "R T D"], Int32[Array, "R T K"], Float32[Array, "R T K"], Int32[Array, "R"], UInt32
+]:
+    """Sends each token once to every rank that holds one of its K slots; receives from all sources.
+
+    `slots` are flat ids, -1 for a choice that has no live replica. Returns for every source its rows,
+    their slots on this rank (-1: not here) and weights, the suspicion, and the largest wish of all
+    ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
+
+    Implementation: over a heap in host memory; the specification is `reference.dispatch_reference`.
+    Raises ValueError for more tokens than the window holds, NotImplementedError on other devices.
+    """
+    tokens, hidden = x.shape
+    check_exchange(layout, tokens, hidden, slots.shape[1])
+    sources, choices = layout.ranks, slots.shape[1]
+    shapes = (
+        jax.ShapeDtypeStruct((sources, tokens, hidden), x.dtype),
+        jax.ShapeDtypeStruct((sources, tokens, choices), jnp.int32),
+        jax.ShapeDtypeStruct((sources, tokens, choices), jnp.float32),
+        jax.ShapeDtypeStruct((sources,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+    )
+    # It writes to peers, so XLA must neither drop nor merge it.
+    run = buffer_callback(HostDispatch(layout, rank, slots_per_rank), shapes, has_side_effect=True)
+    return run(heap, x, slots, weights, call.active, call.scalars(), call.suspicion)
+
+
+def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int) -> None:
+    """Raises where an exchange does not fit the window, or this device has no implementation."""
+    if tokens > layout.tokens or hidden != layout.hidden or choices != layout.choices:
+        raise ValueError(
+            f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of "
+            f"{layout.tokens} x {layout.hidden} x {layout.choices}; build the WindowLayout for them"
+        )
+    if np.dtype(layout.row_dtype) != np.float32:
+        raise NotImplementedError(f"row_dtype={layout.row_dtype!r}: the host path moves float32 rows")
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(
+            f"the exchange runs on host memory only, not on {jax.default_backend()!r}; set JAX_PLATFORMS=cpu"
+        )

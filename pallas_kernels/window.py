@@ -1,0 +1,107 @@
+"""What is where in a rank's window: the only place that adds byte offsets.
+
+A window is the part of a rank's slab that peers write. All regions that a peer writes are indexed by
+the writer's rank, so a rank that was evicted but still lives can reach only regions of its own
+number, which nobody reads while that rank is inactive. Data regions exist twice, by round parity.
+
+    abort       uint32 [1]            highest epoch in preparation; a step of a lower one ends its waits
+    bell        uint32 [1]            changes whenever there may be something new; sleepers watch it
+    wake        uint32 [R]            the round at which writer s found work while all were paused
+    sent        uint32 [2 R]          flags of dispatch: the round that writer s has finished sending
+    returned    uint32 [2 R]          flags of combine
+    header      int32  [2 R 1]        the writer's wish for the next step
+    slots       int32  [2 R T K]      slot on this rank of each choice, -1 where it lies elsewhere
+    weights     f32    [2 R T K]
+    rows        row    [2 R T D]      token t of source s
+    returns     row    [2 R T K D]    per_choice: result of choice k of my token t, by the rank that ran it
+             or row    [2 R T D]      per_rank: that rank's weighted sum for my token t
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+REGION_ALIGNMENT_BYTES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A named array at a byte offset of a slab."""
+
+    name: str
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowLayout:
+    """Offsets of one rank's window for R ranks, T tokens, K choices and D channels.
+
+    Raises ValueError for sizes below one or an unknown combine mode.
+    """
+
+    ranks: int
+    tokens: int
+    choices: int
+    hidden: int
+    combine: str = "per_choice"
+    row_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("ranks", "tokens", "choices", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.combine not in ("per_choice", "per_rank"):
+            raise ValueError(f"combine={self.combine!r} must be 'per_choice' or 'per_rank'")
+
+    @functools.cached_property
+    def regions(self) -> dict[str, Region]:
+        ranks, tokens, choices, hidden = self.ranks, self.tokens, self.choices, self.hidden
+        results = (tokens, choices, hidden) if self.combine == "per_choice" else (tokens, hidden)
+        wanted = [
+            ("abort", "uint32", (1,)),
+            ("bell", "uint32", (1,)),
+            ("wake", "uint32", (ranks,)),
+            ("sent", "uint32", (2, ranks)),
+            ("returned", "uint32", (2, ranks)),
+            ("header", "int32", (2, ranks, 1)),
+            ("slots", "int32", (2, ranks, tokens, choices)),
+            ("weights", "float32", (2, ranks, tokens, choices)),
+            ("rows", self.row_dtype, (2, ranks, tokens, hidden)),
+            ("returns", self.row_dtype, (2, ranks, *results)),
+        ]
+        found, offset = {}, 0
+        for name, dtype, shape in wanted:
+            region = Region(name, offset, np.dtype(dtype), shape)
+            found[name] = region
+            offset = round_up(offset + region.bytes, REGION_ALIGNMENT_BYTES)
+        return found
+
+    @property
+    def window_bytes(self) -> int:
+        last = self.regions["returns"]
+        return round_up(last.offset + last.bytes, REGION_ALIGNMENT_BYTES)
+
+    def views(self, heap: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """For each rank its regions as host arrays over `heap`, uint8 `[R slab_bytes]`."""
+        return [
+            {name: view(slab, region) for name, region in self.regions.items()} for slab in heap
+        ]
+
+
+def view(slab: np.ndarray, region: Region) -> np.ndarray:
+    """The region of one slab (uint8 `[slab_bytes]`) as a writable host array."""
+    piece = slab[region.offset : region.offset + region.bytes]
+    return piece.view(region.dtype).reshape(region.shape)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `size`: 130 by 128 is 256."""
+    return -(-size // multiple) * multiple

@@ -1,0 +1,167 @@
+"""A simulated process of one rank: the real participant with a pretended engine and bank."""
+
+import functools
+
+from eep_jax.coordination import participant
+from eep_jax.coordination.coordinator import Arrived
+from eep_jax.coordination.participant import ParticipantState
+from eep_jax.coordination.protocol import Mode, Refused, Status, Welcome
+from eep_jax.placement.placement import EMPTY
+from eep_jax.placement.sources import SourceKind
+
+ASK_AGAIN_MS = 500
+HEARTBEAT_MS = 200
+STEP_MS = 100
+STEP_DEADLINE_MS = 500
+
+
+class RankProcess:
+    """One process. `state` is the participant, `bank` what its slots truly hold."""
+
+    def __init__(self, cluster, pid: int, rank: int):
+        self.cluster, self.pid, self.rank = cluster, pid, rank
+        self.incarnation = 0
+        self.state = ParticipantState(rank=rank)
+        self.bank = [EMPTY] * cluster.options.slots_per_rank
+        self.alive, self.stopped = True, False
+        self.stuck_since_ms: int | None = None
+        self.waiting_for_ms: int | None = None  # since when a step waits for its peers
+        self.sequence = 0
+        self.postponed = []  # what happened to a stopped process; it happens when it wakes
+        self.task, self.next_task = None, None
+        self.ask()
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} incarnation {self.incarnation}"
+
+    def do(self, action) -> None:
+        """Runs `action` now, or on waking up; a dead process does nothing."""
+        if self.stopped:
+            self.postponed.append(action)
+        elif self.alive:
+            action()
+
+    def after(self, duration_ms: int, action) -> None:
+        self.cluster.after(duration_ms, functools.partial(self.do, action))
+
+    def wake(self) -> None:
+        self.stopped = False
+        postponed, self.postponed = self.postponed, []
+        for action in postponed:
+            self.do(action)
+
+    def ask(self) -> None:
+        if self.incarnation == 0:
+            self.cluster.to_supervisor(self, Arrived(self.rank))
+            self.after(ASK_AGAIN_MS, self.ask)
+
+    def receive(self, message) -> None:
+        match message:
+            case Welcome(incarnation=incarnation):
+                if self.incarnation == 0:
+                    self.incarnation = incarnation
+                    self.after(self.cluster.timing.warm_up_ms(), self.warmed_up)
+                    self.heartbeat()
+                    self.step()
+            case Refused():
+                pass
+            case _ if self.incarnation:
+                self.feed(message)
+
+    def warmed_up(self) -> None:
+        self.feed(participant.WarmedUp())
+
+    def feed(self, event) -> None:
+        self.state, actions = participant.advance(self.state, event)
+        for action in actions:
+            match action:
+                case participant.FillBank() | participant.CarryOut():
+                    self.next_task = action
+                    if self.task is None:
+                        self.start_task()
+                case participant.Resume():
+                    self.waiting_for_ms = None
+                case participant.End(reason=reason):
+                    self.cluster.log(f"{self} ends: {reason}")
+                    self.cluster.kill(self)
+                case participant.Report():
+                    self.report()
+        self.cluster.changed(self)
+
+    def report(self) -> None:
+        self.sequence += 1
+        stalled = self.stuck_since_ms is not None
+        status = Status(
+            rank=self.rank,
+            incarnation=self.incarnation,
+            sequence=self.sequence,
+            mode=self.state.mode,
+            epoch=self.state.epoch,
+            prepared=self.state.prepared,
+            contents=self.state.contents,
+            accused=self.state.accused,
+            stalled_ms=self.cluster.now_ms - self.stuck_since_ms if stalled else 0,
+            handle=f"slab-{self.pid}",
+            failure=self.state.failure,
+        )
+        self.cluster.to_supervisor(self, status)
+
+    def heartbeat(self) -> None:
+        self.report()
+        self.after(HEARTBEAT_MS, self.heartbeat)
+
+    def step(self) -> None:
+        """A step needs every peer of the epoch in it; it is discarded at the deadline."""
+        self.after(STEP_MS, self.step)
+        if self.state.mode is not Mode.SERVING or self.stuck_since_ms is not None:
+            return
+        missing = tuple(r for r in self.state.view.in_epoch if not self.steps_with(r))
+        if not missing:
+            self.waiting_for_ms = None
+        elif self.waiting_for_ms is None:
+            self.waiting_for_ms = self.cluster.now_ms
+        elif self.cluster.now_ms - self.waiting_for_ms >= STEP_DEADLINE_MS:
+            self.feed(participant.StepAccused(self.state.epoch, missing))
+
+    def steps_with(self, rank: int) -> bool:
+        peer = self.cluster.process(rank, self.state.view.members[rank].incarnation)
+        if peer is None or peer.stopped or peer.stuck_since_ms is not None:
+            return False
+        return peer.state.mode is Mode.SERVING and peer.state.epoch == self.state.epoch
+
+    def start_task(self) -> None:
+        self.task, self.next_task = self.next_task, None
+        for move in self._moves():
+            self.bank[move.slot] = EMPTY  # half-written
+        self.after(self.cluster.timing.repair_ms(len(self._moves())), self.end_task)
+
+    def end_task(self) -> None:
+        if self.stuck_since_ms is not None:
+            self.after(HEARTBEAT_MS, self.end_task)
+            return
+        task, moves = self.task, self._moves()
+        self.task = None
+        for move in moves:
+            if not any(self.cluster.fetch(move.expert, source) for source in move.sources):
+                self.feed(participant.Broken(f"no source supplied expert {move.expert}"))
+                return
+            self.bank[move.slot] = move.expert
+        if isinstance(task, participant.FillBank):
+            self.feed(participant.Loaded(tuple(self.bank)))
+        else:
+            self.feed(participant.Prepared(task.prepare.epoch, tuple(self.bank)))
+        if self.next_task is not None and self.task is None:
+            self.start_task()
+
+    def serves(self, slot: int, expert: int) -> bool:
+        """Whether a peer can read `expert` from `slot` of this process now."""
+        return self.alive and self.bank[slot] == expert
+
+    def _moves(self):
+        if isinstance(self.task, participant.FillBank):
+            return self.task.load.moves
+        return self.task.prepare.moves
+
+
+def is_checkpoint(source) -> bool:
+    return source.kind is SourceKind.CHECKPOINT

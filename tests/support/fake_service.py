@@ -1,0 +1,75 @@
+"""A CompletionService whose streams follow a script, and that remembers what it was asked."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterable
+
+from eep_jax.errors import QueueFull
+from eep_jax.runtime.completion import CompletionRequest
+from eep_jax.runtime.http_api import KeyConflict, Progress, ServiceUnavailable
+
+CREATED_S = 1_700_000_000
+
+
+def spell(text: str, finish_reason: str | None = "length") -> tuple[Progress, ...]:
+    """One Progress for each byte; the last one has the finish reason."""
+    steps = [Progress(tokens=(byte,)) for byte in text.encode()]
+    return (*steps[:-1], dataclasses.replace(steps[-1], finish_reason=finish_reason))
+
+
+class FakeStream:
+    """Yields the script. Waits where it holds an Event, raises where it holds an exception."""
+
+    def __init__(self, name: str, script: Iterable[Progress | asyncio.Event | Exception]):
+        self.id, self.created = name, CREATED_S
+        self.cancelled = asyncio.Event()
+        self.num_read = 0
+        self._script = script
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        for step in self._script:
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                self.num_read += 1
+                yield step
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class FakeService:
+    """Answers every request with the same script; `refusal` is raised instead if it is set."""
+
+    def __init__(self, script: Iterable = (), refusal: Exception | None = None):
+        self.script, self.refusal = script, refusal
+        self.submitted: list[tuple[CompletionRequest, str | None]] = []
+        self.streams: list[FakeStream] = []
+        self.submitting = asyncio.Event()
+        self.healthy = True
+        self._by_key: dict[str, CompletionRequest] = {}
+
+    def submit(self, request: CompletionRequest, key: str | None) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        if key is not None and self._by_key.setdefault(key, request) != request:
+            raise KeyConflict(f"key {key!r} belongs to another body; use a new key")
+        self.submitted.append((request, key))
+        self.streams.append(FakeStream(f"r{len(self.streams)}", self.script))
+        self.submitting.set()
+        return self.streams[-1]
+
+    def health(self) -> tuple[bool, dict]:
+        return self.healthy, {"active_ranks": 3 if self.healthy else 0}
+
+    def status(self) -> dict:
+        return {"epoch": 7}
+
+    def metrics(self) -> bytes:
+        return b"# TYPE eep_epoch gauge\neep_epoch 7.0\n"
+
+
+full_service = lambda: FakeService(refusal=QueueFull("8 requests wait, the most; try again later"))
+down_service = lambda: FakeService(refusal=ServiceUnavailable("no rank is active; wait for one"))
