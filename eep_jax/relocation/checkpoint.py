@@ -63,6 +63,13 @@ class Checkpoint:
                 "as launch.train_tiny writes them"
             ) from error
 
+    def require_model(self, model: ModelConfig) -> None:
+        """Raises CheckpointError where the checkpoint is of another model than the configuration."""
+        if self.model != model:
+            found, wanted = dataclasses.asdict(self.model), dataclasses.asdict(model)
+            wrong = {k: f"{found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]}
+            raise CheckpointError(f"{self.root} holds another model than the configuration: {wrong}")
+
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, in the stored dtype."""
         return self._read("dense", list(self.manifest["dense"]))

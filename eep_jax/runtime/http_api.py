@@ -61,7 +61,7 @@ class Progress:
 class Stream(Protocol):
     """One reading of a request, from its first token."""
 
-    id: str
+    id: str  # "cmpl-" and what tells requests apart
     created: int  # seconds since 1970
 
     def __aiter__(self) -> AsyncIterator[Progress]: ...
@@ -234,14 +234,15 @@ class _Answer:
         """Takes in one increment, None for the end of the stream, and returns its text."""
         if progress is None:
             raise _Failed("the stream ended without a reason; send the request again")
-        if progress.error is not None:
-            raise _Failed(progress.error)
         self._degraded.update(progress.degraded)
         text = self._assembler.feed(progress.tokens)
         if progress.finish_reason is not None:
             text += self._assembler.finish()
         if self._assembler.stopped:
+            # An earlier reader of this key cancelled it here, so an error after this is expected.
             self.stream.cancel()
+        elif progress.error is not None:
+            raise _Failed(progress.error)
         self.finish_reason = "stop" if self._assembler.stopped else progress.finish_reason
         return text
 
@@ -253,7 +254,7 @@ class _Answer:
             "finish_reason": self.finish_reason,
         }
         chunk = {
-            "id": f"cmpl-{self.stream.id}",
+            "id": self.stream.id,
             "object": "text_completion",
             "created": self.stream.created,
             "model": self.request.model,

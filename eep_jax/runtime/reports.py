@@ -1,6 +1,5 @@
 """What the supervisor tells people and monitors: health, status, metrics. Decides nothing."""
 
-import collections
 import typing
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -114,8 +113,8 @@ class Reports:
         for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
             text = f"Since this supervisor started: {name.replace('_', ' ')}."
             yield CounterMetricFamily(f"eep_{name}", text, value=supervisor.book.counts[name])
-        kinds = collections.Counter(e["kind"] for e in supervisor.events)
-        family = CounterMetricFamily("eep_events", "Recent events by kind.", labels=["kind"])
-        for kind, number in sorted(kinds.items()):
+        text = "Events since this supervisor started, by kind."
+        family = CounterMetricFamily("eep_events", text, labels=["kind"])
+        for kind, number in sorted(supervisor.event_counts.items()):
             family.add_metric([kind], number)
         yield family

@@ -32,13 +32,14 @@ from eep_jax.runtime.journal import Journal, replay
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
 from eep_jax.runtime.serving import Serving
+from eep_jax.runtime.supervisor_files import ENDPOINT, JOURNAL
 
 _log = logging.getLogger(__name__)
 
 TICK_MS = 50
 EVENTS_MAX = 500
-ENDPOINT = "endpoint.json"
-JOURNAL = "journal.jsonl"
+
+
 
 
 @dataclasses.dataclass
@@ -60,6 +61,7 @@ class Supervisor:
         self._processes: dict[tuple[int, int], Process] = {}
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
+        self.event_counts = collections.Counter()
         serve, engine = config.serve, config.engine
         self.book = RequestBook(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
         self._serving = Serving(
@@ -183,7 +185,7 @@ class Supervisor:
                 f"rank {connection.hello.rank} incarnation {connection.incarnation}"
             )
         cluster = self.config.cluster
-        if len(status.contents) != cluster.slots_per_rank:
+        if len(status.contents) not in (0, cluster.slots_per_rank):  # none while it loads
             raise ProtocolError(f"{len(status.contents)} slots, expected {cluster.slots_per_rank}")
         if any(not 0 <= rank < cluster.ranks for rank in status.accused):
             raise ProtocolError(f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}")
@@ -237,6 +239,7 @@ class Supervisor:
     def _note(self, kind: str, facts: dict) -> None:
         record = self._journal.append(kind, facts)
         self.events.append(record)
+        self.event_counts[kind] += 1
         _log.info("%s %s", kind, {k: v for k, v in facts.items() if k not in ("slots", "moves")})
         if kind == "dead":
             for entry in self.book.release(facts["rank"]):

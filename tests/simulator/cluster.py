@@ -71,7 +71,7 @@ class Cluster:
 
     def record(self, note: Note) -> None:
         self.journal.append(note)
-        self.log(f"{note.kind} {note.facts}")
+        self.log(words_of(note))
         self.checkers.recorded(note)
 
     def changed(self, process: RankProcess) -> None:
@@ -152,3 +152,25 @@ class Cluster:
     def _at_supervisor(self, process: RankProcess, message) -> None:
         if self.supervisor is not None:
             self.supervisor.feed(message, asker=process)
+
+
+def words_of(note: Note) -> str:
+    """A note of the journal as a line of a story."""
+    facts = note.facts
+    match note.kind:
+        case "incarnation" | "offered":
+            return f"{note.kind}: rank {facts['rank']} incarnation {facts['incarnation']}"
+        case "dead":
+            return f"dead: {facts['reason']}"
+        case "prepare":
+            epoch, kind, moves = facts["epoch"], facts["kind"], facts["moves"]
+            return f"prepare: epoch {epoch}, {kind}, {moves} moves: {facts['reason']}"
+        case "commit":
+            moves = [f"expert {m['expert']} to rank {m['rank']}" for m in facts["moves"]]
+            moved = ", moved " + ", ".join(moves) if moves else ""
+            dropped = f", without experts {facts['dropped']}" if facts["dropped"] else ""
+            members = " ".join(f"{r}.{i}" for r, i in facts["members"].items())
+            return f"commit: epoch {facts['epoch']} of {members}{moved}{dropped}"
+        case "coverage_lost":
+            return f"coverage lost: {facts['reason']}"
+    return f"{note.kind}: {facts}"

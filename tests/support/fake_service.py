@@ -57,7 +57,7 @@ class FakeService:
         if key is not None and self._by_key.setdefault(key, request) != request:
             raise KeyConflict(f"key {key!r} belongs to another body; use a new key")
         self.submitted.append((request, key))
-        self.streams.append(FakeStream(f"r{len(self.streams)}", self.script))
+        self.streams.append(FakeStream(f"cmpl-r{len(self.streams)}", self.script))
         self.submitting.set()
         return self.streams[-1]
 

@@ -101,6 +101,14 @@ class TestWholeAnswer:
         assert service.streams[0].cancelled.is_set()
 
     @story
+    async def test_a_request_cancelled_at_its_stop_string_reads_the_same_again(self):
+        service = FakeService([Progress(tokens=tuple(b"one END tw"), error="it was cancelled")])
+        async with serving(service) as client:
+            answer = await (await client.post(PATH, json=body(stop="END"))).json()
+        assert answer["choices"][0]["text"] == "one "
+        assert answer["choices"][0]["finish_reason"] == "stop"
+
+    @story
     async def test_the_end_of_text_is_a_stop(self):
         async with serving(FakeService(spell("amen", "stop"))) as client:
             answer = await (await client.post(PATH, json=body())).json()

@@ -1,0 +1,193 @@
+"""A cluster of processes on this machine: starts them, brings dead ones back, ends them all."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import aiohttp
+
+from eep_jax.runtime.supervisor_files import ENDPOINT
+
+SUPERVISOR = "supervisor"
+WATCH_MS = 50
+QUICK_DEATH_S = 10.0  # a process that ends sooner was never of use
+DELAY_MAX_MS = 30_000
+GIVE_UP_AFTER = 3  # quick deaths of one process before the cluster was ever healthy
+LOG_TAIL_LINES = 15
+
+
+class ClusterFailed(RuntimeError):
+    """The cluster cannot start; the message holds the end of the failing process's log."""
+
+
+@dataclasses.dataclass
+class Child:
+    """A process and how it has fared."""
+
+    name: str
+    process: subprocess.Popen
+    started_s: float
+    quick_deaths: int = 0
+    restart_at_s: float | None = None
+
+
+class LocalCluster:
+    """Supervisor and ranks as children of this process; all die with it."""
+
+    def __init__(self, arguments: list[str], ranks: int, run_dir: str | None, respawn_delay_ms: int):
+        """`arguments` are flags for every process. Without `run_dir` a temporary one is made, and
+        removed in the end. A negative delay brings dead ranks back only on `start_rank`."""
+        self._temporary = run_dir is None
+        self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
+        (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        token = self.run_dir / "token"
+        if not token.exists():
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_urlsafe(32))
+        self._arguments, self.ranks, self._delay_ms = arguments, ranks, respawn_delay_ms
+        self.children: dict[str, Child] = {}
+        self.was_healthy = False
+        self.failure: str | None = None
+        self.exits: list[tuple[float, str, int]] = []  # monotonic seconds, name, exit status
+
+    def start(self) -> None:
+        self._spawn(SUPERVISOR)
+        for rank in range(self.ranks):
+            self._spawn(rank_name(rank))
+
+    def start_rank(self, rank: int) -> None:
+        """Starts a new process of a rank whose last one has ended."""
+        self._spawn(rank_name(rank))
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> float:
+        """Sends a signal; returns the monotonic seconds at which it was sent."""
+        now_s = time.monotonic()
+        self.children[name].process.send_signal(number)
+        return now_s
+
+    async def watch(self) -> None:
+        """Brings dead processes back until it is cancelled, or until `failure` says why not."""
+        while self.failure is None:
+            for child in list(self.children.values()):
+                self._look_after(child)
+            await asyncio.sleep(WATCH_MS / 1000)
+
+    def _look_after(self, child: Child) -> None:
+        now_s, status = time.monotonic(), child.process.poll()
+        if status is None:
+            return
+        if child.restart_at_s is None:
+            self.exits.append((now_s, child.name, status))
+            quick = now_s - child.started_s < QUICK_DEATH_S
+            child.quick_deaths = child.quick_deaths + 1 if quick else 0
+            if status == 2 or (child.quick_deaths >= GIVE_UP_AFTER and not self.was_healthy):
+                self.failure = f"{child.name} ended with status {status}:\n{self.log_tail(child.name)}"
+                return
+            delay_ms = 200 if child.name == SUPERVISOR else self._delay_ms
+            if delay_ms < 0:
+                child.restart_at_s = float("inf")
+                return
+            delay_ms = min(delay_ms * 2 ** max(0, child.quick_deaths - 1), DELAY_MAX_MS)
+            child.restart_at_s = now_s + delay_ms / 1000
+        elif now_s >= child.restart_at_s:
+            self._spawn(child.name, child.quick_deaths)
+
+    def _spawn(self, name: str, quick_deaths: int = 0) -> None:
+        module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
+        command = [sys.executable, "-m", module, f"--run_dir={self.run_dir}", f"--parent_pid={os.getpid()}"]
+        command += self._arguments
+        if name != SUPERVISOR:
+            command.append(f"--rank={name.removeprefix('rank')}")
+        with self.log_path(name).open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C in the terminal reaches this process alone, which then ends all in order.
+                start_new_session=True,
+            )
+        self.children[name] = Child(name, process, time.monotonic(), quick_deaths)
+
+    def log_path(self, name: str) -> pathlib.Path:
+        return self.run_dir / "logs" / f"{name}.log"
+
+    def log_tail(self, name: str) -> str:
+        lines = self.log_path(name).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    @property
+    def url(self) -> str:
+        endpoint = json.loads((self.run_dir / ENDPOINT).read_text())
+        return f"http://{endpoint['http_host']}:{endpoint['http_port']}"
+
+    async def status(self, session: aiohttp.ClientSession) -> dict | None:
+        """The supervisor's status, or None while it does not answer."""
+        try:
+            async with session.get(self.url + "/v1/fault_tolerance/status") as response:
+                return await response.json()
+        except (aiohttp.ClientError, OSError, ValueError, TimeoutError):
+            return None
+
+    async def wait_for(self, wanted, deadline_s: float, what: str, poll_ms: int = 100) -> dict:
+        """The first status for which `wanted(status)` holds.
+
+        Raises ClusterFailed after `deadline_s`, or when the cluster gave up.
+        """
+        ends_s = time.monotonic() + deadline_s
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+            while time.monotonic() < ends_s:
+                if self.failure is not None:
+                    raise ClusterFailed(self.failure)
+                status = await self.status(session)
+                if status is not None and wanted(status):
+                    self.was_healthy = True
+                    return status
+                await asyncio.sleep(poll_ms / 1000)
+        raise ClusterFailed(f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs")
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends everything: the supervisor tells the ranks; who does not listen is killed."""
+        ends_s = time.monotonic() + timeout_s
+        processes = [child.process for child in self.children.values()]
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)  # a stopped process cannot end in order
+        if (child := self.children.get(SUPERVISOR)) is not None and child.process.poll() is None:
+            child.process.terminate()
+        while any(p.poll() is None for p in processes) and time.monotonic() < ends_s - timeout_s / 2:
+            time.sleep(0.02)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        for process in processes:
+            try:
+                process.wait(max(0.1, ends_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+        if self._temporary:
+            import shutil
+
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
+
+def rank_name(rank: int) -> str:
+    return f"rank{rank}"
+
+
+def is_whole(status: dict) -> bool:
+    """Every rank is active and serves in the committed epoch."""
+    return status["state"] == "serving" and all(
+        r["state"] == "active" and r["mode"] == "serving" and r["epoch"] == status["epoch"]
+        for r in status["ranks"]
+    )

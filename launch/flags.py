@@ -1,0 +1,133 @@
+"""Every absl flag of serving, and how flags become a RunConfig."""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+import typing
+
+from absl import flags
+
+from eep_jax.config import RunConfig
+
+CONFIG = flags.DEFINE_string(
+    "config", "tiny_cpu", "A file of configs/ without .py, such as tiny_cpu."
+)
+OVERRIDE = flags.DEFINE_multi_string(
+    "override", [], "Replaces one value of the configuration: cluster.policy=degrade. May be repeated."
+)
+RUN_DIR = flags.DEFINE_string(
+    "run_dir", None, "Journal, logs, token and endpoint of this run. Default: a new temporary directory."
+)
+HOST = flags.DEFINE_string("host", None, "Address the HTTP API listens on.")
+PORT = flags.DEFINE_integer("port", None, "Port of the HTTP API; 0 takes any free one.", 0, 65535)
+RANK = flags.DEFINE_integer("rank", None, "Which rank this process is.", 0)
+PARENT_PID = flags.DEFINE_integer("parent_pid", 0, "End when this process, the parent, ends.", 0)
+
+TOKEN_VARIABLE = "EEP_TOKEN"
+TOKEN_FILE = "token"
+EXIT_USAGE = 2
+
+
+class UsageError(ValueError):
+    """A flag that cannot be used; the message says what to write instead."""
+
+
+def run_config() -> RunConfig:
+    """The configuration that the flags name. Raises UsageError."""
+    config = load_config(CONFIG.value)
+    for text in OVERRIDE.value:
+        config = override(config, text)
+    for name, value in (("host", HOST.value), ("port", PORT.value)):
+        if value is not None:
+            config = dataclasses.replace(
+                config, serve=dataclasses.replace(config.serve, **{name: value})
+            )
+    return config
+
+
+def forwarded() -> list[str]:
+    """Flags for another process of the same run."""
+    arguments = [f"--config={CONFIG.value}", *(f"--override={text}" for text in OVERRIDE.value)]
+    arguments += [f"--host={HOST.value}"] if HOST.value is not None else []
+    return arguments + ([f"--port={PORT.value}"] if PORT.value is not None else [])
+
+
+def load_config(name: str) -> RunConfig:
+    """`get_config()` of `configs/<name>.py`. Raises UsageError naming the configurations there are."""
+    import configs
+
+    known = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py") if p.stem[0] != "_")
+    if name not in known:
+        raise UsageError(f"--config={name!r} is not one of {known}")
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def override(config: RunConfig, text: str) -> RunConfig:
+    """`config` with one value replaced: `engine.combine=per_rank`, `name=try`.
+
+    Raises UsageError for an unknown name, a value of a wrong type, or one that the config refuses.
+    """
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--override={text!r} must be of the form part.name=value")
+    try:
+        return _replace(config, path.split("."), value)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"--override={text!r}: {error}") from error
+
+
+def _replace(config, path: list[str], text: str):
+    hints = typing.get_type_hints(type(config))
+    name, rest = path[0], path[1:]
+    if name not in hints:
+        raise ValueError(f"{type(config).__name__} has no {name!r}, only {sorted(hints)}")
+    if rest:
+        return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, text)})
+    kind = hints[name]
+    if dataclasses.is_dataclass(kind):
+        raise ValueError(f"{name} has parts: {sorted(typing.get_type_hints(kind))}")
+    if kind is bool:
+        value = {"true": True, "false": False}[text.lower()]
+    else:
+        value = kind(text)
+    return dataclasses.replace(config, **{name: value})
+
+
+def read_token(run_dir: pathlib.Path) -> str:
+    """The control channel's token, from the environment or the run directory; never from a flag."""
+    token = os.environ.get(TOKEN_VARIABLE) or ""
+    if not token:
+        try:
+            token = (run_dir / TOKEN_FILE).read_text().strip()
+        except OSError as error:
+            raise UsageError(
+                f"no token: set {TOKEN_VARIABLE} or write {run_dir / TOKEN_FILE} ({error.strerror})"
+            ) from error
+    if len(token) < 16:
+        raise UsageError(f"the token has {len(token)} characters, at least 16 are needed")
+    return token
+
+
+def required_run_dir() -> pathlib.Path:
+    """--run_dir as a directory that exists. Raises UsageError."""
+    if not RUN_DIR.value or not pathlib.Path(RUN_DIR.value).is_dir():
+        raise UsageError(f"--run_dir={RUN_DIR.value!r} must name the directory of a run")
+    return pathlib.Path(RUN_DIR.value).absolute()
+
+
+def main_with_usage(main):
+    """`main` as absl runs it, with errors of usage as one line and exit status 2."""
+
+    def wrapped(arguments: list[str]):
+        if len(arguments) > 1:
+            print(f"unexpected arguments {arguments[1:]}; options begin with --", file=sys.stderr)
+            return EXIT_USAGE
+        try:
+            return main()
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+
+    return wrapped

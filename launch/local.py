@@ -1,0 +1,98 @@
+"""Supervisor and ranks on this machine, and with --demo a failure and a return, measured.
+
+python -m launch.local --config=tiny_cpu                # serves until Ctrl-C
+python -m launch.local --config=tiny_cpu --demo         # kills a rank under load, prints what it cost
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+
+from absl import app
+from absl import flags as absl_flags
+
+from launch import flags
+from launch.cluster import ClusterFailed, LocalCluster, is_whole
+from launch.console import progress, say
+from launch.demo import run_demo
+
+RESPAWN_DELAY = absl_flags.DEFINE_integer(
+    "respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
+)
+DEMO = absl_flags.DEFINE_boolean("demo", False, "Run the demonstration, then end.")
+DEMO_OUT = absl_flags.DEFINE_string("demo_out", ".", "Directory for timeline.png of --demo.")
+START_DEADLINE_S = 180.0
+
+
+def main() -> int:
+    config = flags.run_config()
+    arguments = flags.forwarded()
+    if DEMO.value and flags.PORT.value is None:
+        arguments.append("--port=0")  # a demonstration should not fail for a port in use
+    cluster = LocalCluster(arguments, config.cluster.ranks, flags.RUN_DIR.value, RESPAWN_DELAY.value)
+    try:
+        return asyncio.run(_run(cluster, config))
+    finally:
+        cluster.stop()
+
+
+async def _run(cluster: LocalCluster, config) -> int:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    work = asyncio.create_task(_work(cluster, config))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not work.done():
+        say("ending all processes")
+        work.cancel()
+    stopped.cancel()
+    try:
+        return await work
+    except asyncio.CancelledError:
+        return 130 if DEMO.value else 0
+    except ClusterFailed as error:
+        say(f"failed: {error}", "red")
+        return 1
+
+
+async def _work(cluster: LocalCluster, config) -> int:
+    say(f"starting a supervisor and {config.cluster.ranks} ranks of {config.name}; run directory {cluster.run_dir}")
+    cluster.start()
+    watch = asyncio.create_task(cluster.watch())
+    try:
+        await _wait_until_whole(cluster, config)
+        if DEMO.value:
+            return await run_demo(cluster, config, DEMO_OUT.value)
+        _print_how_to_use(cluster, config)
+        await watch
+        raise ClusterFailed(cluster.failure or "the watch ended")
+    finally:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+
+
+async def _wait_until_whole(cluster: LocalCluster, config) -> None:
+    with progress("ranks ready", config.cluster.ranks) as show:
+
+        def whole(status: dict) -> bool:
+            show(sum(r["mode"] in ("offered", "ready", "serving") for r in status["ranks"]))
+            return is_whole(status)
+
+        await cluster.wait_for(whole, START_DEADLINE_S, "the start of all ranks")
+
+
+def _print_how_to_use(cluster: LocalCluster, config) -> None:
+    pids = {name: child.process.pid for name, child in sorted(cluster.children.items())}
+    say(f"serving {config.model.name} on {cluster.url}", "bold green")
+    say("processes: " + ", ".join(f"{name} {pid}" for name, pid in pids.items()))
+    say(f"logs: {cluster.run_dir}/logs")
+    body = f'{{"model": "{config.model.name}", "prompt": "In the beginning", "max_tokens": 200, "stream": true}}'
+    say(f"try:  curl -N {cluster.url}/v1/completions -d '{body}'")
+    say(f"then: kill -9 {pids['rank2'] if 'rank2' in pids else pids['rank0']}, and watch it go on. Ctrl-C ends everything.")
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(flags.main_with_usage(main)))

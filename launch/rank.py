@@ -1,0 +1,79 @@
+"""Entry of a rank process: a first start and a return are the same.
+
+python -m launch.rank --config=tiny_cpu --run_dir=DIR --rank=2     # DIR as given to the supervisor
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+
+from absl import app
+
+from launch import flags
+from launch.environments.local import cpu_rank_environment
+from launch.processes import end_with_parent, set_up_logging
+
+_log = logging.getLogger("launch.rank")
+
+
+def main() -> int:
+    run_dir, rank, config = flags.required_run_dir(), flags.RANK.value, flags.run_config()
+    if rank is None or rank >= config.cluster.ranks:
+        raise flags.UsageError(f"--rank={rank} must be in 0..{config.cluster.ranks - 1}")
+    end_with_parent(flags.PARENT_PID.value)
+    set_up_logging(f"rank{rank}")
+    os.environ.update(cpu_rank_environment())
+
+    from eep_jax.runtime.link import Link, LinkOptions
+    from eep_jax.runtime.supervisor_files import ENDPOINT
+
+    link = Link(
+        LinkOptions(
+            endpoint_file=run_dir / ENDPOINT,
+            token=flags.read_token(run_dir),
+            rank=rank,
+            run=config.name,
+            heartbeat_ms=config.cluster.heartbeat_ms,
+            message_bytes_max=config.serve.message_bytes_max,
+        )
+    )
+    # The supervisor knows of this process from here on, while JAX is still loading.
+    link.start()
+    agent = build_agent(config, rank, link)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    status = agent.run()
+    link.stop()
+    # Threads of XLA may be inside a callback; nothing here needs an orderly teardown.
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
+def build_agent(config, rank: int, link):
+    """Loads JAX and the weights, opens the heap, and puts the parts of a rank together."""
+    started = time.monotonic()
+    import jax
+
+    # Small steps: handing them to another thread costs more than it hides.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    from eep_jax.engine.engine import Engine
+    from eep_jax.heap.posix_shm import PosixShmHeap
+    from eep_jax.models.expert_bank import slab_layout
+    from eep_jax.relocation.checkpoint import Checkpoint
+    from eep_jax.relocation.executor import Executor
+    from eep_jax.runtime.agent import Agent
+
+    cluster = config.cluster
+    checkpoint = Checkpoint(config.checkpoint)
+    checkpoint.require_model(config.model)
+    layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
+    heap = PosixShmHeap(rank, cluster.ranks, layout.slab_bytes)
+    engine = Engine(config, rank, heap, layout, checkpoint.read_dense())
+    executor = Executor(engine.bank, checkpoint, beat=link.beat)
+    _log.info("loaded after %.1f s", time.monotonic() - started)
+    return Agent(rank, engine, heap, executor, link)
+
+
+if __name__ == "__main__":
+    app.run(flags.main_with_usage(main))

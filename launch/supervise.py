@@ -1,0 +1,38 @@
+"""Entry of the supervisor process. Loads no JAX.
+
+python -m launch.supervise --config=tiny_cpu --run_dir=DIR     # DIR holds the token
+"""
+
+import asyncio
+import signal
+import sys
+
+from absl import app
+
+from eep_jax.runtime.supervisor import Supervisor
+from launch import flags
+from launch.processes import end_with_parent, set_up_logging
+
+
+def main() -> int:
+    run_dir = flags.required_run_dir()
+    end_with_parent(flags.PARENT_PID.value)
+    set_up_logging("supervisor")
+    supervisor = Supervisor(flags.run_config(), run_dir, flags.read_token(run_dir))
+    try:
+        asyncio.run(_serve(supervisor))
+    except OSError as error:
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        return flags.EXIT_USAGE
+    return 0
+
+
+async def _serve(supervisor: Supervisor) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await supervisor.run(stop)
+
+
+if __name__ == "__main__":
+    app.run(flags.main_with_usage(main))
