@@ -465,7 +465,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     view = moves.at_epoch(state.view, view, state.epoch_tried + 1)
     dead = [f"rank {rank} is out" for rank in suspects]
     back = [f"rank {rank} comes in" for rank in joining]
-    kind = "admission" if joining else "repair" if suspects else "resync"
+    kind = "repair" if suspects else "admission" if joining else "resync"
     if state.view.epoch == 0:
         kind = "formation"
     change = Change(
@@ -477,7 +477,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     )
     state = dataclasses.replace(state, change=change, epoch_tried=view.epoch, resync="", blocked="")
     facts = {
-        "kind": kind,
+        "change": kind,
         "epoch": view.epoch,
         "reason": change.reason,
         "evicted": list(suspects),
@@ -563,7 +563,7 @@ def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
         dropped=change.plan.dropped,
     )
     facts = {
-        "kind": change.kind,
+        "change": change.kind,
         "epoch": change.view.epoch,
         "reason": change.reason,
         "members": {r: change.view.members[r].incarnation for r in inside},

@@ -21,7 +21,7 @@ class Journal:
 
     def append(self, kind: str, facts: dict) -> dict:
         """Writes one record and returns it."""
-        record = {"time": time.time(), "kind": kind, **facts}
+        record = facts | {"time": time.time(), "kind": kind}
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
         self._file.flush()
         return record

@@ -1,0 +1,198 @@
+"""Promises of a rank's side: it follows the newest Prepare, and late or repeated words are harmless."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eep_jax.coordination import participant
+from eep_jax.coordination.participant import (
+    Broken,
+    CarryOut,
+    End,
+    FillBank,
+    Loaded,
+    ParticipantState,
+    Prepared,
+    Report,
+    Resume,
+    StepAccused,
+    WarmedUp,
+)
+from eep_jax.coordination.protocol import Commit, Fenced, Load, Mode, Prepare
+from eep_jax.placement.placement import EMPTY
+from eep_jax.placement.planner import Move
+from tests.support.factories import a_placement, a_view
+
+
+def a_move(slot: int, expert: int, rank: int = 1) -> Move:
+    return Move(rank, slot, expert, ())
+
+
+def a_load(slots=(2, 3, EMPTY)) -> Load:
+    moves = tuple(a_move(slot, e) for slot, e in enumerate(slots) if e != EMPTY)
+    return Load(slots=slots, moves=moves, handles={})
+
+
+def a_prepare(epoch: int = 1, moves=()) -> Prepare:
+    return Prepare(
+        epoch=epoch,
+        view=a_view(epoch=epoch),
+        placement=a_placement(),
+        moves=moves,
+        handles={},
+        reason="a test",
+    )
+
+
+def follow(*events, state=None) -> ParticipantState:
+    state = state or ParticipantState(rank=1)
+    for event in events:
+        state, _ = participant.advance(state, event)
+    return state
+
+
+HELD = (2, 3, EMPTY)
+OFFERED = follow(WarmedUp())
+LOADED = follow(a_load(), Loaded(HELD), state=OFFERED)
+PREPARING = follow(a_prepare(), state=LOADED)
+READY = follow(Prepared(1, HELD), state=PREPARING)
+SERVING = follow(Commit(epoch=1), state=READY)
+HOLDING = follow(StepAccused(1, (3,)), state=SERVING)
+EVERY = [ParticipantState(rank=1), OFFERED, LOADED, PREPARING, READY, SERVING, HOLDING]
+by_mode = pytest.mark.parametrize("state", EVERY, ids=lambda state: state.mode.value)
+
+EVENTS = st.one_of(
+    st.just(WarmedUp()),
+    st.sampled_from([a_load(), a_load((4, EMPTY, EMPTY))]),
+    st.sampled_from([Loaded(HELD), Loaded((4, EMPTY, EMPTY))]),
+    st.integers(0, 5).map(a_prepare),
+    st.integers(1, 5).map(lambda epoch: a_prepare(epoch, (a_move(2, 4),))),
+    st.integers(0, 5).map(lambda epoch: Prepared(epoch, HELD)),
+    st.integers(0, 5).map(lambda epoch: Commit(epoch=epoch)),
+    st.integers(0, 5).map(lambda epoch: StepAccused(epoch, (0,))),
+    st.just(Broken("the disk is full")),
+    st.just(Fenced(reason="evicted")),
+)
+
+
+def test_the_whole_way_from_alone_to_serving():
+    modes = [s.mode for s in (OFFERED, LOADED, PREPARING, READY, SERVING, HOLDING)]
+    assert [mode.value for mode in modes] == [
+        "offered", "offered", "preparing", "ready", "serving", "holding",
+    ]  # fmt: skip
+    assert SERVING.epoch == 1 and SERVING.placement == a_placement() and SERVING.prepared == 0
+    assert HOLDING.accused == (3,)
+
+
+@given(st.lists(EVENTS, max_size=30))
+def test_in_any_order_of_events_epochs_only_grow_and_only_a_ready_rank_serves(events):
+    state = ParticipantState(rank=1)
+    for event in events:
+        after, actions = participant.advance(state, event)
+        assert after.epoch >= state.epoch
+        assert max(after.epoch, after.prepared) >= max(state.epoch, state.prepared)
+        if Mode.SERVING in (after.mode, *()) and state.mode is not Mode.SERVING:
+            assert state.mode is Mode.READY and event == Commit(epoch=state.prepared)
+            assert Resume(after.epoch, after.view, after.placement) in actions
+        if state.mode is Mode.FENCED:
+            assert after == state and actions == ()
+        state = after
+
+
+@given(st.lists(EVENTS, max_size=12), st.data())
+def test_saying_the_same_again_changes_nothing(events, data):
+    messages = (Load, Prepare, Commit, Fenced)
+    state = follow(*events)
+    again = data.draw(EVENTS.filter(lambda event: isinstance(event, messages)))
+    once, _ = participant.advance(state, again)
+    twice, actions = participant.advance(once, again)
+    assert twice == once
+    assert all(isinstance(action, Report) for action in actions)
+
+
+@by_mode
+def test_a_fenced_process_ends_and_stays_fenced(state):
+    fenced, actions = participant.advance(state, Fenced(reason="evicted at epoch 4"))
+    assert fenced.mode is Mode.FENCED and actions == (End("evicted at epoch 4"),)
+    assert follow(a_prepare(9), Commit(epoch=9), a_load(), state=fenced) == fenced
+
+
+@by_mode
+def test_a_broken_rank_reports_why(state):
+    broken, actions = participant.advance(state, Broken("the disk is full"))
+    assert broken.failure == "the disk is full" and actions == (Report(),)
+    assert broken.mode is state.mode
+
+
+@pytest.mark.parametrize("state", EVERY[1:], ids=lambda state: state.mode.value)
+def test_a_newer_prepare_is_followed_from_every_mode(state):
+    preparing, actions = participant.advance(state, a_prepare(5))
+    assert preparing.mode is Mode.PREPARING and preparing.prepared == 5
+    assert actions == (CarryOut(a_prepare(5)),)
+
+
+def test_a_process_that_still_compiles_follows_nothing():
+    alone = ParticipantState(rank=1)
+    for message in (a_prepare(5), a_load(), Commit(epoch=5)):
+        assert participant.advance(alone, message) == (alone, ())
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_older_prepare_is_only_answered(epoch):
+    for state in (READY, SERVING, HOLDING):
+        assert participant.advance(state, a_prepare(epoch)) == (state, (Report(),))
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_commit_of_another_epoch_is_ignored(epoch):
+    assert participant.advance(READY, Commit(epoch=epoch)) == (READY, ())
+
+
+def test_a_repeated_commit_does_not_resume_twice():
+    assert participant.advance(SERVING, Commit(epoch=1)) == (SERVING, ())
+
+
+def test_an_abandoned_prepare_that_ends_late_is_ignored():
+    newer = follow(a_prepare(2), state=PREPARING)
+    assert follow(Prepared(1, (7, 7, 7)), state=newer) == newer
+    assert follow(Prepared(2, HELD), state=newer).mode is Mode.READY
+
+
+def test_a_step_of_an_older_epoch_accuses_nobody():
+    assert participant.advance(SERVING, StepAccused(0, (3,))) == (SERVING, ())
+
+
+def test_slots_that_are_being_written_hold_nothing_for_certain():
+    preparing = follow(a_prepare(2, (a_move(0, 7),)), state=SERVING)
+    assert preparing.contents == (EMPTY, 3, EMPTY)
+    assert follow(Prepared(2, (7, 3, EMPTY)), state=preparing).contents == (7, 3, EMPTY)
+
+
+def test_a_load_is_carried_out_once():
+    filling, actions = participant.advance(OFFERED, a_load())
+    assert actions == (FillBank(a_load()),)
+    assert participant.advance(filling, a_load()) == (filling, (Report(),))
+    assert participant.advance(LOADED, a_load()) == (LOADED, (Report(),))
+
+
+@pytest.mark.parametrize("state", [PREPARING, READY], ids=["preparing", "ready"])
+def test_a_rank_that_never_served_can_be_told_to_load_again(state):
+    other = a_load((4, EMPTY, EMPTY))
+    offered, actions = participant.advance(state, other)
+    assert offered.mode is Mode.OFFERED and actions == (FillBank(other),)
+    # What was given up must not be taken up again.
+    assert offered.prepared == 1
+    assert participant.advance(offered, a_prepare(1)) == (offered, (Report(),))
+    assert follow(Commit(epoch=1), state=offered) == offered
+
+
+def test_a_member_is_never_told_to_load():
+    for state in (SERVING, HOLDING, follow(a_prepare(2), state=SERVING)):
+        assert participant.advance(state, a_load((4, EMPTY, EMPTY))) == (state, ())
+
+
+def test_states_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        READY.epoch = 3

@@ -1,0 +1,88 @@
+"""Three hundred seeds of faults, and planted bugs that the checkers must object to."""
+
+import dataclasses
+
+import pytest
+
+from eep_jax.coordination import coordinator
+from eep_jax.coordination.coordinator import Note, Send
+from eep_jax.coordination.protocol import Commit
+from tests.simulator import run
+
+SEEDS = 60
+
+
+@pytest.mark.parametrize("ranks", range(2, 7))
+def test_every_promise_is_kept_whatever_fails(ranks):
+    clusters = [run.simulate(seed, ranks) for seed in range(SEEDS)]
+    epochs = sum(len(cluster.checkers.committed) for cluster in clusters)
+    assert epochs > 2 * SEEDS, "the faults hardly disturbed anyone"
+
+
+def test_a_seed_repeats_itself_exactly():
+    assert run.simulate(7, 4).lines == run.simulate(7, 4).lines
+
+
+def commit_before_all_are_ready(state, event, now_ms):
+    """A coordinator that takes the readiness of one rank for that of all."""
+    state, commands = coordinator.advance(state, event, now_ms)
+    change = state.change
+    if change is None or not change.ready:
+        return state, commands
+    honest = coordinator._is_ready
+    coordinator._is_ready = lambda record, change: True
+    try:
+        state, more = coordinator._commit(state, now_ms)
+    finally:
+        coordinator._is_ready = honest
+    return state, (*commands, *more)
+
+
+def forget_what_abandoned_plans_wrote(state, event, now_ms):
+    """A coordinator that trusts contents although a rank may be writing them."""
+    state, commands = coordinator.advance(state, event, now_ms)
+    holding = lambda record: dataclasses.replace(
+        record.status, contents=state.placement.slots[record.status.rank]
+    )
+    records = tuple(
+        dataclasses.replace(record, status=holding(record)) if record.status else record
+        for record in state.records
+    )
+    return dataclasses.replace(state, dirty=frozenset(), records=records), commands
+
+
+def use_an_epoch_twice(state, event, now_ms):
+    """A coordinator that gives the number of an abandoned change to the next one."""
+    reused = dataclasses.replace(state, epoch_tried=state.view.epoch)
+    return coordinator.advance(reused, event, now_ms)
+
+
+def tell_before_it_is_written_down(state, event, now_ms):
+    """A coordinator whose journal lags behind its words."""
+    state, commands = coordinator.advance(state, event, now_ms)
+    late = [c for c in commands if isinstance(c, Note)]
+    return state, (*(c for c in commands if not isinstance(c, Note)), *late)
+
+
+def commit_to_the_dead_too(state, event, now_ms):
+    """A coordinator that never gives anyone up: no death is ever repaired."""
+    state, commands = coordinator.advance(state, event, now_ms)
+    commits = [c for c in commands if isinstance(c, Send) and isinstance(c.message, Commit)]
+    return state, tuple(c for c in commands if c not in commits)
+
+
+@pytest.mark.parametrize(
+    ("bug", "objection"),
+    [
+        (commit_before_all_are_ready, "was never ready for it"),
+        (use_an_epoch_twice, "means two different things|is committed after|did not heal"),
+        (tell_before_it_is_written_down, "means two different things|not committed"),
+        (commit_to_the_dead_too, "did not heal"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_planted_bug_is_found(bug, objection):
+    with pytest.raises(run.Failed, match=objection) as raised:
+        for seed in range(200):
+            run.simulate(seed, 4, calm_ms=20_000, advance=bug)
+    assert "python -m tests.simulator.run --seed=" in str(raised.value)
