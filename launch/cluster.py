@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +46,9 @@ class LocalCluster:
 
     def __init__(self, arguments: list[str], ranks: int, run_dir: str | None, respawn_delay_ms: int):
         """`arguments` are flags for every process. Without `run_dir` a temporary one is made, and
-        removed in the end. A negative delay brings dead ranks back only on `start_rank`."""
-        self._temporary = run_dir is None
+        removed in the end unless the cluster failed. A negative delay brings dead ranks back only
+        on `start_rank`."""
+        self._removes_run_dir = run_dir is None
         self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         token = self.run_dir / "token"
@@ -147,12 +149,14 @@ class LocalCluster:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
             while time.monotonic() < ends_s:
                 if self.failure is not None:
+                    self._removes_run_dir = False
                     raise ClusterFailed(self.failure)
                 status = await self.status(session)
                 if status is not None and wanted(status):
                     self.was_healthy = True
                     return status
                 await asyncio.sleep(poll_ms / 1000)
+        self._removes_run_dir = False
         raise ClusterFailed(f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs")
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -175,9 +179,7 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(5)
-        if self._temporary:
-            import shutil
-
+        if self._removes_run_dir:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 
 

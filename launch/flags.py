@@ -74,7 +74,7 @@ def override(config: RunConfig, text: str) -> RunConfig:
         raise UsageError(f"--override={text!r} must be of the form part.name=value")
     try:
         return _replace(config, path.split("."), value)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise UsageError(f"--override={text!r}: {error}") from error
 
 
@@ -88,11 +88,18 @@ def _replace(config, path: list[str], text: str):
     kind = hints[name]
     if dataclasses.is_dataclass(kind):
         raise ValueError(f"{name} has parts: {sorted(typing.get_type_hints(kind))}")
+    return dataclasses.replace(config, **{name: _parse(name, kind, text)})
+
+
+def _parse(name: str, kind: type, text: str):
     if kind is bool:
-        value = {"true": True, "false": False}[text.lower()]
-    else:
-        value = kind(text)
-    return dataclasses.replace(config, **{name: value})
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is {text!r}, must be true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}, must be of type {kind.__name__}") from None
 
 
 def read_token(run_dir: pathlib.Path) -> str:

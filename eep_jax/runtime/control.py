@@ -16,15 +16,21 @@ _log = logging.getLogger(__name__)
 
 OUTGOING_MAX = 4_096
 HELLO_TIMEOUT_S = 10.0
+WRITE_DEADLINE_S = 5.0  # for a rank to take what it was sent
 
 
 @dataclasses.dataclass(eq=False)
 class Connection:
-    """A rank process at the other end. `incarnation` is 0 until it was given one."""
+    """A rank process at the other end. `incarnation` is 0 until it was given one.
+
+    What a rank sent while it had no connection is lost, so its tokens count and requests are given
+    to it only once it is `settled`: it has said in a Held which requests and tokens it has.
+    """
 
     hello: messages.Hello
     incarnation: int
     outgoing: asyncio.Queue
+    settled: bool = False
 
     def send(self, message) -> None:
         """Queues a message; closes the connection of a rank that does not read."""
@@ -74,7 +80,8 @@ class ControlServer:
             if not isinstance(hello, messages.Hello):
                 raise ProtocolError(f"the first message is {type(hello).__name__}, expected Hello")
             connection = Connection(hello, hello.incarnation, asyncio.Queue(OUTGOING_MAX))
-            writer = asyncio.create_task(self._write(socket, connection))
+            abort = http.transport.abort
+            writer = asyncio.create_task(self._write(socket, connection, abort))
             self._on_message(connection, hello)
             async for frame in socket:
                 self._on_message(connection, self._decode(frame))
@@ -91,13 +98,18 @@ class ControlServer:
                 self._on_closed(connection)
         return socket
 
-    async def _write(self, socket: web.WebSocketResponse, connection: Connection) -> None:
+    async def _write(self, socket: web.WebSocketResponse, connection: Connection, abort) -> None:
         try:
             while (message := await connection.outgoing.get()) is not None:
-                await socket.send_bytes(encode(message))
+                async with asyncio.timeout(WRITE_DEADLINE_S):
+                    await socket.send_bytes(encode(message))
             await socket.close()
         except ConnectionError:
             pass  # the reader sees the same end, and says so
+        except (TimeoutError, ProtocolError) as error:
+            reason = error if str(error) else f"it took nothing for {WRITE_DEADLINE_S:g} s"
+            _log.error("cannot write to rank %d, closing its channel: %s", connection.hello.rank, reason)
+            abort()  # a close in order would wait behind what the rank does not take
 
     def _decode(self, frame):
         if frame.type is not WSMsgType.BINARY:

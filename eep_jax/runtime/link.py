@@ -122,7 +122,7 @@ class Link:
             try:
                 await self._connect_once()
                 complained = ""
-            except (aiohttp.ClientError, OSError, ValueError, ProtocolError, TimeoutError) as error:
+            except (aiohttp.ClientError, OSError, ValueError, LookupError, ProtocolError) as error:
                 if str(error) != complained:
                     complained = str(error)
                     _log.warning("no channel to the supervisor: %s; trying again", error)
@@ -144,7 +144,7 @@ class Link:
             self._send_status()
             self._arrived(Connected())
             tasks = [
-                asyncio.create_task(self._write(socket)),
+                asyncio.create_task(self._write(socket, self._outgoing)),
                 asyncio.create_task(self._heartbeat()),
                 asyncio.create_task(self._read(socket)),
             ]
@@ -190,8 +190,9 @@ class Link:
                 self.on_prepare(message.epoch)
             self._arrived(message)
 
-    async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        outgoing = self._outgoing
+    async def _write(
+        self, socket: aiohttp.ClientWebSocketResponse, outgoing: asyncio.Queue
+    ) -> None:
         while (message := await outgoing.get()) is not None:
             await socket.send_bytes(encode(message))
         await socket.close()
@@ -207,7 +208,10 @@ class Link:
         return decode(frame.data, messages.TO_RANK, self._options.message_bytes_max)
 
     def _arrived(self, message) -> None:
-        self._incoming.put(message, timeout=1.0)
+        try:
+            self._incoming.put_nowait(message)
+        except queue.Full:
+            raise ProtocolError(f"the engine left {INCOMING_MAX} messages unread") from None
         self.on_arrival()
 
     def _send_status(self) -> None:

@@ -6,6 +6,7 @@ ranks to come back, and asks them what they have.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +17,7 @@ from aiohttp import web
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination import coordinator as c
-from eep_jax.coordination.protocol import Refused, Status, Welcome
+from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
 from eep_jax.engine.request import Request
 from eep_jax.errors import ProtocolError
 from eep_jax.membership.detector import DetectorOptions
@@ -38,8 +39,7 @@ _log = logging.getLogger(__name__)
 
 TICK_MS = 50
 EVENTS_MAX = 500
-
-
+PIDS_MAX = 4 << 20  # of Linux
 
 
 @dataclasses.dataclass
@@ -95,10 +95,10 @@ class Supervisor:
         runners = []
         try:
             control_port = await self._open(
-                runners, self._control.build_app(), serve.control_host, serve.control_port or before.get("port", 0)
+                runners, self._control.build_app(), serve.control_host, serve.control_port, before.get("port", 0)
             )
             http_port = await self._open(
-                runners, build_app(self, limits), serve.host, serve.port or before.get("http_port", 0)
+                runners, build_app(self, limits), serve.host, serve.port, before.get("http_port", 0)
             )
             self._write_endpoint(control_port, http_port)
             self._watch_known_processes()
@@ -116,13 +116,17 @@ class Supervisor:
         finally:
             await self._close(runners)
 
-    async def _open(self, runners, app: web.Application, host: str, port: int) -> int:
+    async def _open(self, runners, app: web.Application, host: str, port: int, before: int) -> int:
+        """Listens on `port`; where that is 0, on the port of before the restart if it is still free."""
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         runners.append(runner)
-        site = web.TCPSite(runner, host, port)
+        if not port and before:
+            with contextlib.suppress(OSError):
+                await web.TCPSite(runner, host, before).start()
+                return before
         try:
-            await site.start()
+            await web.TCPSite(runner, host, port).start()
         except OSError as error:
             raise OSError(
                 error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another port (0: any free one)"
@@ -130,6 +134,9 @@ class Supervisor:
         return runner.addresses[0][1]
 
     async def _close(self, runners) -> None:
+        for runner in runners:  # who is told to end must not call again
+            for site in list(runner.sites):
+                await site.stop()
         for connection in self._connections.values():
             connection.send(messages.Shutdown())
             connection.close()
@@ -150,17 +157,29 @@ class Supervisor:
             return self._on_hello(connection, message)
         if not connection.incarnation:
             raise ProtocolError(f"{type(message).__name__} before the Hello was answered")
+        if isinstance(message, Status):
+            self._check_status(connection, message)
+            self._feed(message, connection)
+        elif self._is_current(connection):
+            self._on_report(connection, message)
+
+    def _is_current(self, connection: Connection) -> bool:
+        """Whether this is the channel of its rank's process; one that was evicted is not heard."""
+        rank = connection.hello.rank
+        return self._connections.get(rank) is connection and self.state.records[rank].believed
+
+    def _on_report(self, connection: Connection, message) -> None:
+        rank = connection.hello.rank
         match message:
-            case Status():
-                self._check_status(connection, message)
-                self._feed(message, connection)
-            case messages.Produced(progress=progress):
+            case messages.Produced(progress=progress) if connection.settled:
                 for part in progress:
-                    self._on_progress(connection.hello.rank, part)
+                    self._on_progress(rank, part)
             case messages.Held(progress=progress):
                 self._on_held(connection, progress)
+                connection.settled = True
+                self._awaited.discard(rank)
             case messages.Telemetry():
-                self.telemetry[connection.hello.rank] = message
+                self.telemetry[rank] = message
         self._assign()
 
     def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
@@ -168,15 +187,29 @@ class Supervisor:
             raise ProtocolError(f"rank {hello.rank} is not in 0..{self.config.cluster.ranks - 1}")
         if hello.run != self.config.name:
             raise ProtocolError(f"rank {hello.rank} runs {hello.run!r}, this is {self.config.name!r}")
+        if not 0 < hello.pid < PIDS_MAX:
+            raise ProtocolError(f"rank {hello.rank} says its pid is {hello.pid}")
+        if hello != connection.hello or self._connections.get(hello.rank) is connection:
+            raise ProtocolError(f"rank {hello.rank} introduced itself twice")
         if hello.boot_id != boot_id():
             raise ProtocolError(
                 f"rank {hello.rank} is on another machine; its memory cannot be mapped from here yet"
             )
-        if hello.incarnation:
-            self._watch(hello.rank, hello.incarnation, hello.pid, start_ticks(hello.pid))
-            self._connections[hello.rank] = connection
-        else:
+        newest = self.state.records[hello.rank].incarnation
+        if not hello.incarnation:
             self._feed(c.Arrived(hello.rank), connection)
+        elif hello.incarnation == newest:
+            self._register(connection)
+            self._watch(hello.rank, hello.incarnation, hello.pid, start_ticks(hello.pid))
+        else:
+            reason = f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
+            connection.send(Fenced(reason=reason))
+
+    def _register(self, connection: Connection) -> None:
+        before = self._connections.get(connection.hello.rank)
+        self._connections[connection.hello.rank] = connection
+        if before is not None:
+            before.close()  # its rank has called again, so nobody is at the other end
 
     def _check_status(self, connection: Connection, status: Status) -> None:
         if (status.rank, status.incarnation) != (connection.hello.rank, connection.incarnation):
@@ -251,7 +284,7 @@ class Supervisor:
         if isinstance(message, Welcome):
             hello = connection.hello
             connection.incarnation = message.incarnation
-            self._connections[hello.rank] = connection
+            self._register(connection)
             facts = {"rank": hello.rank, "incarnation": message.incarnation, "pid": hello.pid}
             self._journal.append("process", facts | {"ticks": start_ticks(hello.pid)})
             self._watch(hello.rank, message.incarnation, hello.pid, start_ticks(hello.pid))
@@ -273,11 +306,15 @@ class Supervisor:
     # Requests.
 
     def _assign(self) -> None:
-        """Gives waiting requests to the active ranks that have a channel."""
-        if self.state.blocked:
+        """Gives waiting requests to the active ranks that have a channel.
+
+        After a restart the ranks come back first: most requests are on one of them already.
+        """
+        believed = lambda rank: self.state.records[rank].believed
+        active = [r for r in self.state.view.with_state(RankState.ACTIVE) if believed(r)]
+        if self.state.blocked or self._awaited.intersection(active):
             return
-        active = self.state.view.with_state(RankState.ACTIVE)
-        ready = [r for r in active if r in self._connections and self.state.records[r].believed]
+        ready = [r for r in active if (found := self._connections.get(r)) and found.settled]
         for rank, request in self.book.assign(ready):
             self._send(rank, messages.Generate(request=request))
 
@@ -335,12 +372,13 @@ class Supervisor:
         """Takes up where the supervisor that wrote the journal was killed."""
         ranks = self.config.cluster.ranks
         self._restored_processes = {}
+        self._awaited = set()  # members of before that did not say yet which requests they have
         commit, tried, issued = None, 0, [0] * ranks
         for record in records:
             kind = record["kind"]
             if kind == "commit":
                 commit = record
-            elif kind == "prepare":
+            elif kind in ("prepare", "tried"):
                 tried = max(tried, record["epoch"])
             elif kind == "process":
                 rank, incarnation = record["rank"], record["incarnation"]
@@ -363,6 +401,7 @@ class Supervisor:
             view, placement = _view_of(commit), _placement_of(commit, self.config)
         now_ms = self._clock.now_ms()
         self.state = c.restored_state(self.state.options, view, placement, tried, issued, now_ms)
+        self._awaited.update(self.state.view.in_epoch)
         self._note("restarted", {"epoch": view.epoch, "requests": len(self.book.entries)})
 
     def _restore_request(self, record: dict) -> None:
@@ -374,7 +413,7 @@ class Supervisor:
     def _snapshot(self) -> list[dict]:
         """Records from which `_restore` makes the same state."""
         commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"][-1:]
-        records = [{"kind": "prepare", "epoch": self.state.epoch_tried}, *commits]
+        records = [{"kind": "tried", "epoch": self.state.epoch_tried}, *commits]
         for (rank, incarnation), process in self._processes.items():
             facts = {"rank": rank, "incarnation": incarnation}
             records.append({"kind": "process", "pid": process.pid, "ticks": process.ticks} | facts)

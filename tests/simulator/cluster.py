@@ -163,7 +163,7 @@ def words_of(note: Note) -> str:
         case "dead":
             return f"dead: {facts['reason']}"
         case "prepare":
-            epoch, kind, moves = facts["epoch"], facts["kind"], facts["moves"]
+            epoch, kind, moves = facts["epoch"], facts["change"], facts["moves"]
             return f"prepare: epoch {epoch}, {kind}, {moves} moves: {facts['reason']}"
         case "commit":
             moves = [f"expert {m['expert']} to rank {m['rank']}" for m in facts["moves"]]

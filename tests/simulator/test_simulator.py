@@ -38,19 +38,6 @@ def commit_before_all_are_ready(state, event, now_ms):
     return state, (*commands, *more)
 
 
-def forget_what_abandoned_plans_wrote(state, event, now_ms):
-    """A coordinator that trusts contents although a rank may be writing them."""
-    state, commands = coordinator.advance(state, event, now_ms)
-    holding = lambda record: dataclasses.replace(
-        record.status, contents=state.placement.slots[record.status.rank]
-    )
-    records = tuple(
-        dataclasses.replace(record, status=holding(record)) if record.status else record
-        for record in state.records
-    )
-    return dataclasses.replace(state, dirty=frozenset(), records=records), commands
-
-
 def use_an_epoch_twice(state, event, now_ms):
     """A coordinator that gives the number of an abandoned change to the next one."""
     reused = dataclasses.replace(state, epoch_tried=state.view.epoch)
@@ -64,8 +51,8 @@ def tell_before_it_is_written_down(state, event, now_ms):
     return state, (*(c for c in commands if not isinstance(c, Note)), *late)
 
 
-def commit_to_the_dead_too(state, event, now_ms):
-    """A coordinator that never gives anyone up: no death is ever repaired."""
+def never_tell_a_commit(state, event, now_ms):
+    """A coordinator whose agreed epochs never reach a rank: safe, and of no use."""
     state, commands = coordinator.advance(state, event, now_ms)
     commits = [c for c in commands if isinstance(c, Send) and isinstance(c.message, Commit)]
     return state, tuple(c for c in commands if c not in commits)
@@ -77,7 +64,7 @@ def commit_to_the_dead_too(state, event, now_ms):
         (commit_before_all_are_ready, "was never ready for it"),
         (use_an_epoch_twice, "means two different things|is committed after|did not heal"),
         (tell_before_it_is_written_down, "means two different things|not committed"),
-        (commit_to_the_dead_too, "did not heal"),
+        (never_tell_a_commit, "did not heal"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

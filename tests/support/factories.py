@@ -121,8 +121,8 @@ class ByHand:
         for _ in range(rounds):
             sends, self.unsent = self.unsent, []
             for send in sends:
-                mine = self.incarnations.get(send.rank) == send.incarnation
-                if mine and send.rank not in without:
+                lives = send.rank in self.ranks and send.rank not in without
+                if lives and self.incarnations[send.rank] == send.incarnation:
                     self.tell(send.rank, send.message)
             for rank in self.ranks:
                 if rank not in without:

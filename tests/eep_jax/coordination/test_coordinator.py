@@ -277,7 +277,7 @@ class TestSuspicion:
         cluster.settle()
         assert cluster.state.view == View(2, members) and cluster.state.placement == placement
         commit = cluster.notes[-1].facts
-        assert commit["kind"] == "resync" and commit["moves"] == []
+        assert commit["change"] == "resync" and commit["moves"] == []
         assert commit["reason"] == "rank 0 held a step that timed out on ranks [2]"
         assert cluster.state.records[2].accused_by == ()
 

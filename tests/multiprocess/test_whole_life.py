@@ -1,0 +1,81 @@
+"""What a run costs while nobody asks anything, and what is left when it has ended."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.processes import RANKS, ClusterUnderTest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
+
+
+def processor_seconds(pid: int) -> float:
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_idle_cluster_leaves_the_cores_alone(cluster):
+    cluster.wait(lambda s: s["requests"]["running"] == 0, "an idle cluster")
+    time.sleep(0.5)
+    pids = [cluster.pid(rank) for rank in range(RANKS)]
+    before, started = sum(map(processor_seconds, pids)), time.monotonic()
+    time.sleep(3)
+    share = (sum(map(processor_seconds, pids)) - before) / (time.monotonic() - started)
+    assert share < 0.5, f"{RANKS} idle ranks use {share:.2f} cores"
+
+
+def test_every_rank_of_an_idle_cluster_wakes_for_one_request(cluster):
+    cluster.wait(lambda s: s["requests"]["running"] == 0, "an idle cluster")
+    steps = [r["steps"] for r in cluster.status()["ranks"]]
+    body = {"model": "tiny-moe-kjv", "prompt": "And", "max_tokens": 20, "temperature": 0}
+    status, answer = cluster.run(cluster.post(body))
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 20
+    cluster.wait(
+        lambda s: all(r["steps"] >= before + 20 for r, before in zip(s["ranks"], steps, strict=True)),
+        "every rank to have stepped",
+    )
+
+
+def test_nothing_is_left_behind_even_if_the_launcher_is_killed(tmp_path):
+    shared_before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-m", "launch.local", "--config=tiny_cpu", "--port=0"]
+    launcher = subprocess.Popen(
+        [*command, f"--run_dir={tmp_path}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        started = time.monotonic()
+        while len(mentioning(tmp_path)) < RANKS + 2 and time.monotonic() - started < 30:
+            time.sleep(0.1)
+        assert len(mentioning(tmp_path)) >= RANKS + 2
+    finally:
+        launcher.kill()
+        launcher.wait(10)
+    started = time.monotonic()
+    while mentioning(tmp_path) and time.monotonic() - started < 20:
+        time.sleep(0.1)
+    assert mentioning(tmp_path) == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+
+
+def test_per_rank_combine_serves_too(tmp_path):
+    """Its sums depend on the placement, so completions are only asked to be complete."""
+    with ClusterUnderTest(tmp_path, "engine.combine=per_rank") as cluster:
+        assert all(result.finish_reason == "length" for result in cluster.truth)
+
+
+def mentioning(run_dir: pathlib.Path) -> list[int]:
+    """Processes whose command line names this run directory."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if str(run_dir).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it ended while we looked
+    return found
