@@ -37,7 +37,7 @@ def first_round(epoch: int) -> int:
 def next_round(current, steps: int = 1):
     """`steps` rounds later in the same epoch; wraps within the 20 bits. For numpy and jax uint32."""
     low, high = np.uint32(ROUND_MASK), np.uint32(EPOCH_MASK << ROUND_BITS)
-    return (current & high) | ((current + np.uint32(steps)) & low)
+    return (current & high) | (((current & low) + np.uint32(steps)) & low)
 
 
 def parity(current: int) -> int:

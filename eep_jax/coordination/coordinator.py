@@ -187,21 +187,30 @@ def initial_state(options: CoordinatorOptions) -> CoordinatorState:
 
 
 def restored_state(
-    options: CoordinatorOptions, view: View, placement: Placement, epoch_tried: int, issued, now_ms
+    options: CoordinatorOptions,
+    view: View,
+    placement: Placement,
+    epoch_tried: int,
+    issued,
+    now_ms: int,
+    fenced=None,
 ) -> CoordinatorState:
     """The state of a restarted supervisor: the committed epoch, and who was last let in.
 
-    `issued[rank]` is the newest incarnation ever given out, `view` names the members. A member gets
-    `restart_grace_ms` to come back before its silence counts.
+    `issued[rank]` is the newest incarnation ever given out, `fenced[rank]` the newest that was
+    judged dead, `view` names the members. A member gets `restart_grace_ms` to come back before its
+    silence counts.
     """
     since_ms = now_ms + options.restart_grace_ms
-    # Where a newer process was let in since the commit, the member had been given up as dead.
-    replaced = [r for r in view.in_epoch if issued[r] > view.members[r].incarnation]
-    view = _without(view, replaced)
+    fenced = fenced or [0] * options.ranks
+    # A member that was judged dead stays so; where a newer process was let in, it had been.
+    members = [(rank, view.members[rank].incarnation) for rank in view.in_epoch]
+    gone = [rank for rank, inc in members if issued[rank] > inc or fenced[rank] >= inc]
+    view = _without(view, gone)
     records = tuple(
         RankRecord(
             incarnation=issued[rank],
-            fenced=member.incarnation if member.state is RankState.ABSENT else 0,
+            fenced=max(fenced[rank], member.incarnation if rank not in view.in_epoch else 0),
             ended=issued[rank] == 0,
             heard_ms=since_ms,
             channel_lost_ms=since_ms,
@@ -211,10 +220,10 @@ def restored_state(
     return CoordinatorState(
         options=options,
         view=view,
-        placement=placement.without_ranks(replaced),
+        placement=placement.without_ranks(gone),
         records=records,
         epoch_tried=max(epoch_tried, view.epoch),
-        resync=f"ranks {replaced} died before the supervisor restarted" if replaced else "",
+        resync=f"ranks {gone} died before the supervisor restarted" if gone else "",
     )
 
 
@@ -334,7 +343,9 @@ def _put_in_step(state: CoordinatorState, status: Status):
         return state, ()
     load = state.records[rank].load
     if status.mode in _OUTSIDE and load is not None and not holds(status.contents, load.slots):
-        return state, (_send(state, rank, load),)
+        # What it holds, and who can be read from, may have changed since it was first told.
+        load = _load(state, rank, load.slots)
+        return _with(state, rank, load=load), (_send(state, rank, load),)
     return state, ()
 
 
@@ -354,7 +365,8 @@ def _bury(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple
             verdict = _verdict(state, rank, now_ms)
             if not verdict.dead:
                 continue
-            state, facts = _fence(state, rank, now_ms), {"rank": rank, "reason": verdict.reason}
+            facts = {"rank": rank, "incarnation": record.incarnation, "reason": verdict.reason}
+            state = _fence(state, rank, now_ms)
             commands += (Note("dead", facts), _send(state, rank, Fenced(reason=verdict.reason)))
             if member.state is RankState.ACTIVE:
                 state = dataclasses.replace(state, view=moves.suspect(state.view, rank))

@@ -128,7 +128,9 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
         case WarmedUp() if state.mode is Mode.ALONE:
             return change(state, mode=Mode.OFFERED), (Report(),)
         case Load() if state.mode in _OUTSIDE and state.epoch == 0:
-            if holds(state.contents, event.slots) or state.load == event:
+            if state.load is not None and state.load.slots == event.slots:
+                return state, ()  # under way; an answer now would only be asked for again
+            if holds(state.contents, event.slots):
                 return state, (Report(),)
             # `prepare` stays: what was given up must not be taken up again.
             contents = _unwritten(state.contents, event.moves)

@@ -1,5 +1,6 @@
 """Promises of combine, one class for all implementations and both modes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -89,8 +90,6 @@ def moved(work, owner_of):
     ],
 )
 def test_per_choice_gives_the_same_bits_wherever_experts_live(owner_of):
-    import dataclasses
-
     work = an_exchange(11)
     of_choice = some_results(12, work).sum(axis=0)  # one owner each, so this only drops the axis
     before = host(work, some_results(12, work), "per_choice")

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,8 +53,6 @@ def test_no_epoch_starts_at_a_round_that_a_cleared_flag_shows(epoch):
 
 
 def test_numpy_and_jax_count_alike():
-    import jax
-
     for current in (first_round(1), first_round(EPOCH_MASK) | ROUND_MASK):
         counted = jax.jit(next_round)(np.uint32(current))
         assert counted.dtype == np.uint32 and int(counted) == later(current, 1)

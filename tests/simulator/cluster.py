@@ -1,4 +1,4 @@
-"""The simulated cluster: one supervisor, the processes of R ranks, one fake clock, one event queue."""
+"""The simulated cluster: one supervisor, the processes of R ranks, a fake clock, a queue."""
 
 import dataclasses
 import heapq

@@ -1,4 +1,4 @@
-"""The faults of a simulation: each is one act, drawn from the seed, that ends by itself or never."""
+"""The faults of a simulation: each is one act, drawn from the seed; most end by themselves."""
 
 import random
 

@@ -8,6 +8,7 @@ class Network:
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
+        self.messages = 0
         self.heal()
         self.drops: list[tuple[str, int]] = []  # (name of the message, rank): the next one is lost
 
@@ -20,6 +21,7 @@ class Network:
 
     def delays_ms(self, rank: int, message) -> tuple[int, ...]:
         """One delay for each copy that arrives of a message from or to `rank`."""
+        self.messages += 1
         key = (type(message).__name__.lower(), rank)
         if key in self.drops:
             self.drops.remove(key)

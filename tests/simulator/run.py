@@ -1,6 +1,6 @@
 """Runs simulations by seed: first faults and safety, then no faults and liveness.
 
-    python -m tests.simulator.run --seed=7 --seeds=1000 --ranks=4
+python -m tests.simulator.run --seed=7 --seeds=1000 --ranks=4
 """
 
 import argparse
@@ -15,6 +15,7 @@ from tests.simulator.cluster import Cluster
 from tests.support.factories import some_options
 
 TAIL_LINES = 40
+MESSAGES_PER_S_MAX = 25  # of one rank, both ways: heartbeats are 5, the rest are changes
 
 
 class Failed(AssertionError):
@@ -36,7 +37,11 @@ def options_for(ranks: int, dice: random.Random) -> CoordinatorOptions:
 
 
 def simulate(
-    seed: int, ranks: int, faults_ms: int = 15_000, calm_ms: int = 60_000, advance=coordinator.advance
+    seed: int,
+    ranks: int,
+    faults_ms: int = 15_000,
+    calm_ms: int = 60_000,
+    advance=coordinator.advance,
 ) -> Cluster:
     """One simulation. Raises Failed where a promise is broken; returns the cluster at its end."""
     dice = random.Random(seed)
@@ -45,14 +50,20 @@ def simulate(
         _disturb(cluster, dice, faults_ms)
         faults.heal(cluster)
         cluster.log("all faults are over")
+        cluster.run_for(2_000)  # what was said before is heard by now
         assert cluster.run_for(calm_ms, until=lambda: is_well(cluster)), "the cluster did not heal"
         epoch = cluster.supervisor.state.view.epoch
         cluster.run_for(3_000)
         assert is_well(cluster) and cluster.supervisor.state.view.epoch == epoch, "it did not last"
+        assert cluster.network.messages <= MESSAGES_PER_S_MAX * _process_seconds(cluster), "babble"
     except Exception as error:
         command = f"python -m tests.simulator.run --seed={seed} --ranks={ranks}"
         raise Failed("\n".join([str(error), *cluster.lines[-TAIL_LINES:], command])) from error
     return cluster
+
+
+def _process_seconds(cluster: Cluster) -> float:
+    return max(cluster.options.ranks, len(cluster.living())) * cluster.now_ms / 1_000
 
 
 def _disturb(cluster: Cluster, dice: random.Random, duration_ms: int) -> None:

@@ -68,17 +68,19 @@ def restored(options: CoordinatorOptions, journal: list[Note], now_ms: int) -> C
     """The coordinator's state from the journal alone."""
     view = empty_view(options.ranks)
     placement = empty_placement(options.experts, options.ranks, options.slots_per_rank)
-    issued, epoch_tried = [0] * options.ranks, 0
+    issued, fenced, epoch_tried = [0] * options.ranks, [0] * options.ranks, 0
     for note in journal:
         facts = note.facts
         match note.kind:
             case "incarnation":
                 issued[facts["rank"]] = facts["incarnation"]
+            case "dead":
+                fenced[facts["rank"]] = facts["incarnation"]
             case "prepare":
                 epoch_tried = facts["epoch"]
             case "commit":
                 view, placement = committed(note, options.experts)
-    return coordinator.restored_state(options, view, placement, epoch_tried, issued, now_ms)
+    return coordinator.restored_state(options, view, placement, epoch_tried, issued, now_ms, fenced)
 
 
 def committed(note: Note, experts: int) -> tuple[View, Placement]:

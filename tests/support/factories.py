@@ -1,4 +1,4 @@
-"""Small worlds for tests: views, placements, options, ranks' statuses and a coordinator's cluster."""
+"""Small worlds for tests: views, placements, options, statuses and a cluster run by hand."""
 
 from eep_jax.coordination import coordinator, participant
 from eep_jax.coordination.coordinator import CoordinatorOptions

@@ -102,14 +102,14 @@ class LoopbackRanks:
             window["slots"][...] = 0
             window["header"][...] = 99
 
-    def call(self, work: Exchange, wish: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
+    def call(self, active, wish: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
         return Call(
-            active=work.active,
+            active=np.asarray(active, np.int32),
             epoch=np.uint32(self.epoch),
             round=np.uint32(self.round),
             deadline_ms=np.uint32(deadline_ms),
             wish=np.uint32(wish),
-            suspicion=np.zeros(work.ranks, np.int32),
+            suspicion=np.zeros(len(active), np.int32),
         )
 
     def exchange(self, work: Exchange, results, *, wishes=None, absent=(), **options) -> Outcome:
@@ -119,7 +119,7 @@ class LoopbackRanks:
         wishes = wishes or [1] * work.ranks
 
         def run(rank):
-            call = self.call(work, wishes[rank], **options)
+            call = self.call(work.active, wishes[rank], **options)
             mine = (work.x[rank], work.slots[rank], work.weights[rank], results[rank])
             return jax.tree.map(np.asarray, self._programs[rank](*mine, self.arrays[rank], call))
 
@@ -133,11 +133,11 @@ class LoopbackRanks:
         """
         self.start_epoch()
         self.poison()
-        programs = [self._chain(rank, layers) for rank in range(work.ranks)]
+        programs = [self.chain_program(rank, layers) for rank in range(work.ranks)]
 
         def run(rank):
             mine = (work.x[rank], work.slots[rank], work.weights[rank])
-            out = programs[rank](*mine, self.arrays[rank], self.call(work, **options))
+            out = programs[rank](*mine, self.arrays[rank], self.call(work.active, **options))
             return jax.tree.map(np.asarray, out)
 
         present = [r for r in work.members if r not in absent]
@@ -154,7 +154,8 @@ class LoopbackRanks:
 
         return jax.jit(exchange)
 
-    def _chain(self, rank: int, layers: int):
+    def chain_program(self, rank: int, layers: int):
+        """The compiled step of one rank: `(x, slots, weights, heap, call) -> (x, suspicion)`."""
         where = {"layout": self.layout, "rank": rank, "slots_per_rank": self.slots_per_rank}
 
         def step(x, slots, weights, heap, call):

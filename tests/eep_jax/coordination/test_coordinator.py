@@ -1,4 +1,4 @@
-"""Promises of the supervisor's side, message by message; whole courses of events are the stories."""
+"""Promises of the supervisor's side, message by message; whole courses are stories."""
 
 import dataclasses
 
@@ -202,8 +202,9 @@ class TestDeath:
         commands = cluster.say(1, contents=(7, 5, EMPTY))
         (dead,) = [c for c in commands if isinstance(c, Note) and c.kind == "dead"]
         assert dead.facts["rank"] == 1
-        assert "rank 1 holds experts (7, 5, -1), its placement says (1, 5, -1)" in (
-            dead.facts["reason"]
+        assert (
+            "rank 1 holds experts (7, 5, -1), its placement says (1, 5, -1)"
+            in (dead.facts["reason"])
         )
         assert set(sent(commands, Fenced)) == {1}
         cluster.settle()
@@ -400,6 +401,18 @@ class TestLoads:
         assert sent(cluster.say(2), Load)[2] == load
         assert sent(cluster.say(2, contents=load.slots), Load) == {}
 
+    def test_it_is_told_what_it_lacks_now_not_what_it_lacked_once(self):
+        cluster = a_serving_cluster(slots_per_rank=4, redundancy=2)
+        cluster.feed(Ended(2, 1))
+        del cluster.ranks[2]
+        cluster.settle()
+        cluster.join(2)
+        slots = cluster.state.records[2].load.slots
+        once = sent(cluster.say(2, contents=(*slots[:3], EMPTY)), Load)[2]
+        assert [move.slot for move in once.moves] == [3]
+        again = sent(cluster.say(2, contents=(EMPTY, *slots[1:])), Load)[2]
+        assert [move.slot for move in again.moves] == [0]
+
     def test_it_reads_from_members_only(self):
         cluster = a_serving_cluster(slots_per_rank=4, redundancy=2)
         for rank in (2, 3):
@@ -482,6 +495,21 @@ class TestRestart:
         cluster.settle()
         assert cluster.state.view.members[3] == Member(RankState.ACTIVE, 2)
         assert not missing_experts(cluster.state.placement, range(4))
+
+    def test_who_was_judged_dead_stays_dead(self):
+        cluster = a_serving_cluster()
+        old = cluster.state
+        cluster.pass_time(3_400, silent=[1])
+        dead = next(note.facts for note in cluster.notes if note.kind == "dead")
+        assert (dead["rank"], dead["incarnation"]) == (1, 1)
+        cluster.state = coordinator.restored_state(
+            old.options, old.view, old.placement, 2, [1] * 4, cluster.now_ms, fenced=[0, 1, 0, 0]
+        )
+        cluster.unsent.clear()
+        (fenced,) = answers(cluster.say(1))
+        assert isinstance(fenced, Fenced)
+        cluster.settle(without=[1])
+        assert cluster.state.view.in_epoch == (0, 2, 3) and cluster.state.view.epoch == 3
 
     def test_a_joiner_stays_a_joiner(self):
         cluster = a_serving_cluster(slots_per_rank=4)

@@ -1,0 +1,99 @@
+"""What every benchmark shares: records as JSON lines, the machine's name, percentiles."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One number, and all that is needed to read it. See README.md beside this file."""
+
+    bench: str
+    metric: str
+    value: float
+    unit: str
+    device: str
+    ranks: int
+    shape: Mapping  # sizes of the model and of the load; `samples` is how many were measured
+    bound: float | None = None  # what cannot be beaten, in the same unit
+    baseline: float | None = None  # what it is compared with, in the same unit
+    ratio: float | None = None  # value / baseline
+    jax: str = dataclasses.field(default_factory=lambda: importlib.metadata.version("jax"))
+    commit: str = dataclasses.field(default_factory=lambda: commit())
+    time: str = dataclasses.field(default_factory=lambda: now())
+
+    def __post_init__(self):
+        for name in ("value", "bound", "baseline", "ratio"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{self.bench} {self.metric}: {name}={number} must be finite")
+
+
+def compared(baseline: float | None, value: float) -> dict:
+    """The fields `baseline` and `ratio` of a Record. `compared(10.0, 0.5)`: ratio 0.05."""
+    return {"baseline": baseline, "ratio": value / baseline if baseline else None}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest of `values` that at least `percent` % of them do not exceed (nearest rank).
+
+    >>> percentile([4.0, 1.0, 3.0, 2.0], 50), percentile([4.0, 1.0, 3.0, 2.0], 90)
+    (2.0, 4.0)
+    """
+    if not values or not 0 < percent <= 100:
+        raise ValueError(f"{percent=} of {len(values)} values: need 0 < percent <= 100 and a value")
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+
+
+def append(path: pathlib.Path, records: Iterable[Record]) -> None:
+    """Adds one line for each record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def read(paths: Iterable[pathlib.Path]) -> list[Record]:
+    """All records of these files, in their order. Raises ValueError naming a line that is none."""
+    records = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                records.append(Record(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number} is no record: {error}") from error
+    return records
+
+
+def cpu_device() -> str:
+    """Such as "cpu, 2 cores, AMD EPYC"; the cores are those this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    return f"cpu, {cores} core{'s' if cores > 1 else ''}, {_cpu_model()}"
+
+
+def _cpu_model() -> str:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown model")
+
+
+def commit() -> str:
+    """The commit that was measured, with a + where files differ from it."""
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30
+    ).stdout.strip()
+    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

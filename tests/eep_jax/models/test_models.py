@@ -1,0 +1,153 @@
+"""Promises of the parts of the model: routing, attention, cache, weights and the bank of experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eep_jax.heap.loopback import LoopbackHeap, open_all
+from eep_jax.models.attention import attend_cached, attend_causal, rope
+from eep_jax.models.expert_bank import EMPTY, ExpertBank, slab_layout
+from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.router import route
+from eep_jax.models.weights import (
+    build_dense_model,
+    decoder_graph,
+    dense_names,
+    expert_name,
+    merge_decoder,
+    split_model,
+)
+from tests.support.models import a_model, a_run, some_weights
+
+
+def test_weights_are_the_best_probabilities_divided_by_their_sum():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.3, 0.1]]))
+    ids, weights = route(logits, 2, norm_topk_prob=True)
+    assert ids.tolist() == [[0, 2]]
+    np.testing.assert_allclose(weights, [[4 / 7, 3 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(route(logits, 2, False)[1], [[0.4, 0.3]], rtol=1e-6)
+
+
+def test_equal_scores_go_to_the_lower_expert():
+    assert route(jnp.zeros((1, 5)), 3, True)[0].tolist() == [[0, 1, 2]]
+
+
+def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
+    random = np.random.default_rng(0)
+    q, k = (jnp.asarray(random.standard_normal((1, 1, 8)), jnp.float32) for _ in "qk")
+    turn = lambda x, position: rope(x, jnp.array([position]), 10_000.0)
+    np.testing.assert_allclose(jnp.sum(turn(q, 9) ** 2), jnp.sum(q**2), rtol=1e-5)
+    near, far = (jnp.sum(turn(q, 5 + at) * turn(k, 2 + at)) for at in (0, 30))
+    np.testing.assert_allclose(near, far, rtol=1e-4)
+    np.testing.assert_array_equal(turn(q, 0), q)
+
+
+def test_attending_to_a_cache_is_attending_causally_whatever_lies_behind():
+    random = np.random.default_rng(1)
+    length, padded = 6, 10
+    q = random.standard_normal((1, length, 4, 8)).astype(np.float32)
+    k, v = (random.standard_normal((1, length, 2, 8)).astype(np.float32) for _ in "kv")
+    wanted = attend_causal(q, k, v)[0]
+    old = random.standard_normal((2, padded, 8)).astype(np.float32)
+    cached = []
+    for part in (k, v):
+        rows = old.copy()
+        rows[:, :length] = part[0].swapaxes(0, 1)
+        cached.append(np.broadcast_to(rows, (length, *rows.shape)))
+    found = attend_cached(q[0], *cached, np.arange(length))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+class TestKVCache:
+    def written(self, slots, positions):
+        cache = empty_cache(a_model(), a_run().engine)
+        k = np.arange(1, len(slots) + 1, dtype=np.float32)[:, None, None] * np.ones((1, 1, 8))
+        return cache.write(1, np.array(slots), np.array(positions), k, -k)
+
+    def test_each_token_is_written_at_its_slot_and_position_of_its_layer(self):
+        cache = self.written([2, 0], [5, 47])
+        assert np.argwhere(cache.keys[1].any(axis=-1)).tolist() == [[0, 0, 47], [2, 0, 5]]
+        assert float(cache.keys[1][2, 0, 5, 0]) == 1 and float(cache.values[1][0, 0, 47, 0]) == -2
+        assert not cache.keys[0].any() and not cache.values[0].any()
+
+    def test_an_empty_row_writes_nothing(self):
+        cache = self.written([0, 3], [-1, -1])
+        assert not cache.keys[1].any() and not cache.values[1].any()
+
+
+def test_a_model_survives_being_split_into_named_weights():
+    model = a_model()
+    dense, experts = some_weights(model)
+    named = {expert_name(e): experts[e] for e in range(model.experts)}
+    again_dense, again_experts = split_model(build_dense_model(model, dense, named), model)
+    assert set(dense) == set(again_dense) == set(dense_names(model))
+    for name, weights in (dense | named).items():
+        np.testing.assert_array_equal((again_dense | again_experts)[name], weights)
+
+
+def test_names_carry_the_shapes_of_the_weights():
+    model = a_model()
+    shapes = {name: leaf.shape for name, leaf in dense_names(model).items()}
+    assert shapes == {name: weights.shape for name, weights in some_weights(model)[0].items()}
+
+
+def test_a_decoder_is_rebuilt_from_its_leaves_without_a_copy():
+    model = a_model()
+    dense, _ = some_weights(model)
+    graph, names = decoder_graph(model)
+    leaves = [jnp.asarray(dense[name]) for name in names]
+    decoder = merge_decoder(graph, leaves)
+    assert decoder.head.kernel[...] is leaves[names.index("head/kernel")]
+
+
+def test_names_of_experts_sort_like_experts():
+    assert [expert_name(e) for e in (7, 15, 123)] == ["e007", "e015", "e123"]
+
+
+class TestExpertBank:
+    def banks(self, ranks=2):
+        config = a_run(ranks)
+        layout = slab_layout(config.model, config.engine, ranks, config.cluster.slots_per_rank)
+        return [ExpertBank(layout, heap) for heap in open_all(ranks, layout.slab_bytes)]
+
+    def test_a_slot_names_its_expert_once_it_is_written(self):
+        bank, _ = self.banks()
+        assert set(bank.contents) == {EMPTY}
+        bank.write(3, 6, some_weights(a_model())[1][6])
+        assert bank.contents[3] == 6 and bank.contents.count(EMPTY) == 7
+        bank.clear(3)
+        assert set(bank.contents) == {EMPTY}
+
+    def test_a_slot_that_could_not_be_written_holds_no_expert(self):
+        bank, _ = self.banks()
+        bank.write(3, 6, some_weights(a_model())[1][6])
+        with pytest.raises(ValueError):
+            bank.write(3, 5, np.zeros(7))
+        assert bank.contents[3] == EMPTY
+
+    def test_a_peer_reads_what_was_written(self):
+        bank, peer = self.banks()
+        experts = some_weights(a_model())[1]
+        bank.write(3, 6, experts[6])
+        np.testing.assert_array_equal(peer.of_peer(0)[3], experts[6])
+        assert bank.expert_bytes == experts[6].nbytes
+
+    def test_the_bank_lies_behind_the_window_on_its_own_pages(self):
+        layout = self.banks()[0].layout
+        assert layout.bank.offset % 4096 == 0 and layout.slab_bytes % 4096 == 0
+        assert layout.window.window_bytes <= layout.bank.offset
+        assert layout.bank.offset + layout.bank.bytes <= layout.slab_bytes
+
+    def test_the_weights_of_a_bank_are_the_heaps_memory(self):
+        config = a_run(1)
+        layout = slab_layout(config.model, config.engine, 1, config.cluster.slots_per_rank)
+        heap = LoopbackHeap(0, 1, layout.slab_bytes)
+        bank = ExpertBank(layout, heap)
+        bank.write(0, 1, some_weights(a_model())[1][1])
+        region = heap.whole()[0, layout.bank.offset :][: bank.expert_bytes]
+        assert region.tobytes() == some_weights(a_model())[1][1].tobytes()
+
+
+def test_jax_computes_on_the_cpu_here():
+    assert jax.default_backend() == "cpu"

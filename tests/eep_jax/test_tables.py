@@ -1,0 +1,78 @@
+"""Promises of Tables: what a step reads agrees with the View and the Placement."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eep_jax.placement.placement import EMPTY, Placement, check
+from eep_jax.tables import NO_SLOT, assign, build_tables, check_tables, solo_tables
+from tests.support.factories import a_placement, a_view
+
+
+@st.composite
+def clusters(draw):
+    ranks, slots, experts = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    row = st.permutations([*range(experts), *[EMPTY] * slots]).map(lambda p: tuple(p[:slots]))
+    placement = check(Placement(experts=experts, slots=tuple(draw(row) for _ in range(ranks))))
+    states = draw(st.lists(st.sampled_from(["active", "suspect", "absent", "joining"]), min_size=ranks, max_size=ranks))
+    return a_view(" ".join(states), epoch=draw(st.integers(0, 9))), placement
+
+
+@given(clusters())
+def test_every_entry_is_a_live_replica_of_its_expert_and_none_is_forgotten(cluster):
+    view, placement = cluster
+    size = placement.slots_per_rank
+    for rank in view.ranks:
+        tables = build_tables(view, placement, rank)
+        assert np.flatnonzero(tables.active).tolist() == list(view.in_epoch)
+        assert int(tables.epoch) == view.epoch
+        for expert in range(placement.experts):
+            ids = [i for i in tables.expert_slots[expert].tolist() if i != NO_SLOT]
+            live = {r * size + s for r, s in placement.replicas().get(expert, ()) if r in view.in_epoch}
+            own = {i for i in live if i // size == rank}
+            assert set(ids) == (own or live), "a replica of its own, else all that live"
+            assert tables.replicas[expert] == len(ids)
+
+
+@given(clusters())
+def test_shapes_and_types_depend_on_the_sizes_alone(cluster):
+    view, placement = cluster
+    shapes = lambda tables: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tables)
+    solo = solo_tables(len(view.members), placement.experts, placement.slots_per_rank, 0)
+    assert shapes(build_tables(view, placement, 0)) == shapes(solo)
+
+
+def test_replicas_elsewhere_take_turns_by_token_the_next_rank_first():
+    tables = build_tables(a_view(), a_placement("- -/0 1/0 -/0 1", experts=2), rank=0)
+    tokens = np.array([[0], [0], [0], [0], [1], [1]])
+    assert assign(tokens, tables)[:, 0].tolist() == [2, 4, 6, 2, 3, 7]
+
+
+def test_ranks_start_their_turns_at_different_replicas():
+    placement = a_placement("- -/0 -/- -/0 -", experts=1)
+    first = [assign(np.array([[0]]), build_tables(a_view(), placement, r)) for r in (0, 2)]
+    assert np.ravel(first).tolist() == [2, 6]
+
+
+def test_a_choice_of_no_expert_or_of_a_lost_one_has_no_slot():
+    tables = build_tables(a_view("active absent"), a_placement("0 -/1 -", experts=2), rank=0)
+    assert assign(np.array([[-1, 1, 0]]), tables).tolist() == [[NO_SLOT, NO_SLOT, 0]]
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_alone_every_expert_is_in_a_slot_of_the_own_rank(rank):
+    tables = solo_tables(ranks=3, experts=8, slots_per_rank=3, rank=rank)
+    owners = assign(np.arange(8)[None], check_tables(tables)) // 3
+    assert set(np.ravel(owners).tolist()) == {rank}
+    assert np.flatnonzero(tables.active).tolist() == [rank] and tables.epoch == 0
+
+
+def test_tables_that_miscount_their_replicas_are_refused_by_expert():
+    tables = solo_tables(ranks=2, experts=3, slots_per_rank=3, rank=0)
+    wrong = dataclasses.replace(tables, replicas=np.array([1, 2, 1], np.int32))
+    with pytest.raises(ValueError, match=r"experts \[1\] have \[1\] slots, not \[2\]"):
+        check_tables(wrong)
