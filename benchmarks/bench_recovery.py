@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -83,7 +84,8 @@ def main() -> int:
     try:
         restarts, cycles = asyncio.run(_measure(cluster, config))
     except (ClusterFailed, Unfit) as error:
-        say(f"no result: {error}; logs are in {run_dir}/logs", "bold red")
+        say(f"no result: {error}", "bold red")
+        say(f"logs: {run_dir}/logs")
         return 1
     finally:
         cluster.stop()
@@ -161,23 +163,27 @@ async def _restart(cluster: LocalCluster, jobs: list[dict]) -> float:
 
 async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycle:
     """Kills a rank, serves without it, starts it again."""
-    first_s = time.monotonic()
+    first_s, name, ended_before = time.monotonic(), rank_name(victim), len(cluster.exits)
+
+    def killed(status: dict) -> bool:
+        _require_no_other_death(cluster, ended_before, name)
+        return status["ranks"][victim]["state"] == "absent" and status["state"] == "serving"
+
+    def returned(status: dict) -> bool:
+        _require_no_other_death(cluster, ended_before, name)
+        return is_whole(status)
+
     await asyncio.sleep(WHOLE_S)
     _require_no_compilation(await _status(cluster))
-    kill_s = cluster.kill(rank_name(victim))
-    await cluster.wait_for(
-        lambda s: s["ranks"][victim]["state"] == "absent" and s["state"] == "serving",
-        DEADLINE_S,
-        f"an epoch without rank {victim}",
-        poll_ms=20,
-    )
+    kill_s = cluster.kill(name)
+    await cluster.wait_for(killed, DEADLINE_S, f"an epoch without {name}", poll_ms=20)
     await asyncio.sleep(REDUCED_S)
-    start_s, log_from = time.monotonic(), cluster.log_path(rank_name(victim)).stat().st_size
+    start_s, log_from = time.monotonic(), cluster.log_path(name).stat().st_size
     cluster.start_rank(victim)
-    await cluster.wait_for(is_whole, DEADLINE_S, f"the return of rank {victim}")
+    await cluster.wait_for(returned, DEADLINE_S, f"the return of {name}")
     await asyncio.sleep(AFTER_S)
     events = _events_since(await _status(cluster), kill_s)
-    log = cluster.log_path(rank_name(victim)).read_bytes()[log_from:].decode(errors="replace")
+    log = cluster.log_path(name).read_bytes()[log_from:].decode(errors="replace")
     return _judge(sorted(t for t in times if t >= first_s), events, log, victim, kill_s, start_s)
 
 
@@ -237,6 +243,12 @@ def _verify(results: list[Result], truth: list[Result]) -> None:
             raise Unfit(f"a request was lost: {result.error}")
         if result.text != truth[result.job].text:
             raise Unfit(f"prompt {result.job} gave another text: {result.text!r}")
+
+
+def _require_no_other_death(cluster: LocalCluster, ended_before: int, victim: str) -> None:
+    ended = [(name, status) for _, name, status in cluster.exits[ended_before:]]
+    if ended and ended != [(victim, -signal.SIGKILL)]:
+        raise Unfit(f"processes ended with these statuses, only {victim} was killed: {ended}")
 
 
 def _require_no_compilation(status: dict) -> None:

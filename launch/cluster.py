@@ -19,6 +19,7 @@ import aiohttp
 from eep_jax.runtime.supervisor_files import ENDPOINT
 
 SUPERVISOR = "supervisor"
+EXIT_USAGE = 2  # of a process that was started wrongly: starting it again cannot help
 WATCH_MS = 50
 QUICK_DEATH_S = 10.0  # a process that ends sooner was never of use
 DELAY_MAX_MS = 30_000
@@ -91,7 +92,8 @@ class LocalCluster:
             self.exits.append((now_s, child.name, status))
             quick = now_s - child.started_s < QUICK_DEATH_S
             child.quick_deaths = child.quick_deaths + 1 if quick else 0
-            if status == 2 or (child.quick_deaths >= GIVE_UP_AFTER and not self.was_healthy):
+            hopeless = status == EXIT_USAGE or child.quick_deaths >= GIVE_UP_AFTER
+            if hopeless and not self.was_healthy:
                 self.failure = f"{child.name} ended with status {status}:\n{self.log_tail(child.name)}"
                 return
             delay_ms = 200 if child.name == SUPERVISOR else self._delay_ms

@@ -10,6 +10,7 @@ import typing
 from absl import flags
 
 from eep_jax.config import RunConfig
+from eep_jax.errors import CheckpointError
 
 CONFIG = flags.DEFINE_string(
     "config", "tiny_cpu", "A file of configs/ without .py, such as tiny_cpu."
@@ -133,7 +134,7 @@ def main_with_usage(main):
             return EXIT_USAGE
         try:
             return main()
-        except UsageError as error:
+        except (UsageError, CheckpointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USAGE
 

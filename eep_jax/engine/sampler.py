@@ -24,8 +24,9 @@ def _sample_one(logits, seed, position, temperature, top_p):
     scaled = logits / jnp.maximum(temperature, 1e-6)
     order = jnp.argsort(-scaled)
     probabilities = jax.nn.softmax(scaled)[order]
-    # A token stays if the mass before it is below top_p, so the most likely one always stays.
-    kept = jnp.cumsum(probabilities) - probabilities < top_p
+    # A token stays if the mass before it is below top_p. The most likely one always stays, also where
+    # top_p is so small that it is zero in float32.
+    kept = (jnp.cumsum(probabilities) - probabilities < top_p).at[0].set(True)
     allowed = jnp.zeros_like(kept).at[order].set(kept)
     key = jax.random.fold_in(jax.random.wrap_key_data(seed), position)
     drawn = jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf))

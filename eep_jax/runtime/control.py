@@ -87,11 +87,9 @@ class ControlServer:
                 self._on_message(connection, self._decode(frame))
         except (ProtocolError, TimeoutError) as error:
             who = f"rank {connection.hello.rank}" if connection else http.remote
-            _log.warning("refused a message of %s: %s", who, error or "no Hello in time")
+            _log.warning("refused a message of %s: %s", who, str(error) or "no Hello in time")
             await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=str(error).encode()[:120])
         finally:
-            if socket.close_code == WSCloseCode.MESSAGE_TOO_BIG:
-                _log.warning("refused a message of more than %d bytes", self._bytes_max)
             if writer is not None:
                 writer.cancel()
             if connection is not None:
@@ -112,6 +110,8 @@ class ControlServer:
             abort()  # a close in order would wait behind what the rank does not take
 
     def _decode(self, frame):
+        if frame.type is WSMsgType.ERROR:  # too large, or no proper WebSocket frame
+            raise ProtocolError(f"cannot read it: {frame.data}")
         if frame.type is not WSMsgType.BINARY:
             raise ProtocolError(f"a {frame.type.name} frame, expected a binary one")
         return decode(frame.data, messages.TO_SUPERVISOR, self._bytes_max)

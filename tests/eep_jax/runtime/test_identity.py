@@ -1,0 +1,73 @@
+"""A process is told apart from another that got its pid later."""
+
+import os
+import select
+import subprocess
+import sys
+
+import pytest
+
+from eep_jax.runtime.identity import boot_id, kill_process, open_process, start_ticks
+
+DEADLINE_S = 10.0
+
+
+@pytest.fixture
+def child():
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    process = subprocess.Popen(command)
+    yield process
+    process.kill()
+    process.wait(DEADLINE_S)
+
+
+def has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], DEADLINE_S)[0])
+
+
+def test_processes_of_one_machine_share_a_boot_id():
+    code = "from eep_jax.runtime.identity import boot_id; print(boot_id())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert found.stdout.strip() == boot_id()
+
+
+def test_the_start_of_a_process_never_changes(child):
+    ticks = start_ticks(child.pid)
+    assert ticks > 0 and start_ticks(child.pid) == ticks
+    assert start_ticks(os.getpid()) <= ticks
+
+
+def test_there_is_no_start_without_a_process(child):
+    child.kill()
+    child.wait(DEADLINE_S)
+    assert start_ticks(child.pid) == 0
+
+
+def test_a_command_name_with_brackets_and_spaces_confuses_nothing(tmp_path):
+    program = tmp_path / "a) 1 (b"
+    program.symlink_to(sys.executable)
+    process = subprocess.Popen([program, "-S", "-c", "import time; time.sleep(60)"])
+    try:
+        assert start_ticks(process.pid) >= start_ticks(os.getpid())
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+
+
+def test_the_end_is_seen_by_whoever_holds_the_pidfd(child):
+    pidfd = open_process(child.pid, start_ticks(child.pid))
+    kill_process(pidfd)
+    assert has_ended(pidfd)
+    kill_process(pidfd)  # harmless
+    os.close(pidfd)
+
+
+def test_a_process_that_started_at_another_time_is_not_opened(child):
+    assert open_process(child.pid, start_ticks(child.pid) + 1) is None
+
+
+def test_a_process_that_is_gone_is_not_opened(child):
+    ticks = start_ticks(child.pid)
+    child.kill()
+    child.wait(DEADLINE_S)
+    assert open_process(child.pid, ticks) is None
