@@ -106,14 +106,9 @@ class LocalCluster:
             self._spawn(child.name, child.quick_deaths)
 
     def _spawn(self, name: str, quick_deaths: int = 0) -> None:
-        module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
-        command = [sys.executable, "-m", module, f"--run_dir={self.run_dir}", f"--parent_pid={os.getpid()}"]
-        command += self._arguments
-        if name != SUPERVISOR:
-            command.append(f"--rank={name.removeprefix('rank')}")
         with self.log_path(name).open("ab") as log:
             process = subprocess.Popen(
-                command,
+                self._command(name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -121,6 +116,12 @@ class LocalCluster:
                 start_new_session=True,
             )
         self.children[name] = Child(name, process, time.monotonic(), quick_deaths)
+
+    def _command(self, name: str) -> list[str]:
+        module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
+        command = [sys.executable, "-m", module, f"--run_dir={self.run_dir}", f"--parent_pid={os.getpid()}"]
+        rank = [] if name == SUPERVISOR else [f"--rank={name.removeprefix('rank')}"]
+        return command + self._arguments + rank
 
     def log_path(self, name: str) -> pathlib.Path:
         return self.run_dir / "logs" / f"{name}.log"

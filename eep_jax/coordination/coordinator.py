@@ -21,9 +21,23 @@ from eep_jax.coordination.protocol import (
     Status,
     Welcome,
 )
+from eep_jax.coordination.state import (
+    Answer,
+    Arrived,
+    Change,
+    CoordinatorOptions,
+    CoordinatorState,
+    Disconnected,
+    Ended,
+    Kill,
+    Note,
+    RankRecord,
+    Send,
+    Tick,
+)
 from eep_jax.errors import CoverageLost
 from eep_jax.membership import moves
-from eep_jax.membership.detector import DetectorOptions, Signs, judge
+from eep_jax.membership.detector import Signs, judge
 from eep_jax.membership.view import RankState, View, empty_view
 from eep_jax.placement.placement import (
     EMPTY,
@@ -34,7 +48,6 @@ from eep_jax.placement.placement import (
 )
 from eep_jax.placement.planner import (
     Move,
-    Plan,
     initial_placement,
     plan_admission,
     plan_repair,
@@ -44,136 +57,6 @@ from eep_jax.placement.sources import rank_sources
 # A process in one of these modes that is no member wants to become one. The last two are left over
 # from a change that was abandoned, or that a supervisor which died had begun.
 _OUTSIDE = (Mode.OFFERED, Mode.PREPARING, Mode.READY)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CoordinatorOptions:
-    """Sizes and policies of the cluster. Times in milliseconds."""
-
-    ranks: int
-    experts: int
-    slots_per_rank: int
-    redundancy: int = 1
-    degrade: bool = False  # go on without experts that find no slot, instead of failing closed
-    formation_ms: int = 120_000  # how long the first epoch waits for all ranks
-    fenced_grace_ms: int = 5_000  # how long an evicted but living process may take to end itself
-    restart_grace_ms: int = 5_000  # how long ranks may take to find a restarted supervisor
-    own_pause_ms: int = 1_000  # a longer gap between two events is the supervisor's own sleep
-    detector: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RankRecord:
-    """What the supervisor knows of the newest process of one rank."""
-
-    incarnation: int = 0
-    fenced: int = 0  # incarnations up to this one are never listened to again
-    fenced_ms: int = 0
-    ended: bool = True
-    killed: bool = False
-    heard_ms: int = 0
-    channel_lost_ms: int | None = None
-    accused_by: tuple[int, ...] = ()
-    status: Status | None = None
-    load: Load | None = None
-
-    @property
-    def believed(self) -> bool:
-        return self.incarnation > self.fenced
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Change:
-    """A pending epoch."""
-
-    kind: str  # "formation", "repair", "admission" or "resync"
-    reason: str
-    view: View
-    plan: Plan
-    started_ms: int
-    ready: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CoordinatorState:
-    """`view` and `placement` are the committed ones, with suspects and joining ranks marked.
-
-    While `blocked`, the dead have also left them, under the old epoch, which nobody can step in.
-    """
-
-    options: CoordinatorOptions
-    view: View
-    placement: Placement
-    records: tuple[RankRecord, ...]
-    epoch_tried: int = 0
-    change: Change | None = None
-    dirty: frozenset[tuple[int, int]] = frozenset()  # places an abandoned plan may have written
-    dropped: tuple[int, ...] = ()  # experts given up under `degrade`
-    blocked: str = ""  # why there is no coverage, empty while all is well
-    resync: str = ""  # why the members must agree anew, empty if not
-    first_offer_ms: int | None = None
-    advanced_ms: int | None = None  # when the last event came
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrived:
-    """A new process of `rank` asks to be an incarnation."""
-
-    rank: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Disconnected:
-    """The control channel of this process broke."""
-
-    rank: int
-    incarnation: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """This process is known to have ended."""
-
-    rank: int
-    incarnation: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Send:
-    """Command: send `message` to this incarnation; it may be lost."""
-
-    rank: int
-    incarnation: int
-    message: object
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """Command: send `message` to whoever caused the event."""
-
-    message: object
-
-
-@dataclasses.dataclass(frozen=True)
-class Kill:
-    """Command: end this process with SIGKILL, then report Ended."""
-
-    rank: int
-    incarnation: int
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """Command: record in the journal. `kind` names what happened, `facts` are plain values."""
-
-    kind: str
-    facts: dict
 
 
 def initial_state(options: CoordinatorOptions) -> CoordinatorState:
@@ -267,7 +150,9 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
             if incarnation != state.records[rank].incarnation:
                 return state, ()
             return _with(state, rank, ended=True), ()
-    return state, ()
+        case Tick():
+            return state, ()
+    raise TypeError(f"{event!r} is no event of the coordinator")
 
 
 def _arrived(state: CoordinatorState, rank: int, now_ms: int):

@@ -93,8 +93,10 @@ def plan_admission(placement: Placement, active, joining, redundancy: int, held=
     """Fills the slots of joining ranks; the slots of active ranks are left as they are.
 
     Joiners first take orphans, then the experts with the fewest replicas, up to `redundancy`
-    replicas each. `held[rank]` names what a joiner's bank already holds (slot -> expert): among
-    equally needy experts these go first, and stay in their slot at no move.
+    replicas each. A joiner that this leaves with less than its share of a whole cluster (all
+    experts survived elsewhere) takes further replicas, and so a part of the work. `held[rank]`
+    names what a joiner's bank already holds (slot -> expert): among equally needy experts these go
+    first, and stay in their slot at no move.
     """
     joining = tuple(sorted(joining))
     members = tuple(sorted({*active, *joining}))
@@ -152,10 +154,12 @@ def _neediest(placement: Placement, rank: int, members, redundancy: int, held) -
     replicas = placement.replicas()
     inside = set(members)
     count = lambda e: sum(r in inside for r, _ in replicas.get(e, ()))
+    taken = sum(e != EMPTY for e in placement.slots[rank])
+    share = placement.experts * redundancy // len(placement.slots)
     wanted = [
         (count(e), e not in held, e)
         for e in range(placement.experts)
-        if count(e) < redundancy and e not in placement.slots[rank]
+        if (count(e) < redundancy or taken < share) and e not in placement.slots[rank]
     ]
     return min(wanted)[2] if wanted else None
 

@@ -220,3 +220,15 @@ class TestAdmission:
         plan = plan_admission(placement, [0, 1], [2, 3], 2)
         assert {4, 5} <= {move.expert for move in plan.moves}
         assert all(s.rank in (-1, 0, 1) for move in plan.moves for s in move.sources)
+
+
+@given(worn_clusters())
+def test_a_joiner_takes_its_share_of_experts_even_if_none_is_needed(cluster):
+    placement, active, redundancy = cluster
+    joining = set(range(len(placement.slots))) - active
+    assume(joining)
+    plan = plan_admission(placement.without_ranks(joining), active, joining, redundancy)
+    share = placement.experts * redundancy // len(placement.slots)
+    for rank in joining:
+        held = [e for e in plan.placement.slots[rank] if e != EMPTY]
+        assert len(held) >= min(share, placement.slots_per_rank, placement.experts)

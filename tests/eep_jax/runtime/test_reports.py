@@ -1,0 +1,100 @@
+"""What people and monitors are told, in every phase of a cluster's life."""
+
+import json
+
+import pytest
+
+from eep_jax.coordination import coordinator as c
+from eep_jax.runtime.supervisor import Supervisor
+from tests.support.control_world import TOKEN, a_config
+from tests.support.factories import ByHand
+
+COUNTS = ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices")
+
+
+@pytest.fixture
+def cluster():
+    """A coordinator of the size of the configuration, all of whose ranks serve."""
+    options = c.CoordinatorOptions(ranks=2, experts=4, slots_per_rank=2, formation_ms=5_000)
+    cluster = ByHand(options)
+    cluster.join(0), cluster.join(1)
+    cluster.settle()
+    return cluster
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    made = Supervisor(a_config(slots_per_rank=2), tmp_path, TOKEN)
+    yield made
+    made._journal.close()
+
+
+def show(supervisor: Supervisor, cluster: ByHand) -> dict:
+    """Lets the supervisor be in the cluster's state; returns its status as a client reads it."""
+    supervisor.state = cluster.state
+    return json.loads(json.dumps(supervisor.status()))
+
+
+def test_a_new_cluster_is_forming(supervisor):
+    status = supervisor.status()
+    assert (status["state"], status["epoch"]) == ("forming", 0)
+    assert [r["state"] for r in status["ranks"]] == ["absent", "absent"]
+    assert [r["mode"] for r in status["ranks"]] == [None, None]
+    assert status["experts"]["missing"] == [0, 1, 2, 3]
+    assert not supervisor.health()[0]
+
+
+def test_a_serving_cluster_is_healthy(supervisor, cluster):
+    status = show(supervisor, cluster)
+    assert (status["state"], status["epoch"], status["blocked"]) == ("serving", 1, "")
+    assert [(r["mode"], r["incarnation"], r["epoch"]) for r in status["ranks"]] == [
+        ("serving", 1, 1),
+        ("serving", 1, 1),
+    ]
+    assert status["experts"]["missing"] == [] and status["experts"]["replicas_min"] == 1
+    assert sorted(e for row in status["experts"]["placement"] for e in row) == [0, 1, 2, 3]
+    assert supervisor.health() == (
+        True,
+        {"status": "serving", "epoch": 1, "active_ranks": [0, 1], "reason": ""},
+    )
+
+
+def test_a_change_is_no_illness(supervisor, cluster):
+    cluster.feed(cluster.status(0, mode=c.Mode.HOLDING, accused=(1,)))
+    assert show(supervisor, cluster)["state"] == "changing"
+    assert supervisor.health()[0]
+
+
+def test_without_coverage_it_is_blocked_and_says_why(supervisor, cluster):
+    cluster.feed(c.Ended(1, 1))
+    status = show(supervisor, cluster)
+    assert status["state"] == "blocked" and "no live replica" in status["blocked"]
+    assert len(status["experts"]["missing"]) == 2
+    healthy, facts = supervisor.health()
+    assert not healthy and facts["reason"] == status["blocked"]
+    assert facts["active_ranks"] == [0]
+
+
+def test_a_dead_rank_has_no_mode_and_no_pid(supervisor, cluster):
+    cluster.feed(c.Ended(1, 1))
+    dead = show(supervisor, cluster)["ranks"][1]
+    assert (dead["state"], dead["mode"], dead["pid"]) == ("absent", None, None)
+    assert dead["incarnation"] == 1
+
+
+def test_every_count_is_in_the_status_and_in_the_metrics(supervisor):
+    for value, name in enumerate(COUNTS, 1):
+        supervisor.book.counts[name] = value
+    supervisor.event_counts["dead"] = 3
+    status, metrics = supervisor.status(), supervisor.metrics().decode().splitlines()
+    for value, name in enumerate(COUNTS, 1):
+        assert status["requests"][name] == value
+        assert f"eep_{name}_total {value}.0" in metrics
+    assert 'eep_events_total{kind="dead"} 3.0' in metrics
+
+
+def test_gauges_follow_the_state(supervisor, cluster):
+    cluster.feed(c.Ended(1, 1))
+    supervisor.state = cluster.state
+    metrics = supervisor.metrics().decode().splitlines()
+    assert {"eep_active_ranks 1.0", "eep_missing_experts 2.0", "eep_epoch 1.0"} <= set(metrics)

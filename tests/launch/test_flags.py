@@ -1,0 +1,184 @@
+"""Flags become a configuration or an error of usage that says what to write instead."""
+
+import dataclasses
+import pathlib
+
+import pytest
+from absl import flags as absl_flags
+
+from configs import tiny_cpu
+from launch import flags
+
+CONFIG = tiny_cpu.get_config()
+GOOD_TOKEN = "sixteen letters."
+
+
+@pytest.fixture
+def parse():
+    """Parses a command line with all flags of serving, and restores their values after the test."""
+    values = absl_flags.FLAGS
+    saved = {name: (values[name].value, values[name].present) for name in values}
+    was_parsed = values.is_parsed()
+    yield lambda *words: values(["program", *words])
+    for name, (value, present) in saved.items():
+        values[name].value, values[name].present = value, present
+    if not was_parsed:
+        values.unparse_flags()
+
+
+class TestOverride:
+    @pytest.mark.parametrize(
+        ("text", "read", "value"),
+        [
+            ("cluster.ranks=8", lambda c: c.cluster.ranks, 8),
+            ("cluster.policy=degrade", lambda c: c.cluster.policy, "degrade"),
+            ("engine.combine=per_rank", lambda c: c.engine.combine, "per_rank"),
+            ("model.norm_eps=1e-5", lambda c: c.model.norm_eps, 1e-5),
+            ("model.rope_theta=5", lambda c: c.model.rope_theta, 5.0),
+            ("model.norm_topk_prob=False", lambda c: c.model.norm_topk_prob, False),
+            ("model.norm_topk_prob=true", lambda c: c.model.norm_topk_prob, True),
+            ("name=mine", lambda c: c.name, "mine"),
+            ("checkpoint=/a=b", lambda c: c.checkpoint, "/a=b"),
+            ("checkpoint=", lambda c: c.checkpoint, ""),
+        ],
+    )
+    def test_one_value_is_replaced_and_has_its_type(self, text, read, value):
+        found = flags.override(CONFIG, text)
+        assert read(found) == value and type(read(found)) is type(value)
+        assert read(CONFIG) != value or text == "model.norm_topk_prob=true"
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("cluster.ranks", "part.name=value"),
+            ("ranks=3", "'cluster'"),
+            ("cluster.rank=3", "'ranks'"),
+            ("gizmo.ranks=3", "'cluster'"),
+            ("name.ranks=3", "no 'ranks'"),
+            ("=3", "no ''"),
+            ("cluster=3", "has parts"),
+            ("cluster.ranks=three", "of type int"),
+            ("cluster.ranks=2.0", "of type int"),
+            ("cluster.ranks=", "of type int"),
+            ("model.norm_eps=small", "of type float"),
+            ("model.norm_topk_prob=maybe", "true or false"),
+            ("cluster.policy=hope", "fail_closed"),
+            ("engine.combine=per_token", "per_choice"),
+            ("cluster.ranks=0", "must be positive"),
+            ("cluster.ranks=1", "redundancy"),
+            ("cluster.ranks=2", "raise slots_per_rank"),
+            ("engine.row_tile=7", "multiple"),
+        ],
+    )
+    def test_what_cannot_be_used_is_named_with_the_way_out(self, text, says):
+        with pytest.raises(flags.UsageError) as caught:
+            flags.override(CONFIG, text)
+        assert says in str(caught.value)
+        assert str(caught.value).startswith(f"--override={text!r}")
+
+
+class TestRunConfig:
+    def test_the_named_configuration_with_overrides_in_order(self, parse):
+        parse("--config=tiny_cpu", "--override=name=a", "--override=name=b", "--port=0", "--host=::1")
+        config = flags.run_config()
+        assert (config.name, config.serve.port, config.serve.host) == ("b", 0, "::1")
+        assert config.model == CONFIG.model
+
+    def test_what_is_not_said_stays(self, parse):
+        parse()
+        assert flags.run_config() == CONFIG
+
+    @pytest.mark.parametrize("name", ["huge", "", "tiny_cpu.py", "../launch/flags", "__init__"])
+    def test_an_unknown_configuration_names_those_there_are(self, parse, name):
+        parse(f"--config={name}")
+        with pytest.raises(flags.UsageError, match=r"not one of \['tiny_cpu'"):
+            flags.run_config()
+
+    def test_another_process_is_given_the_same_configuration(self, parse):
+        parse("--override=name=a", "--override=cluster.lease_ms=4000", "--port=0", "--host=h")
+        config, words = flags.run_config(), flags.forwarded()
+        absl_flags.FLAGS["override"].value = []
+        absl_flags.FLAGS["port"].value = None
+        parse(*words)
+        assert flags.run_config() == config
+
+    @pytest.mark.parametrize("words", [["--port=70000"], ["--port=x"], ["--rank=-1"], ["--what=1"]])
+    def test_absl_refuses_what_is_out_of_range(self, parse, words):
+        with pytest.raises(absl_flags.Error):
+            parse(*words)
+
+
+class TestToken:
+    @pytest.fixture(autouse=True)
+    def no_variable(self, monkeypatch):
+        monkeypatch.delenv(flags.TOKEN_VARIABLE, raising=False)
+
+    def test_comes_from_the_run_directory(self, tmp_path):
+        (tmp_path / "token").write_text(GOOD_TOKEN + "\n")
+        assert flags.read_token(tmp_path) == GOOD_TOKEN
+
+    def test_the_environment_wins(self, tmp_path, monkeypatch):
+        (tmp_path / "token").write_text("another long token")
+        monkeypatch.setenv(flags.TOKEN_VARIABLE, GOOD_TOKEN)
+        assert flags.read_token(tmp_path) == GOOD_TOKEN
+
+    def test_without_one_both_places_are_named(self, tmp_path):
+        with pytest.raises(flags.UsageError) as caught:
+            flags.read_token(tmp_path)
+        assert flags.TOKEN_VARIABLE in str(caught.value) and str(tmp_path) in str(caught.value)
+
+    @pytest.mark.parametrize("token", ["", "short", "x" * 15])
+    def test_a_short_one_is_refused_and_not_shown(self, tmp_path, token):
+        (tmp_path / "token").write_text(token)
+        with pytest.raises(flags.UsageError, match=f"has {len(token)} characters") as caught:
+            flags.read_token(tmp_path)
+        assert not token or token not in str(caught.value).replace(str(tmp_path), "")
+
+    def test_no_flag_takes_it(self):
+        assert not [name for name in absl_flags.FLAGS if "token" in name]
+
+
+class TestRunDir:
+    def test_must_exist(self, parse, tmp_path):
+        parse(f"--run_dir={tmp_path}")
+        assert flags.required_run_dir() == tmp_path
+        parse(f"--run_dir={tmp_path / 'none'}")
+        with pytest.raises(flags.UsageError, match="must name the directory of a run"):
+            flags.required_run_dir()
+
+    def test_is_absolute(self, parse, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        parse("--run_dir=.")
+        assert flags.required_run_dir() == pathlib.Path(tmp_path)
+
+
+class TestMain:
+    def test_an_error_of_usage_is_one_line_and_status_2(self, capsys):
+        def main():
+            raise flags.UsageError("write this instead")
+
+        assert flags.main_with_usage(main)(["program"]) == flags.EXIT_USAGE
+        assert capsys.readouterr().err == "error: write this instead\n"
+
+    def test_other_errors_are_not_hidden(self):
+        def main():
+            raise ValueError("a mistake of ours")
+
+        with pytest.raises(ValueError, match="of ours"):
+            flags.main_with_usage(main)(["program"])
+
+    def test_words_without_dashes_are_refused(self, capsys):
+        assert flags.main_with_usage(lambda: 0)(["program", "config=x"]) == flags.EXIT_USAGE
+        assert "config=x" in capsys.readouterr().err
+
+    def test_the_status_of_main_is_passed_on(self):
+        assert flags.main_with_usage(lambda: 7)(["program"]) == 7
+
+
+def test_every_value_of_the_configuration_can_be_overridden_with_itself():
+    for part in dataclasses.fields(CONFIG):
+        value = getattr(CONFIG, part.name)
+        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        texts = [f"{part.name}.{f.name}={getattr(value, f.name)}" for f in inner]
+        for text in texts or [f"{part.name}={value}"]:
+            assert flags.override(CONFIG, text) == CONFIG
