@@ -75,12 +75,16 @@ class Executor:
         raise RelocationFailed(f"no source has expert {expert} for slot {slot}: " + "; ".join(failures))
 
     def _verify(self, expert: int, weights: np.ndarray) -> None:
-        """Compares with the manifest, whose digest is of the stored dtype; widening lost nothing."""
+        """Compares with the manifest, whose digest is of the stored dtype, and with its widening."""
         manifest = self._checkpoint.manifest
         stored = {"bfloat16": ml_dtypes.bfloat16}.get(manifest["dtype"], manifest["dtype"])
-        found, expected = digest(weights.astype(stored)), manifest["experts"][expert_name(expert)]
+        narrow = weights.astype(stored)
+        found, expected = digest(narrow), manifest["experts"][expert_name(expert)]
         if found != expected:
             raise RelocationFailed(f"digest {found} of expert {expert}, expected {expected}")
+        # Narrowing rounds, so the digest alone does not see damage in the low bits.
+        if not np.array_equal(narrow.astype(weights.dtype), weights):
+            raise RelocationFailed(f"expert {expert} has bits that its stored dtype cannot hold")
 
 
 def _name(source: Source) -> str:

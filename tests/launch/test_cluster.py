@@ -188,7 +188,6 @@ class TestGivingUp:
 
     def test_an_error_of_usage_is_not_tried_again(self, scripted):
         cluster = scripted(supervisor="import sys; print('use --port'); sys.exit(2)")
-        cluster.was_healthy = True
         cluster.start()
         asyncio.run(watched(cluster, lambda: cluster.failure))
         assert cluster.failure.startswith("supervisor ended with status 2:")
@@ -196,7 +195,7 @@ class TestGivingUp:
         assert len(cluster.exits) == 1
 
     def test_once_healthy_it_never_gives_up(self, scripted):
-        cluster = scripted(rank0="pass", respawn_delay_ms=1)
+        cluster = scripted(rank0="import sys; sys.exit(2)", respawn_delay_ms=1)
         cluster.was_healthy = True
         cluster.start()
         asyncio.run(watched(cluster, lambda: len(cluster.exits) > GIVE_UP_AFTER))

@@ -61,7 +61,7 @@ def test_a_step_times_out_once_however_many_layers_it_has(layers):
     for rank in (0, 2, 3):
         np.testing.assert_allclose(outcome[rank][0], wanted[rank], **CLOSE)
         assert np.flatnonzero(outcome[rank][1]).tolist() == [1]
-        waits = [(asked, missing) for thread, asked, missing in log if thread == f"rank{rank}"]
+        waits = [(asked, missing) for who, asked, missing in log if who == rank]
         assert waits[0] == ((0, 1, 2, 3), (1,))
         assert waits[1:] == [((0, 2, 3), ())] * (2 * layers - 1)
 

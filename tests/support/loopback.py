@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
 import time
 from unittest import mock
@@ -11,23 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels.combine.host
-import pallas_kernels.dispatch.host
 from eep_jax.heap.arrays import heap_array
 from eep_jax.heap.loopback import open_all
+import pallas_kernels.combine.host
+import pallas_kernels.dispatch.host
 from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
+from pallas_kernels.combine.host import HostCombine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.dispatch.host import HostDispatch
 from pallas_kernels.signals import first_round, next_round, parity, post, wait_round
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.kernels import Exchange
 
-# A step blocks the thread that calls it, as in a rank process; XLA's own threads are too few.
+# Both must be set before the first array is made. A callback that waits for a peer occupies a thread of
+# XLA until the peer's has run, so there must be more threads than ranks, not just one for each core.
+os.environ["NPROC"] = "16"
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 JOIN_S = 30  # a thread that runs longer hangs
 DEADLINE_MS = 60_000  # longer than JOIN_S: no healthy rank is suspected because a machine is slow
 HOSTS = (pallas_kernels.dispatch.host, pallas_kernels.combine.host)
+_running = threading.local()  # rank: whose exchange runs in this thread
 
 
 class Killed(Exception):
@@ -201,11 +207,30 @@ def _gather(work: Exchange, seen: dict) -> Outcome:
 
 
 @contextlib.contextmanager
+def _hosts_with(name: str, replacement):
+    """Replaces `name` in both hosts by a function that may ask `_running.rank` who calls it."""
+
+    def noting_rank(call):
+        def noted(self, *arguments):
+            _running.rank = self.rank
+            return call(self, *arguments)
+
+        return noted
+
+    with contextlib.ExitStack() as stack:
+        for host in HOSTS:
+            stack.enter_context(mock.patch.object(host, name, replacement))
+        for kind in (HostDispatch, HostCombine):
+            stack.enter_context(mock.patch.object(kind, "__call__", noting_rank(kind.__call__)))
+        yield
+
+
+@contextlib.contextmanager
 def waits_that_know(dead: set):
     """Waits give up on ranks in `dead` at once, and on no other: a test needs no real deadline.
 
     The real `wait_round` decides; only its deadline is replaced. Yields the log of the waits:
-    (thread, ranks waited for, ranks missing).
+    (rank, ranks waited for, ranks missing).
     """
     log = []
 
@@ -224,26 +249,24 @@ def waits_that_know(dead: set):
                 if late and died:
                     missing.append(rank)
                     break
-        log.append((threading.current_thread().name, tuple(ranks), tuple(missing)))
+        log.append((_running.rank, tuple(ranks), tuple(missing)))
         return missing, False
 
-    with contextlib.ExitStack() as stack:
-        for host in HOSTS:
-            stack.enter_context(mock.patch.object(host, "wait_round", wait))
+    with _hosts_with("wait_round", wait):
         yield log
 
 
 @contextlib.contextmanager
-def dying_at_post(victims: dict[int, int], cluster: LoopbackRanks, dead: set):
+def dying_at_post(victims: dict[int, int], cluster, dead: set):
     """Each victim dies before the n-th flag it would post, `victims = {rank: n}`, and joins `dead`.
 
     What it wrote for peers it had not yet told is torn: NaN, as if it died while writing.
     """
-    counts, names = dict.fromkeys(victims, 0), {f"rank{r}": r for r in victims}
+    counts = dict.fromkeys(victims, 0)
 
     def guarded(flag, value):
-        rank = names.get(threading.current_thread().name)
-        if rank is not None:
+        rank = _running.rank
+        if rank in victims:
             counts[rank] += 1
             if counts[rank] > victims[rank]:
                 _tear(cluster, rank, value)
@@ -251,13 +274,11 @@ def dying_at_post(victims: dict[int, int], cluster: LoopbackRanks, dead: set):
                 raise Killed(f"rank {rank} at post {victims[rank]}")
         post(flag, value)
 
-    with contextlib.ExitStack() as stack:
-        for host in HOSTS:
-            stack.enter_context(mock.patch.object(host, "post", guarded))
+    with _hosts_with("post", guarded):
         yield
 
 
-def _tear(cluster: LoopbackRanks, rank: int, current: int) -> None:
+def _tear(cluster, rank: int, current: int) -> None:
     half = parity(current)
     for window in cluster.windows:
         if window["sent"][half, rank] != current:

@@ -2,6 +2,7 @@
 
 import functools
 
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -63,3 +64,11 @@ def fill_bank(bank, slots, experts: np.ndarray) -> None:
         if expert != EMPTY:
             bank.write(slot, expert, experts[expert])
 
+
+
+@functools.cache
+def rounded_weights(model: ModelConfig) -> tuple[dict, np.ndarray]:
+    """`some_weights` as a checkpoint stores them: bfloat16."""
+    dense, experts = some_weights(model)
+    narrow = {name: weights.astype(ml_dtypes.bfloat16) for name, weights in dense.items()}
+    return narrow, experts.astype(ml_dtypes.bfloat16)

@@ -143,4 +143,4 @@ def test_a_member_that_never_comes_takes_only_its_own_experts_away():
         alone = [np.stack([part[rank]] * RANKS) for part in (tokens[0], tokens[1], heard)]
         np.testing.assert_allclose(found[rank][0], dense(tokens, rank, heard)[0], **CLOSE)
         assert np.flatnonzero(found[rank][3]).tolist() == [3]
-        assert sum(3 in asked for thread, asked, _ in log if thread == f"rank{rank}") == 1
+        assert sum(3 in asked for who, asked, _ in log if who == rank) == 1

@@ -189,6 +189,29 @@ class TestRestart:
             assert sum(len(r.given) for r in world.ranks.values()) == 1, "it was begun twice"
 
     @story
+    async def test_every_request_stays_on_the_rank_that_has_it(self, tmp_path):
+        async with a_world(tmp_path, ranks=3) as world:
+            await world.form()
+            for rank in world.ranks.values():
+                rank.pace.clear()
+            ask = lambda n: world.complete(key=f"key{n}", seed=n, max_tokens=5)
+            asking = [asyncio.create_task(ask(n)) for n in range(9)]
+            held = lambda: [sorted(rank.requests) for rank in world.ranks.values()]
+            await world.until(lambda: [len(ids) for ids in held()] == [3, 3, 3])
+            before = held()
+            await world.stop_supervisor()
+            await asyncio.gather(*asking, return_exceptions=True)
+            await world.start_supervisor()
+            await world.until(world.is_whole)
+            await world.until(lambda: world.supervisor.book.running == 9)
+            assert held() == before
+            assert [len(rank.given) for rank in world.ranks.values()] == [3, 3, 3]
+            for rank in world.ranks.values():
+                rank.pace.set()
+            answers = await asyncio.gather(*map(ask, range(9)))
+            assert answers == [(200, expected_text("Hi", 5, seed=n)) for n in range(9)]
+
+    @story
     async def test_a_rank_that_died_meanwhile_is_found_dead(self, tmp_path):
         async with a_world(tmp_path) as world:
             await world.form()

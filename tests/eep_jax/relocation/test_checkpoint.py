@@ -1,0 +1,114 @@
+"""Promises of the checkpoint: just the named experts are read, and damage never passes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from eep_jax.errors import CheckpointError
+from eep_jax.relocation.checkpoint import MANIFEST, WEIGHTS, Checkpoint, digest
+from tests.support.models import a_model, rounded_weights
+
+
+def stored(root):
+    """The key-value store of the weights: what Orbax keeps its chunks in."""
+    base = f"file://{root / WEIGHTS}/"
+    return ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+
+
+def chunks_of(store, name: str) -> list[bytes]:
+    """The keys of the data (not of the metadata) of one weight."""
+    keys = [key for key in store.list().result() if name.encode() in key]
+    return [key for key in keys if b"zarr" not in key]
+
+
+def damage(root, *names: str) -> None:
+    store = stored(root)
+    for name in names:
+        chunks = chunks_of(store, name)
+        assert chunks, f"{name} has no chunks among {store.list().result()[:9]}"
+        for key in chunks:
+            store.write(key, b"damaged").result()
+
+
+def test_experts_and_dense_weights_come_back_as_they_were_saved(checkpoint_dir):
+    checkpoint, model = Checkpoint(checkpoint_dir), a_model()
+    dense, experts = rounded_weights(model)
+    checkpoint.require_model(model)
+    assert checkpoint.manifest["facts"] == {"steps": 3}
+    for name, weights in checkpoint.read_dense().items():
+        assert weights.dtype == dense[name].dtype
+        np.testing.assert_array_equal(weights, dense[name])
+    found = checkpoint.read_experts([5, 0])
+    assert set(found) == {0, 5}
+    for expert, weights in found.items():
+        np.testing.assert_array_equal(weights, experts[expert])
+
+
+def test_only_the_named_experts_are_read(checkpoint_dir):
+    damage(checkpoint_dir, *[f"e{e:03d}" for e in range(8) if e not in (2, 6)])
+    found = Checkpoint(checkpoint_dir).read_experts([6, 2])
+    np.testing.assert_array_equal(found[6], rounded_weights(a_model())[1][6])
+    for expert in (0, 7):
+        with pytest.raises(CheckpointError, match=f"e00{expert}"):
+            Checkpoint(checkpoint_dir).read_experts([expert])
+
+
+def test_reading_no_experts_touches_nothing(checkpoint_dir):
+    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint.root = checkpoint_dir / "gone"
+    assert checkpoint.read_experts([]) == {}
+
+
+def test_bytes_of_another_expert_do_not_pass_for_this_one(checkpoint_dir):
+    store = stored(checkpoint_dir)
+    for mine, other in zip(chunks_of(store, "e001"), chunks_of(store, "e002"), strict=True):
+        store.write(mine, store.read(other).result().value).result()
+    with pytest.raises(CheckpointError) as raised:
+        Checkpoint(checkpoint_dir).read_experts([1])
+    expected = Checkpoint(checkpoint_dir).manifest["experts"]["e001"]
+    assert "experts weight e001" in str(raised.value) and expected in str(raised.value)
+
+
+def test_a_dense_weight_with_another_digest_is_named(checkpoint_dir):
+    manifest = json.loads((checkpoint_dir / MANIFEST).read_text())
+    manifest["dense"]["final_norm/scale"] = "0" * 32
+    (checkpoint_dir / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="dense weight final_norm/scale"):
+        Checkpoint(checkpoint_dir).read_dense()
+
+
+def test_experts_that_do_not_exist_are_named(checkpoint_dir):
+    with pytest.raises(CheckpointError, match=r"no experts \[8, -1\]"):
+        Checkpoint(checkpoint_dir).read_experts([3, 8, -1])
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"model": {"name": "x"}}'])
+def test_a_directory_without_a_right_manifest_is_no_checkpoint(checkpoint_dir, manifest):
+    path = checkpoint_dir / MANIFEST
+    path.unlink() if manifest is None else path.write_text(manifest)
+    with pytest.raises(CheckpointError, match=f"{checkpoint_dir} is no checkpoint"):
+        Checkpoint(checkpoint_dir)
+
+
+def test_weights_that_are_gone_are_an_error_of_the_checkpoint(checkpoint_dir):
+    (checkpoint_dir / WEIGHTS).rename(checkpoint_dir / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"cannot read \['e003'\]"):
+        Checkpoint(checkpoint_dir).read_experts([3])
+
+
+def test_another_model_is_refused_with_both_sizes(checkpoint_dir):
+    wanted = dataclasses.replace(a_model(), hidden=64)
+    with pytest.raises(CheckpointError, match="'hidden': '32 instead of 64'"):
+        Checkpoint(checkpoint_dir).require_model(wanted)
+
+
+def test_a_digest_names_bytes_not_values_or_strides():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert digest(array) == digest(np.asfortranarray(array)) == digest(array.copy())
+    assert len(digest(array)) == 32
+    others = [array.astype(np.float64), array.T, -array, array + 1]
+    assert len({digest(a) for a in (array, *others)}) == 5
+    assert digest(np.float32([0.0])) != digest(np.float32([-0.0]))

@@ -1,0 +1,177 @@
+"""Promises of the executor: the first source that works, only right bytes, and nothing moved twice."""
+
+import numpy as np
+import pytest
+
+from eep_jax.errors import RelocationFailed
+from eep_jax.heap.loopback import open_all
+from eep_jax.models.expert_bank import EMPTY, ExpertBank, slab_layout
+from eep_jax.placement.planner import Move, plan_repair
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.executor import Executor
+from tests.support.factories import a_placement
+from tests.support.models import a_model, a_run, rounded_weights
+
+LOCAL, PEER, CHECKPOINT = SourceKind.LOCAL, SourceKind.PEER, SourceKind.CHECKPOINT
+SLOTS = 4
+
+
+class CountingCheckpoint(Checkpoint):
+    """Remembers which experts were read."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.read = []
+
+    def read_experts(self, experts):
+        self.read += experts
+        return super().read_experts(experts)
+
+
+class World:
+    """Rank 0 with an executor; the banks of both ranks; the right weights."""
+
+    def __init__(self, directory):
+        config = a_run(2, slots_per_rank=SLOTS)
+        layout = slab_layout(config.model, config.engine, 2, SLOTS)
+        self.heaps = open_all(2, layout.slab_bytes)
+        self.bank, self.peer = (ExpertBank(layout, heap) for heap in self.heaps)
+        self.checkpoint, self.beats = CountingCheckpoint(directory), []
+        self.executor = Executor(self.bank, self.checkpoint, beat=lambda: self.beats.append(1))
+        self.right = rounded_weights(a_model())[1].astype(np.float32)
+
+    def check(self, contents) -> None:
+        assert self.bank.contents == tuple(contents)
+        for slot, expert in enumerate(contents):
+            if expert != EMPTY:
+                np.testing.assert_array_equal(self.bank.weights[slot], self.right[expert])
+
+
+@pytest.fixture
+def world(pristine_checkpoint):
+    return World(pristine_checkpoint)
+
+
+def bring(expert: int, slot: int, *sources) -> Move:
+    """Sources as (kind, rank, slot), or just a kind."""
+    made = (s if isinstance(s, tuple) else (s,) for s in sources)
+    return Move(rank=0, slot=slot, expert=expert, sources=tuple(Source(*s) for s in made))
+
+
+EVERY_SOURCE = ((LOCAL, 0, 1), (PEER, 1, 2), CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("has_local", "has_peer", "used"),
+    [(True, True, "local"), (False, True, "peer"), (False, False, "checkpoint")],
+)
+def test_sources_are_tried_in_their_order(world, has_local, has_peer, used):
+    if has_local:
+        world.bank.write(1, 5, world.right[5])
+    if has_peer:
+        world.peer.write(2, 5, world.right[5])
+    slots = (5, 5 if has_local else EMPTY, EMPTY, EMPTY)
+    world.executor.carry_out(slots, (bring(5, 0, *EVERY_SOURCE),))
+    world.check(slots)
+    assert world.executor.moved == {used: 1}
+    assert world.checkpoint.read == ([5] if used == "checkpoint" else [])
+
+
+def wrong_expert(weights, right):
+    weights[...] = right[4]
+
+
+def nan_rows(weights, right):
+    weights[1, 2, 3] = np.nan
+
+
+def bits_below_the_stored_type(weights, right):
+    # Digests are of bfloat16; what rounding to it hides is damage all the same.
+    weights.view(np.uint32)[0, 0, 0, 0] ^= 1
+
+
+@pytest.mark.parametrize("kind", [LOCAL, PEER])
+@pytest.mark.parametrize(
+    "damage", [wrong_expert, nan_rows, bits_below_the_stored_type], ids=lambda f: f.__name__
+)
+def test_wrong_bytes_are_refused_and_the_next_source_is_tried(world, kind, damage):
+    bank, slot = (world.bank, 1) if kind is LOCAL else (world.peer, 2)
+    bank.write(slot, 5, world.right[5])
+    damage(bank.weights[slot], world.right)
+    world.executor.carry_out((5, EMPTY, EMPTY, EMPTY), (bring(5, 0, *EVERY_SOURCE),))
+    assert world.executor.moved == {"checkpoint": 1}
+    world.check((5, EMPTY, EMPTY, EMPTY))
+
+
+def test_a_local_slot_that_holds_something_else_is_no_source(world):
+    world.bank.write(1, 6, world.right[5])
+    world.executor.carry_out((5, 6, EMPTY, EMPTY), (bring(5, 0, *EVERY_SOURCE),))
+    assert world.executor.moved == {"checkpoint": 1}
+
+
+def test_a_detached_peer_is_no_source(world):
+    world.peer.write(2, 5, world.right[5])
+    world.heaps[0].detach(1)
+    world.executor.carry_out((5, EMPTY, EMPTY, EMPTY), (bring(5, 0, *EVERY_SOURCE),))
+    assert world.executor.moved == {"checkpoint": 1}
+
+
+def test_the_same_plan_moves_nothing_the_second_time(world):
+    slots, moves = (5, 2, EMPTY, EMPTY), (bring(5, 0, CHECKPOINT), bring(2, 1, CHECKPOINT))
+    for _ in range(2):
+        assert world.executor.carry_out(slots, moves) == slots
+        world.check(slots)
+    assert world.checkpoint.read == [5, 2] and world.executor.moved == {"checkpoint": 2}
+    assert len(world.beats) == 2, "it shows life after every expert"
+
+
+def test_a_plan_after_an_abandoned_one_moves_only_what_is_missing(world):
+    world.executor.carry_out((5, 2, EMPTY, EMPTY), ())
+    world.checkpoint.read.clear()
+    world.executor.carry_out((5, 3, 2, EMPTY), (bring(2, 2, (LOCAL, 0, 1), CHECKPOINT),))
+    world.check((5, 3, 2, EMPTY))
+    assert world.checkpoint.read == [3, 2], "slot 1 was written before slot 2 could copy it"
+
+
+def test_slots_without_a_move_come_from_the_checkpoint(world):
+    world.executor.carry_out((1, EMPTY, 3, EMPTY), (bring(7, 0, (PEER, 1, 0)),))
+    world.check((1, EMPTY, 3, EMPTY))
+    assert world.executor.moved == {"checkpoint": 2}
+
+
+def test_slots_that_shall_be_empty_hold_nothing_afterwards(world):
+    world.bank.write(3, 4, world.right[4])
+    assert world.executor.carry_out((EMPTY,) * SLOTS, ()) == (EMPTY,) * SLOTS
+    assert world.executor.moved == {}
+
+
+def test_when_all_sources_fail_each_is_named_with_its_reason(world):
+    world.peer.write(2, 5, world.right[4])
+    world.checkpoint.root = world.checkpoint.root / "gone"
+    moves = (bring(3, 1, CHECKPOINT), bring(5, 0, *EVERY_SOURCE))
+    with pytest.raises(RelocationFailed) as raised:
+        world.executor.carry_out((5, 3, EMPTY, EMPTY), moves)
+    said = str(raised.value)
+    assert "no source has expert 5 for slot 0" in said
+    for part in ("local rank 0 slot 1: slot 1 holds", "peer rank 1 slot 2: ", "checkpoint: cannot read"):
+        assert part in said
+    assert world.bank.contents[0] == EMPTY, "a slot that failed must not pass for the expert"
+
+
+def test_what_was_written_before_a_failure_stays(world):
+    world.executor.carry_out((3, EMPTY, EMPTY, EMPTY), ())
+    world.checkpoint.root = world.checkpoint.root / "gone"
+    with pytest.raises(RelocationFailed):
+        world.executor.carry_out((3, 6, EMPTY, EMPTY), ())
+    world.check((3, EMPTY, EMPTY, EMPTY))
+
+
+def test_repairs_as_planned_leave_every_expert_right(world):
+    placement = a_placement("0 1 - -/2 3 0 1", experts=4)
+    for slot, expert in enumerate(placement.slots[1]):
+        world.peer.write(slot, expert, world.right[expert])
+    world.executor.carry_out(placement.slots[0], ())
+    plan = plan_repair(placement, [0])
+    assert world.executor.carry_out(plan.placement.slots[0], plan.moves_of(0)) == plan.placement.slots[0]
+    world.check(plan.placement.slots[0])
