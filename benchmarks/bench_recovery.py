@@ -1,6 +1,6 @@
 """What a dead rank costs and what its return costs, over many cycles on one cluster under load.
 
-    python -m benchmarks.bench_recovery --config=tiny_cpu --cycles=20 --out=benchmarks/results/recovery.jsonl
+    python -m benchmarks.bench_recovery --cycles=20 --out=benchmarks/results/recovery.jsonl
 
 1. Every prompt once, unharmed: these completions are the truth.
 2. The whole cluster is ended and started again, until it gives a token: the baseline.

@@ -1,6 +1,6 @@
 """Writes the table of results into README.md, from the newest record of each metric.
 
-python -m benchmarks.table            # rewrites what is between <!-- results --> and <!-- /results -->
+python -m benchmarks.table      # rewrites what is between <!-- results --> and <!-- /results -->
 """
 
 import json
@@ -15,6 +15,7 @@ from benchmarks.harness import RESULTS, ROOT, Record, read
 from launch import flags
 
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
+STATISTICS = ("", "p50", "p90", "p99", "max")  # as the last word of a metric; "" is a single value
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -53,23 +54,40 @@ def insert(text: str, table: str) -> str:
 
 
 def _render_device(device: str, records: list[Record]) -> str:
-    lines = [
-        f"Device: {device}",
-        "",
-        "| bench | metric | value | baseline | ratio | ranks | n | commit |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for r in records:
-        baseline = "" if r.baseline is None else f"{_number(r.baseline)} {r.unit}"
-        ratio = "" if r.ratio is None else _number(r.ratio)
-        cells = [r.bench, r.metric.strip(), f"{_number(r.value)} {r.unit}", baseline, ratio]
-        cells += [str(r.ranks), str(r.shape.get("samples", "")), r.commit]
-        lines.append("| " + " | ".join(cells) + " |")
+    """One row for each quantity; the statistics of it that were recorded are columns."""
+    rows: dict[tuple, dict[str, Record]] = {}
+    for record in records:
+        quantity, statistic = split_metric(record.metric)
+        shape = json.dumps(dict(record.shape), sort_keys=True)
+        rows.setdefault((record.bench, quantity, record.ranks, shape), {})[statistic] = record
+    used = [name for name in STATISTICS if any(name in row for row in rows.values())]
+    heads = ["bench", "metric", *(name or "value" for name in used), "unit", "baseline", "ratio"]
+    lines = [f"Device: {device}", "", _row([*heads, "ranks", "n", "commit"])]
+    lines.append(_row(["---", "---", *["---:"] * len(used), "---", *["---:"] * 4, "---"]))
+    for (bench, quantity, ranks, _), row in rows.items():
+        first = next(iter(row.values()))  # the median where there is one: what is compared
+        values = [_number(row[name].value) if name in row else "" for name in used]
+        compared = [_number(first.baseline), _number(first.ratio)]
+        samples = str(first.shape.get("samples", ""))
+        cells = [bench, quantity, *values, first.unit, *compared, str(ranks), samples, first.commit]
+        lines.append(_row(cells))
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    """Three significant digits, without an exponent: 0.0123, 1,230."""
+def split_metric(metric: str) -> tuple[str, str]:
+    """Returns (quantity, statistic): `pause p90` is ("pause", "p90"), `bytes` is ("bytes", "")."""
+    head, _, last = metric.rpartition(" ")
+    return (head.strip(), last) if last in STATISTICS else (metric.strip(), "")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, without an exponent: 0.0123, 1,230; "" for None."""
+    if value is None:
+        return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 

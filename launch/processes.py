@@ -1,6 +1,7 @@
 """What every process of a run does first: its log, and its bond with its parent."""
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 def set_up_logging(who: str) -> None:
     """Log lines on standard error, each naming the process; libraries speak only of trouble."""
+    faulthandler.enable()  # a crash in native code leaves a trace
     form = f"%(asctime)s {who} %(levelname).1s %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, stream=sys.stderr, force=True)
     for package in ("eep_jax", "launch"):

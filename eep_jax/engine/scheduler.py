@@ -22,6 +22,7 @@ class Sequence:
     request: Request
     tokens: list[int]  # prompt and all produced
     cached: int = 0
+    dropped: int = 0  # choices without a live expert since the last token
 
     @property
     def produced(self) -> int:
@@ -135,6 +136,7 @@ class Scheduler:
         for slot, cached in plan.cached.items():
             sequence = self._slots[slot]
             sequence.cached = cached
+            sequence.dropped += int(dropped[slot])
             if not plan.batch.sampled[slot]:
                 continue
             token, start = int(tokens[slot]), sequence.produced
@@ -149,9 +151,10 @@ class Scheduler:
                     start=0 if finish else start,
                     tokens=tuple(sequence.tokens[len(sequence.request.prompt) :]) if finish else (token,),
                     finish=finish,
-                    dropped=int(dropped[slot]),
+                    dropped=sequence.dropped,
                 )
             )
+            sequence.dropped = 0
         return progress
 
     def _finish_of(self, sequence: Sequence, token: int) -> str:

@@ -106,7 +106,7 @@ class ControlServer:
             pass  # the reader sees the same end, and says so
         except (TimeoutError, ProtocolError) as error:
             reason = error if str(error) else f"it took nothing for {WRITE_DEADLINE_S:g} s"
-            _log.error("cannot write to rank %d, closing its channel: %s", connection.hello.rank, reason)
+            _log.error("closing the channel of rank %d: %s", connection.hello.rank, reason)
             abort()  # a close in order would wait behind what the rank does not take
 
     def _decode(self, frame):

@@ -32,6 +32,7 @@ from eep_jax.runtime.identity import boot_id, kill_process, open_process, start_
 from eep_jax.runtime.journal import Journal, replay
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
+from eep_jax.runtime.restart import read_back, snapshot
 from eep_jax.runtime.serving import Serving
 from eep_jax.runtime.supervisor_files import ENDPOINT, JOURNAL
 
@@ -94,11 +95,12 @@ class Supervisor:
         before = self._endpoint_before()
         runners = []
         try:
+            control_port, http_port = before.get("port", 0), before.get("http_port", 0)
             control_port = await self._open(
-                runners, self._control.build_app(), serve.control_host, serve.control_port, before.get("port", 0)
+                runners, self._control.build_app(), serve.control_host, serve.control_port, control_port
             )
             http_port = await self._open(
-                runners, build_app(self, limits), serve.host, serve.port, before.get("http_port", 0)
+                runners, build_app(self, limits), serve.host, serve.port, http_port
             )
             self._write_endpoint(control_port, http_port)
             self._watch_known_processes()
@@ -196,7 +198,10 @@ class Supervisor:
                 f"rank {hello.rank} is on another machine; its memory cannot be mapped from here yet"
             )
         newest = self.state.records[hello.rank].incarnation
-        if not hello.incarnation:
+        if not hello.incarnation and self._is_process(hello, newest):
+            # It was let in before, and the channel broke before it heard so.
+            self._answer(connection, Welcome(incarnation=newest))
+        elif not hello.incarnation:
             self._feed(c.Arrived(hello.rank), connection)
         elif hello.incarnation == newest:
             self._register(connection)
@@ -204,6 +209,15 @@ class Supervisor:
         else:
             reason = f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
             connection.send(Fenced(reason=reason))
+
+    def _is_process(self, hello: messages.Hello, incarnation: int) -> bool:
+        """Whether the caller is the very process that has this incarnation of its rank."""
+        process = self._processes.get((hello.rank, incarnation))
+        return (
+            process is not None
+            and self.state.records[hello.rank].believed
+            and (process.pid, process.ticks) == (hello.pid, start_ticks(hello.pid))
+        )
 
     def _register(self, connection: Connection) -> None:
         before = self._connections.get(connection.hello.rank)
@@ -224,6 +238,10 @@ class Supervisor:
             raise ProtocolError(f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}")
 
     def _on_progress(self, rank: int, progress) -> None:
+        if progress.finish not in ("", "length", "stop"):
+            raise ProtocolError(f"rank {rank} ends {progress.id} with {progress.finish!r:.40}")
+        if any(not 0 <= token < self.config.model.vocab_size for token in progress.tokens):
+            raise ProtocolError(f"rank {rank} produced {progress.tokens!r:.80}, not all are tokens")
         entry = self.book.produced(rank, progress)
         if entry is None:
             return
@@ -370,61 +388,31 @@ class Supervisor:
 
     def _restore(self, records: list[dict]) -> None:
         """Takes up where the supervisor that wrote the journal was killed."""
-        ranks = self.config.cluster.ranks
-        self._restored_processes = {}
         self._awaited = set()  # members of before that did not say yet which requests they have
-        commit, tried, issued = None, 0, [0] * ranks
-        for record in records:
-            kind = record["kind"]
-            if kind == "commit":
-                commit = record
-            elif kind in ("prepare", "tried"):
-                tried = max(tried, record["epoch"])
-            elif kind == "process":
-                rank, incarnation = record["rank"], record["incarnation"]
-                issued[rank] = max(issued[rank], incarnation)
-                self._restored_processes[rank, incarnation] = (record["pid"], record["ticks"])
-            elif kind == "accepted":
-                self._restore_request(record)
-            elif kind == "finished" and record["id"] in self.book.entries:
-                entry = self.book.entries[record["id"]]
-                entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
-            if kind in ("commit", "dead", "prepare", "ended", "coverage_lost"):
-                self.events.append(record)
-        newest = {(rank, incarnation) for rank, incarnation in enumerate(issued) if incarnation}
-        self._restored_processes = {k: v for k, v in self._restored_processes.items() if k in newest}
+        before = read_back(records, self.config)
+        self._restored_processes = before.processes
+        self.events.extend(before.events)
+        for entry in before.entries:
+            self.book.restore(entry)
         self.book.settle_restored()
         if not records:
             return
-        view, placement = self.state.view, self.state.placement
-        if commit is not None:
-            view, placement = _view_of(commit), _placement_of(commit, self.config)
-        now_ms = self._clock.now_ms()
-        self.state = c.restored_state(self.state.options, view, placement, tried, issued, now_ms)
+        self.state = c.restored_state(
+            self.state.options,
+            before.view,
+            before.placement,
+            before.epoch_tried,
+            before.issued,
+            self._clock.now_ms(),
+            before.fenced,
+        )
         self._awaited.update(self.state.view.in_epoch)
-        self._note("restarted", {"epoch": view.epoch, "requests": len(self.book.entries)})
-
-    def _restore_request(self, record: dict) -> None:
-        facts = record["request"]
-        request = Request(**facts | {"prompt": tuple(facts["prompt"]), "produced": ()})
-        entry = Entry(request, key=record["key"], body=record["body"], created=record["created"])
-        self.book.restore(entry)
+        self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
 
     def _snapshot(self) -> list[dict]:
-        """Records from which `_restore` makes the same state."""
-        commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"][-1:]
-        records = [{"kind": "tried", "epoch": self.state.epoch_tried}, *commits]
-        for (rank, incarnation), process in self._processes.items():
-            facts = {"rank": rank, "incarnation": incarnation}
-            records.append({"kind": "process", "pid": process.pid, "ticks": process.ticks} | facts)
-        for entry in self.book.entries.values():
-            facts = {"key": entry.key, "body": entry.body, "created": entry.created}
-            request = dataclasses.asdict(entry.request)
-            records.append({"kind": "accepted", "request": request} | facts)
-            if entry.finish:
-                facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
-                records.append({"kind": "finished"} | facts)
-        return records
+        processes = {key: (p.pid, p.ticks) for key, p in self._processes.items()}
+        commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"]
+        return snapshot(self.state, commits[-1:], processes, self.book.entries.values())
 
     def _endpoint_before(self) -> dict:
         try:
@@ -463,18 +451,4 @@ def _coordinator_options(config: RunConfig) -> c.CoordinatorOptions:
             channel_grace_ms=cluster.channel_grace_ms,
             stall_ms=cluster.stall_ms,
         ),
-    )
-
-
-def _view_of(commit: dict) -> View:
-    members = tuple(
-        Member(RankState.ACTIVE if str(rank) in commit["members"] else RankState.ABSENT, incarnation)
-        for rank, incarnation in enumerate(commit["incarnations"])
-    )
-    return View(epoch=commit["epoch"], members=members)
-
-
-def _placement_of(commit: dict, config: RunConfig) -> Placement:
-    return Placement(
-        experts=config.model.experts, slots=tuple(tuple(row) for row in commit["slots"])
     )

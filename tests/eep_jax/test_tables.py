@@ -15,10 +15,12 @@ from tests.support.factories import a_placement, a_view
 
 @st.composite
 def clusters(draw):
-    ranks, slots, experts = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    ranks, slots = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    experts = draw(st.integers(1, 8))
     row = st.permutations([*range(experts), *[EMPTY] * slots]).map(lambda p: tuple(p[:slots]))
     placement = check(Placement(experts=experts, slots=tuple(draw(row) for _ in range(ranks))))
-    states = draw(st.lists(st.sampled_from(["active", "suspect", "absent", "joining"]), min_size=ranks, max_size=ranks))
+    state = st.sampled_from(["active", "suspect", "absent", "joining"])
+    states = draw(st.lists(state, min_size=ranks, max_size=ranks))
     return a_view(" ".join(states), epoch=draw(st.integers(0, 9))), placement
 
 
@@ -32,7 +34,8 @@ def test_every_entry_is_a_live_replica_of_its_expert_and_none_is_forgotten(clust
         assert int(tables.epoch) == view.epoch
         for expert in range(placement.experts):
             ids = [i for i in tables.expert_slots[expert].tolist() if i != NO_SLOT]
-            live = {r * size + s for r, s in placement.replicas().get(expert, ()) if r in view.in_epoch}
+            places = placement.replicas().get(expert, ())
+            live = {r * size + s for r, s in places if r in view.in_epoch}
             own = {i for i in live if i // size == rank}
             assert set(ids) == (own or live), "a replica of its own, else all that live"
             assert tables.replicas[expert] == len(ids)

@@ -239,7 +239,12 @@ class TestWaitFor:
         assert cluster.was_healthy
 
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up")
+time.sleep(60)
+"""
 
 
 class TestStop:

@@ -79,7 +79,9 @@ class TestOverride:
 
 class TestRunConfig:
     def test_the_named_configuration_with_overrides_in_order(self, parse):
-        parse("--config=tiny_cpu", "--override=name=a", "--override=name=b", "--port=0", "--host=::1")
+        parse(
+            "--config=tiny_cpu", "--override=name=a", "--override=name=b", "--port=0", "--host=::1"
+        )
         config = flags.run_config()
         assert (config.name, config.serve.port, config.serve.host) == ("b", 0, "::1")
         assert config.model == CONFIG.model

@@ -165,7 +165,9 @@ class TestRunLoad:
         async with service(flaky) as url:
             results = await run_load(url, jobs("x"), 1, enough)
         assert [r.error is None for r in results] == [False, False, True]
-        assert results[1].start_s - results[0].end_s >= 0.05  # it paused; no upper bound is promised
+        assert (
+            results[1].start_s - results[0].end_s >= 0.05
+        )  # it paused; no upper bound is promised
 
     @pytest.mark.parametrize(("bodies", "concurrency"), [([], 1), (jobs("x"), 0)])
     @story

@@ -96,7 +96,8 @@ def lower_dispatch(tokens, hidden, choices, **layout):
 @pytest.mark.parametrize("sizes", [(5, 8, 2), (4, 7, 2), (4, 8, 3)])
 def test_what_does_not_fit_the_window_is_refused_while_tracing(sizes):
     tokens, hidden, choices = sizes
-    said = f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of 4 x 8 x 2"
+    brought = f"{tokens} tokens x {hidden} channels x {choices} choices"
+    said = f"{brought} do not fit a window of 4 x 8 x 2"
     with pytest.raises(ValueError, match=said):
         lower_dispatch(*sizes)
 

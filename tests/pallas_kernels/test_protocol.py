@@ -1,7 +1,7 @@
 """What dispatch and combine promise when ranks die, stall or come back late.
 
-Every exchange starts in windows full of NaN rows with real slot ids, as an earlier round may have left
-them, so one stale row in a sum shows in the result.
+Every exchange starts in windows full of NaN rows with real slot ids, as an earlier round may have
+left them, so one stale row in a sum shows in the result.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def test_three_ranks_that_fail_at_three_points_leave_the_fourth_well(mode, seed)
 
 @contextlib.contextmanager
 def a_late_writer(cluster, rank: int):
-    """An evicted rank that is still alive: writes all it can reach, with flags of every old round."""
+    """An evicted rank that still lives: writes all it can reach, with flags of every old round."""
     stop = threading.Event()
 
     def write():

@@ -34,6 +34,7 @@ class Book:
     def __init__(self):
         self.tokens: dict[str, tuple[int, ...]] = {}
         self.finished: dict[str, str] = {}
+        self.dropped: dict[str, int] = {}
 
     def take(self, progress: tuple[Progress, ...]) -> None:
         for part in progress:
@@ -44,6 +45,7 @@ class Book:
             merged = known[: part.start] + part.tokens
             assert merged[: len(known)] == known, f"{part} contradicts {known}"
             self.tokens[part.id] = merged
+            self.dropped[part.id] = self.dropped.get(part.id, 0) + part.dropped
             if part.finish:
                 self.finished[part.id] = part.finish
 

@@ -67,7 +67,10 @@ class FakeRank:
 
     def start(self) -> "FakeRank":
         self.state, _ = p.advance(self.state, p.WarmedUp())
-        self._tasks = [asyncio.create_task(self._keep_connected()), asyncio.create_task(self._work())]
+        self._tasks = [
+            asyncio.create_task(self._keep_connected()),
+            asyncio.create_task(self._work()),
+        ]
         return self
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Random work for the kernels, and naive loops that say what dispatch, experts and combine promise."""
+"""Random work for the kernels, and naive loops that say what each of them promises."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def an_exchange(
     none_share: float = 0.2,
     only_ranks=None,
 ) -> Exchange:
-    """Random rows and routings. A share of the choices is -1; `only_ranks` skews all others there."""
+    """Random rows and routings. A share of the choices is -1, all others lie on `only_ranks`."""
     random = np.random.default_rng(seed)
     shape = (ranks, tokens, choices)
     owners = random.choice(list(only_ranks or range(ranks)), shape)
@@ -56,14 +56,16 @@ def an_exchange(
 
 
 def some_results(seed: int, work: Exchange) -> np.ndarray:
-    """Results `[R owner, R source, T, K, D]` of imagined experts: zero where a choice lies elsewhere."""
+    """Results `[R owner, R source, T, K, D]`, zero where a choice lies elsewhere."""
     _, here = naive_dispatch(work)
     random = np.random.default_rng(seed)
     results = random.standard_normal((*here.shape, work.x.shape[-1])).astype(np.float32)
     return np.where(here[..., None] >= 0, results, np.float32(0))
 
 
-def some_experts(seed: int = 0, *, slots: int = 3, layers: int = 1, inner: int = 8, hidden: int = 16):
+def some_experts(
+    seed: int = 0, *, slots: int = 3, layers: int = 1, inner: int = 8, hidden: int = 16
+):
     """A bank `[S L 3 F D]`."""
     shape = (slots, layers, 3, inner, hidden)
     return (np.random.default_rng(seed).standard_normal(shape) * hidden**-0.5).astype(np.float32)

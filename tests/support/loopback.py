@@ -1,4 +1,4 @@
-"""Ranks as threads of one process over loopback heaps: real windows, real flags, real compiled calls."""
+"""Ranks as threads of one process over loopback heaps; windows, flags and programs are real."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eep_jax.heap.arrays import heap_array
-from eep_jax.heap.loopback import open_all
 import pallas_kernels.combine.host
 import pallas_kernels.dispatch.host
+from eep_jax.heap.arrays import heap_array
+from eep_jax.heap.loopback import open_all
 from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
 from pallas_kernels.combine.host import HostCombine
@@ -25,8 +25,8 @@ from pallas_kernels.signals import first_round, next_round, parity, post, wait_r
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.kernels import Exchange
 
-# Both must be set before the first array is made. A callback that waits for a peer occupies a thread of
-# XLA until the peer's has run, so there must be more threads than ranks, not just one for each core.
+# Both must be set before the first array is made. A callback that waits for a peer occupies one of
+# XLA's threads until the peer's has run: there must be more than ranks, not one for each core.
 os.environ["NPROC"] = "16"
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -64,13 +64,14 @@ def in_threads(functions: dict) -> dict:
         thread.join(JOIN_S)
     if errors:
         raise errors[0]
-    assert not any(t.is_alive() for t in threads), f"these hang: {[t for t in threads if t.is_alive()]}"
+    hanging = [thread.name for thread in threads if thread.is_alive()]
+    assert not hanging, f"these hang: {hanging}"
     return results
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the ranks of an exchange saw, by rank; those that took no part have rows and y of zeros."""
+    """What the ranks of an exchange saw; those that took no part have rows and y of zeros."""
 
     rows: np.ndarray
     here: np.ndarray
@@ -135,7 +136,7 @@ class LoopbackRanks:
     def chain(self, work: Exchange, layers: int, *, absent=(), **options):
         """`layers` exchanges in one compiled step; returns by rank (x, suspicion).
 
-        The expert of flat slot i multiplies by `(i + 1) / 4`, and x of a layer is y of the one before.
+        The expert of flat slot i multiplies by `(i + 1) / 4`; x of a layer is y of the one before.
         """
         self.start_epoch()
         self.poison()
@@ -153,10 +154,10 @@ class LoopbackRanks:
         where = {"layout": self.layout, "rank": rank, "slots_per_rank": self.slots_per_rank}
 
         def exchange(x, slots, weights, results, heap, call):
-            rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **where)
+            rows, here, sent, suspicion, wish = dispatch(x, slots, weights, heap, call, **where)
             call = call.after(suspicion)
-            y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **where)
-            return rows, here, sent_weights, wish, y, suspicion
+            y, suspicion = combine(results, here, sent, slots, weights, heap, call, **where)
+            return rows, here, sent, wish, y, suspicion
 
         return jax.jit(exchange)
 

@@ -1,4 +1,4 @@
-"""Small models, their weights and engines over loopback heaps, for tests of models and of the engine."""
+"""Small models, their weights and placements, for tests of models and of the engine."""
 
 import functools
 
@@ -32,7 +32,7 @@ def a_model(**changes) -> ModelConfig:
 
 
 def a_run(ranks: int = 1, slots_per_rank: int | None = None, model=None, **engine) -> RunConfig:
-    """A run of `a_model`; a rank has room for every expert unless `slots_per_rank` says otherwise."""
+    """A run of `a_model`; a rank has room for every expert unless told otherwise."""
     model = model or a_model()
     sizes = {"batch_slots": 4, "prefill_tokens": 4, "row_tile": 4, "context_tokens": 48}
     return RunConfig(
@@ -63,7 +63,6 @@ def fill_bank(bank, slots, experts: np.ndarray) -> None:
     for slot, expert in enumerate(slots):
         if expert != EMPTY:
             bank.write(slot, expert, experts[expert])
-
 
 
 @functools.cache

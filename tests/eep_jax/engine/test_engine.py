@@ -1,4 +1,4 @@
-"""Promises of one engine: its tokens are the model's, and no bit of them depends on who stands beside."""
+"""Promises of one engine: its tokens are the model's, to the bit, whoever stands beside."""
 
 import dataclasses
 import functools
@@ -126,6 +126,11 @@ def some_prompt(engine: Engine, length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(random.integers(1, engine.config.model.vocab_size, length).tolist())
 
 
+def by_turns(n: int) -> dict:
+    """Greedy, then sampled with a seed of its own, and so on."""
+    return {"temperature": n % 2 * 0.8, "seed": n}
+
+
 def same_rows(found, wanted) -> None:
     for one, other in zip(found, wanted, strict=True):
         length = min(one.shape[1], other.shape[1])
@@ -148,13 +153,14 @@ def test_a_cache_row_has_the_same_bits_from_prefill_and_from_decode(make):
 
 @ENGINES
 def test_tokens_and_cache_rows_are_the_same_in_any_company(make):
-    engine, engine_config = make(), make().config.engine
+    engine = make()
+    slots = engine.config.engine.batch_slots
     requests = [
-        a_request(f"r{n}", some_prompt(engine, 1 + 5 * n % 17, n), 4 + n, temperature=n % 2 * 0.8, seed=n)
-        for n in range(2 * engine_config.batch_slots)
+        a_request(f"r{n}", some_prompt(engine, 1 + 5 * n % 17, n), 4 + n, **by_turns(n))
+        for n in range(2 * slots)
     ]
     together, _ = serve(engine, *requests)
-    for request in requests[:: engine_config.batch_slots // 2 + 1]:
+    for request in requests[:: slots // 2 + 1]:
         alone, _ = serve(engine, request)
         assert alone.tokens[request.id] == together.tokens[request.id]
 

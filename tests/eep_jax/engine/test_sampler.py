@@ -6,16 +6,17 @@ import pytest
 
 from eep_jax.engine.sampler import sample
 
+DRAWS_MAX = 4000  # always drawn, so that one program serves all tests
 compiled = jax.jit(sample)
 
 
 def draw(probabilities, *, temperature=1.0, top_p=1.0, rows=1, seed=1, first_position=0):
     """Draws `rows` tokens at successive positions of one request."""
-    logits = np.broadcast_to(np.log(np.float32(probabilities)), (rows, len(probabilities)))
-    seeds = np.tile(np.uint32([seed >> 32, seed & 0xFFFFFFFF]), (rows, 1))
-    positions = np.arange(first_position, first_position + rows, dtype=np.int32)
-    full = lambda value: np.full(rows, value, np.float32)
-    return np.asarray(compiled(logits, seeds, positions, full(temperature), full(top_p)))
+    logits = np.tile(np.log(np.float32(probabilities)), (DRAWS_MAX, 1))
+    seeds = np.tile(np.uint32([seed >> 32, seed & 0xFFFFFFFF]), (DRAWS_MAX, 1))
+    positions = np.arange(first_position, first_position + DRAWS_MAX, dtype=np.int32)
+    full = lambda value: np.full(DRAWS_MAX, value, np.float32)
+    return np.asarray(compiled(logits, seeds, positions, full(temperature), full(top_p)))[:rows]
 
 
 FOUR = [0.1, 0.4, 0.3, 0.2]
@@ -23,7 +24,7 @@ FOUR = [0.1, 0.4, 0.3, 0.2]
 
 def test_temperature_zero_takes_the_most_likely_and_the_lower_of_equals():
     assert set(draw(FOUR, temperature=0.0, rows=50)) == {1}
-    assert draw([0.2, 0.4, 0.4], temperature=0.0).tolist() == [1]
+    assert draw([0.1, 0.4, 0.4, 0.1], temperature=0.0).tolist() == [1]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-50, 1e-8, 0.39])
@@ -39,9 +40,9 @@ def test_top_p_keeps_the_fewest_tokens_with_that_mass(top_p, kept):
 
 
 def test_draws_follow_the_probabilities():
-    found = np.bincount(draw(FOUR, rows=4000), minlength=4) / 4000
-    # Four standard deviations of a share of 4000 draws.
-    np.testing.assert_allclose(found, FOUR, atol=4 * (0.25 / 4000) ** 0.5)
+    found = np.bincount(draw(FOUR, rows=DRAWS_MAX), minlength=4) / DRAWS_MAX
+    # Four standard deviations of a share of so many draws.
+    np.testing.assert_allclose(found, FOUR, atol=4 * (0.25 / DRAWS_MAX) ** 0.5)
 
 
 def test_a_lower_temperature_sharpens():
@@ -51,8 +52,16 @@ def test_a_lower_temperature_sharpens():
 
 def test_the_same_request_and_position_give_the_same_token_in_any_row():
     together = draw(FOUR, rows=60, seed=2**63 + 5)
-    alone = [draw(FOUR, seed=2**63 + 5, first_position=p)[0] for p in range(60)]
-    assert together.tolist() == alone
+    later = draw(FOUR, rows=30, seed=2**63 + 5, first_position=30)
+    assert together[30:].tolist() == later.tolist()
+    alone = jax.jit(sample)(
+        np.log(np.float32([FOUR])),
+        np.uint32([[2**31, 5]]),
+        np.int32([17]),
+        np.float32([1]),
+        np.float32([1]),
+    )
+    assert together[17] == alone[0]
 
 
 def test_other_seeds_and_positions_give_other_draws():

@@ -1,4 +1,4 @@
-"""Promises of the parts of the model: routing, attention, cache, weights and the bank of experts."""
+"""Promises of the parts of a model: routing, attention, cache, weights and bank of experts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Promises of the expert layer: wherever experts live, it computes what the dense layer computes."""
+"""Promises of the expert layer: wherever experts live, it computes what the dense one does."""
 
 import functools
 import itertools
@@ -140,7 +140,6 @@ def test_a_member_that_never_comes_takes_only_its_own_experts_away():
         turn = np.arange(TOKENS)[:, None] % places.replicas[tokens[1][rank]]
         owner = places.expert_slots[tokens[1][rank], turn] // SLOTS
         heard = np.where(owner == 3, 0, tokens[2][rank])
-        alone = [np.stack([part[rank]] * RANKS) for part in (tokens[0], tokens[1], heard)]
         np.testing.assert_allclose(found[rank][0], dense(tokens, rank, heard)[0], **CLOSE)
         assert np.flatnonzero(found[rank][3]).tolist() == [3]
         assert sum(3 in asked for who, asked, _ in log if who == rank) == 1

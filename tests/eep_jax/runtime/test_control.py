@@ -1,4 +1,4 @@
-"""The control channel admits ranks of this run with the token, and refuses everything else aloud."""
+"""The control channel admits ranks of this run with the token, and refuses all else aloud."""
 
 import asyncio
 import dataclasses

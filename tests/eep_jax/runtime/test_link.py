@@ -1,10 +1,8 @@
-"""A rank's end of the control channel finds its supervisor again, and never loses what it must say."""
+"""A rank's end of the control channel finds its supervisor again, and says what it must."""
 
 import asyncio
 import contextlib
-import dataclasses
 import json
-import logging
 import threading
 import time
 
@@ -271,4 +269,3 @@ def test_messages_for_ranks_and_for_the_supervisor_are_told_apart():
     assert not messages.TO_RANK.keys() & messages.TO_SUPERVISOR.keys()
     status = Status(rank=2, incarnation=1, sequence=1, mode=Mode.OFFERED)
     assert decode(encode(status), messages.TO_SUPERVISOR, BYTES_MAX) == status
-    assert dataclasses.is_dataclass(messages.Held)

@@ -106,7 +106,16 @@ class TestDeathOfARank:
             status = world.supervisor.status()
             assert (status["epoch"], status["ranks"][1]["incarnation"]) == (3, 2)
             kinds = [event["kind"] for event in status["events"]]
-            story = ["ended", "dead", "prepare", "commit", "incarnation", "offered", "prepare", "commit"]
+            story = [
+                "ended",
+                "dead",
+                "prepare",
+                "commit",
+                "incarnation",
+                "offered",
+                "prepare",
+                "commit",
+            ]
             assert kinds[-8:] == story
 
     @story
@@ -144,7 +153,7 @@ class TestABrokenChannel:
 
     @story
     async def test_tokens_before_the_rank_said_what_it_has_are_not_held_against_it(self, tmp_path):
-        """A rank in mid-step sends Produced on a new channel before its Held: there may be a gap."""
+        """A rank in mid-step sends Produced on a new channel before its Held, maybe with a gap."""
         async with a_world(tmp_path) as world:
             await world.form()
             rank = world.ranks[0]
@@ -322,7 +331,9 @@ class TestProcesses:
                 hello = hello_of(0, rank.body.pid, "tiny", rank.incarnation)
                 await socket.send_bytes(encode(hello))
                 await socket.send_bytes(encode(messages.Held(progress=held)))
-                await socket.send_bytes(encode(messages.Telemetry(compilations=0, steps=1, discarded=0, moved={})))
+                await socket.send_bytes(
+                    encode(messages.Telemetry(compilations=0, steps=1, discarded=0, moved={}))
+                )
                 await asyncio.sleep(0.1)
             assert world.supervisor.book.waiting == 1
             await rank.close()

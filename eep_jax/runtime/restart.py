@@ -1,0 +1,104 @@
+"""From journal records back to what a killed supervisor knew, and from that to a short journal."""
+
+import dataclasses
+
+from eep_jax.config import RunConfig
+from eep_jax.coordination.state import CoordinatorState
+from eep_jax.engine.request import Request
+from eep_jax.membership.view import Member, RankState, View, empty_view
+from eep_jax.placement.placement import Placement, empty_placement
+from eep_jax.runtime.requests import Entry
+
+EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What the journal says. Lists are by rank; `processes` holds the newest of each rank."""
+
+    view: View
+    placement: Placement
+    epoch_tried: int
+    issued: list[int]
+    fenced: list[int]
+    processes: dict[tuple[int, int], tuple[int, int]]  # (rank, incarnation) -> (pid, start ticks)
+    entries: list[Entry]
+    events: list[dict]
+
+
+def read_back(records: list[dict], config: RunConfig) -> Restored:
+    """The state after `records`, oldest first; that of a first start where there are none."""
+    model, cluster = config.model, config.cluster
+    view = empty_view(cluster.ranks)
+    placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
+    tried, issued, fenced = 0, [0] * cluster.ranks, [0] * cluster.ranks
+    processes, entries = {}, {}
+    for record in records:
+        match record["kind"]:
+            case "commit":
+                view, placement = _view_of(record), _placement_of(record, model.experts)
+            case "prepare" | "tried":
+                tried = max(tried, record["epoch"])
+            case "process":
+                rank, incarnation = record["rank"], record["incarnation"]
+                issued[rank] = max(issued[rank], incarnation)
+                processes[rank, incarnation] = (record["pid"], record["ticks"])
+            case "dead":
+                rank = record["rank"]
+                fenced[rank] = max(fenced[rank], record["incarnation"])
+            case "accepted":
+                entry = _entry_of(record)
+                entries[entry.request.id] = entry
+            case "finished" if record["id"] in entries:
+                entry = entries[record["id"]]
+                entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
+    return Restored(
+        view=view,
+        placement=placement,
+        epoch_tried=tried,
+        issued=issued,
+        fenced=fenced,
+        processes={k: v for k, v in processes.items() if k[1] == issued[k[0]]},
+        entries=list(entries.values()),
+        events=[r for r in records if r["kind"] in EVENT_KINDS],
+    )
+
+
+def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entries) -> list[dict]:
+    """Records from which `read_back` makes the same; `commits` are the last one, if any."""
+    records = [{"kind": "tried", "epoch": state.epoch_tried}, *commits]
+    for (rank, incarnation), (pid, ticks) in processes.items():
+        facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
+        records.append({"kind": "process", **facts})
+    for rank, record in enumerate(state.records):
+        if record.fenced:
+            facts = {"rank": rank, "incarnation": record.fenced, "time": 0.0}
+            records.append({"kind": "dead", "reason": "before the journal was cut", **facts})
+    for entry in entries:
+        facts = {"key": entry.key, "body": entry.body, "created": entry.created}
+        request = dataclasses.asdict(entry.request)
+        records.append({"kind": "accepted", "request": request, **facts})
+        if entry.finish:
+            facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
+            records.append({"kind": "finished", **facts})
+    return records
+
+
+def _view_of(commit: dict) -> View:
+    """JSON made the ranks of `members` strings."""
+    active = {int(rank) for rank in commit["members"]}
+    members = tuple(
+        Member(RankState.ACTIVE if rank in active else RankState.ABSENT, incarnation)
+        for rank, incarnation in enumerate(commit["incarnations"])
+    )
+    return View(epoch=commit["epoch"], members=members)
+
+
+def _placement_of(commit: dict, experts: int) -> Placement:
+    return Placement(experts=experts, slots=tuple(tuple(row) for row in commit["slots"]))
+
+
+def _entry_of(record: dict) -> Entry:
+    facts = record["request"]
+    request = Request(**facts | {"prompt": tuple(facts["prompt"]), "produced": ()})
+    return Entry(request, key=record["key"], body=record["body"], created=record["created"])
