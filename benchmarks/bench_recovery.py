@@ -204,13 +204,13 @@ def _judge(
     known, offered = _first(new, "incarnation", of_victim), _first(new, "offered", of_victim)
     seconds = {name: float(text) for name, text in PHASE_IN_LOG.findall(log)}
     phases = {
-        "until it is known": known - start_s,
-        "until it is offered": offered - known,
-        "   of which loading": seconds["loaded"],
-        "   of which compiling": seconds["warm"],
-        "until its experts are loaded": asked[-1] - offered,
-        "until it serves": returned - asked[-1],
-        "all": returned - start_s,
+        "known_s": known - start_s,
+        "offered_s": offered - known,
+        "offered_loading_s": seconds["loaded"],
+        "offered_compiling_s": seconds["warm"],
+        "experts_s": asked[-1] - offered,
+        "serving_s": returned - asked[-1],
+        "total_s": returned - start_s,
     }
     return Cycle(
         detection=summary.detection_s,
@@ -302,16 +302,16 @@ def _records(
 
     of = lambda name: [getattr(cycle, name) for cycle in cycles]
     whole = percentile(of("rate_whole"), 50)
-    add("restart", "full restart until a token", restarts, "s", None)
-    add("recovery", "detection", of("detection"), "s", None)
-    add("recovery", "pause", of("pause"), "s", restart)
-    add("recovery", "longest gap when unharmed", of("steady_gap"), "s", None)
-    add("recovery", "rate of all ranks", of("rate_whole"), "tokens/s", None)
-    add("recovery", "rate with one rank less", of("rate_reduced"), "tokens/s", whole)
-    add("rejoin", "pause", of("return_pause"), "s", restart)
+    add("restart", "first_token_s", restarts, "s", None)
+    add("recovery", "detection_s", of("detection"), "s", None)
+    add("recovery", "pause_s", of("pause"), "s", restart)
+    add("recovery", "unharmed_gap_s", of("steady_gap"), "s", None)
+    add("recovery", "whole_tokens_per_s", of("rate_whole"), "tokens/s", None)
+    add("recovery", "reduced_tokens_per_s", of("rate_reduced"), "tokens/s", whole)
+    add("rejoin", "pause_s", of("return_pause"), "s", restart)
     for phase in cycles[0].phases:
         values = [cycle.phases[phase] for cycle in cycles]
-        add("rejoin", phase, values, "s", restart if phase == "all" else None)
+        add("rejoin", phase, values, "s", restart if phase == "total_s" else None)
     return records
 
 

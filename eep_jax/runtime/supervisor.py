@@ -361,6 +361,8 @@ class Supervisor:
         """Reports Ended as soon as the process is gone, by whatever cause."""
         if (rank, incarnation) in self._processes:
             return
+        for key in [k for k in self._processes if k[0] == rank and self._processes[k].pidfd is None]:
+            del self._processes[key]
         pidfd = open_process(pid, ticks)
         process = self._processes[rank, incarnation] = Process(pid, ticks, pidfd)
         if pidfd is None:

@@ -103,5 +103,5 @@ class TestTable:
             insert(text, "new")
 
     def test_the_last_word_of_a_metric_may_be_its_statistic(self):
-        assert split_metric("   of which loading p90") == ("of which loading", "p90")
+        assert split_metric("offered_loading_s p90") == ("offered_loading_s", "p90")
         assert split_metric("tokens_per_s") == ("tokens_per_s", "")

@@ -53,6 +53,7 @@ class FakeRank:
     def __init__(self, rank: int, slots: int, run_dir: pathlib.Path, token: str, run: str = "tiny"):
         self.rank, self.run_dir, self.token, self.run = rank, run_dir, token, run
         self.incarnation, self.sequence = 0, 0
+        self.connections = 0  # made so far
         self.state = p.ParticipantState(rank=rank, contents=(EMPTY,) * slots)
         self.requests: dict[str, tuple[Request, list[int]]] = {}
         self.finished: dict[str, Progress] = {}
@@ -132,6 +133,7 @@ class FakeRank:
                     break
                 await asyncio.sleep(RETRY_S)
             self._socket = socket
+            self.connections += 1
             heartbeat = asyncio.create_task(self._heartbeat())
             try:
                 await self.report()

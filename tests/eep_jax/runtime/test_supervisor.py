@@ -7,7 +7,7 @@ import sys
 
 import aiohttp
 
-from eep_jax.coordination.protocol import Fenced, Refused
+from eep_jax.coordination.protocol import Fenced, Refused, Welcome
 from eep_jax.engine.request import Progress
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import encode
@@ -299,6 +299,29 @@ class TestProcesses:
                 await socket.send_bytes(encode(hello_of(0, os.getpid(), "tiny")))
                 answer = await receive(socket)
             assert isinstance(answer, Refused) and "which lives" in answer.reason
+
+    @story
+    async def test_a_process_that_lost_its_welcome_is_welcomed_again(self, tmp_path):
+        async with a_world(tmp_path) as world:
+            await world.start_supervisor()
+            hello = encode(hello_of(0, os.getpid(), "tiny"))
+            for _ in range(2):
+                async with connection_to(tmp_path, TOKEN) as socket:
+                    await socket.send_bytes(hello)
+                    assert await receive(socket) == Welcome(incarnation=1)
+            assert world.supervisor.state.records[0].incarnation == 1
+
+    @story
+    async def test_tokens_that_cannot_be_are_refused(self, tmp_path):
+        async with a_world(tmp_path) as world:
+            await world.form()
+            rank = world.ranks[0]
+            for changes in ({"tokens": (256,)}, {"tokens": (), "finish": "done"}):
+                progress = Progress(**{"id": "x", "start": 0, **changes})
+                before = rank.connections
+                await rank.say(messages.Produced(progress=(progress,)))
+                await world.until(lambda before=before: rank.connections > before)
+            assert (await world.complete(max_tokens=3))[0] == 200
 
     @story
     async def test_an_old_incarnation_is_fenced_and_takes_nothing_from_the_new_one(self, tmp_path):
