@@ -9,7 +9,9 @@ POLICIES = ("fail_closed", "degrade")
 def _positive(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
-            raise ValueError(f"{type(config).__name__}.{name}={getattr(config, name)} must be positive")
+            raise ValueError(
+                f"{type(config).__name__}.{name}={getattr(config, name)} must be positive"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,9 @@ class ModelConfig:
     eos_token: int = 0
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "hidden", "layers", "query_heads", "kv_heads", "expert_hidden")
+        _positive(
+            self, "vocab_size", "hidden", "layers", "query_heads", "kv_heads", "expert_hidden"
+        )
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads=} must be a multiple of {self.kv_heads=}")
         if not 0 < self.experts_per_token <= self.experts:
@@ -86,7 +90,9 @@ class ClusterConfig:
         if self.policy not in POLICIES:
             raise ValueError(f"{self.policy=} must be one of {POLICIES}")
         if self.redundancy > self.ranks:
-            raise ValueError(f"{self.redundancy=} replicas need as many ranks, there are {self.ranks=}")
+            raise ValueError(
+                f"{self.redundancy=} replicas need as many ranks, there are {self.ranks=}"
+            )
         if self.lease_ms < 3 * self.heartbeat_ms:
             raise ValueError(f"{self.lease_ms=} must be at least 3 x {self.heartbeat_ms=}")
 
@@ -104,12 +110,16 @@ class EngineConfig:
     waiting_max: int = 256  # requests a rank holds beyond its batch slots
 
     def __post_init__(self):
-        _positive(self, "batch_slots", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms")
+        _positive(
+            self, "batch_slots", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
+        )
         if self.combine not in COMBINE_MODES:
             raise ValueError(f"{self.combine=} must be one of {COMBINE_MODES}")
         for name in ("batch_slots", "prefill_tokens"):
             if getattr(self, name) % self.row_tile:
-                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}"
+                )
 
     @property
     def tokens_max(self) -> int:
@@ -148,7 +158,7 @@ class RunConfig:
         slots = self.cluster.ranks * self.cluster.slots_per_rank
         if slots < self.model.experts * self.cluster.redundancy:
             raise ValueError(
-                f"{self.cluster.ranks} ranks x {self.cluster.slots_per_rank} slots = {slots} slots, but "
-                f"{self.model.experts} experts x redundancy {self.cluster.redundancy} need "
-                f"{self.model.experts * self.cluster.redundancy}; raise slots_per_rank"
+                f"{self.cluster.ranks} ranks x {self.cluster.slots_per_rank} slots = {slots} "
+                f"slots, but {self.model.experts} experts x redundancy {self.cluster.redundancy} "
+                f"need {self.model.experts * self.cluster.redundancy}; raise slots_per_rank"
             )

@@ -68,7 +68,9 @@ def check_tables(tables: Tables) -> Tables:
     """Returns the tables, or raises ValueError naming the expert whose entry is wrong."""
     held = np.sum(tables.expert_slots != NO_SLOT, axis=1)
     if (wrong := np.flatnonzero(held != tables.replicas)).size:
-        raise ValueError(f"experts {wrong.tolist()} have {held[wrong]} slots, not {tables.replicas[wrong]}")
+        raise ValueError(
+            f"experts {wrong.tolist()} have {held[wrong]} slots, not {tables.replicas[wrong]}"
+        )
     return tables
 
 

@@ -45,7 +45,9 @@ class Child:
 class LocalCluster:
     """Supervisor and ranks as children of this process; all die with it."""
 
-    def __init__(self, arguments: list[str], ranks: int, run_dir: str | None, respawn_delay_ms: int):
+    def __init__(
+        self, arguments: list[str], ranks: int, run_dir: str | None, respawn_delay_ms: int
+    ):
         """`arguments` are flags for every process. Without `run_dir` a temporary one is made, and
         removed in the end unless the cluster failed. A negative delay brings dead ranks back only
         on `start_rank`."""
@@ -94,7 +96,9 @@ class LocalCluster:
             child.quick_deaths = child.quick_deaths + 1 if quick else 0
             hopeless = status == EXIT_USAGE or child.quick_deaths >= GIVE_UP_AFTER
             if hopeless and not self.was_healthy:
-                self.failure = f"{child.name} ended with status {status}:\n{self.log_tail(child.name)}"
+                self.failure = (
+                    f"{child.name} ended with status {status}:\n{self.log_tail(child.name)}"
+                )
                 return
             delay_ms = 200 if child.name == SUPERVISOR else self._delay_ms
             if delay_ms < 0:
@@ -119,7 +123,13 @@ class LocalCluster:
 
     def _command(self, name: str) -> list[str]:
         module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
-        command = [sys.executable, "-m", module, f"--run_dir={self.run_dir}", f"--parent_pid={os.getpid()}"]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            f"--run_dir={self.run_dir}",
+            f"--parent_pid={os.getpid()}",
+        ]
         rank = [] if name == SUPERVISOR else [f"--rank={name.removeprefix('rank')}"]
         return command + self._arguments + rank
 
@@ -160,7 +170,9 @@ class LocalCluster:
                     return status
                 await asyncio.sleep(poll_ms / 1000)
         self._removes_run_dir = False
-        raise ClusterFailed(f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs")
+        raise ClusterFailed(
+            f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs"
+        )
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Ends everything: the supervisor tells the ranks; who does not listen is killed."""
@@ -171,7 +183,9 @@ class LocalCluster:
                 process.send_signal(signal.SIGCONT)  # a stopped process cannot end in order
         if (child := self.children.get(SUPERVISOR)) is not None and child.process.poll() is None:
             child.process.terminate()
-        while any(p.poll() is None for p in processes) and time.monotonic() < ends_s - timeout_s / 2:
+        while (
+            any(p.poll() is None for p in processes) and time.monotonic() < ends_s - timeout_s / 2
+        ):
             time.sleep(0.02)
         for process in processes:
             with contextlib.suppress(ProcessLookupError):

@@ -2,11 +2,13 @@
 
 1. Every prompt once, unharmed: these completions are the truth.
 2. The same prompts in a loop. A rank is killed with SIGKILL in mid-generation, and comes back.
-3. Every completion of 2 is compared with 1, byte by byte; rates and pauses go into a table and a plot.
+3. Every completion of 2 is compared with 1, byte by byte; rates and pauses go into a table and a
+   plot.
 """
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import pathlib
 import time
@@ -66,7 +68,10 @@ async def run_demo(cluster: LocalCluster, config, out_dir: str) -> int:
     times, marks, results, status = await _load_with_failure(cluster, jobs, victim)
     outcome = _judge(truth, times, marks, results, status)
     path = pathlib.Path(out_dir) / "timeline.png"
-    title = f"{config.name}: rank {victim} of {config.cluster.ranks} killed under load, on {os.cpu_count()} cores"
+    title = (
+        f"{config.name}: rank {victim} of {config.cluster.ranks} killed under load, "
+        f"on {os.cpu_count()} cores"
+    )
     plot(str(path), times, marks, title)
     render_report(outcome.rows, title="What the failure cost")
     say(f"wrote {path.absolute()}")
@@ -117,7 +122,9 @@ def _marks_of(events: list[dict], victim: int, kill_s: float) -> dict[str, float
     """When the supervisor noticed, and when it let the others go on, on the clock of the kill."""
     offset_s = time.time() - time.monotonic()
     later = [e | {"at_s": e["time"] - offset_s} for e in events if e["time"] - offset_s >= kill_s]
-    first = lambda kind, wanted: next((e["at_s"] for e in later if e["kind"] == kind and wanted(e)), None)
+    first = lambda kind, wanted: next(
+        (e["at_s"] for e in later if e["kind"] == kind and wanted(e)), None
+    )
     found = {
         "detected": first("dead", lambda e: e["rank"] == victim),
         "resumed": first("commit", lambda e: str(victim) not in e["members"]),
@@ -163,6 +170,6 @@ def _longest_gap(times: list[float], start_s: float | None, end_s: float | None)
     if start_s is None or end_s is None:
         return None
     ordered = sorted(times)
-    gaps = zip(ordered, ordered[1:], strict=False)
+    gaps = itertools.pairwise(ordered)
     inside = [b - a for a, b in gaps if b >= start_s and a <= end_s]
     return max(inside, default=None)

@@ -16,10 +16,14 @@ CONFIG = flags.DEFINE_string(
     "config", "tiny_cpu", "A file of configs/ without .py, such as tiny_cpu."
 )
 OVERRIDE = flags.DEFINE_multi_string(
-    "override", [], "Replaces one value of the configuration: cluster.policy=degrade. May be repeated."
+    "override",
+    [],
+    "Replaces one value of the configuration: cluster.policy=degrade. May be repeated.",
 )
 RUN_DIR = flags.DEFINE_string(
-    "run_dir", None, "Journal, logs, token and endpoint of this run. Default: a new temporary directory."
+    "run_dir",
+    None,
+    "Journal, logs, token and endpoint of this run. Default: a new temporary directory.",
 )
 HOST = flags.DEFINE_string("host", None, "Address the HTTP API listens on.")
 PORT = flags.DEFINE_integer("port", None, "Port of the HTTP API; 0 takes any free one.", 0, 65535)
@@ -56,10 +60,12 @@ def forwarded() -> list[str]:
 
 
 def load_config(name: str) -> RunConfig:
-    """`get_config()` of `configs/<name>.py`. Raises UsageError naming the configurations there are."""
+    """`get_config()` of `configs/<name>.py`. Raises UsageError naming those there are."""
     import configs
 
-    known = sorted(p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py") if p.stem[0] != "_")
+    known = sorted(
+        p.stem for p in pathlib.Path(configs.__path__[0]).glob("*.py") if p.stem[0] != "_"
+    )
     if name not in known:
         raise UsageError(f"--config={name!r} is not one of {known}")
     return importlib.import_module(f"configs.{name}").get_config()

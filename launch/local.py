@@ -1,11 +1,12 @@
 """Supervisor and ranks on this machine, and with --demo a failure and a return, measured.
 
-python -m launch.local --config=tiny_cpu                # serves until Ctrl-C
-python -m launch.local --config=tiny_cpu --demo         # kills a rank under load, prints what it cost
+python -m launch.local --config=tiny_cpu            # serves until Ctrl-C
+python -m launch.local --config=tiny_cpu --demo     # kills a rank under load, prints what it cost
 """
 
 import asyncio
 import contextlib
+import pathlib
 import signal
 import sys
 
@@ -28,13 +29,26 @@ START_DEADLINE_S = 180.0
 def main() -> int:
     config = flags.run_config()
     arguments = flags.forwarded()
+    _make_out_directory()
     if DEMO.value and flags.PORT.value is None:
         arguments.append("--port=0")  # a demonstration should not fail for a port in use
-    cluster = LocalCluster(arguments, config.cluster.ranks, flags.RUN_DIR.value, RESPAWN_DELAY.value)
+    cluster = LocalCluster(
+        arguments, config.cluster.ranks, flags.RUN_DIR.value, RESPAWN_DELAY.value
+    )
     try:
         return asyncio.run(_run(cluster, config))
     finally:
         cluster.stop()
+
+
+def _make_out_directory() -> None:
+    """Before anything is measured: a plot that cannot be written would be missed at the end."""
+    try:
+        pathlib.Path(DEMO_OUT.value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise flags.UsageError(
+            f"--demo_out={DEMO_OUT.value!r} is no directory: {error.strerror}"
+        ) from error
 
 
 async def _run(cluster: LocalCluster, config) -> int:
@@ -58,7 +72,10 @@ async def _run(cluster: LocalCluster, config) -> int:
 
 
 async def _work(cluster: LocalCluster, config) -> int:
-    say(f"starting a supervisor and {config.cluster.ranks} ranks of {config.name}; run directory {cluster.run_dir}")
+    say(
+        f"starting a supervisor and {config.cluster.ranks} ranks of {config.name}; "
+        f"run directory {cluster.run_dir}"
+    )
     cluster.start()
     watch = asyncio.create_task(cluster.watch())
     try:
@@ -89,9 +106,15 @@ def _print_how_to_use(cluster: LocalCluster, config) -> None:
     say(f"serving {config.model.name} on {cluster.url}", "bold green")
     say("processes: " + ", ".join(f"{name} {pid}" for name, pid in pids.items()))
     say(f"logs: {cluster.run_dir}/logs")
-    body = f'{{"model": "{config.model.name}", "prompt": "In the beginning", "max_tokens": 200, "stream": true}}'
+    body = (
+        f'{{"model": "{config.model.name}", "prompt": "In the beginning", '
+        '"max_tokens": 200, "stream": true}'
+    )
     say(f"try:  curl -N {cluster.url}/v1/completions -d '{body}'")
-    say(f"then: kill -9 {pids['rank2'] if 'rank2' in pids else pids['rank0']}, and watch it go on. Ctrl-C ends everything.")
+    say(
+        f"then: kill -9 {pids['rank2'] if 'rank2' in pids else pids['rank0']}, "
+        "and watch it go on. Ctrl-C ends everything."
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from eep_jax.models.weights import build_dense_model, split_model
 from eep_jax.relocation.checkpoint import save_checkpoint
 
 TEXT = flags.DEFINE_string("text", None, "Plain text to train on.", required=True)
-OUT = flags.DEFINE_string("out", None, "Directory of the checkpoint; must not exist.", required=True)
+OUT = flags.DEFINE_string(
+    "out", None, "Directory of the checkpoint; must not exist.", required=True
+)
 STEPS = flags.DEFINE_integer("steps", 6000, "Optimizer steps.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 64, "Sequences per step.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 512, "Bytes per sequence.", lower_bound=16)
@@ -51,7 +53,7 @@ def windows(data: np.ndarray, starts: np.ndarray, length: int, bos: int) -> np.n
 
 @jax.custom_vjp
 def gather_rows(x, index, inverse):
-    """`x[index]` with zeros where the index is out of range; its gradient is a gather by `inverse`."""
+    """`x[index]` with zeros where the index is out of range; the gradient gathers by `inverse`."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
@@ -81,8 +83,10 @@ def sparse_experts(stacked, layer: int, x, expert_ids, weights):
     place = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1)
     none = experts * rows
     row_of_choice = jnp.where(place < rows, flat_ids * rows + place, none)
-    choice_of_row = jnp.full(none, flat_ids.size).at[row_of_choice].set(
-        jnp.arange(flat_ids.size), mode="drop", unique_indices=True
+    choice_of_row = (
+        jnp.full(none, flat_ids.size)
+        .at[row_of_choice]
+        .set(jnp.arange(flat_ids.size), mode="drop", unique_indices=True)
     )
     token_of_row = choice_of_row // choices
     by_token = row_of_choice.reshape(-1, choices)
@@ -104,7 +108,7 @@ def loss_fn(model: DenseModel, tokens: jax.Array, balance_weight: float, experts
 
 
 def balance_loss(expert_ids: jax.Array, logits: jax.Array) -> jax.Array:
-    """Switch load-balancing loss: `E * sum_e share_of_tokens[e] * mean_probability[e]`, 1 is even."""
+    """Switch load-balancing loss: `E * sum_e token_share[e] * mean_probability[e]`, 1 is even."""
     experts = logits.shape[-1]
     chosen = jax.nn.one_hot(expert_ids, experts).sum(-2).reshape(-1, experts).mean(0)
     probability = jax.nn.softmax(logits).reshape(-1, experts).mean(0)
@@ -154,14 +158,21 @@ def main(_):
         if step % 500 == 0 or step == STEPS.value - 1:
             loss = held_out_loss(nnx.merge(graph, state), held_out, WINDOW.value, config.bos_token)
             seconds = time.monotonic() - started
-            print(f"step {step} train {float(entropy):.4f} held out {loss:.4f} {seconds:.0f} s", flush=True)
+            print(
+                f"step {step} train {float(entropy):.4f} held out {loss:.4f} {seconds:.0f} s",
+                flush=True,
+            )
 
     # What is stored, and what the recorded loss is of, are the weights rounded to bfloat16.
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), state)
     dense, experts = split_model(nnx.merge(graph, rounded), config)
     stored = build_dense_model(config, dense, experts)
     loss = held_out_loss(stored, held_out, WINDOW.value, config.bos_token)
-    facts = {"held_out_nats_per_byte": round(loss, 4), "steps": STEPS.value, "text_bytes": len(text)}
+    facts = {
+        "held_out_nats_per_byte": round(loss, 4),
+        "steps": STEPS.value,
+        "text_bytes": len(text),
+    }
     save_checkpoint(OUT.value, config, dense, experts, facts)
     print(f"wrote {OUT.value}: held out {loss:.4f} nats per byte", flush=True)
 

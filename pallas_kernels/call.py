@@ -1,6 +1,7 @@
 """What every exchange of a step is told beside its data, and what it says back."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ from pallas_kernels.signals import next_round
 
 
 @jax.tree_util.register_dataclass
+@typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """Travels through a step; all leaves are jit arguments, so their values never recompile.
 
-    `suspicion[r]` becomes 1 when a wait for rank r timed out; later exchanges of the step leave that
-    rank out, so a step has one timeout and not one per layer. The own entry says that the step was
-    aborted: a later epoch is being prepared, and the remaining exchanges return at once.
+    `suspicion[r]` becomes 1 when a wait for rank r timed out; later exchanges of the step leave
+    that rank out, so a step has one timeout and not one per layer. The own entry says that the step
+    was aborted: a later epoch is being prepared, and the remaining exchanges return at once.
     """
 
     active: Int32[Array, "R"]  # 1 for the ranks of this epoch

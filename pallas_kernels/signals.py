@@ -35,7 +35,7 @@ def first_round(epoch: int) -> int:
 
 
 def next_round(current, steps: int = 1):
-    """`steps` rounds later in the same epoch; wraps within the 20 bits. For numpy and jax uint32."""
+    """`steps` rounds later in the same epoch; wraps within its 20 bits. Numpy or jax uint32."""
     low, high = np.uint32(ROUND_MASK), np.uint32(EPOCH_MASK << ROUND_BITS)
     return (current & high) | (((current & low) + np.uint32(steps)) & low)
 
@@ -88,5 +88,3 @@ def wait_round(
     with _fence:
         pass
     return missing, False
-
-

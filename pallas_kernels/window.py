@@ -1,19 +1,19 @@
 """What is where in a rank's window: the only place that adds byte offsets.
 
-A window is the part of a rank's slab that peers write. All regions that a peer writes are indexed by
-the writer's rank, so a rank that was evicted but still lives can reach only regions of its own
+A window is the part of a rank's slab that peers write. All regions that a peer writes are indexed
+by the writer's rank, so a rank that was evicted but still lives can reach only regions of its own
 number, which nobody reads while that rank is inactive. Data regions exist twice, by round parity.
 
-    abort       uint32 [1]            highest epoch in preparation; a step of a lower one ends its waits
+    abort       uint32 [1]            highest epoch in preparation; steps of lower ones end waits
     bell        uint32 [1]            changes whenever there may be something new; sleepers watch it
     wake        uint32 [R]            the round at which writer s found work while all were paused
-    sent        uint32 [2 R]          flags of dispatch: the round that writer s has finished sending
+    sent        uint32 [2 R]          flags of dispatch: the round that writer s has sent whole
     returned    uint32 [2 R]          flags of combine
     header      int32  [2 R 1]        the writer's wish for the next step
     slots       int32  [2 R T K]      slot on this rank of each choice, -1 where it lies elsewhere
     weights     f32    [2 R T K]
     rows        row    [2 R T D]      token t of source s
-    returns     row    [2 R T K D]    per_choice: result of choice k of my token t, by the rank that ran it
+    returns     row    [2 R T K D]    per_choice: result of choice k of my token t, by its rank
              or row    [2 R T D]      per_rank: that rank's weighted sum for my token t
 """
 

@@ -1,13 +1,25 @@
-"""Settings for all tests: JAX on one CPU thread, reproducible hypothesis, `--rewrite` and `--seed`."""
+"""Settings for all tests: JAX on one thread, reproducible hypothesis, `--rewrite`, `--seed`."""
 
 import os
 
 # Before any test module loads JAX; the same as launch/environments/local.py sets for ranks.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+# Several ranks in one process share XLA's pool, and each may sit in a callback that waits.
+os.environ["NPROC"] = "16"
 
 import hypothesis
+import jaxtyping
 import pytest
+
+# Shapes and dtypes in the signatures of what is traced are checked at every call.
+SHAPES_CHECKED = (
+    *(f"pallas_kernels.{m}" for m in ("dispatch.api", "combine.api", "expert_gemm.host")),
+    *(f"eep_jax.models.{m}" for m in ("router", "kv_cache", "decoder")),
+    *(f"eep_jax.engine.{m}" for m in ("sampler", "step")),
+)
+jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "project",

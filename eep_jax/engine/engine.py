@@ -49,9 +49,11 @@ class CompileCounter:
 
 
 class Engine:
-    """Everything a rank computes with. Belongs to one thread, except `lockstep.abort` and `nudge`."""
+    """Everything a rank computes with. Of one thread, except `lockstep.abort` and `nudge`."""
 
-    def __init__(self, config: RunConfig, rank: int, heap: SymmetricHeap, layout: SlabLayout, dense):
+    def __init__(
+        self, config: RunConfig, rank: int, heap: SymmetricHeap, layout: SlabLayout, dense
+    ):
         """`dense` are the weights outside the experts by name, as the checkpoint has them."""
         self.config, self.rank, self.heap = config, rank, heap
         self.compilations = CompileCounter()
@@ -80,7 +82,7 @@ class Engine:
         self._warm_compilations = 0
 
     def warm_up(self) -> None:
-        """Compiles all executables and runs each once, alone: no peer is waited for or written to."""
+        """Compiles all executables and runs each once, alone: no peer is waited for or written."""
         for kind in (StepKind.DECODE, StepKind.MIXED):
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache")
@@ -117,13 +119,14 @@ class Engine:
         self.scheduler.add(request)
 
     def try_wake(self) -> bool:
-        """While paused: whether this rank or a peer has work, so that all go on. Tells the peers."""
+        """While paused: whether this rank or a peer has work, so all go on. Tells the peers."""
         wish, paused_round = self.scheduler.wish(), int(self._round)
         if wish is not StepKind.IDLE:
             active = np.flatnonzero(self._tables.active)
             self.lockstep.wake_peers([p for p in active if p != self.rank], paused_round)
         elif not self.lockstep.is_woken(paused_round):
             return False
+        self.lockstep.forget_wakes()
         self._next = StepKind.DECODE
         return True
 

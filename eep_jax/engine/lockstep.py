@@ -1,8 +1,8 @@
 """When the ranks of an epoch step, and when they all pause: words in each other's windows.
 
 The kind of a step is agreed in the step before (the largest wish). When nobody wishes anything, all
-ranks pause at the same round. A rank that finds work writes that round into every peer's `wake` word;
-so a late reader still sees it, and an old word wakes nobody.
+ranks pause at the same round. A rank that finds work writes that round into every peer's `wake`
+word; so a late reader still sees it, and an old word wakes nobody.
 """
 
 import numpy as np
@@ -40,6 +40,10 @@ class Lockstep:
             window = self._windows[peer]
             post(window["wake"][self._rank : self._rank + 1], paused_round)
             _ring(window["bell"])
+
+    def forget_wakes(self) -> None:
+        """A pause has ended: no word of it may wake another one, a whole turn of rounds later."""
+        self._windows[self._rank]["wake"][...] = 0
 
     def is_woken(self, paused_round: int) -> bool:
         """Whether a peer found work since all paused at this round."""

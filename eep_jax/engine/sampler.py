@@ -12,9 +12,9 @@ def sample(
     temperature: Float32[Array, "B"],
     top_p: Float32[Array, "B"],
 ) -> Int32[Array, "B"]:
-    """Greedy where the temperature is 0, else a draw from the smallest set of tokens with mass top_p.
+    """Greedy where the temperature is 0, else a draw from the fewest tokens with mass top_p.
 
-    The key is `fold_in(seed, position)`, so that a step run again, on any rank, draws the same token.
+    The key is `fold_in(seed, position)`, so a step run again, on any rank, draws the same token.
     """
     return jax.vmap(_sample_one)(logits, seeds, positions, temperature, top_p)
 
@@ -24,8 +24,8 @@ def _sample_one(logits, seed, position, temperature, top_p):
     scaled = logits / jnp.maximum(temperature, 1e-6)
     order = jnp.argsort(-scaled)
     probabilities = jax.nn.softmax(scaled)[order]
-    # A token stays if the mass before it is below top_p. The most likely one always stays, also where
-    # top_p is so small that it is zero in float32.
+    # A token stays if the mass before it is below top_p. The most likely one always stays, also
+    # where top_p is so small that it is zero in float32.
     kept = (jnp.cumsum(probabilities) - probabilities < top_p).at[0].set(True)
     allowed = jnp.zeros_like(kept).at[order].set(kept)
     key = jax.random.fold_in(jax.random.wrap_key_data(seed), position)

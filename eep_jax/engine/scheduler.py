@@ -6,6 +6,7 @@ step that was discarded is simply planned again.
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Sequence:
 
     request: Request
     tokens: list[int]  # prompt and all produced
+    number: int = 0  # grows with every sequence that was given a slot
     cached: int = 0
     dropped: int = 0  # choices without a live expert since the last token
 
@@ -45,6 +47,7 @@ class Scheduler:
         self._config = config
         self._slots: list[Sequence | None] = [None] * config.engine.batch_slots
         self._waiting: collections.deque[Request] = collections.deque()
+        self._numbers = itertools.count()
 
     def add(self, request: Request) -> None:
         """Queues a request; one that is already here is left as it is.
@@ -52,10 +55,13 @@ class Scheduler:
         Raises QueueFull beyond `waiting_max`, ValueError for a request that cannot fit the context.
         """
         engine = self._config.engine
-        if len(request.prompt) < 1 or len(request.prompt) + request.max_tokens > engine.context_tokens:
+        if (
+            len(request.prompt) < 1
+            or len(request.prompt) + request.max_tokens > engine.context_tokens
+        ):
             raise ValueError(
-                f"request {request.id}: {len(request.prompt)} prompt tokens + {request.max_tokens} do "
-                f"not fit a context of {engine.context_tokens} (at least one prompt token)"
+                f"request {request.id}: {len(request.prompt)} prompt tokens + {request.max_tokens} "
+                f"do not fit a context of {engine.context_tokens} (at least one prompt token)"
             )
         if request.id in self.ids():
             return
@@ -103,13 +109,12 @@ class Scheduler:
         return StepKind.DECODE if running else StepKind.IDLE
 
     def plan(self, kind: StepKind) -> StepPlan:
-        """The fullest batch of this kind. Oldest slots' prompts go first into the prefill rows."""
+        """The fullest batch of this kind. Prompts go into the prefill rows oldest first."""
         self._fill_slots()
         batch, cached = empty_batch(self._config, kind), {}
         next_row = self._config.engine.batch_slots
-        for slot, sequence in enumerate(self._slots):
-            if sequence is None:
-                continue
+        running = [(s.number, slot, s) for slot, s in enumerate(self._slots) if s is not None]
+        for _, slot, sequence in sorted(running, key=lambda entry: entry[0]):
             missing = len(sequence.tokens) - sequence.cached
             if missing == 1:
                 rows = np.array([slot])
@@ -131,7 +136,7 @@ class Scheduler:
         return StepPlan(kind, batch, cached)
 
     def commit(self, plan: StepPlan, tokens: np.ndarray, dropped: np.ndarray) -> list[Progress]:
-        """Takes over the step's tokens; returns what each request gained, finished ones last seen."""
+        """Takes the step's tokens; returns what each request gained, finished ones last seen."""
         progress = []
         for slot, cached in plan.cached.items():
             sequence = self._slots[slot]
@@ -149,7 +154,9 @@ class Scheduler:
                     id=sequence.request.id,
                     # The end comes with all tokens, so that it can be told again after a reconnect.
                     start=0 if finish else start,
-                    tokens=tuple(sequence.tokens[len(sequence.request.prompt) :]) if finish else (token,),
+                    tokens=tuple(sequence.tokens[len(sequence.request.prompt) :])
+                    if finish
+                    else (token,),
                     finish=finish,
                     dropped=sequence.dropped,
                 )
@@ -167,4 +174,4 @@ class Scheduler:
             if sequence is None and self._waiting:
                 request = self._waiting.popleft()
                 tokens = [*request.prompt, *request.produced]
-                self._slots[index] = Sequence(request, tokens)
+                self._slots[index] = Sequence(request, tokens, number=next(self._numbers))

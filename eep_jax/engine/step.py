@@ -1,4 +1,7 @@
-"""The one compiled function: (weights, bank, cache, heap, tables, batch) -> tokens, cache, suspicion."""
+"""The one compiled function.
+
+(weights, bank, cache, heap, tables, batch) -> tokens, cache, suspicion
+"""
 
 import dataclasses
 import enum
@@ -111,8 +114,9 @@ def make_step(config: RunConfig, spread: ExpertSpread):
 def by_tile(function, tile_rows: int, *arrays):
     """`function` over tiles of `tile_rows` rows of the leading axis, one after the other.
 
-    Every product then has the same shape in a decode and in a prefill step, and a token's result the
-    same bits in both, wherever it stands: XLA:CPU picks its loops, and so the order of sums, by shape.
+    Every product then has the same shape in a decode and in a prefill step, and a token's result
+    the same bits in both, wherever it stands: XLA:CPU picks its loops, and so the order of sums, by
+    shape.
     """
     rows = arrays[0].shape[0]
     if rows == tile_rows:

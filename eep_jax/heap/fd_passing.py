@@ -5,6 +5,9 @@ import secrets
 import socket
 import struct
 import threading
+import time
+
+ACCEPT_PAUSE_S = 0.05
 
 
 class FdServer:
@@ -13,12 +16,14 @@ class FdServer:
     def __init__(self, fd: int):
         self.name = f"eep-{os.getpid()}-{secrets.token_hex(8)}"
         self._fd = fd
+        self._closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.bind("\0" + self.name)
         self._socket.listen(64)
         threading.Thread(target=self._serve, name="fd-server", daemon=True).start()
 
     def close(self) -> None:
+        self._closed = True
         # Shutting down, not just closing, is what wakes a thread that sits in accept.
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -28,7 +33,10 @@ class FdServer:
             try:
                 peer, _ = self._socket.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, say: it may pass
+                continue
             with peer:
                 try:
                     peer.settimeout(1.0)
@@ -39,7 +47,7 @@ class FdServer:
 
 
 def receive_fd(name: str, deadline_ms: int) -> int:
-    """The descriptor served under `name`, open in this process. Raises OSError within the deadline."""
+    """The descriptor served under `name`, opened here. Raises OSError within the deadline."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as server:
         server.settimeout(deadline_ms / 1000)
         server.connect("\0" + name)

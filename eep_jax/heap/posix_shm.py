@@ -32,6 +32,7 @@ class MappedHeap:
         if slab_bytes <= 0 or slab_bytes % mmap.PAGESIZE:
             raise HeapError(f"{slab_bytes=} must be a positive multiple of {mmap.PAGESIZE}")
         self.rank, self.ranks, self.slab_bytes = rank, ranks, slab_bytes
+        self._closed = False
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, "reserve the range")
         self._own = _memory_file(f"eep-rank{rank}", slab_bytes)
@@ -48,8 +49,11 @@ class MappedHeap:
         return np.ctypeslib.as_array(flat).reshape(self.ranks, self.slab_bytes)
 
     def close(self) -> None:
-        for fd in (self._own, self._dummy):
-            os.close(fd)
+        """May be called twice. Nothing can be attached or detached after it."""
+        if not self._closed:
+            self._closed = True
+            for fd in (self._own, self._dummy):
+                os.close(fd)
 
     def _attach_fd(self, rank: int, fd: int) -> None:
         self._check_peer(rank)
@@ -62,6 +66,8 @@ class MappedHeap:
         self._map(rank, fd)
 
     def _check_peer(self, rank: int) -> None:
+        if self._closed:
+            raise HeapError(f"the heap of rank {self.rank} is closed; rank {rank} stays as it is")
         if rank == self.rank or not 0 <= rank < self.ranks:
             raise HeapError(f"rank {rank} is not a peer of rank {self.rank} of {self.ranks}")
 
@@ -87,18 +93,22 @@ class PosixShmHeap(MappedHeap):
     def attach(self, rank: int, handle: str) -> None:
         scheme, _, name = handle.partition(":")
         if scheme != "unix" or not name:
-            raise HeapError(f"handle {handle!r} of rank {rank} is not of the form unix:<socket name>")
+            raise HeapError(
+                f"handle {handle!r} of rank {rank} is not of the form unix:<socket name>"
+            )
         try:
             fd = receive_fd(name, ATTACH_DEADLINE_MS)
         except OSError as error:
-            raise HeapError(f"rank {rank} does not hand out its slab at {handle}: {error}") from error
+            raise HeapError(
+                f"rank {rank} does not hand out its slab at {handle}: {error}"
+            ) from error
         try:
             self._attach_fd(rank, fd)
         finally:
             os.close(fd)
 
     def close(self) -> None:
-        if self._server is not None:
+        if self._server is not None and not self._closed:
             self._server.close()
         super().close()
 

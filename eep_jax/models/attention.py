@@ -11,7 +11,10 @@ from eep_jax.config import ModelConfig
 def rope(
     x: Float[Array, "*T H C"], positions: Int32[Array, "*T"], theta: float
 ) -> Float[Array, "*T H C"]:
-    """Rotates channel pairs (c, c + C/2) by `position * theta ** (-2c / C)` (RoFormer, NeoX order)."""
+    """Rotates channel pairs (c, c + C/2) by `position * theta ** (-2c / C)`.
+
+    This is RoFormer's, in NeoX order.
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
@@ -57,7 +60,7 @@ def attend_cached(
     v: Float[Array, "T Hkv P C"],
     positions: Int32[Array, "T"],
 ) -> Float32[Array, "T Hq C"]:
-    """Attention of T tokens, each to its own P cached positions, of which it sees `<= positions[t]`.
+    """Attention of T tokens, each to its own P cached positions; it sees those `<= positions[t]`.
 
     Every token is an own batch entry of the matrix products, so its result has the same bits
     whichever other tokens stand beside it.

@@ -1,11 +1,14 @@
-"""The stack of decoder layers: tokens in, logits out. Where attention looks and where experts run is given."""
+"""The stack of decoder layers: tokens in, logits out.
+
+Where attention looks and where experts run is given.
+"""
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from eep_jax.models.attention import Attention, attend_causal
 from eep_jax.config import ModelConfig
+from eep_jax.models.attention import Attention, attend_causal
 from eep_jax.models.moe_block import DenseExperts, dense_experts
 from eep_jax.models.router import route
 
@@ -25,7 +28,7 @@ class DecoderLayer(nnx.Module):
         return self.attention.project(self.attention_norm(x), positions)
 
     def after_attention(self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]):
-        """Returns the residual `[*T D]`, the experts' input `[*T D]`, expert ids and weights `[*T K]`."""
+        """Returns residual and experts' input `[*T D]`, expert ids and weights `[*T K]`."""
         x = x + self.attention.output(context)
         normed = self.moe_norm(x)
         config = self.config
@@ -48,14 +51,14 @@ class Decoder(nnx.Module):
 
 
 class DenseModel(nnx.Module):
-    """The decoder with all its experts in one process: what is trained, and the oracle of the tests."""
+    """The decoder with all experts in one process: what is trained, and the tests' oracle."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.decoder = Decoder(config, rngs=rngs)
         self.experts = DenseExperts(config, rngs=rngs)
 
     def __call__(self, tokens: Int32[Array, "N T"], experts=None):
-        """Returns logits `[N T V]` and per layer the expert ids `[N T K]` with the router logits `[N T E]`.
+        """Returns logits `[N T V]`; per layer the expert ids `[N T K]`, router logits `[N T E]`.
 
         `experts` replaces `dense_experts`, same arguments, where training wants a cheaper one.
         """

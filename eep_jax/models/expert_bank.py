@@ -44,7 +44,7 @@ def slab_layout(model: ModelConfig, engine: EngineConfig, ranks: int, slots: int
 
 
 class ExpertBank:
-    """The slots of one rank. `contents[slot]` names a slot's expert only once it is written whole."""
+    """The slots of one rank. `contents[slot]` names a slot's expert once it is written whole."""
 
     def __init__(self, layout: SlabLayout, heap: SymmetricHeap):
         self.layout, self._heap = layout, heap

@@ -1,4 +1,4 @@
-"""The expert layer of a decoder: all experts in one process, or spread over ranks that come and go."""
+"""The expert layer of a decoder: all in one process, or spread over ranks that come and go."""
 
 import dataclasses
 
@@ -17,7 +17,10 @@ from pallas_kernels.window import WindowLayout
 
 
 class DenseExperts(nnx.Module):
-    """The weights of every expert of every layer in one array `[E L 3 F D]` (gate, up, down transposed)."""
+    """The weights of all experts of all layers: one array `[E L 3 F D]`.
+
+    The 3 are gate, up, and down transposed.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.experts, *config.expert_shape)

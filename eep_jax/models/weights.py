@@ -1,12 +1,12 @@
-"""Weights as named arrays: a model's dense part by path, and each expert as one array over all layers."""
+"""Weights as named arrays: the dense part by path, each expert as one array over all layers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from eep_jax.models.decoder import Decoder, DenseModel
 from eep_jax.config import ModelConfig
+from eep_jax.models.decoder import Decoder, DenseModel
 
 
 def expert_name(expert: int) -> str:
@@ -42,7 +42,7 @@ def build_dense_model(config: ModelConfig, dense: dict, experts: dict) -> DenseM
 
 
 def decoder_graph(config: ModelConfig):
-    """Returns (graphdef, names): `merge_decoder` with weights in the order of `names` rebuilds it."""
+    """Returns (graphdef, names): `merge_decoder` with weights in that order rebuilds it."""
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     flat, tree = jax.tree_util.tree_flatten_with_path(state)

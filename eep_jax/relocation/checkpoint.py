@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from eep_jax.errors import CheckpointError
 from eep_jax.config import ModelConfig
+from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import expert_name
 
 MANIFEST = "manifest.json"
@@ -29,7 +29,9 @@ def digest(array: np.ndarray) -> str:
     return hashlib.blake2b(contiguous.view(np.uint8).reshape(-1).data, digest_size=16).hexdigest()
 
 
-def save_checkpoint(directory, config: ModelConfig, dense: dict, experts: dict, facts: dict) -> None:
+def save_checkpoint(
+    directory, config: ModelConfig, dense: dict, experts: dict, facts: dict
+) -> None:
     """Writes weights and manifest; `directory` must not exist. `facts` are kept in the manifest."""
     root = pathlib.Path(directory).absolute()
     root.mkdir(parents=True)
@@ -64,11 +66,15 @@ class Checkpoint:
             ) from error
 
     def require_model(self, model: ModelConfig) -> None:
-        """Raises CheckpointError where the checkpoint is of another model than the configuration."""
+        """Raises CheckpointError if the checkpoint is of another model than the configuration."""
         if self.model != model:
             found, wanted = dataclasses.asdict(self.model), dataclasses.asdict(model)
-            wrong = {k: f"{found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]}
-            raise CheckpointError(f"{self.root} holds another model than the configuration: {wrong}")
+            wrong = {
+                k: f"{found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]
+            }
+            raise CheckpointError(
+                f"{self.root} holds another model than the configuration: {wrong}"
+            )
 
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, in the stored dtype."""
@@ -96,7 +102,9 @@ class Checkpoint:
                     ),
                 )
         except Exception as error:  # Orbax and TensorStore raise many types for unreadable storage
-            raise CheckpointError(f"cannot read {names} of {self.root / WEIGHTS}: {error}") from error
+            raise CheckpointError(
+                f"cannot read {names} of {self.root / WEIGHTS}: {error}"
+            ) from error
         arrays = {name: np.asarray(array) for name, array in restored[part].items()}
         for name, array in arrays.items():
             found, expected = digest(array), self.manifest[part][name]

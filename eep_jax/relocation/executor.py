@@ -1,4 +1,4 @@
-"""Carries out the moves of a Plan on one rank: fetch, compare with the digest, write, or try the next."""
+"""Carries out a Plan's moves on one rank: fetch, check the digest, write, or try the next."""
 
 import logging
 import time
@@ -30,7 +30,7 @@ class Executor:
         transports: dict[SourceKind, Transport] | None = None,
         beat: Callable[[], None] = lambda: None,
     ):
-        """`beat` is called between experts, so that a long repair is not taken for a stuck engine."""
+        """`beat` is called between experts, so a long repair is not taken for a stuck engine."""
         self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
         self._transports = transports or all_transports(bank, checkpoint)
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
@@ -70,12 +70,16 @@ class Executor:
             self._bank.write(slot, expert, weights)
             self.moved[source.kind.value] = self.moved.get(source.kind.value, 0) + 1
             milliseconds = (time.monotonic() - started) * 1e3
-            _log.info("expert %d into slot %d from %s, %.1f ms", expert, slot, _name(source), milliseconds)
+            _log.info(
+                "expert %d into slot %d from %s, %.1f ms", expert, slot, _name(source), milliseconds
+            )
             return
-        raise RelocationFailed(f"no source has expert {expert} for slot {slot}: " + "; ".join(failures))
+        raise RelocationFailed(
+            f"no source has expert {expert} for slot {slot}: " + "; ".join(failures)
+        )
 
     def _verify(self, expert: int, weights: np.ndarray) -> None:
-        """Compares with the manifest, whose digest is of the stored dtype, and with its widening."""
+        """Compares with the manifest, whose digest is of the stored dtype, and its widening."""
         manifest = self._checkpoint.manifest
         stored = {"bfloat16": ml_dtypes.bfloat16}.get(manifest["dtype"], manifest["dtype"])
         narrow = weights.astype(stored)

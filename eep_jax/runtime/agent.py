@@ -1,7 +1,7 @@
 """The main loop of a rank: receive, decide, carry out, step.
 
-The link's thread only moves bytes and sets the abort word; every decision and every change of engine,
-heap and bank is made here, between two steps.
+The link's thread only moves bytes and sets the abort word; every decision and every change of
+engine, heap and bank is made here, between two steps.
 """
 
 import logging
@@ -29,7 +29,9 @@ TELEMETRY_MS = 500
 class Agent:
     """One rank at work. `run` returns the exit status of the process."""
 
-    def __init__(self, rank: int, engine: Engine, heap: SymmetricHeap, executor: Executor, link: Link):
+    def __init__(
+        self, rank: int, engine: Engine, heap: SymmetricHeap, executor: Executor, link: Link
+    ):
         self._rank, self._engine, self._heap = rank, engine, heap
         self._executor, self._link = executor, link
         self._state = p.ParticipantState(rank=rank, contents=engine.bank.contents)
@@ -93,7 +95,7 @@ class Agent:
         try:
             self._engine.add(request)
         except (QueueFull, ValueError) as error:
-            # The supervisor checks both before it assigns, so this is its mistake: say so and go on.
+            # The supervisor checks both before it assigns, so this is its mistake: log and go on.
             _log.error("request refused: %s", error)
 
     def _report(self, progress: tuple[Progress, ...]) -> None:
@@ -103,11 +105,13 @@ class Agent:
         self._link.send(messages.Produced(progress=progress))
 
     def _feed(self, event) -> None:
-        """Advances the participant and carries its actions out; what they bring about is fed in turn."""
+        """Advances the participant and carries out its actions; what they cause is fed in turn."""
         before = self._state
         self._state, actions = p.advance(self._state, event)
         if before.mode is not self._state.mode:
-            _log.info("%s -> %s on %s", before.mode.value, self._state.mode.value, type(event).__name__)
+            _log.info(
+                "%s -> %s on %s", before.mode.value, self._state.mode.value, type(event).__name__
+            )
         for action in actions:
             match action:
                 case p.Report():

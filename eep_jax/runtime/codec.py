@@ -97,7 +97,9 @@ def _build_dataclass(kind, raw, path, depth):
     if not isinstance(raw, dict):
         _refuse(path, f"the fields of {kind.__name__}", raw)
     if unknown := [k for k in raw if k not in fields]:
-        raise ProtocolError(f"{path} has unknown fields {unknown!r:.100}, expected {sorted(fields)}")
+        raise ProtocolError(
+            f"{path} has unknown fields {unknown!r:.100}, expected {sorted(fields)}"
+        )
     if missing := [n for n, (_, required) in fields.items() if required and n not in raw]:
         raise ProtocolError(f"{path} lacks fields {missing}")
     built = {n: _build(fields[n][0], v, f"{path}.{n}", depth + 1) for n, v in raw.items()}
@@ -116,7 +118,10 @@ def _build_tuple(arguments, raw, path, depth):
         kinds = arguments
     else:
         _refuse(path, f"{len(arguments)} values", raw)
-    return tuple(_build(k, v, f"{path}[{i}]", depth + 1) for i, (k, v) in enumerate(zip(kinds, raw, strict=True)))
+    return tuple(
+        _build(k, v, f"{path}[{i}]", depth + 1)
+        for i, (k, v) in enumerate(zip(kinds, raw, strict=True))
+    )
 
 
 def _build_dict(arguments, raw, path, depth):
@@ -126,7 +131,9 @@ def _build_dict(arguments, raw, path, depth):
         return raw
     keys, values = arguments
     return {
-        _build(keys, k, f"{path} key", depth + 1): _build(values, v, f"{path}[{k!r:.40}]", depth + 1)
+        _build(keys, k, f"{path} key", depth + 1): _build(
+            values, v, f"{path}[{k!r:.40}]", depth + 1
+        )
         for k, v in raw.items()
     }
 

@@ -47,7 +47,7 @@ class Connection:
 
 
 class ControlServer:
-    """Accepts rank processes with the right token; hands over their messages, checked and in order."""
+    """Accepts ranks with the right token; hands over their messages, checked and in order."""
 
     def __init__(
         self,

@@ -7,13 +7,13 @@ import signal
 
 
 def boot_id() -> str:
-    """Same for all processes whose pids mean the same: one boot of one machine, one pid namespace."""
+    """Same for all processes whose pids mean the same: one boot, one pid namespace."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def start_ticks(pid: int) -> int:
-    """When the process started, in clock ticks since boot; 0 if there is none. Tells reused pids."""
+    """When the process started, in ticks since boot; 0 if there is none. Tells reused pids."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:

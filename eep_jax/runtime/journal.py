@@ -1,8 +1,8 @@
 """The supervisor's memory on disk: one JSON object per line, appended before it is acted upon.
 
-A line says what happened (`kind`), when (`time`, Unix seconds), and the facts. A supervisor that was
-killed reads it back; a last line that was cut off is dropped. The process may die at any time; the
-machine may not, so lines are flushed and not synced.
+A line says what happened (`kind`), when (`time`, Unix seconds), and the facts. A supervisor that
+was killed reads it back; a last line that was cut off is dropped. The process may die at any time;
+the machine may not, so lines are flushed and not synced.
 """
 
 import json
@@ -31,7 +31,7 @@ class Journal:
         return self._file.tell() > self.bytes_max
 
     def compact(self, records: list[dict]) -> None:
-        """Puts `records` in place of everything, in one step: either all of it happened or nothing."""
+        """Puts `records` in place of everything, in one step: all of it happens or nothing."""
         fresh = self.path.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as file:
             for record in records:

@@ -204,7 +204,9 @@ class Link:
 
     def _decode(self, frame: aiohttp.WSMessage):
         if frame.type is not aiohttp.WSMsgType.BINARY:
-            raise ProtocolError(f"the supervisor closed the channel ({frame.type.name}) {frame.extra or ''}")
+            raise ProtocolError(
+                f"the supervisor closed the channel ({frame.type.name}) {frame.extra or ''}"
+            )
         return decode(frame.data, messages.TO_RANK, self._options.message_bytes_max)
 
     def _arrived(self, message) -> None:

@@ -55,7 +55,9 @@ class Reports:
                 "count": state.placement.experts,
                 "missing": list(missing(state)),
                 "dropped": list(state.dropped),
-                "replicas_min": min((len(replicas.get(e, ())) for e in range(state.placement.experts))),
+                "replicas_min": min(
+                    len(replicas.get(e, ())) for e in range(state.placement.experts)
+                ),
                 "placement": [list(row) for row in state.placement.slots],
             },
             "requests": {

@@ -1,7 +1,7 @@
 """All requests of the cluster: which wait, which rank has which, and what they produced so far.
 
-Pure: no clock, no sockets. Tokens are a function of the request alone, so a request may be taken from
-a dead rank and given to another, or be produced twice, and still has one result.
+Pure: no clock, no sockets. Tokens are a function of the request alone, so a request may be taken
+from a dead rank and given to another, or be produced twice, and still has one result.
 """
 
 import collections
@@ -86,7 +86,8 @@ class RequestBook:
         have = len(entry.tokens)
         if progress.start < 0 or progress.start > have:
             raise ProtocolError(
-                f"rank {rank} sends tokens of {progress.id} from {progress.start}, but only {have} are known"
+                f"rank {rank} sends tokens of {progress.id} from {progress.start}, "
+                f"but only {have} are known"
             )
         known = entry.tokens[progress.start :]
         again = list(progress.tokens[: len(known)])
@@ -98,7 +99,9 @@ class RequestBook:
         new = list(progress.tokens[len(known) :])
         room = entry.request.max_tokens - have
         if len(new) > room:
-            raise ProtocolError(f"rank {rank} produced {len(new)} tokens for {progress.id}, room for {room}")
+            raise ProtocolError(
+                f"rank {rank} produced {len(new)} tokens for {progress.id}, room for {room}"
+            )
         entry.tokens.extend(new)
         self.counts["tokens"] += len(new)
         if progress.finish:
@@ -145,7 +148,7 @@ class RequestBook:
             self._by_key[entry.key] = entry.request.id
 
     def settle_restored(self) -> None:
-        """Queues the restored requests that are not finished, oldest first, and counts the others."""
+        """Queues the restored requests that are unfinished, oldest first, and counts the others."""
         for entry in list(self.entries.values()):
             if entry.finish:
                 self._keep_finished(entry)

@@ -24,8 +24,10 @@ class Serving:
         accepted: Callable[[Entry], None],
         cancelled: Callable[[Entry], None],
     ):
-        """`unavailable()` says why no request can be taken now, or ''. `accepted` and `cancelled` are
-        called after the book has changed."""
+        """`unavailable()` says why no request can be taken now, or ''.
+
+        `accepted` and `cancelled` are called after the book has changed.
+        """
         self._book, self._eos_token, self._unavailable = book, eos_token, unavailable
         self._accepted, self._cancelled = accepted, cancelled
         self._readers: dict[str, set[asyncio.Event]] = {}
@@ -36,7 +38,8 @@ class Serving:
         if key is not None and (known := self._book.by_key(key)) is not None:
             if known.body != body:
                 raise KeyConflict(
-                    f"Idempotency-Key {key!r} was used for another request; use a new key for a new one"
+                    f"Idempotency-Key {key!r} was used for another request; "
+                    "use a new key for a new one"
                 )
             return EntryStream(self, known)
         if reason := self._unavailable():
@@ -60,7 +63,7 @@ class Serving:
             event.set()
 
     async def read(self, entry: Entry) -> AsyncIterator[Progress]:
-        """The entry's tokens from the first, as they come. Buffers nothing beyond the entry itself."""
+        """The entry's tokens from the first, as they come. Buffers nothing beyond the entry."""
         event = asyncio.Event()
         self._readers.setdefault(entry.request.id, set()).add(event)
         sent = 0

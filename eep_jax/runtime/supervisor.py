@@ -1,7 +1,7 @@
 """The supervisor process: receive, decide, record, carry out. Never imports JAX.
 
-It may be killed at any time: ranks go on without it, and the next one reads the journal, waits for the
-ranks to come back, and asks them what they have.
+It may be killed at any time: ranks go on without it, and the next one reads the journal, waits for
+the ranks to come back, and asks them what they have.
 """
 
 import asyncio
@@ -18,11 +18,9 @@ from aiohttp import web
 from eep_jax.config import RunConfig
 from eep_jax.coordination import coordinator as c
 from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
-from eep_jax.engine.request import Request
 from eep_jax.errors import ProtocolError
 from eep_jax.membership.detector import DetectorOptions
-from eep_jax.membership.view import Member, RankState, View
-from eep_jax.placement.placement import Placement
+from eep_jax.membership.view import RankState
 from eep_jax.runtime import messages
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
@@ -55,7 +53,9 @@ class Process:
 class Supervisor:
     """All state of the control process; every method runs in its one event loop."""
 
-    def __init__(self, config: RunConfig, run_dir: pathlib.Path, token: str, clock: Clock | None = None):
+    def __init__(
+        self, config: RunConfig, run_dir: pathlib.Path, token: str, clock: Clock | None = None
+    ):
         self.config, self._run_dir = config, pathlib.Path(run_dir)
         self._clock = clock or SystemClock()
         self._connections: dict[int, Connection] = {}
@@ -84,7 +84,7 @@ class Supervisor:
         )
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
-        """Serves until `stop` is set, then tells all ranks to end. Raises OSError for a taken port."""
+        """Serves until `stop` is set, then ends all ranks. Raises OSError for a taken port."""
         serve = self.config.serve
         limits = CompletionLimits(
             model=self.config.model.name,
@@ -97,7 +97,11 @@ class Supervisor:
         try:
             control_port, http_port = before.get("port", 0), before.get("http_port", 0)
             control_port = await self._open(
-                runners, self._control.build_app(), serve.control_host, serve.control_port, control_port
+                runners,
+                self._control.build_app(),
+                serve.control_host,
+                serve.control_port,
+                control_port,
             )
             http_port = await self._open(
                 runners, build_app(self, limits), serve.host, serve.port, http_port
@@ -119,7 +123,7 @@ class Supervisor:
             await self._close(runners)
 
     async def _open(self, runners, app: web.Application, host: str, port: int, before: int) -> int:
-        """Listens on `port`; where that is 0, on the port of before the restart if it is still free."""
+        """Listens on `port`; if that is 0, on the port of before the restart if still free."""
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         runners.append(runner)
@@ -131,7 +135,9 @@ class Supervisor:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot listen on {host}:{port}: {error.strerror}; choose another port (0: any free one)"
+                error.errno,
+                f"cannot listen on {host}:{port}: {error.strerror}; "
+                "choose another port (0: any free one)",
             ) from error
         return runner.addresses[0][1]
 
@@ -188,14 +194,17 @@ class Supervisor:
         if not 0 <= hello.rank < self.config.cluster.ranks:
             raise ProtocolError(f"rank {hello.rank} is not in 0..{self.config.cluster.ranks - 1}")
         if hello.run != self.config.name:
-            raise ProtocolError(f"rank {hello.rank} runs {hello.run!r}, this is {self.config.name!r}")
+            raise ProtocolError(
+                f"rank {hello.rank} runs {hello.run!r}, this is {self.config.name!r}"
+            )
         if not 0 < hello.pid < PIDS_MAX:
             raise ProtocolError(f"rank {hello.rank} says its pid is {hello.pid}")
         if hello != connection.hello or self._connections.get(hello.rank) is connection:
             raise ProtocolError(f"rank {hello.rank} introduced itself twice")
         if hello.boot_id != boot_id():
             raise ProtocolError(
-                f"rank {hello.rank} is on another machine; its memory cannot be mapped from here yet"
+                f"rank {hello.rank} is on another machine; "
+                "its memory cannot be mapped from here yet"
             )
         newest = self.state.records[hello.rank].incarnation
         if not hello.incarnation and self._is_process(hello, newest):
@@ -207,7 +216,9 @@ class Supervisor:
             self._register(connection)
             self._watch(hello.rank, hello.incarnation, hello.pid, start_ticks(hello.pid))
         else:
-            reason = f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
+            reason = (
+                f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
+            )
             connection.send(Fenced(reason=reason))
 
     def _is_process(self, hello: messages.Hello, incarnation: int) -> bool:
@@ -228,14 +239,16 @@ class Supervisor:
     def _check_status(self, connection: Connection, status: Status) -> None:
         if (status.rank, status.incarnation) != (connection.hello.rank, connection.incarnation):
             raise ProtocolError(
-                f"a Status of rank {status.rank} incarnation {status.incarnation} on the channel of "
-                f"rank {connection.hello.rank} incarnation {connection.incarnation}"
+                f"a Status of rank {status.rank} incarnation {status.incarnation} on the channel "
+                f"of rank {connection.hello.rank} incarnation {connection.incarnation}"
             )
         cluster = self.config.cluster
         if len(status.contents) not in (0, cluster.slots_per_rank):  # none while it loads
             raise ProtocolError(f"{len(status.contents)} slots, expected {cluster.slots_per_rank}")
         if any(not 0 <= rank < cluster.ranks for rank in status.accused):
-            raise ProtocolError(f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}")
+            raise ProtocolError(
+                f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}"
+            )
 
     def _on_progress(self, rank: int, progress) -> None:
         if progress.finish not in ("", "length", "stop"):
@@ -254,7 +267,7 @@ class Supervisor:
         self._serving.changed(entry.request.id)
 
     def _on_held(self, connection: Connection, progress) -> None:
-        """A rank is back: both sides learn what the other has. It may know more than the journal."""
+        """A rank is back: both learn what the other has. It may know more than the journal."""
         rank = connection.hello.rank
         for part in progress:
             self.book.adopt(rank, part.id)
@@ -361,7 +374,9 @@ class Supervisor:
         """Reports Ended as soon as the process is gone, by whatever cause."""
         if (rank, incarnation) in self._processes:
             return
-        for key in [k for k in self._processes if k[0] == rank and self._processes[k].pidfd is None]:
+        for key in [
+            k for k in self._processes if k[0] == rank and self._processes[k].pidfd is None
+        ]:
             del self._processes[key]
         pidfd = open_process(pid, ticks)
         process = self._processes[rank, incarnation] = Process(pid, ticks, pidfd)

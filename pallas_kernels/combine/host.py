@@ -17,7 +17,18 @@ class HostCombine:
         self._views = HeapViews(layout)
 
     def __call__(
-        self, _, outs, heap, results, received, sent_weights, slots, weights, active, scalars, suspicion
+        self,
+        _,
+        outs,
+        heap,
+        results,
+        received,
+        sent_weights,
+        slots,
+        weights,
+        active,
+        scalars,
+        suspicion,
     ) -> None:
         y, suspicion_out = map(np.asarray, outs)
         results, received = np.asarray(results), np.asarray(received)
@@ -70,7 +81,7 @@ class HostCombine:
 
 
 def ordered_sum(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`sum_k weights[n, k] * rows[n, k]` in the order of k: the same bits wherever rows came from."""
+    """`sum_k weights[n, k] * rows[n, k]` in the order of k: same bits wherever rows came from."""
     total = weights[:, 0, None] * rows[:, 0]
     for k in range(1, rows.shape[1]):
         total += weights[:, k, None] * rows[:, k]

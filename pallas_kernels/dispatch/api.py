@@ -22,13 +22,17 @@ def dispatch(
     rank: int,
     slots_per_rank: int,
 ) -> tuple[
-    Float[Array, "R T D"], Int32[Array, "R T K"], Float32[Array, "R T K"], Int32[Array, "R"], UInt32
+    Float[Array, "R T D"],
+    Int32[Array, "R T K"],
+    Float32[Array, "R T K"],
+    Int32[Array, "R"],
+    UInt32[Array, ""],
 ]:
     """Sends each token once to every rank that holds one of its K slots; receives from all sources.
 
-    `slots` are flat ids, -1 for a choice that has no live replica. Returns for every source its rows,
-    their slots on this rank (-1: not here) and weights, the suspicion, and the largest wish of all
-    ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
+    `slots` are flat ids, -1 for a choice that has no live replica. Returns for every source its
+    rows, their slots on this rank (-1: not here) and weights, the suspicion, and the largest wish
+    of all ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
 
     Implementation: over a heap in host memory; the specification is `reference.dispatch_reference`.
     Raises ValueError for more tokens than the window holds, NotImplementedError on other devices.
@@ -56,8 +60,11 @@ def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int)
             f"{layout.tokens} x {layout.hidden} x {layout.choices}; build the WindowLayout for them"
         )
     if np.dtype(layout.row_dtype) != np.float32:
-        raise NotImplementedError(f"row_dtype={layout.row_dtype!r}: the host path moves float32 rows")
+        raise NotImplementedError(
+            f"row_dtype={layout.row_dtype!r}: the host path moves float32 rows"
+        )
     if jax.default_backend() != "cpu":
         raise NotImplementedError(
-            f"the exchange runs on host memory only, not on {jax.default_backend()!r}; set JAX_PLATFORMS=cpu"
+            f"the exchange runs on host memory only, not on {jax.default_backend()!r}; "
+            "set JAX_PLATFORMS=cpu"
         )

@@ -31,8 +31,10 @@ def expert_gemm_tiles(
     tiles_max = pairs // tile_rows + min(num_slots, pairs)
     start = (ends - tiles)[jnp.maximum(flat_slots, 0)] * tile_rows
     position = jnp.where(flat_slots >= 0, start + place, tiles_max * tile_rows)
-    pair_at = jnp.full(tiles_max * tile_rows, pairs).at[position].set(
-        jnp.arange(pairs), mode="drop", unique_indices=True
+    pair_at = (
+        jnp.full(tiles_max * tile_rows, pairs)
+        .at[position]
+        .set(jnp.arange(pairs), mode="drop", unique_indices=True)
     )
     slot_of_tile = jnp.searchsorted(ends, jnp.arange(tiles_max), side="right")
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 def expert_gemm_reference(
     rows: Float[Array, "R T D"], slots: Int32[Array, "R T K"], bank: Float[Array, "S 3 F D"]
 ) -> Float[Array, "R T K D"]:
-    """`y[s, t, k] = down(silu(gate(x)) * up(x))` of slot `slots[s, t, k]`, x = rows[s, t]; 0 for -1.
+    """`y[s, t, k] = down(silu(gate(x)) * up(x))`, x = rows[s, t], of `slots[s, t, k]`; 0 for -1.
 
     `bank[slot]` holds gate `[F D]`, up `[F D]` and the transpose of down `[F D]`.
     """

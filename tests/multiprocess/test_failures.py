@@ -1,4 +1,4 @@
-"""Ranks die in every way while clients stream; no completion is lost or changed, and ranks return."""
+"""Ranks die in every way while clients stream; no completion is lost or changed; ranks return."""
 
 import random
 import signal
@@ -92,8 +92,10 @@ def test_a_returning_rank_may_die_on_its_way_and_return_again(cluster):
         cluster.signal(1)
         for dying, mode in ((first + 1, "alone"), (first + 2, "offered")):
             cluster.wait(
-                lambda s, i=dying, m=mode: incarnation(s, 1) == i
-                and s["ranks"][1]["mode"] in (m, "offered", "preparing", "ready", "serving"),
+                lambda s, i=dying, m=mode: (
+                    incarnation(s, 1) == i
+                    and s["ranks"][1]["mode"] in (m, "offered", "preparing", "ready", "serving")
+                ),
                 f"incarnation {dying} to be {mode}",
             )
             cluster.signal(1)

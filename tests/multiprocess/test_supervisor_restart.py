@@ -17,7 +17,9 @@ async def insist(cluster, number: int, body: dict) -> dict:
     ends_s = time.monotonic() + 120
     while time.monotonic() < ends_s:
         try:
-            status, answer = await cluster.post(body, key=f"{time.monotonic_ns() // 10**12}-{number}")
+            status, answer = await cluster.post(
+                body, key=f"{time.monotonic_ns() // 10**12}-{number}"
+            )
             if status == 200:
                 return answer
             assert status in (429, 503), answer

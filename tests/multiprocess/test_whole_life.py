@@ -36,7 +36,9 @@ def test_every_rank_of_an_idle_cluster_wakes_for_one_request(cluster):
     assert status == 200
     assert answer["usage"]["completion_tokens"] == 20
     cluster.wait(
-        lambda s: all(r["steps"] >= before + 20 for r, before in zip(s["ranks"], steps, strict=True)),
+        lambda s: all(
+            r["steps"] >= before + 20 for r, before in zip(s["ranks"], steps, strict=True)
+        ),
         "every rank to have stepped",
     )
 

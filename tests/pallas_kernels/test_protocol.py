@@ -43,6 +43,8 @@ def test_absent_ranks_and_only_they_are_suspected_and_left_out(mode, absent):
     wanted = naive_combine(work.among(survivors), results)
     for rank in survivors:
         assert outcome.accused_by(rank) == sorted(absent)
+        unheard = outcome.rows[rank, list(absent)], outcome.here[rank, list(absent)] + 1
+        assert not any(part.any() for part in unheard) and outcome.wish[rank] == 1
         np.testing.assert_allclose(outcome.y[rank], wanted[rank], **CLOSE)
 
 
@@ -218,14 +220,17 @@ def abort_once_waiting(cluster, rank: int, flag: str, work, layers: int):
     return np.asarray(out[0]), np.asarray(out[1])
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("flag", ["sent", "returned"])
 @pytest.mark.timeout(40)  # less than the deadline of the step: the abort must end it
-def test_an_abort_ends_the_wait_and_the_rest_of_the_step(flag):
+def test_an_abort_ends_the_wait_and_the_rest_of_the_step(flag, layers):
     work, cluster = an_exchange(10), some_ranks()
     with waits_that_know(set()) as log:
-        y, suspicion = abort_once_waiting(cluster, 1, flag, work, layers=3)
+        y, suspicion = abort_once_waiting(cluster, 1, flag, work, layers)
     assert suspicion.tolist() == [0, 1, 0, 0], "its own entry says that the step was aborted"
-    assert len(log) == (flag == "returned"), "after the abort no exchange waits"
+    everyone, before = (0, 1, 2, 3), [()] * (flag == "returned")
+    ended = [(1, everyone, missing) for missing in (*before, None)]
+    assert log == ended, "after the abort no exchange waits"
     assert not y.any()
 
 

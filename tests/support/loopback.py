@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import threading
 import time
 from unittest import mock
@@ -24,11 +23,6 @@ from pallas_kernels.dispatch.host import HostDispatch
 from pallas_kernels.signals import first_round, next_round, parity, post, wait_round
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.kernels import Exchange
-
-# Both must be set before the first array is made. A callback that waits for a peer occupies one of
-# XLA's threads until the peer's has run: there must be more than ranks, not one for each core.
-os.environ["NPROC"] = "16"
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 JOIN_S = 30  # a thread that runs longer hangs
 DEADLINE_MS = 60_000  # longer than JOIN_S: no healthy rank is suspected because a machine is slow
@@ -231,7 +225,7 @@ def waits_that_know(dead: set):
     """Waits give up on ranks in `dead` at once, and on no other: a test needs no real deadline.
 
     The real `wait_round` decides; only its deadline is replaced. Yields the log of the waits:
-    (rank, ranks waited for, ranks missing).
+    (rank, ranks waited for, ranks missing or None where the wait was aborted).
     """
     log = []
 
@@ -246,6 +240,7 @@ def waits_that_know(dead: set):
                 deadline_ns = 0 if died else now_ns + 5_000_000
                 late, aborted = wait_round(flags, wanted, late, abort, epoch, deadline_ns)
                 if aborted:
+                    log.append((_running.rank, tuple(ranks), None))
                     return missing, True
                 if late and died:
                     missing.append(rank)

@@ -1,4 +1,4 @@
-"""Real clusters of real processes for tests, and the truth that their completions are compared with."""
+"""Real clusters of real processes for tests, and the truth their completions are compared with."""
 
 import asyncio
 import contextlib
@@ -78,7 +78,7 @@ class ClusterUnderTest:
 
     @contextlib.contextmanager
     def load(self):
-        """Keeps completions running while the body acts; afterwards all must be as the truth says."""
+        """Keeps completions running while the body acts; then all must be as the truth says."""
         enough, results = asyncio.Event(), []
 
         async def generate() -> list[Result]:
@@ -111,7 +111,9 @@ class ClusterUnderTest:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.post(self.cluster.url + "/v1/completions", json=body, headers=headers) as answer,
+            session.post(
+                self.cluster.url + "/v1/completions", json=body, headers=headers
+            ) as answer,
         ):
             return answer.status, await answer.json()
 

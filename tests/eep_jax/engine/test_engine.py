@@ -241,9 +241,11 @@ def test_nothing_compiles_after_the_warm_up():
     assert engine.compilations.total == before
 
 
-def test_a_step_without_tokens_costs_no_request_anything():
+def test_a_step_without_tokens_sends_no_row_and_gives_no_progress():
     engine = small()
-    steps = engine.steps
+    steps, (window,) = engine.steps, engine.bank.layout.window.views(engine.heap.whole())
+    window["slots"][...] = 0
     engine._next = StepKind.MIXED
     outcome = engine.advance()
     assert outcome.committed and outcome.progress == () and engine.steps == steps + 1
+    assert set(window["slots"].ravel().tolist()) == {-1}, "an empty row goes to no expert"

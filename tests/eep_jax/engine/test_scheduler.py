@@ -223,3 +223,21 @@ def test_a_snapshot_tells_all_tokens_of_running_and_waiting_requests():
     assert {p.tokens for p in scheduler.snapshot()} == {(2, 3), (2, 3, 9)}
     told = {p.id: (p.start, p.tokens[:2]) for p in scheduler.snapshot()}
     assert told == {f"r{n}": (0, (2, 3)) for n in range(6)}
+
+
+def test_an_older_prompt_is_not_held_up_by_a_newer_one_in_a_lower_slot():
+    """A slot says nothing of age.
+
+    Slot 0 was freed and taken again after slot 1's long prompt came.
+    """
+    scheduler, nothing = Scheduler(CONFIG), np.zeros(CONFIG.engine.batch_slots, np.int32)
+    length = CONFIG.engine.prefill_tokens + 4
+    scheduler.add(a_request("first", (5, 6), max_tokens=2))
+    scheduler.add(a_request("old", (5,) * length, max_tokens=2))
+    scheduler.plan(StepKind.MIXED)
+    scheduler.cancel("first")
+    scheduler.add(a_request("new", (5,) * length, max_tokens=2))
+    plan = scheduler.plan(StepKind.MIXED)
+    assert plan.cached == {1: CONFIG.engine.prefill_tokens}
+    scheduler.commit(plan, nothing, nothing)
+    assert scheduler.plan(StepKind.MIXED).cached[1] == length

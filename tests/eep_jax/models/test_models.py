@@ -48,14 +48,14 @@ def test_attending_to_a_cache_is_attending_causally_whatever_lies_behind():
     length, padded = 6, 10
     q = random.standard_normal((1, length, 4, 8)).astype(np.float32)
     k, v = (random.standard_normal((1, length, 2, 8)).astype(np.float32) for _ in "kv")
-    wanted = attend_causal(q, k, v)[0]
+    wanted = attend_causal(*map(jnp.asarray, (q, k, v)))[0]
     old = random.standard_normal((2, padded, 8)).astype(np.float32)
     cached = []
     for part in (k, v):
         rows = old.copy()
         rows[:, :length] = part[0].swapaxes(0, 1)
-        cached.append(np.broadcast_to(rows, (length, *rows.shape)))
-    found = attend_cached(q[0], *cached, np.arange(length))
+        cached.append(jnp.broadcast_to(rows, (length, *rows.shape)))
+    found = attend_cached(jnp.asarray(q[0]), *cached, jnp.arange(length))
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
 
 

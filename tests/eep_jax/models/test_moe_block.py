@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,9 +68,10 @@ def dense(tokens, rank: int, weights=None):
     """Both layers of one rank's tokens, in one process; `weights` replace those of the tokens."""
     x, ids = tokens[0][rank], tokens[1][rank]
     weights = tokens[2][rank] if weights is None else weights
-    experts = some_weights(MODEL)[1]
-    y = dense_experts(experts, 0, x, ids, weights)
-    return np.asarray(y), np.asarray(dense_experts(experts, 1, y, ids, weights))
+    experts = jnp.asarray(some_weights(MODEL)[1])
+    routes = jnp.asarray(ids), jnp.asarray(weights)
+    y = dense_experts(experts, 0, jnp.asarray(x), *routes)
+    return np.asarray(y), np.asarray(dense_experts(experts, 1, y, *routes))
 
 
 def a_random_placement(seed: int) -> Placement:
