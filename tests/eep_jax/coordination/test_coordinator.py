@@ -27,7 +27,7 @@ from eep_jax.coordination.protocol import (
 )
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.placement import EMPTY, missing_experts
-from tests.support.factories import ByHand, a_placement, a_serving_cluster, some_options
+from tests.support.factories import ByHand, a_placement, a_serving_cluster, a_status, some_options
 
 
 def answers(commands) -> list:
@@ -267,6 +267,22 @@ class TestDeath:
         assert cluster.notes == [] and cluster.state.view.in_epoch == (0, 1, 2, 3)
         cluster.pass_time(3_400, silent=[1])
         assert kinds(cluster)[0] == "dead"
+
+
+class TestWarmUp:
+    def test_a_rank_that_compiles_for_a_minute_is_not_evicted(self):
+        cluster = a_serving_cluster()
+        cluster.feed(Ended(2, 1))
+        cluster.ranks.pop(2)
+        cluster.settle()
+        cluster.feed(Arrived(2))
+        for number in range(300):
+            cluster.pass_time(200)
+            cluster.feed(
+                a_status(2, number + 1, Mode.ALONE, incarnation=2, stalled_ms=200 * number)
+            )
+        assert cluster.state.records[2].believed
+        assert "dead" not in kinds(cluster)[1:], "only its first incarnation died"
 
 
 class TestSuspicion:
