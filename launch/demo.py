@@ -63,7 +63,8 @@ async def run_demo(cluster: LocalCluster, config, out_dir: str) -> int:
     jobs = prompts(config.model.name)
     say(f"{len(jobs)} prompts, unharmed")
     truth = await run_once(cluster.url, jobs, CONCURRENCY)
-    say(f"> {jobs[0]['prompt']}{truth[0].text!r:.140}", "italic")
+    for result in truth[:2]:
+        say("> " + " ".join((jobs[result.job]["prompt"] + result.text).split()), "italic")
 
     times, marks, results, status = await _load_with_failure(cluster, jobs, victim)
     outcome = _judge(truth, times, marks, results, status)
