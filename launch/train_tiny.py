@@ -2,8 +2,10 @@
 
     python -m launch.train_tiny --text=kjv.txt --out=configs/tiny_checkpoint
 
-The shipped checkpoint was trained on the King James Bible (public domain) as packaged by Debian:
-    bible -f gen1:1-rev22:21 | cut -d' ' -f2- > kjv.txt        # packages bible-kjv, bible-kjv-text
+The shipped checkpoint was made so, with the flags' defaults, in about 40 minutes on two cores. Its
+text is the King James Bible (public domain) as Debian packages it (bible-kjv, bible-kjv-text):
+
+    bible -f gen1:1-rev22:21 | cut -d' ' -f2- > kjv.txt
 """
 
 import pathlib
@@ -26,8 +28,8 @@ TEXT = flags.DEFINE_string("text", None, "Plain text to train on.", required=Tru
 OUT = flags.DEFINE_string(
     "out", None, "Directory of the checkpoint; must not exist.", required=True
 )
-STEPS = flags.DEFINE_integer("steps", 6000, "Optimizer steps.", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch", 64, "Sequences per step.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 4000, "Optimizer steps.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 8, "Sequences per step.", lower_bound=1)
 WINDOW = flags.DEFINE_integer("window", 512, "Bytes per sequence.", lower_bound=16)
 RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak learning rate.", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and of batches.")
