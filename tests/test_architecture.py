@@ -1,0 +1,55 @@
+"""What holds of the repository as a whole: its import rule, its README, its size."""
+
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.harness import RESULTS, read
+from benchmarks.table import render
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TOP_LEVEL = {"eep_jax", "pallas_kernels", "launch", "configs", "tests", "benchmarks"}
+
+
+def test_imports_point_down_only():
+    program = shutil.which("lint-imports", path=str(pathlib.Path(sys.executable).parent))
+    assert program, "lint-imports is part of the extra 'test'"
+    found = subprocess.run(
+        [program, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"bash (\S+\.sh)", README))))
+def test_scripts_that_the_readme_names_exist_and_parse(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+)", README))))
+def test_commands_that_the_readme_names_exist(module):
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_the_readme_shows_the_newest_measurements():
+    assert render(read(sorted(RESULTS.glob("*.jsonl")))) in README, "run python -m benchmarks.table"
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in (ROOT / "README.md", ROOT / "WORKSPACE.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_folder_of_python_is_one_of_the_fixed_six():
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    if listed.returncode != 0:
+        pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
+    assert {path.split("/")[0] for path in listed.stdout.split()} <= TOP_LEVEL
