@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -46,7 +47,8 @@ class ScriptedCluster(LocalCluster):
 
 
 @pytest.fixture
-def scripted(tmp_path):
+def scripted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # also for run_dir=None
     made = []
 
     def make(run_dir=tmp_path / "run", **options) -> ScriptedCluster:
