@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.call import Call
 from pallas_kernels.combine.host import HostCombine
-from pallas_kernels.dispatch.api import check_exchange
+from pallas_kernels.device import check_exchange
 from pallas_kernels.window import WindowLayout
 
 

@@ -1,20 +1,14 @@
 """Combine over a heap in host memory: results home, wait, weighted sum, as numpy."""
 
-import time
-
 import numpy as np
 
-from pallas_kernels.dispatch.host import HeapViews, partners
-from pallas_kernels.signals import parity, post, wait_round
-from pallas_kernels.window import WindowLayout
+from pallas_kernels.host import HostExchange
 
 
-class HostCombine:
-    """Called back from inside the compiled step; keeps only views of the heap between calls."""
+class HostCombine(HostExchange):
+    """Called back from inside the compiled step."""
 
-    def __init__(self, layout: WindowLayout, rank: int, slots_per_rank: int):
-        self.layout, self.rank, self.slots_per_rank = layout, rank, slots_per_rank
-        self._views = HeapViews(layout)
+    flag = "returned"
 
     def __call__(
         self,
@@ -32,18 +26,15 @@ class HostCombine:
     ) -> None:
         y, suspicion_out = map(np.asarray, outs)
         results, received = np.asarray(results), np.asarray(received)
-        epoch, current, deadline_ms, _ = (int(v) for v in np.asarray(scalars))
         suspicion_out[...] = np.asarray(suspicion)
         y[...] = 0
         if suspicion_out[self.rank]:
             return
-        windows, half, tokens = self._views.of(heap), parity(current), y.shape[0]
-        deadline_ns = time.monotonic_ns() + deadline_ms * 1_000_000
-        peers = partners(np.asarray(active), suspicion_out)
+        turn = self.begin(heap, active, scalars, suspicion_out)
 
         # Send home. Invariant: all that a window holds of this rank is written before its flag.
-        for home in peers:
-            returns, mine = windows[home]["returns"][half, self.rank], received[home] >= 0
+        for home in turn.peers:
+            returns, mine = turn.windows[home]["returns"][turn.half, self.rank], received[home] >= 0
             if self.layout.combine == "per_choice":
                 token, choice = np.nonzero(mine)
                 returns[token, choice] = results[home, token, choice]
@@ -51,21 +42,16 @@ class HostCombine:
                 token = np.flatnonzero(mine.any(axis=1))
                 share = np.where(mine, np.asarray(sent_weights)[home], 0)[token]
                 returns[token] = ordered_sum(share, results[home, token])
-            post(windows[home]["returned"][half, self.rank : self.rank + 1], current)
+            self.signal(turn, home)
 
         # Receive. Invariant: nothing of a rank is read before its flag holds this round.
-        own = windows[self.rank]
-        missing, aborted = wait_round(
-            own["returned"][half], current, peers, own["abort"], epoch, deadline_ns
-        )
-        suspicion_out[missing] = 1
-        suspicion_out[self.rank] = aborted
-        if aborted:
+        heard = self.wait(turn, suspicion_out)
+        if heard is None:
             return
-        heard = [p for p in peers if p not in missing]
-        self._reduce(y, own["returns"][half], np.asarray(slots), np.asarray(weights), heard, tokens)
+        returns = turn.windows[self.rank]["returns"][turn.half]
+        self._reduce(y, returns, np.asarray(slots), np.asarray(weights), heard)
 
-    def _reduce(self, y, returns, slots, weights, heard, tokens) -> None:
+    def _reduce(self, y, returns, slots, weights, heard) -> None:
         owner = np.where(slots >= 0, slots // self.slots_per_rank, -1)
         valid = np.isin(owner, heard)
         if self.layout.combine == "per_choice":

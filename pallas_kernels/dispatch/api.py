@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 from pallas_kernels.call import Call
+from pallas_kernels.device import check_exchange
 from pallas_kernels.dispatch.host import HostDispatch
 from pallas_kernels.window import WindowLayout
 
@@ -50,21 +50,3 @@ def dispatch(
     # It writes to peers, so XLA must neither drop nor merge it.
     run = buffer_callback(HostDispatch(layout, rank, slots_per_rank), shapes, has_side_effect=True)
     return run(heap, x, slots, weights, call.active, call.scalars(), call.suspicion)
-
-
-def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int) -> None:
-    """Raises where an exchange does not fit the window, or this device has no implementation."""
-    if tokens > layout.tokens or hidden != layout.hidden or choices != layout.choices:
-        raise ValueError(
-            f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of "
-            f"{layout.tokens} x {layout.hidden} x {layout.choices}; build the WindowLayout for them"
-        )
-    if np.dtype(layout.row_dtype) != np.float32:
-        raise NotImplementedError(
-            f"row_dtype={layout.row_dtype!r}: the host path moves float32 rows"
-        )
-    if jax.default_backend() != "cpu":
-        raise NotImplementedError(
-            f"the exchange runs on host memory only, not on {jax.default_backend()!r}; "
-            "set JAX_PLATFORMS=cpu"
-        )

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels.combine.host
-import pallas_kernels.dispatch.host
+import pallas_kernels.host
 from eep_jax.heap.arrays import heap_array
 from eep_jax.heap.loopback import open_all
 from pallas_kernels.call import Call
@@ -26,7 +25,6 @@ from tests.support.kernels import Exchange
 
 JOIN_S = 30  # a thread that runs longer hangs
 DEADLINE_MS = 60_000  # longer than JOIN_S: no healthy rank is suspected because a machine is slow
-HOSTS = (pallas_kernels.dispatch.host, pallas_kernels.combine.host)
 _running = threading.local()  # rank: whose exchange runs in this thread
 
 
@@ -203,7 +201,7 @@ def _gather(work: Exchange, seen: dict) -> Outcome:
 
 @contextlib.contextmanager
 def _hosts_with(name: str, replacement):
-    """Replaces `name` in both hosts by a function that may ask `_running.rank` who calls it."""
+    """Replaces `name` for both exchanges; the function may ask `_running.rank` who calls it."""
 
     def noting_rank(call):
         def noted(self, *arguments):
@@ -213,8 +211,7 @@ def _hosts_with(name: str, replacement):
         return noted
 
     with contextlib.ExitStack() as stack:
-        for host in HOSTS:
-            stack.enter_context(mock.patch.object(host, name, replacement))
+        stack.enter_context(mock.patch.object(pallas_kernels.host, name, replacement))
         for kind in (HostDispatch, HostCombine):
             stack.enter_context(mock.patch.object(kind, "__call__", noting_rank(kind.__call__)))
         yield

@@ -1,0 +1,100 @@
+"""What both exchanges share over a heap in host memory: views, partners, flags, bounded waits."""
+
+import ctypes
+import dataclasses
+import time
+
+import numpy as np
+
+from pallas_kernels.signals import parity, post, wait_round
+from pallas_kernels.window import WindowLayout
+
+
+class HostExchange:
+    """One rank's end of an exchange; a subclass is called back from inside the compiled step.
+
+    Keeps only views of the heap between calls. `flag` names the region a subclass signals with.
+    """
+
+    flag: str
+
+    def __init__(self, layout: WindowLayout, rank: int, slots_per_rank: int):
+        self.layout, self.rank, self.slots_per_rank = layout, rank, slots_per_rank
+        self._views = HeapViews(layout)
+
+    def begin(self, heap, active, scalars, suspicion) -> "Turn":
+        """This use of the windows. `suspicion` is the exchange's output, already filled."""
+        epoch, current, deadline_ms, wish = (int(v) for v in np.asarray(scalars))
+        return Turn(
+            windows=self._views.of(heap),
+            round=current,
+            epoch=epoch,
+            deadline_ns=time.monotonic_ns() + deadline_ms * 1_000_000,
+            wish=wish,
+            peers=partners(np.asarray(active), suspicion),
+        )
+
+    def signal(self, turn: "Turn", peer: int) -> None:
+        """Tells a peer that all of this rank's rows for it are written."""
+        flags = turn.windows[peer][self.flag]
+        post(flags[turn.half, self.rank : self.rank + 1], turn.round)
+
+    def wait(self, turn: "Turn", suspicion: np.ndarray) -> list[int] | None:
+        """The peers whose rows are here, or None for an aborted step.
+
+        Nothing of a peer may be read before. Writes who did not come, or the abort, to `suspicion`.
+        """
+        own = turn.windows[self.rank]
+        missing, aborted = wait_round(
+            own[self.flag][turn.half],
+            turn.round,
+            turn.peers,
+            own["abort"],
+            turn.epoch,
+            turn.deadline_ns,
+        )
+        suspicion[missing] = 1
+        suspicion[self.rank] = aborted
+        return None if aborted else [p for p in turn.peers if p not in missing]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One use of the windows by one exchange."""
+
+    windows: list[dict[str, np.ndarray]]
+    round: int
+    epoch: int
+    deadline_ns: int
+    wish: int
+    peers: list[int]  # whom the exchange talks to, this rank included
+
+    @property
+    def half(self) -> int:
+        return parity(self.round)
+
+
+class HeapViews:
+    """The window regions of all ranks, rebuilt only if the heap's address changes."""
+
+    def __init__(self, layout: WindowLayout):
+        self._layout = layout
+        self._address, self._windows = None, None
+
+    def of(self, heap) -> list[dict[str, np.ndarray]]:
+        memory = np.asarray(heap)
+        if memory.ctypes.data != self._address:
+            # The heap is an input of the step, so numpy sees it as read-only; its pages are not.
+            self._address, self._windows = memory.ctypes.data, self._layout.views(writable(memory))
+        return self._windows
+
+
+def writable(memory: np.ndarray) -> np.ndarray:
+    """The same bytes without the read-only mark that inputs of a callback carry."""
+    raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.ctypes.data)
+    return np.frombuffer(raw, np.uint8).reshape(memory.shape)
+
+
+def partners(active: np.ndarray, suspicion: np.ndarray) -> list[int]:
+    """The ranks an exchange talks to: those of the epoch that did not time out in this step."""
+    return [int(r) for r in np.flatnonzero((active > 0) & (suspicion == 0))]
