@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.harness import Record, append, commit, compared, cpu_device, now, percentile
 from eep_jax.config import RunConfig
 from launch import flags
-from launch.cluster import ClusterFailed, LocalCluster, is_whole, rank_name
+from launch.cluster import ClusterFailed, LocalCluster, events_since, is_whole, rank_name
 from launch.console import say
 from launch.demo import prompts
 from launch.load import Result, run_load, run_once
@@ -182,7 +182,7 @@ async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycl
     cluster.start_rank(victim)
     await cluster.wait_for(returned, DEADLINE_S, f"the return of {name}")
     await asyncio.sleep(AFTER_S)
-    events = _events_since(await _status(cluster), kill_s)
+    events = events_since(await _status(cluster), kill_s)
     log = cluster.log_path(name).read_bytes()[log_from:].decode(errors="replace")
     return _judge(sorted(t for t in times if t >= first_s), events, log, victim, kill_s, start_s)
 
@@ -221,13 +221,6 @@ def _judge(
         return_pause=summary.return_gap_s,
         phases=phases,
     )
-
-
-def _events_since(status: dict, begin_s: float) -> list[dict]:
-    """The supervisor's events with `at_s` on the monotonic clock; theirs is Unix time."""
-    offset_s = time.time() - time.monotonic()
-    dated = [event | {"at_s": event["time"] - offset_s} for event in status["events"]]
-    return [event for event in dated if event["at_s"] >= begin_s]
 
 
 def _first(events: list[dict], kind: str, wanted) -> float:

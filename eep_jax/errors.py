@@ -13,10 +13,6 @@ class InvalidMove(EepError):
     """A change of the View or of a Placement that its present state does not allow."""
 
 
-class Evicted(EepError):
-    """This process is no longer a member; it must end and return as a new incarnation."""
-
-
 class CheckpointError(EepError):
     """A checkpoint or one of its weights is missing, unreadable, or not what its manifest says."""
 

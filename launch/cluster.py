@@ -17,9 +17,9 @@ import time
 import aiohttp
 
 from eep_jax.runtime.supervisor_files import ENDPOINT
+from launch.flags import EXIT_USAGE, TOKEN_FILE
 
 SUPERVISOR = "supervisor"
-EXIT_USAGE = 2  # of a process that was started wrongly: starting it again cannot help
 WATCH_MS = 50
 QUICK_DEATH_S = 10.0  # a process that ends sooner was never of use
 DELAY_MAX_MS = 30_000
@@ -54,7 +54,7 @@ class LocalCluster:
         self._removes_run_dir = run_dir is None
         self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        token = self.run_dir / "token"
+        token = self.run_dir / TOKEN_FILE
         if not token.exists():
             token.touch(mode=0o600)
             token.write_text(secrets.token_urlsafe(32))
@@ -94,6 +94,7 @@ class LocalCluster:
             self.exits.append((now_s, child.name, status))
             quick = now_s - child.started_s < QUICK_DEATH_S
             child.quick_deaths = child.quick_deaths + 1 if quick else 0
+            # A process that was started wrongly: starting it again cannot help.
             hopeless = status == EXIT_USAGE or child.quick_deaths >= GIVE_UP_AFTER
             if hopeless and not self.was_healthy:
                 self.failure = (
@@ -202,6 +203,13 @@ class LocalCluster:
 
 def rank_name(rank: int) -> str:
     return f"rank{rank}"
+
+
+def events_since(status: dict, begin_s: float) -> list[dict]:
+    """The supervisor's events with `at_s` on the monotonic clock; theirs is Unix time."""
+    offset_s = time.time() - time.monotonic()
+    dated = [event | {"at_s": event["time"] - offset_s} for event in status["events"]]
+    return [event for event in dated if event["at_s"] >= begin_s]
 
 
 def is_whole(status: dict) -> bool:

@@ -8,14 +8,12 @@
 
 import asyncio
 import dataclasses
-import itertools
 import os
 import pathlib
-import time
 
 import aiohttp
 
-from launch.cluster import LocalCluster, is_whole, rank_name
+from launch.cluster import LocalCluster, events_since, is_whole, rank_name
 from launch.console import progress, say
 from launch.load import run_load, run_once
 from launch.timeline import plot, render_report, summarise
@@ -93,61 +91,52 @@ async def _load_with_failure(cluster: LocalCluster, jobs: list[dict], victim: in
         await asyncio.sleep(BEFORE_S)
         marks = {"kill": cluster.kill(rank_name(victim))}
         say(f"killed rank {victim} (SIGKILL)", "bold red")
-        await _wait_for(cluster, lambda s: s["ranks"][victim]["state"] == "absent", "its eviction")
+        evicted = lambda s: s["ranks"][victim]["state"] == "absent"
+        await cluster.wait_for(evicted, RETURN_DEADLINE_S, "its eviction", poll_ms=20)
         say("its requests go on elsewhere; waiting for it to come back")
-        total = RETURN_DEADLINE_S
         with progress("ranks serving", len(cluster.children) - 1) as show:
 
             def whole(status: dict) -> bool:
                 show(sum(r["mode"] == "serving" for r in status["ranks"]))
                 return is_whole(status)
 
-            await cluster.wait_for(whole, total, f"the return of rank {victim}")
+            await cluster.wait_for(whole, RETURN_DEADLINE_S, f"the return of rank {victim}")
         say(f"rank {victim} is back", "bold green")
-        marks["return_start"] = cluster.children[rank_name(victim)].started_s
         await asyncio.sleep(AFTER_S)
     finally:
         enough.set()
         results = await load
     async with aiohttp.ClientSession() as session:
         status = await cluster.status(session)
-    marks |= _marks_of(status["events"], victim, marks["kill"])
+    marks |= _marks_of(events_since(status, marks["kill"]), victim)
     return times, marks, results, status
 
 
-async def _wait_for(cluster: LocalCluster, wanted, what: str) -> None:
-    await cluster.wait_for(wanted, RETURN_DEADLINE_S, what, poll_ms=20)
-
-
-def _marks_of(events: list[dict], victim: int, kill_s: float) -> dict[str, float]:
-    """When the supervisor noticed, and when it let the others go on, on the clock of the kill."""
-    offset_s = time.time() - time.monotonic()
-    later = [e | {"at_s": e["time"] - offset_s} for e in events if e["time"] - offset_s >= kill_s]
+def _marks_of(events: list[dict], victim: int) -> dict[str, float]:
+    """When the supervisor noticed, when it let the others go on, and when it let the victim in."""
     first = lambda kind, wanted: next(
-        (e["at_s"] for e in later if e["kind"] == kind and wanted(e)), None
+        (e["at_s"] for e in events if e["kind"] == kind and wanted(e)), None
     )
     found = {
         "detected": first("dead", lambda e: e["rank"] == victim),
         "resumed": first("commit", lambda e: str(victim) not in e["members"]),
         "returned": first("commit", lambda e: str(victim) in e["members"]),
-        "admission": first("prepare", lambda e: victim in e["admitted"]),
+        "return_start": first("prepare", lambda e: victim in e["admitted"]),
     }
     return {name: at_s for name, at_s in found.items() if at_s is not None}
 
 
 def _judge(truth, times, marks, results, status) -> Outcome:
-    admission_s = marks.pop("admission", None)
     summary = summarise(times, marks, skip_s=1.0)
     lost = [r for r in results if r.error is not None]
     different = [r for r in results if r.error is None and r.text != truth[r.job].text]
     compilations = sum(r["compilations_after_start"] for r in status["ranks"])
-    return_pause_s = _longest_gap(times, admission_s, marks.get("returned"))
     seconds = lambda value: "-" if value is None else f"{value:.3f} s"
     rate = lambda value: "-" if value is None else f"{value:,.0f}"
     rows = [
         ("recovery pause (kill to next token)", seconds(summary.recovery_pause_s)),
         ("   of which until detected", seconds(summary.detection_s)),
-        ("return pause (longest gap while it is admitted)", seconds(return_pause_s)),
+        ("return pause (longest gap while it is admitted)", seconds(summary.return_gap_s)),
         ("requests completed", str(len(results) - len(lost))),
         ("requests moved to another rank", str(status["requests"]["requeued"])),
         ("requests lost", str(len(lost))),
@@ -164,13 +153,3 @@ def _judge(truth, times, marks, results, status) -> Outcome:
     if not status["requests"]["requeued"]:
         failures.append("the killed rank had no request: nothing was shown")
     return Outcome(rows, failures)
-
-
-def _longest_gap(times: list[float], start_s: float | None, end_s: float | None) -> float | None:
-    """The longest time between two tokens that has a part in [start, end]."""
-    if start_s is None or end_s is None:
-        return None
-    ordered = sorted(times)
-    gaps = itertools.pairwise(ordered)
-    inside = [b - a for a, b in gaps if b >= start_s and a <= end_s]
-    return max(inside, default=None)

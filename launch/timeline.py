@@ -4,7 +4,7 @@ Marks are monotonic seconds under these names, in this order; later ones may be 
     kill          the rank was killed
     detected      the supervisor knew it
     resumed       the survivors were told to step on without it
-    return_start  a new process of the rank was started
+    return_start  its return began: a new process was started, or its admission was prepared
     returned      it is a member again
 """
 

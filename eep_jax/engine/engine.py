@@ -24,7 +24,6 @@ from eep_jax.tables import Tables, solo_tables
 from pallas_kernels.call import Call
 from pallas_kernels.signals import first_round
 
-PAUSED_SLEEP_MS = 50
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from eep_jax.config import EngineConfig, ModelConfig
 from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.placement.placement import EMPTY
 from pallas_kernels.window import Region, WindowLayout, round_up, view
 
 PAGE_BYTES = 4096
-EMPTY = -1
 
 
 @dataclasses.dataclass(frozen=True)

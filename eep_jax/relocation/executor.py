@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from eep_jax.errors import RelocationFailed
-from eep_jax.models.expert_bank import EMPTY, ExpertBank
+from eep_jax.models.expert_bank import ExpertBank
 from eep_jax.models.weights import expert_name
+from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint, digest

@@ -20,7 +20,7 @@ from eep_jax.tables import build_tables
 
 _log = logging.getLogger(__name__)
 
-EXIT_OK, EXIT_FENCED, EXIT_BROKEN = 0, 75, 70
+EXIT_OK, EXIT_FENCED = 0, 75
 SLEEP_MS = 50
 ATTACH_TRIES_MS = 6_000  # a peer that does not answer is usually dead, and soon out of the plan
 TELEMETRY_MS = 500

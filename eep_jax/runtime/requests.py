@@ -23,7 +23,6 @@ class Entry:
     rank: int | None = None
     finish: str = ""
     degraded: set[int] = dataclasses.field(default_factory=set)
-    requeued: int = 0
 
     def remaining(self) -> Request:
         """The request as the next rank should get it."""
@@ -113,7 +112,6 @@ class RequestBook:
         lost = self.of_rank(rank)
         for entry in reversed(lost):
             entry.rank = None
-            entry.requeued += 1
             self._queue.appendleft(entry.request.id)
         self.counts["requeued"] += len(lost)
         return lost

@@ -7,7 +7,7 @@ import pytest
 
 from eep_jax.heap.loopback import LoopbackHeap, open_all
 from eep_jax.models.attention import attend_cached, attend_causal, rope
-from eep_jax.models.expert_bank import EMPTY, ExpertBank, slab_layout
+from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.router import route
 from eep_jax.models.weights import (
@@ -18,6 +18,7 @@ from eep_jax.models.weights import (
     merge_decoder,
     split_model,
 )
+from eep_jax.placement.placement import EMPTY
 from tests.support.models import a_model, a_run, some_weights
 
 

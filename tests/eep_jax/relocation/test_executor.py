@@ -5,7 +5,8 @@ import pytest
 
 from eep_jax.errors import RelocationFailed
 from eep_jax.heap.loopback import open_all
-from eep_jax.models.expert_bank import EMPTY, ExpertBank, slab_layout
+from eep_jax.models.expert_bank import ExpertBank, slab_layout
+from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
