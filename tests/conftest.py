@@ -2,10 +2,15 @@
 
 import os
 
-# Before any test module loads JAX; the same as launch/environments/local.py sets for ranks.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+# Before any test module loads JAX.
+if os.environ.get("EEP_TEST_PLATFORM") == "gpu":
+    # Heaps and other processes of a test need the rest of the GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.2")
+else:
+    # The same as launch/environments/local.py sets for ranks.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 # Several ranks in one process share XLA's pool, and each may sit in a callback that waits.
 os.environ["NPROC"] = "16"
 

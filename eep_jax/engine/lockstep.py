@@ -7,59 +7,74 @@ word; so a late reader still sees it, and an old word wakes nobody.
 
 import numpy as np
 
+from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap
 from pallas_kernels.signals import post, sleep_on
-from pallas_kernels.window import WindowLayout
+from pallas_kernels.window import WindowLayout, view
+
+CONTROL_REGIONS = ("abort", "bell", "wake")
+FLAG_REGIONS = ("sent", "returned")
 
 
 class Lockstep:
     """The host side of one rank's window: abort word and wake words."""
 
-    def __init__(self, layout: WindowLayout, heap: np.ndarray, rank: int):
-        self._windows, self._rank = layout.views(heap), rank
+    def __init__(self, layout: WindowLayout, heap: SymmetricHeap):
+        """Raises ValueError for more ranks than a control page has wake words."""
+        regions = [layout.regions[name] for name in CONTROL_REGIONS]
+        if any(region.offset + region.bytes > CONTROL_BYTES for region in regions):
+            raise ValueError(f"the wake words of {layout.ranks} ranks exceed {CONTROL_BYTES=}")
+        self._words = [
+            {region.name: view(page, region) for region in regions} for page in heap.control()
+        ]
+        self._flags = [layout.regions[name] for name in FLAG_REGIONS]
+        self._heap, self._rank = heap, heap.rank
 
     def abort(self, epoch: int) -> None:
         """Ends all waits of steps below `epoch`, now. May be called from any thread."""
-        own = self._windows[self._rank]
-        if int(own["abort"][0]) < epoch:
-            post(own["abort"], epoch)
+        word = self._words[self._rank]["abort"]
+        is_new = int(word[0]) < epoch
+        if is_new:
+            post(word, epoch)
         self.nudge()
+        if is_new:
+            self._heap.post_abort(epoch)
 
     @property
     def aborted_epoch(self) -> int:
-        return int(self._windows[self._rank]["abort"][0])
+        return int(self._words[self._rank]["abort"][0])
 
     def clear_flags(self) -> None:
         """Forgets all flags of earlier epochs. Only while no step runs and no peer can send."""
-        own = self._windows[self._rank]
-        for name in ("sent", "returned", "wake"):
-            own[name][...] = 0
+        for region in self._flags:
+            self._heap.fill_zero(region.offset, region.bytes)
+        self.forget_wakes()
 
     def wake_peers(self, peers, paused_round: int) -> None:
         """Tells the peers paused at this round that there is work."""
         for peer in peers:
-            window = self._windows[peer]
-            post(window["wake"][self._rank : self._rank + 1], paused_round)
-            _ring(window["bell"])
+            words = self._words[peer]
+            post(words["wake"][self._rank : self._rank + 1], paused_round)
+            _ring(words["bell"])
 
     def forget_wakes(self) -> None:
         """A pause has ended: no word of it may wake another one, a whole turn of rounds later."""
-        self._windows[self._rank]["wake"][...] = 0
+        self._words[self._rank]["wake"][...] = 0
 
     def is_woken(self, paused_round: int) -> bool:
         """Whether a peer found work since all paused at this round."""
-        return bool(np.any(self._windows[self._rank]["wake"] == np.uint32(paused_round)))
+        return bool(np.any(self._words[self._rank]["wake"] == np.uint32(paused_round)))
 
     def nudge(self) -> None:
         """Ends this rank's own sleep. May be called from any thread."""
-        _ring(self._windows[self._rank]["bell"])
+        _ring(self._words[self._rank]["bell"])
 
     def bell(self) -> int:
         """Read this before looking for work, and pass it to `sleep` if there was none."""
-        return int(self._windows[self._rank]["bell"][0])
+        return int(self._words[self._rank]["bell"][0])
 
     def sleep(self, seen_bell: int, timeout_ms: int) -> None:
         """Sleeps until the bell rings after `seen_bell` was read, or the timeout; burns no core."""
-        sleep_on(self._windows[self._rank]["bell"], seen_bell, timeout_ms * 1_000_000)
+        sleep_on(self._words[self._rank]["bell"], seen_bell, timeout_ms * 1_000_000)
 
 
 def _ring(bell: np.ndarray) -> None:

@@ -1,29 +1,138 @@
-"""Heap memory as `jax.Array`, without a copy."""
+"""Heap memory as `jax.Array`, without a copy: DLPack capsules made by hand.
+
+numpy has no bfloat16 in DLPack and no device memory, so the capsule of `dlpack.h` (version 0) is
+filled in here. Pass the arrays to jit neither donated nor aliased: XLA would copy them.
+"""
+
+import ctypes
+import math
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, UInt8, UInt32
 
 from eep_jax.errors import HeapError
-from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap, check_bytes
+from pallas_kernels.window import Region
 
 XLA_ALIGNMENT_BYTES = 64
+
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
+_TYPE_CODES = {"i": 0, "u": 1, "f": 2}  # by numpy's kind
+_BFLOAT = 4
 
 
 def heap_array(heap: SymmetricHeap) -> UInt8[Array, "R B"]:
     """The whole range, imported once; it stays right over every attach and detach."""
-    return import_host(heap.whole())
+    return _import(heap, heap.base, np.dtype(np.uint8), (heap.ranks, heap.slab_bytes))
 
 
-def import_host(memory: np.ndarray) -> jax.Array:
-    """`memory` as an array of the CPU device at the same address.
+def device_array(heap: SymmetricHeap, region: Region, rank: int | None = None) -> jax.Array:
+    """A region of the slab of `rank` (the own one if not given), in its dtype and shape.
 
-    Pass it to jit neither donated nor aliased: XLA would copy it. Raises HeapError where JAX cannot
-    take the memory as it is.
+    Raises HeapError where the region is not inside the slab or JAX cannot take it as it is.
     """
-    if memory.ctypes.data % XLA_ALIGNMENT_BYTES:
-        raise HeapError(f"address {memory.ctypes.data:#x} is not aligned to {XLA_ALIGNMENT_BYTES}")
-    array = jax.dlpack.from_dlpack(memory, copy=False)
-    if array.unsafe_buffer_pointer() != memory.ctypes.data:
-        raise HeapError("JAX copied the heap instead of importing it; writes would be lost")
+    rank = heap.rank if rank is None else rank
+    address = check_bytes(heap, rank, region.offset, region.bytes)
+    return _import(heap, address, region.dtype, region.shape)
+
+
+def control_array(heap: SymmetricHeap) -> UInt32[Array, "W"]:
+    """The own control page as kernels read it; the abort word comes first."""
+    words = (CONTROL_BYTES // 4,)
+    return _import(heap, heap.control_address(), np.dtype(np.uint32), words)
+
+
+def _import(heap: SymmetricHeap, address: int, dtype: np.dtype, shape: tuple[int, ...]):
+    device = (_DEVICE_TYPES[heap.device], heap.device_ordinal)
+    return import_memory(address, dtype, shape, device)
+
+
+def import_memory(
+    address: int, dtype: np.dtype, shape: tuple[int, ...], device: tuple[int, int] = (1, 0)
+) -> jax.Array:
+    """The memory at `address` as an array; `device` is DLPack's (type, ordinal), (1, 0) the CPU.
+
+    The memory must outlive the array. Raises HeapError where JAX cannot take it as it is.
+    """
+    if address % XLA_ALIGNMENT_BYTES:
+        raise HeapError(f"address {address:#x} is not aligned to {XLA_ALIGNMENT_BYTES}")
+    array = jax.dlpack.from_dlpack(_Memory(address, dtype, shape, device), copy=False)
+    if math.prod(shape) and array.unsafe_buffer_pointer() != address:
+        raise HeapError(
+            f"JAX copied {shape} of {dtype} at {address:#x} instead of importing it; writes would "
+            "be lost"
+        )
     return array
+
+
+class _Memory:
+    """Memory that answers DLPack's two questions."""
+
+    def __init__(self, address: int, dtype: np.dtype, shape: tuple[int, ...], device):
+        self._address, self._shape, self._device = address, shape, _Device(*device)
+        code = _BFLOAT if dtype.name == "bfloat16" else _TYPE_CODES.get(dtype.kind)
+        if code is None:
+            raise HeapError(f"no array of {dtype} can be imported from the heap")
+        self._type = _DataType(code, dtype.itemsize * 8, 1)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device.type, self._device.id
+
+    def __dlpack__(self, stream=None, **_):
+        # One block holds the struct and its shape, and C frees it: the deleter may be called when
+        # the interpreter has ended. No stream is ordered here: who fills memory waits for it.
+        head = ctypes.sizeof(_Managed)
+        block = _libc.malloc(head + 8 * max(1, len(self._shape)))
+        if not block:
+            raise MemoryError("no memory for a DLPack capsule")
+        sizes = (ctypes.c_int64 * len(self._shape)).from_address(block + head)
+        sizes[:] = self._shape
+        managed = _Managed.from_address(block)
+        managed.tensor = _Tensor(
+            data=self._address,
+            device=self._device,
+            dimensions=len(self._shape),
+            type=self._type,
+            shape=block + head,
+            strides=None,  # compact, rows first
+            byte_offset=0,
+        )
+        managed.context = None
+        managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p)
+        return _new_capsule(block, b"dltensor", None)
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int32), ("id", ctypes.c_int32))
+
+
+class _DataType(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("dimensions", ctypes.c_int32),
+        ("type", _DataType),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (
+        ("tensor", _Tensor),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

@@ -6,16 +6,22 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 
 ACCEPT_PAUSE_S = 0.05
+MESSAGE_BYTES_MAX = 1024
+
+_FIRST_BYTE = b"f"  # descriptors travel beside at least one byte
 
 
 class FdServer:
-    """Hands a copy of one file descriptor to every process of the same user that asks."""
+    """Hands copies of file descriptors and a short message to every process of the same user."""
 
-    def __init__(self, fd: int):
+    def __init__(self, fds: Sequence[int], message: bytes = b""):
+        if len(message) > MESSAGE_BYTES_MAX:
+            raise ValueError(f"a message of {len(message)} bytes exceeds {MESSAGE_BYTES_MAX=}")
         self.name = f"eep-{os.getpid()}-{secrets.token_hex(8)}"
-        self._fd = fd
+        self._fds, self._message = tuple(fds), message
         self._closed = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.bind("\0" + self.name)
@@ -23,6 +29,9 @@ class FdServer:
         threading.Thread(target=self._serve, name="fd-server", daemon=True).start()
 
     def close(self) -> None:
+        """May be called twice."""
+        if self._closed:
+            return
         self._closed = True
         # Shutting down, not just closing, is what wakes a thread that sits in accept.
         self._socket.shutdown(socket.SHUT_RDWR)
@@ -41,22 +50,46 @@ class FdServer:
                 try:
                     peer.settimeout(1.0)
                     if _user_of(peer) == os.geteuid():
-                        socket.send_fds(peer, [b"f"], [self._fd])
+                        socket.send_fds(peer, [_FIRST_BYTE + self._message], self._fds)
                 except OSError:
                     continue  # the asking process is gone; the next one may be well
 
 
-def receive_fd(name: str, deadline_ms: int) -> int:
-    """The descriptor served under `name`, opened here. Raises OSError within the deadline."""
+def receive_fds(name: str, count: int, deadline_ms: int) -> tuple[bytes, list[int]]:
+    """The message and the `count` descriptors served under `name`, opened here.
+
+    Raises OSError within the deadline, also where another number of descriptors came.
+    """
+    end = time.monotonic() + deadline_ms / 1000
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as server:
         server.settimeout(deadline_ms / 1000)
         server.connect("\0" + name)
         if _user_of(server) != os.geteuid():
             raise PermissionError(f"socket {name} belongs to user {_user_of(server)}")
-        _, fds, _, _ = socket.recv_fds(server, 1, 1)
-    if len(fds) != 1:
-        raise ConnectionError(f"socket {name} sent {len(fds)} descriptors, expected 1")
-    return fds[0]
+        # Room for one descriptor too many: what does not fit would be dropped without a word.
+        received, fds, _, _ = socket.recv_fds(server, 1 + MESSAGE_BYTES_MAX, count + 1)
+        try:
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            if len(fds) != count:
+                raise ConnectionError(
+                    f"socket {name} sent {len(fds)} descriptors, expected {count}"
+                )
+            while len(received) <= MESSAGE_BYTES_MAX:
+                server.settimeout(max(0.001, end - time.monotonic()))
+                more = server.recv(1 + MESSAGE_BYTES_MAX - len(received))
+                if not more:
+                    break
+                received += more
+        except BaseException:
+            close_all(fds)
+            raise
+    return received[len(_FIRST_BYTE) :], fds
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _user_of(peer: socket.socket) -> int:

@@ -23,7 +23,7 @@ class LoopbackHeap(MappedHeap):
     def attach(self, rank: int, handle: str) -> None:
         if handle not in _open_heaps:
             raise HeapError(f"handle {handle!r} of rank {rank} is not open in this process")
-        self._attach_fd(rank, _open_heaps[handle]._own)
+        self.attach_fd(rank, _open_heaps[handle].own_fd)
 
     def close(self) -> None:
         _open_heaps.pop(self._handle, None)

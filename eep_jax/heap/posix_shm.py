@@ -11,7 +11,16 @@ import os
 import numpy as np
 
 from eep_jax.errors import HeapError
-from eep_jax.heap.fd_passing import FdServer, receive_fd
+from eep_jax.heap.fd_passing import FdServer, close_all, receive_fds
+from eep_jax.heap.heap import (
+    CONTROL_BYTES,
+    check_bytes,
+    check_copy,
+    check_peer,
+    check_rank,
+    check_slab,
+    socket_of,
+)
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -26,23 +35,49 @@ ATTACH_DEADLINE_MS = 3_000
 class MappedHeap:
     """Reserves the range and maps files into it; how files travel is left to subclasses."""
 
+    device = "cpu"
+    device_ordinal = 0
+
     def __init__(self, rank: int, ranks: int, slab_bytes: int):
-        if not 0 <= rank < ranks:
-            raise HeapError(f"rank {rank} is not in 0..{ranks - 1}")
+        check_rank(rank, ranks)
         if slab_bytes <= 0 or slab_bytes % mmap.PAGESIZE:
             raise HeapError(f"{slab_bytes=} must be a positive multiple of {mmap.PAGESIZE}")
         self.rank, self.ranks, self.slab_bytes = rank, ranks, slab_bytes
         self._closed = False
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, "reserve the range")
-        self._own = _memory_file(f"eep-rank{rank}", slab_bytes)
+        self.own_fd = _memory_file(f"eep-rank{rank}", slab_bytes)
         self._dummy = _memory_file(f"eep-dummy{rank}", slab_bytes)
         for slot in range(ranks):
-            self._map(slot, self._own if slot == rank else self._dummy)
+            self._map(slot, self.own_fd if slot == rank else self._dummy)
 
     def detach(self, rank: int) -> None:
         self._check_peer(rank)
         self._map(rank, self._dummy)
+
+    def control(self) -> np.ndarray:
+        return self.whole()[:, :CONTROL_BYTES]
+
+    def control_address(self) -> int:
+        return self.base + self.rank * self.slab_bytes
+
+    def post_abort(self, epoch: int) -> None:
+        """Nothing to do: steps read the control page itself."""
+
+    def read(self, rank: int, offset: int, nbytes: int) -> np.ndarray:
+        return self._bytes(rank, offset, nbytes).copy()
+
+    def write(self, offset: int, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._bytes(self.rank, offset, data.size)[...] = data
+
+    def fill_zero(self, offset: int, nbytes: int) -> None:
+        self._bytes(self.rank, offset, nbytes)[...] = 0
+
+    def copy_in(self, offset: int, rank: int, source_offset: int, nbytes: int) -> None:
+        check_copy(self, offset, rank, source_offset, nbytes)
+        source = self._bytes(rank, source_offset, nbytes)
+        self._bytes(self.rank, offset, nbytes)[...] = source
 
     def whole(self) -> np.ndarray:
         flat = (ctypes.c_uint8 * (self.ranks * self.slab_bytes)).from_address(self.base)
@@ -52,24 +87,23 @@ class MappedHeap:
         """May be called twice. Nothing can be attached or detached after it."""
         if not self._closed:
             self._closed = True
-            for fd in (self._own, self._dummy):
+            for fd in (self.own_fd, self._dummy):
                 os.close(fd)
 
-    def _attach_fd(self, rank: int, fd: int) -> None:
+    def attach_fd(self, rank: int, fd: int) -> None:
+        """Maps the slab in this memory file, which the caller may close, at the slot of `rank`."""
         self._check_peer(rank)
-        found = os.fstat(fd).st_size
-        if found != self.slab_bytes:
-            raise HeapError(
-                f"the slab of rank {rank} has {found} bytes, rank {self.rank} expects "
-                f"{self.slab_bytes}; start all ranks with the same configuration"
-            )
+        check_slab(self, rank, os.fstat(fd).st_size)
         self._map(rank, fd)
+
+    def _bytes(self, rank: int, offset: int, nbytes: int) -> np.ndarray:
+        check_bytes(self, rank, offset, nbytes)
+        return self.whole()[rank, offset : offset + nbytes]
 
     def _check_peer(self, rank: int) -> None:
         if self._closed:
             raise HeapError(f"the heap of rank {self.rank} is closed; rank {rank} stays as it is")
-        if rank == self.rank or not 0 <= rank < self.ranks:
-            raise HeapError(f"rank {rank} is not a peer of rank {self.rank} of {self.ranks}")
+        check_peer(self, rank)
 
     def _map(self, rank: int, fd: int) -> None:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
@@ -87,25 +121,21 @@ class PosixShmHeap(MappedHeap):
 
     def export(self) -> str:
         if self._server is None:
-            self._server = FdServer(self._own)
+            self._server = FdServer([self.own_fd])
         return f"unix:{self._server.name}"
 
     def attach(self, rank: int, handle: str) -> None:
-        scheme, _, name = handle.partition(":")
-        if scheme != "unix" or not name:
-            raise HeapError(
-                f"handle {handle!r} of rank {rank} is not of the form unix:<socket name>"
-            )
+        name = socket_of(handle, "unix", rank)
         try:
-            fd = receive_fd(name, ATTACH_DEADLINE_MS)
+            _, fds = receive_fds(name, 1, ATTACH_DEADLINE_MS)
         except OSError as error:
             raise HeapError(
                 f"rank {rank} does not hand out its slab at {handle}: {error}"
             ) from error
         try:
-            self._attach_fd(rank, fd)
+            self.attach_fd(rank, *fds)
         finally:
-            os.close(fd)
+            close_all(fds)
 
     def close(self) -> None:
         if self._server is not None and not self._closed:

@@ -9,38 +9,71 @@ import numpy as np
 from eep_jax.config import EngineConfig, ModelConfig
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.placement import EMPTY
-from pallas_kernels.window import Region, WindowLayout, round_up, view
+from pallas_kernels.expert_gemm.config import WIDTH_MULTIPLE
+from pallas_kernels.window import Region, WindowLayout, round_up
 
 PAGE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class SlabLayout:
-    """One rank's slab: the window that peers write, then the bank that peers read."""
+    """One rank's slab: the window that peers write, then the bank that peers read.
+
+    On a GPU the F channels of an expert are padded with zeros to `width_multiple`, what its kernels
+    compute at once; padded channels add nothing to any result.
+    """
 
     window: WindowLayout
     slots: int
-    expert_shape: tuple[int, ...]
+    expert_shape: tuple[int, ...]  # without padding: [L 3 F D]
+    bank_dtype: str = "float32"
+    width_multiple: int = 1
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        layers, matrices, width, hidden = self.expert_shape
+        return (layers, matrices, round_up(width, self.width_multiple), hidden)
 
     @functools.cached_property
     def bank(self) -> Region:
         offset = round_up(self.window.window_bytes, PAGE_BYTES)
-        return Region("bank", offset, np.dtype(np.float32), (self.slots, *self.expert_shape))
+        shape = (self.slots, *self.padded_shape)
+        return Region("bank", offset, np.dtype(self.bank_dtype), shape)
+
+    def slot(self, slot: int) -> Region:
+        """One slot of the bank. Raises ValueError unless there is such a slot."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot} is not in 0..{self.slots - 1}")
+        whole = Region("slot", self.bank.offset, self.bank.dtype, self.padded_shape)
+        return dataclasses.replace(whole, offset=whole.offset + slot * whole.bytes)
 
     @property
     def slab_bytes(self) -> int:
         return round_up(self.bank.offset + self.bank.bytes, PAGE_BYTES)
 
 
-def slab_layout(model: ModelConfig, engine: EngineConfig, ranks: int, slots: int) -> SlabLayout:
+def slab_layout(
+    model: ModelConfig,
+    engine: EngineConfig,
+    ranks: int,
+    slots: int,
+    *,
+    row_dtype: str = "",
+    bank_dtype: str = "",
+) -> SlabLayout:
+    """Where a rank's window and bank lie. Rows and experts are of the engine's dtype, or these."""
+    dtype = bank_dtype or engine.dtype
     window = WindowLayout(
         ranks=ranks,
         tokens=engine.tokens_max,
         choices=model.experts_per_token,
         hidden=model.hidden,
         combine=engine.combine,
+        row_dtype=row_dtype or engine.dtype,
+        dispatch_dtype=engine.dispatch_dtype,
     )
-    return SlabLayout(window, slots, model.expert_shape)
+    multiple = WIDTH_MULTIPLE if dtype == "bfloat16" else 1
+    return SlabLayout(window, slots, model.expert_shape, dtype, multiple)
 
 
 class ExpertBank:
@@ -48,7 +81,6 @@ class ExpertBank:
 
     def __init__(self, layout: SlabLayout, heap: SymmetricHeap):
         self.layout, self._heap = layout, heap
-        self.weights = view(heap.whole()[heap.rank], layout.bank)  # float32 [S L 3 F D]
         self._contents = [EMPTY] * layout.slots
 
     @property
@@ -56,18 +88,40 @@ class ExpertBank:
         return tuple(self._contents)
 
     @property
+    def dtype(self) -> np.dtype:
+        return self.layout.bank.dtype
+
+    @property
     def expert_bytes(self) -> int:
-        return math.prod(self.layout.expert_shape) * 4
+        """Bytes of one expert's weights, without padding."""
+        return math.prod(self.layout.expert_shape) * self.dtype.itemsize
 
     def write(self, slot: int, expert: int, weights: np.ndarray) -> None:
-        """Fills a slot; while it is written it holds no expert."""
+        """Fills a slot, converting to the bank's dtype; while it is written it holds no expert.
+
+        Raises ValueError for weights of another shape than `[L 3 F D]`.
+        """
+        region, shape = self.layout.slot(slot), self.layout.expert_shape
         self._contents[slot] = EMPTY
-        self.weights[slot] = weights
+        if np.shape(weights) != shape:
+            raise ValueError(f"expert {expert} has shape {np.shape(weights)}, not {shape}")
+        values = np.asarray(weights).astype(region.dtype, copy=False)
+        if region.shape != shape:
+            missing = [(0, full - own) for full, own in zip(region.shape, shape, strict=True)]
+            values = np.pad(values, missing)
+        self._heap.write(region.offset, values)
         self._contents[slot] = expert
 
     def clear(self, slot: int) -> None:
         self._contents[slot] = EMPTY
 
-    def of_peer(self, rank: int) -> np.ndarray:
-        """The bank of an attached peer, float32 `[S L 3 F D]`, to read from."""
-        return view(self._heap.whole()[rank], self.layout.bank)
+    def read(self, slot: int) -> np.ndarray:
+        """A copy of what an own slot holds, `[L 3 F D]` in the bank's dtype."""
+        return self.read_peer(self._heap.rank, slot)
+
+    def read_peer(self, rank: int, slot: int) -> np.ndarray:
+        """A copy of a slot of an attached peer, `[L 3 F D]`; of a detached one, bytes of no use."""
+        region = self.layout.slot(slot)
+        found = self._heap.read(rank, region.offset, region.bytes)
+        whole = found.view(region.dtype).reshape(region.shape)
+        return whole[:, :, : self.layout.expert_shape[2]]

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 
 from eep_jax.errors import RelocationFailed
@@ -31,7 +30,17 @@ class Executor:
         transports: dict[SourceKind, Transport] | None = None,
         beat: Callable[[], None] = lambda: None,
     ):
-        """`beat` is called between experts, so a long repair is not taken for a stuck engine."""
+        """`beat` is called between experts, so a long repair is not taken for a stuck engine.
+
+        Raises ValueError if the bank's dtype cannot hold all values of the checkpoint's: digests
+        are of stored bytes, and could never be compared.
+        """
+        self._stored_dtype = np.dtype(checkpoint.manifest["dtype"])
+        if not np.can_cast(self._stored_dtype, bank.dtype):
+            raise ValueError(
+                f"a bank of {bank.dtype} cannot hold the experts of {checkpoint.root}, which are "
+                f"{self._stored_dtype}; convert the checkpoint or choose a wider dtype"
+            )
         self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
         self._transports = transports or all_transports(bank, checkpoint)
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
@@ -80,15 +89,15 @@ class Executor:
         )
 
     def _verify(self, expert: int, weights: np.ndarray) -> None:
-        """Compares with the manifest, whose digest is of the stored dtype, and its widening."""
-        manifest = self._checkpoint.manifest
-        stored = {"bfloat16": ml_dtypes.bfloat16}.get(manifest["dtype"], manifest["dtype"])
-        narrow = weights.astype(stored)
-        found, expected = digest(narrow), manifest["experts"][expert_name(expert)]
+        """Compares with the manifest, whose digests are of the stored dtype."""
+        narrow = weights.astype(self._stored_dtype, copy=False)
+        found, expected = digest(narrow), self._checkpoint.manifest["experts"][expert_name(expert)]
         if found != expected:
             raise RelocationFailed(f"digest {found} of expert {expert}, expected {expected}")
         # Narrowing rounds, so the digest alone does not see damage in the low bits.
-        if not np.array_equal(narrow.astype(weights.dtype), weights):
+        if narrow.dtype != weights.dtype and not np.array_equal(
+            narrow.astype(weights.dtype), weights
+        ):
             raise RelocationFailed(f"expert {expert} has bits that its stored dtype cannot hold")
 
 

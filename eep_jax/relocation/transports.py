@@ -13,7 +13,10 @@ class Transport(Protocol):
     """Reads an expert from one kind of source. Any exception means: try the next source."""
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        """The expert's weights, `[L 3 F D]`; whether they are right is for the caller to check."""
+        """The expert's weights in host memory, `[L 3 F D]` in the dtype of the bank.
+
+        Nobody else may change them; whether they are right is for the caller to check.
+        """
 
 
 class LocalCopy:
@@ -25,7 +28,7 @@ class LocalCopy:
     def fetch(self, expert: int, source: Source) -> np.ndarray:
         if self._bank.contents[source.slot] != expert:
             raise LookupError(f"slot {source.slot} holds {self._bank.contents[source.slot]}")
-        return self._bank.weights[source.slot]
+        return self._bank.read(source.slot)
 
 
 class PeerCopy:
@@ -35,22 +38,22 @@ class PeerCopy:
         self._bank = bank
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        return self._bank.of_peer(source.rank)[source.slot].copy()
+        return self._bank.read_peer(source.rank, source.slot)
 
 
 class CheckpointCopy:
     """From the Orbax checkpoint; only this expert is read."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype):
+        self._checkpoint, self._dtype = checkpoint, dtype
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        return self._checkpoint.read_experts([expert])[expert].astype(np.float32)
+        return self._checkpoint.read_experts([expert])[expert].astype(self._dtype, copy=False)
 
 
 def all_transports(bank: ExpertBank, checkpoint: Checkpoint) -> dict[SourceKind, Transport]:
     return {
         SourceKind.LOCAL: LocalCopy(bank),
         SourceKind.PEER: PeerCopy(bank),
-        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint),
+        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint, bank.dtype),
     }

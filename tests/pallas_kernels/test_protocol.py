@@ -203,7 +203,7 @@ def abort_once_waiting(cluster, rank: int, flag: str, work, layers: int):
         for peer in set(range(4)) - {rank}:
             window["slots"][half, peer] = -1
             window["sent"][half, peer] = current
-    lockstep = Lockstep(cluster.layout, cluster.heaps[rank].whole(), rank)
+    lockstep = Lockstep(cluster.layout, cluster.heaps[rank])
 
     def abort():
         while window[flag][half, rank] != current:

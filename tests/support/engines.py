@@ -13,7 +13,7 @@ from eep_jax.engine.scheduler import Scheduler
 from eep_jax.heap.loopback import LoopbackHeap, open_all
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
-from eep_jax.placement.placement import Placement
+from eep_jax.placement.placement import EMPTY, Placement
 from eep_jax.tables import build_tables
 from tests.support.factories import a_view
 from tests.support.loopback import in_threads
@@ -105,8 +105,7 @@ class EngineCluster:
         engine = self.engines[rank]
         engine.scheduler, engine._cache = Scheduler(self.config), self._cache()
         for slot in range(self.layout.slots):
-            engine.bank.clear(slot)
-        engine.bank.weights[...] = np.nan
+            engine.bank.write(slot, EMPTY, np.full(self.layout.expert_shape, np.nan))
 
     def restart(self, rank: int) -> None:
         """A new process of `rank`: its own heap, and an engine that compiles for itself."""

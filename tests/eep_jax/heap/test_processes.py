@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from eep_jax.errors import HeapError
-from eep_jax.heap.fd_passing import FdServer, receive_fd
+from eep_jax.heap.fd_passing import MESSAGE_BYTES_MAX, FdServer, close_all, receive_fds
 from eep_jax.heap.posix_shm import PosixShmHeap
 
 SLAB_BYTES = 8192
@@ -78,39 +80,71 @@ def test_a_survivor_keeps_its_memory_when_a_peer_is_killed_and_takes_the_next_on
     assert not [name for name in os.listdir("/dev/shm") if "eep" in name]
 
 
-def test_a_descriptor_arrives_as_the_same_file():
-    fd = os.memfd_create("eep-test")
-    server = FdServer(fd)
-    copy = receive_fd(server.name, 2_000)
-    os.write(copy, b"abc")
-    assert os.pread(fd, 3, 0) == b"abc"
-    for opened in (fd, copy):
-        os.close(opened)
-    server.close()
+@pytest.fixture
+def serve():
+    """Serves memory files beside a message; everything is closed after the test."""
+    servers, files = [], []
+
+    def a_server(count: int = 1, message: bytes = b"") -> tuple[FdServer, list[int]]:
+        made = [os.memfd_create("eep-test") for _ in range(count)]
+        files.extend(made)
+        servers.append(FdServer(made, message))
+        return servers[-1], made
+
+    yield a_server
+    for server in servers:
+        server.close()
+    close_all(files)
 
 
-def test_many_may_ask_a_server_at_once():
-    fd = os.memfd_create("eep-test")
-    server = FdServer(fd)
+@pytest.mark.parametrize("message", [b"", b"4096", bytes(MESSAGE_BYTES_MAX)], ids=len)
+def test_descriptors_arrive_as_the_same_files_in_order_beside_the_message(serve, message):
+    server, files = serve(2, message)
+    said, copies = receive_fds(server.name, 2, 2_000)
+    os.write(copies[1], b"abc")
+    assert os.pread(files[1], 3, 0) == b"abc" and os.pread(files[0], 3, 0) == b""
+    assert said == message
+    assert not any(os.get_inheritable(copy) for copy in copies)
+    close_all(copies)
+
+
+def test_a_message_that_is_too_long_is_refused_by_the_server():
+    with pytest.raises(ValueError, match=str(MESSAGE_BYTES_MAX)):
+        FdServer([0], bytes(MESSAGE_BYTES_MAX + 1))
+
+
+@pytest.mark.parametrize(("sent", "expected"), [(1, 2), (2, 1), (3, 1)])
+def test_another_number_of_descriptors_is_an_error_and_leaks_none(serve, sent, expected):
+    server, _ = serve(sent)
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConnectionError, match=f"expected {expected}"):
+        receive_fds(server.name, expected, 2_000)
+    deadline = time.monotonic() + 5  # the server's thread closes its end of the connection
+    while len(os.listdir("/proc/self/fd")) > open_files and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_many_may_ask_a_server_at_once(serve):
+    server, (fd,) = serve()
     inode = os.fstat(fd).st_ino
-    copies = [receive_fd(server.name, 2_000) for _ in range(20)]
+    copies = [receive_fds(server.name, 1, 2_000)[1][0] for _ in range(20)]
     assert {os.fstat(copy).st_ino for copy in copies} == {inode}
-    for opened in (fd, *copies):
-        os.close(opened)
-    server.close()
+    close_all(copies)
 
 
 @pytest.mark.parametrize("name", ["nobody", "eep-1-00", "x" * 90])
 def test_a_name_that_nobody_serves_is_an_os_error(name):
     with pytest.raises(OSError):
-        receive_fd(name, 200)
+        receive_fds(name, 1, 200)
 
 
 def test_a_closed_server_answers_nobody():
-    server = FdServer(0)
+    server = FdServer([0])
+    server.close()
     server.close()
     with pytest.raises(OSError):
-        receive_fd(server.name, 200)
+        receive_fds(server.name, 1, 200)
 
 
 def test_a_silent_server_is_given_up_at_the_deadline():
@@ -118,7 +152,29 @@ def test_a_silent_server_is_given_up_at_the_deadline():
         silent.bind("\0eep-test-silent-" + str(os.getpid()))
         silent.listen(1)
         with pytest.raises(TimeoutError):
-            receive_fd(f"eep-test-silent-{os.getpid()}", 50)
+            receive_fds(f"eep-test-silent-{os.getpid()}", 1, 50)
+
+
+def test_a_server_that_stops_half_way_is_given_up_at_the_deadline_and_leaks_nothing(serve):
+    _, (fd,) = serve()
+    name = f"eep-test-half-{os.getpid()}"
+    open_files = len(os.listdir("/proc/self/fd"))
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.bind("\0" + name)
+        slow.listen(1)
+        held = []
+
+        def serve_half():
+            held.append(slow.accept()[0])
+            socket.send_fds(held[0], [b"f12"], [fd])
+
+        thread = threading.Thread(target=serve_half)
+        thread.start()
+        with pytest.raises(TimeoutError):
+            receive_fds(name, 1, 200)
+        thread.join(5)
+        held[0].close()
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 def test_slabs_are_zero_at_first():

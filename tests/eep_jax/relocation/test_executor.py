@@ -33,25 +33,26 @@ class CountingCheckpoint(Checkpoint):
 class World:
     """Rank 0 with an executor; the banks of both ranks; the right weights."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, bank_dtype="float32"):
         config = a_run(2, slots_per_rank=SLOTS)
-        layout = slab_layout(config.model, config.engine, 2, SLOTS)
+        layout = slab_layout(config.model, config.engine, 2, SLOTS, bank_dtype=bank_dtype)
         self.heaps = open_all(2, layout.slab_bytes)
         self.bank, self.peer = (ExpertBank(layout, heap) for heap in self.heaps)
         self.checkpoint, self.beats = CountingCheckpoint(directory), []
         self.executor = Executor(self.bank, self.checkpoint, beat=lambda: self.beats.append(1))
-        self.right = rounded_weights(a_model())[1].astype(np.float32)
+        self.right = rounded_weights(a_model())[1].astype(bank_dtype)
 
     def check(self, contents) -> None:
         assert self.bank.contents == tuple(contents)
         for slot, expert in enumerate(contents):
             if expert != EMPTY:
-                np.testing.assert_array_equal(self.bank.weights[slot], self.right[expert])
+                np.testing.assert_array_equal(self.bank.read(slot), self.right[expert])
 
 
-@pytest.fixture
-def world(pristine_checkpoint):
-    return World(pristine_checkpoint)
+@pytest.fixture(params=["float32", "bfloat16"])
+def world(pristine_checkpoint, request):
+    """Banks wider than the checkpoint, and of its own dtype."""
+    return World(pristine_checkpoint, request.param)
 
 
 def bring(expert: int, slot: int, *sources) -> Move:
@@ -87,22 +88,29 @@ def nan_rows(weights, right):
     weights[1, 2, 3] = np.nan
 
 
-def bits_below_the_stored_type(weights, right):
-    # Digests are of bfloat16; what rounding to it hides is damage all the same.
-    weights.view(np.uint32)[0, 0, 0, 0] ^= 1
+def the_lowest_bit(weights, right):
+    # Digests are of bfloat16; what rounding of float32 to it hides is damage all the same.
+    weights.view(np.uint8)[0, 0, 0, 0] ^= 1
 
 
 @pytest.mark.parametrize("kind", [LOCAL, PEER])
 @pytest.mark.parametrize(
-    "damage", [wrong_expert, nan_rows, bits_below_the_stored_type], ids=lambda f: f.__name__
+    "damage", [wrong_expert, nan_rows, the_lowest_bit], ids=lambda f: f.__name__
 )
 def test_wrong_bytes_are_refused_and_the_next_source_is_tried(world, kind, damage):
     bank, slot = (world.bank, 1) if kind is LOCAL else (world.peer, 2)
     bank.write(slot, 5, world.right[5])
-    damage(bank.weights[slot], world.right)
+    damaged = bank.read(slot)
+    damage(damaged, world.right)
+    bank.write(slot, 5, damaged)
     world.executor.carry_out((5, EMPTY, EMPTY, EMPTY), (bring(5, 0, *EVERY_SOURCE),))
     assert world.executor.moved == {"checkpoint": 1}
     world.check((5, EMPTY, EMPTY, EMPTY))
+
+
+def test_a_bank_that_cannot_hold_what_is_stored_is_refused_at_once(pristine_checkpoint):
+    with pytest.raises(ValueError, match=r"bank of float16 cannot hold .* which are bfloat16"):
+        World(pristine_checkpoint, "float16")
 
 
 def test_a_local_slot_that_holds_something_else_is_no_source(world):

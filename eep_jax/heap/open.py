@@ -1,0 +1,20 @@
+"""The heap for the platform that JAX computes on."""
+
+from eep_jax.errors import HeapError
+from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.heap.posix_shm import PosixShmHeap
+
+
+def open_heap(rank: int, ranks: int, slab_bytes: int, platform: str) -> SymmetricHeap:
+    """The heap of one rank process. `platform` as `jax.default_backend()` says: cpu, gpu, cuda.
+
+    On a GPU it takes device 0 of CUDA_VISIBLE_DEVICES, which must be the one JAX uses. Raises
+    HeapError for other platforms and where memory cannot be had.
+    """
+    if platform == "cpu":
+        return PosixShmHeap(rank, ranks, slab_bytes)
+    if platform in ("gpu", "cuda"):
+        from eep_jax.heap.cuda_vmm import CudaVmmHeap
+
+        return CudaVmmHeap(rank, ranks, slab_bytes)
+    raise HeapError(f"there is no heap for platform {platform!r}, only for cpu and gpu")
