@@ -5,6 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32, UInt32
 
 from pallas_kernels.signals import next_round
@@ -27,10 +28,15 @@ class Call:
     deadline_ms: UInt32[Array, ""]
     wish: UInt32[Array, ""]  # what this rank would like the next step to be
     suspicion: Int32[Array, "R"]
+    # Low and high half of the address at which a GPU reads this rank's abort word; unused on CPU.
+    abort_address: UInt32[Array, "2"] = dataclasses.field(
+        default_factory=lambda: np.zeros(2, np.uint32)
+    )
 
-    def scalars(self) -> UInt32[Array, "4"]:
-        """Epoch, round, deadline and wish in one array, as the kernels take them."""
-        return jnp.stack([self.epoch, self.round, self.deadline_ms, self.wish])
+    def scalars(self) -> UInt32[Array, "6"]:
+        """Epoch, round, deadline, wish and abort address in one array, as the kernels take them."""
+        few = jnp.stack([self.epoch, self.round, self.deadline_ms, self.wish])
+        return jnp.concatenate([few, jnp.asarray(self.abort_address)])
 
     def after(self, suspicion: Int32[Array, "R"]) -> "Call":
         return dataclasses.replace(self, suspicion=suspicion)

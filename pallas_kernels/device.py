@@ -5,6 +5,25 @@ import numpy as np
 
 from pallas_kernels.window import WindowLayout
 
+GPU_CHANNELS = 64  # channels of a row are a multiple of this on a GPU
+
+
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu" or "gpu".
+
+    That is the abstract device of the mesh, where one is set (lowering for a GPU that is not here),
+    else JAX's default backend. Raises NotImplementedError for others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    found = device.platform if device is not None else jax.default_backend()
+    if found not in ("cpu", "gpu"):
+        raise NotImplementedError(
+            f"there are kernels for 'cpu' and 'gpu' (NVIDIA Hopper), not for {found!r}; "
+            "set JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda"
+        )
+    return found
+
 
 def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int) -> None:
     """Raises where an exchange does not fit the window, or this device has no implementation."""
@@ -13,12 +32,24 @@ def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int)
             f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of "
             f"{layout.tokens} x {layout.hidden} x {layout.choices}; build the WindowLayout for them"
         )
-    if np.dtype(layout.row_dtype) != np.float32:
+    if platform() == "cpu":
+        if np.dtype(layout.row_dtype) != np.float32 or layout.dispatch_dtype:
+            raise NotImplementedError(
+                f"row_dtype={layout.row_dtype!r}, dispatch_dtype={layout.dispatch_dtype!r}: the "
+                "host path moves float32 rows; use row_dtype='float32', dispatch_dtype=''"
+            )
+        return
+    if layout.row_dtype != "bfloat16":
         raise NotImplementedError(
-            f"row_dtype={layout.row_dtype!r}: the host path moves float32 rows"
+            f"row_dtype={layout.row_dtype!r}: the GPU kernels move bfloat16 rows (and fp8 on "
+            "dispatch); use row_dtype='bfloat16'"
         )
-    if jax.default_backend() != "cpu":
+    if hidden % GPU_CHANNELS:
         raise NotImplementedError(
-            f"the exchange runs on host memory only, not on {jax.default_backend()!r}; "
-            "set JAX_PLATFORMS=cpu"
+            f"{hidden} channels: the GPU kernels need a multiple of {GPU_CHANNELS}; pad the model"
+        )
+    if tokens * choices % 4:
+        raise NotImplementedError(
+            f"{tokens} tokens x {choices} choices: the GPU kernels need a product that is a "
+            "multiple of 4; use a batch of a multiple of 4 rows"
         )

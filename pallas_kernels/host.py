@@ -24,7 +24,7 @@ class HostExchange:
 
     def begin(self, heap, active, scalars, suspicion) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
-        epoch, current, deadline_ms, wish = (int(v) for v in np.asarray(scalars))
+        epoch, current, deadline_ms, wish = (int(v) for v in np.asarray(scalars)[:4])
         return Turn(
             windows=self._views.of(heap),
             round=current,

@@ -12,7 +12,7 @@ number, which nobody reads while that rank is inactive. Data regions exist twice
     header      int32  [2 R 1]        the writer's wish for the next step
     slots       int32  [2 R T K]      slot on this rank of each choice, -1 where it lies elsewhere
     weights     f32    [2 R T K]
-    rows        row    [2 R T D]      token t of source s
+    rows        row    [2 R T D]      token t of source s; in fp8 its bytes and then its scales
     returns     row    [2 R T K D]    per_choice: result of choice k of my token t, by its rank
              or row    [2 R T D]      per_rank: that rank's weighted sum for my token t
 """
@@ -21,9 +21,13 @@ import dataclasses
 import functools
 import math
 
+import ml_dtypes  # noqa: F401 (numpy learns the name bfloat16 from it)
 import numpy as np
 
 REGION_ALIGNMENT_BYTES = 128
+# Regions whose first axis is the parity of the round.
+DOUBLE_BUFFERED = ("sent", "returned", "header", "slots", "weights", "rows", "returns")
+SCALE_CHANNELS = 128  # channels of an fp8 row that share one float32 scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class WindowLayout:
     hidden: int
     combine: str = "per_choice"
     row_dtype: str = "float32"
+    dispatch_dtype: str = ""  # "float8_e4m3fn": rows travel as fp8 with a scale per SCALE_CHANNELS
 
     def __post_init__(self):
         for name in ("ranks", "tokens", "choices", "hidden"):
@@ -60,6 +65,27 @@ class WindowLayout:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.combine not in ("per_choice", "per_rank"):
             raise ValueError(f"combine={self.combine!r} must be 'per_choice' or 'per_rank'")
+        if self.dispatch_dtype not in ("", "float8_e4m3fn"):
+            raise ValueError(
+                f"dispatch_dtype={self.dispatch_dtype!r} must be '' or 'float8_e4m3fn'"
+            )
+        if self.dispatch_dtype and self.hidden % SCALE_CHANNELS:
+            raise ValueError(
+                f"hidden={self.hidden} must be a multiple of {SCALE_CHANNELS} for fp8 rows, which "
+                "have one scale per that many channels; use dispatch_dtype=''"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as dispatch sends it."""
+        if self.dispatch_dtype:
+            return round_up(self.hidden + 4 * (self.hidden // SCALE_CHANNELS), 16)
+        return self.hidden * np.dtype(self.row_dtype).itemsize
+
+    @property
+    def _rows(self) -> tuple[str, int]:
+        """Dtype and length of a row in the window."""
+        return ("uint8", self.row_bytes) if self.dispatch_dtype else (self.row_dtype, self.hidden)
 
     @functools.cached_property
     def regions(self) -> dict[str, Region]:
@@ -74,7 +100,7 @@ class WindowLayout:
             ("header", "int32", (2, ranks, 1)),
             ("slots", "int32", (2, ranks, tokens, choices)),
             ("weights", "float32", (2, ranks, tokens, choices)),
-            ("rows", self.row_dtype, (2, ranks, tokens, hidden)),
+            ("rows", self._rows[0], (2, ranks, tokens, self._rows[1])),
             ("returns", self.row_dtype, (2, ranks, *results)),
         ]
         found, offset = {}, 0

@@ -6,8 +6,9 @@ from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.call import Call
+from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.combine.host import HostCombine
-from pallas_kernels.device import check_exchange
+from pallas_kernels.device import check_exchange, platform
 from pallas_kernels.window import WindowLayout
 
 
@@ -23,6 +24,7 @@ def combine(
     layout: WindowLayout,
     rank: int,
     slots_per_rank: int,
+    config: CombineConfig | None = None,
 ) -> tuple[Float32[Array, "T D"], Int32[Array, "R"]]:
     """Sends results to the sources of their tokens; sums what comes home for this rank's tokens.
 
@@ -33,11 +35,23 @@ def combine(
     The mode is the layout's: `per_choice` returns one row per choice and sums in the order of k, so
     the bits do not depend on the placement; `per_rank` returns one partial sum per rank and token.
 
-    Implementation: over a heap in host memory; the specification is `reference.combine_reference`.
-    Raises ValueError for more tokens than the window holds, NotImplementedError on other devices.
+    On a GPU results travel in the window's row dtype, and sums are float32. `config` is how the
+    kernels are launched there.
+
+    The specification is `reference.combine_reference`. Raises ValueError for more tokens than the
+    window holds, NotImplementedError for what the device's implementation does not take.
     """
     _, tokens, choices, hidden = results.shape
     check_exchange(layout, tokens, hidden, choices)
+    if platform() == "gpu":
+        # Imported here: the CPU path needs nothing of Mosaic GPU.
+        from pallas_kernels.combine.mosaic_gpu import combine_mosaic
+        from pallas_kernels.gpu import Place
+
+        config = config or CombineConfig()
+        place = Place(layout, slots_per_rank)
+        data = (results, received, sent_weights, slots, weights)
+        return combine_mosaic(*data, heap, call, rank, place, config)
     shapes = (
         jax.ShapeDtypeStruct((tokens, hidden), jnp.float32),
         jax.ShapeDtypeStruct((layout.ranks,), jnp.int32),

@@ -6,7 +6,8 @@ from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 from pallas_kernels.call import Call
-from pallas_kernels.device import check_exchange
+from pallas_kernels.device import check_exchange, platform
+from pallas_kernels.dispatch.config import DispatchConfig, config_for
 from pallas_kernels.dispatch.host import HostDispatch
 from pallas_kernels.window import WindowLayout
 
@@ -21,8 +22,9 @@ def dispatch(
     layout: WindowLayout,
     rank: int,
     slots_per_rank: int,
+    config: DispatchConfig | None = None,
 ) -> tuple[
-    Float[Array, "R T D"],
+    "Float[Array, 'R T D'] | RowsInWindow",
     Int32[Array, "R T K"],
     Float32[Array, "R T K"],
     Int32[Array, "R"],
@@ -34,11 +36,22 @@ def dispatch(
     rows, their slots on this rank (-1: not here) and weights, the suspicion, and the largest wish
     of all ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
 
-    Implementation: over a heap in host memory; the specification is `reference.dispatch_reference`.
-    Raises ValueError for more tokens than the window holds, NotImplementedError on other devices.
+    On a GPU the rows are a `mosaic_gpu.RowsInWindow`: they stay where they arrived, for
+    `expert_gemm`; its `array()` copies them. `config` is how the kernels are launched there.
+
+    The specification is `reference.dispatch_reference`. Raises ValueError for more tokens than the
+    window holds, NotImplementedError for what the device's implementation does not take.
     """
     tokens, hidden = x.shape
     check_exchange(layout, tokens, hidden, slots.shape[1])
+    if platform() == "gpu":
+        # Imported here: the CPU path needs nothing of Mosaic GPU.
+        from pallas_kernels.dispatch.mosaic_gpu import dispatch_mosaic
+        from pallas_kernels.gpu import Place
+
+        config = config or config_for(tokens, slots.shape[1], slots_per_rank)
+        place = Place(layout, slots_per_rank)
+        return dispatch_mosaic(x, slots, weights, heap, call, rank, place, config)
     sources, choices = layout.ranks, slots.shape[1]
     shapes = (
         jax.ShapeDtypeStruct((sources, tokens, hidden), x.dtype),

@@ -1,0 +1,65 @@
+"""How the expert GEMM is launched on a GPU; chosen by shape."""
+
+import dataclasses
+
+SM_COUNT = 132  # of an H100 and an H200
+WIDTH_MULTIPLE = 64  # of channels and expert channels
+GROUP_ROWS = 64  # rows of one warpgroup's matrix instruction
+SMALL_ROWS = 40  # up to this many rows per slot, most slots need one tile of 64 only
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """A tile is `tile_rows` x `tile_columns`; `stages` tiles of operands are under way at once.
+
+    `tile_rows` is 64 for each computing warpgroup; one more warpgroup loads.
+    """
+
+    tile_rows: int = 64
+    tile_columns: int = 128
+    stages: int = 5
+    down_columns: int = 128
+    down_stages: int = 6
+    blocks: int = SM_COUNT
+
+    @property
+    def groups(self) -> int:
+        return self.tile_rows // GROUP_ROWS
+
+
+def tile_rows_for(rows_per_slot: float) -> int:
+    """Rows of a tile where a slot gets that many: 64, or 128 once 64 are rarely enough."""
+    return 64 if rows_per_slot <= SMALL_ROWS else 128
+
+
+def config_for(tile_rows: int, slots: int, expert_hidden: int, hidden: int) -> GemmConfig:
+    """The configuration for S experts of F channels over rows of D.
+
+    Raises NotImplementedError unless F and D are multiples of WIDTH_MULTIPLE.
+    """
+    if expert_hidden % WIDTH_MULTIPLE or hidden % WIDTH_MULTIPLE:
+        raise NotImplementedError(
+            f"experts of F={expert_hidden} over D={hidden} channels: the GPU kernels need "
+            f"multiples of {WIDTH_MULTIPLE}; pad the experts with zeros"
+        )
+    columns = [c for c in (128, 64) if expert_hidden % c == 0]
+    down_columns = [c for c in (128, 64) if hidden % c == 0]
+    if tile_rows > GROUP_ROWS:
+        wide = 256 if hidden % 256 == 0 else down_columns[0]
+        return GemmConfig(
+            tile_rows=tile_rows,
+            tile_columns=columns[0],
+            stages=4,
+            down_columns=wide,
+            down_stages=3 if wide == 256 else 5,
+        )
+    # Few rows: the weights' bytes count, and that all multiprocessors have the same share of them.
+    idle = {c: _idle_share(slots * expert_hidden // c) for c in columns}
+    best = min(columns, key=lambda c: (round(idle[c], 1), -c))
+    return GemmConfig(tile_columns=best, stages=5 if best > 64 else 8, down_columns=down_columns[0])
+
+
+def _idle_share(units: int) -> float:
+    """Which part of the multiprocessors' time is idle in the last of the rounds over `units`."""
+    rounds = -(-units // SM_COUNT)
+    return 1 - units / (rounds * SM_COUNT)
