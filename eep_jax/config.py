@@ -4,6 +4,11 @@ import dataclasses
 
 COMBINE_MODES = ("per_choice", "per_rank")
 POLICIES = ("fail_closed", "degrade")
+PLATFORMS = ("cpu", "gpu")
+DTYPES = ("float32", "bfloat16")
+DISPATCH_DTYPES = ("", "float8_e4m3fn")
+SCALE_CHANNELS = 128  # channels of a float8 row that share one float32 scale
+DTYPE_OF_PLATFORM = {"cpu": "float32", "gpu": "bfloat16"}
 
 
 def _positive(config, *names: str) -> None:
@@ -108,13 +113,20 @@ class EngineConfig:
     combine: str = "per_choice"  # see COMBINE_MODES
     step_deadline_ms: int = 2_000  # how long a step waits for a peer
     waiting_max: int = 256  # requests a rank holds beyond its batch slots
+    dtype: str = "float32"  # of weights, KV cache, rows and bank, see DTYPES
+    dispatch_dtype: str = ""  # of rows on their way to experts, "" is dtype, see DISPATCH_DTYPES
 
     def __post_init__(self):
         _positive(
             self, "batch_slots", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
         )
-        if self.combine not in COMBINE_MODES:
-            raise ValueError(f"{self.combine=} must be one of {COMBINE_MODES}")
+        for name, allowed in (
+            ("combine", COMBINE_MODES),
+            ("dtype", DTYPES),
+            ("dispatch_dtype", DISPATCH_DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
         for name in ("batch_slots", "prefill_tokens"):
             if getattr(self, name) % self.row_tile:
                 raise ValueError(
@@ -141,10 +153,33 @@ class ServeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run: the model and its checkpoint, and every component's configuration.
+class DeviceConfig:
+    """How ranks share the memory of a GPU. Unused on CPU.
 
-    Raises ValueError where the parts do not fit each other.
+    JAX's allocators of all ranks on one GPU take `memory_fraction` of its memory together: dense
+    weights, KV cache, and what a step computes. The launcher gives each rank its share. The slabs
+    of the heap (window and experts) and about 0.6 GiB of CUDA context per rank come out of the
+    rest.
+
+    When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.batch_slots` or
+    `engine.context_tokens` (the KV cache grows with their product), or raise `memory_fraction`; if
+    the heap cannot be opened, lower `memory_fraction` or `cluster.slots_per_rank`, or put fewer
+    ranks on a GPU.
+    """
+
+    memory_fraction: float = 0.6
+
+    def __post_init__(self):
+        if not 0 < self.memory_fraction < 1:
+            raise ValueError(f"{self.memory_fraction=} must be between 0 and 1, without them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the model and its weights, and every component's configuration.
+
+    Serving needs either `checkpoint` or `random_weights`. Raises ValueError where the parts do not
+    fit each other.
     """
 
     name: str
@@ -152,13 +187,43 @@ class RunConfig:
     cluster: ClusterConfig
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
+    device: DeviceConfig = DeviceConfig()
+    platform: str = "cpu"  # what a rank computes on, see PLATFORMS
     checkpoint: str = ""  # directory written by launch.train_tiny
+    random_weights: int | None = None  # seed of weights drawn instead of read
 
     def __post_init__(self):
+        if self.random_weights is not None and self.random_weights < 0:
+            raise ValueError(f"{self.random_weights=} is a seed, must not be negative")
+        self._check_room()
+        self._check_dtypes()
+
+    def _check_room(self) -> None:
         slots = self.cluster.ranks * self.cluster.slots_per_rank
         if slots < self.model.experts * self.cluster.redundancy:
             raise ValueError(
                 f"{self.cluster.ranks} ranks x {self.cluster.slots_per_rank} slots = {slots} "
                 f"slots, but {self.model.experts} experts x redundancy {self.cluster.redundancy} "
                 f"need {self.model.experts * self.cluster.redundancy}; raise slots_per_rank"
+            )
+
+    def _check_dtypes(self) -> None:
+        engine = self.engine
+        if engine.dispatch_dtype and engine.dtype != "bfloat16":
+            raise ValueError(
+                f"{engine.dispatch_dtype=} narrows bfloat16 rows, but {engine.dtype=}; set "
+                "engine.dtype=bfloat16 or engine.dispatch_dtype="
+            )
+        if engine.dispatch_dtype and self.model.hidden % SCALE_CHANNELS:
+            raise ValueError(
+                f"{engine.dispatch_dtype=} has one scale per {SCALE_CHANNELS} channels, of which "
+                f"{self.model.hidden=} is no multiple; set engine.dispatch_dtype="
+            )
+        if self.platform not in PLATFORMS:
+            raise ValueError(f"{self.platform=} must be one of {PLATFORMS}")
+        needed = DTYPE_OF_PLATFORM[self.platform]
+        if engine.dtype != needed:
+            raise ValueError(
+                f"{self.platform=} computes in {needed}, not in {engine.dtype=}; set "
+                f"engine.dtype={needed}, or the platform of {engine.dtype}"
             )

@@ -5,12 +5,14 @@ import importlib
 import os
 import pathlib
 import sys
+import types
 import typing
 
 from absl import flags
 
-from eep_jax.config import RunConfig
+from eep_jax.config import DeviceConfig, RunConfig
 from eep_jax.errors import CheckpointError
+from launch.environments.local import parse_gpus, visible_gpus
 
 CONFIG = flags.DEFINE_string(
     "config", "tiny_cpu", "A file of configs/ without .py, such as tiny_cpu."
@@ -28,6 +30,17 @@ RUN_DIR = flags.DEFINE_string(
 HOST = flags.DEFINE_string("host", None, "Address the HTTP API listens on.")
 PORT = flags.DEFINE_integer("port", None, "Port of the HTTP API; 0 takes any free one.", 0, 65535)
 RANK = flags.DEFINE_integer("rank", None, "Which rank this process is.", 0)
+GPUS = flags.DEFINE_string(
+    "gpus",
+    None,
+    "GPUs the ranks go around, as CUDA_VISIBLE_DEVICES names them: 0,1. Default: those of that "
+    "variable, else all of this machine.",
+)
+DEVICE_MEMORY_FRACTION = flags.DEFINE_float(
+    "device_memory_fraction",
+    None,
+    "Part of a GPU's memory that JAX takes in all ranks on it; the heap needs the rest.",
+)
 PARENT_PID = flags.DEFINE_integer("parent_pid", 0, "End when this process, the parent, ends.", 0)
 
 TOKEN_VARIABLE = "EEP_TOKEN"
@@ -49,14 +62,38 @@ def run_config() -> RunConfig:
             config = dataclasses.replace(
                 config, serve=dataclasses.replace(config.serve, **{name: value})
             )
+    if DEVICE_MEMORY_FRACTION.value is not None:
+        try:
+            device = DeviceConfig(memory_fraction=DEVICE_MEMORY_FRACTION.value)
+        except ValueError as error:
+            raise UsageError(f"--device_memory_fraction: {error}") from error
+        config = dataclasses.replace(config, device=device)
     return config
 
 
 def forwarded() -> list[str]:
-    """Flags for another process of the same run."""
+    """Flags for another process of the same run. GPUs are looked for once, here."""
     arguments = [f"--config={CONFIG.value}", *(f"--override={text}" for text in OVERRIDE.value)]
-    arguments += [f"--host={HOST.value}"] if HOST.value is not None else []
-    return arguments + ([f"--port={PORT.value}"] if PORT.value is not None else [])
+    optional = (HOST, PORT, DEVICE_MEMORY_FRACTION)
+    arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
+    return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])
+
+
+def gpus() -> tuple[str, ...]:
+    """The GPUs that ranks go around. Raises UsageError where there is none."""
+    found = visible_gpus() if GPUS.value is None else parse_gpus(GPUS.value)
+    if not found:
+        raise UsageError(
+            "platform gpu, but no NVIDIA GPU was found by "
+            + (f"--gpus={GPUS.value!r}" if GPUS.value is not None else _where_gpus_come_from())
+            + "; name them with --gpus=0,1, or take a configuration of platform cpu"
+        )
+    return found
+
+
+def _where_gpus_come_from() -> str:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "nvidia-smi -L" if named is None else f"CUDA_VISIBLE_DEVICES={named!r}"
 
 
 def load_config(name: str) -> RunConfig:
@@ -99,6 +136,10 @@ def _replace(config, path: list[str], text: str):
 
 
 def _parse(name: str, kind: type, text: str):
+    if isinstance(kind, types.UnionType):  # `int | None`
+        if text in ("", "None"):
+            return None
+        (kind,) = set(typing.get_args(kind)) - {types.NoneType}
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name} is {text!r}, must be true or false")

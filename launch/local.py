@@ -23,7 +23,7 @@ RESPAWN_DELAY = absl_flags.DEFINE_integer(
 )
 DEMO = absl_flags.DEFINE_boolean("demo", False, "Run the demonstration, then end.")
 DEMO_OUT = absl_flags.DEFINE_string("demo_out", ".", "Directory for timeline.png of --demo.")
-START_DEADLINE_S = 180.0
+START_MARGIN_S = 60.0  # beyond what the first epoch waits for all ranks
 
 
 def main() -> int:
@@ -98,7 +98,8 @@ async def _wait_until_whole(cluster: LocalCluster, config) -> None:
             show(sum(r["mode"] in ("offered", "ready", "serving") for r in status["ranks"]))
             return is_whole(status)
 
-        await cluster.wait_for(whole, START_DEADLINE_S, "the start of all ranks")
+        deadline_s = config.cluster.formation_ms / 1000 + START_MARGIN_S
+        await cluster.wait_for(whole, deadline_s, "the start of all ranks")
 
 
 def _print_how_to_use(cluster: LocalCluster, config) -> None:

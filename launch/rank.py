@@ -5,15 +5,19 @@ python -m launch.rank --config=tiny_cpu --run_dir=DIR --rank=2     # DIR as give
 
 import logging
 import os
+import pathlib
 import signal
 import sys
 import time
 
 from absl import app
 
+from eep_jax.config import RunConfig
 from launch import flags
-from launch.environments.local import cpu_rank_environment
+from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
+
+COMPILE_CACHE = "compile_cache"  # in the run directory; a rank that returns finds its executables
 
 _log = logging.getLogger("launch.rank")
 
@@ -24,7 +28,7 @@ def main() -> int:
         raise flags.UsageError(f"--rank={rank} must be in 0..{config.cluster.ranks - 1}")
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging(f"rank{rank}")
-    os.environ.update(cpu_rank_environment())
+    os.environ.update(_environment(config, rank, run_dir))
 
     from eep_jax.runtime.link import Link, LinkOptions
     from eep_jax.runtime.supervisor_files import ENDPOINT
@@ -50,6 +54,30 @@ def main() -> int:
     os._exit(status)
 
 
+def _environment(config: RunConfig, rank: int, run_dir: pathlib.Path) -> dict[str, str]:
+    if config.platform == "cpu":
+        return cpu_rank_environment()
+    fraction = config.device.memory_fraction
+    share = gpu_share(rank, config.cluster.ranks, flags.gpus(), fraction)
+    return gpu_rank_environment(share, run_dir / COMPILE_CACHE)
+
+
+def require_backend(platform: str) -> None:
+    """Raises UsageError where JAX does not compute on what the configuration says."""
+    import jax
+
+    try:
+        found = repr(jax.default_backend())
+    except RuntimeError as error:
+        found = f"nothing: {error}"
+    if found != repr(platform):
+        raise flags.UsageError(
+            f"the configuration is for platform {platform!r}, JAX computes on {found}. For an "
+            "NVIDIA GPU install the extra cuda13 (driver 580 or newer) or cuda12: "
+            "pip install '.[cuda13]'"
+        )
+
+
 def build_agent(config, rank: int, link):
     """Loads JAX and the weights, opens the heap, and puts the parts of a rank together."""
     started = time.monotonic()
@@ -58,17 +86,16 @@ def build_agent(config, rank: int, link):
     # Small steps: handing them to another thread costs more than it hides.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     from eep_jax.engine.engine import Engine
-    from eep_jax.heap.posix_shm import PosixShmHeap
+    from eep_jax.heap.open import open_heap
     from eep_jax.models.expert_bank import slab_layout
-    from eep_jax.relocation.checkpoint import Checkpoint
     from eep_jax.relocation.executor import Executor
+    from eep_jax.relocation.random_checkpoint import open_checkpoint
     from eep_jax.runtime.agent import Agent
 
-    cluster = config.cluster
-    checkpoint = Checkpoint(config.checkpoint)
-    checkpoint.require_model(config.model)
+    require_backend(config.platform)
+    cluster, checkpoint = config.cluster, open_checkpoint(config)
     layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
-    heap = PosixShmHeap(rank, cluster.ranks, layout.slab_bytes)
+    heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend())
     engine = Engine(config, rank, heap, layout, checkpoint.read_dense())
     executor = Executor(engine.bank, checkpoint, beat=link.beat)
     _log.info("loaded after %.1f s", time.monotonic() - started)

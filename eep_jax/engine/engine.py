@@ -14,8 +14,8 @@ from eep_jax.config import RunConfig
 from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.request import Progress, Request
 from eep_jax.engine.scheduler import Scheduler
-from eep_jax.engine.step import StepKind, empty_batch, make_step
-from eep_jax.heap.arrays import heap_array, import_host
+from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch, make_step
+from eep_jax.heap.arrays import device_array, heap_array
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.kv_cache import empty_cache
@@ -57,7 +57,7 @@ class Engine:
         self.config, self.rank, self.heap = config, rank, heap
         self.compilations = CompileCounter()
         self.bank = ExpertBank(layout, heap)
-        self.lockstep = Lockstep(layout.window, heap.whole(), rank)
+        self.lockstep = Lockstep(layout.window, heap)
         self.scheduler = Scheduler(config)
         self.steps = self.discarded = 0
         spread = ExpertSpread(
@@ -67,9 +67,11 @@ class Engine:
             tile_rows=config.engine.row_tile,
         )
         self._step, names = make_step(config, spread)
-        self._dense = [jnp.asarray(dense[name].astype(np.float32)) for name in names]
-        self._bank_array = import_host(self.bank.weights)
+        dtype = jnp.dtype(config.engine.dtype)
+        self._dense = [jnp.asarray(dense[name].astype(dtype)) for name in names]
+        self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_array(heap)
+        self._abort_address = np.array(divmod(heap.control_address(), 1 << 32)[::-1], np.uint32)
         self._cache = empty_cache(config.model, config.engine)
         cluster = config.cluster
         self._tables = solo_tables(
@@ -84,7 +86,7 @@ class Engine:
         """Compiles all executables and runs each once, alone: no peer is waited for or written."""
         for kind in (StepKind.DECODE, StepKind.MIXED):
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
-            jitted = jax.jit(self._step, donate_argnames="cache")
+            jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = jitted.lower(*arguments).compile()
         for kind in self._executables:
             self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
@@ -161,5 +163,6 @@ class Engine:
             deadline_ms=np.uint32(self.config.engine.step_deadline_ms),
             wish=np.uint32(wish),
             suspicion=np.zeros(self.config.cluster.ranks, np.int32),
+            abort_address=self._abort_address,
         )
         return self._dense, self._bank_array, self._cache, self._heap_array, tables, batch, call

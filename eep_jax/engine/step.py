@@ -16,11 +16,16 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from eep_jax.config import RunConfig
 from eep_jax.engine.sampler import sample
 from eep_jax.models.attention import attend_cached
+from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread, elastic_experts
 from eep_jax.models.weights import decoder_graph, merge_decoder
 from eep_jax.tables import Tables
 from pallas_kernels.call import Call
+
+# Every bfloat16 is rounded where the step says so. XLA would skip roundings inside what it fuses,
+# which is not the same in a prefill and in a decode step, and so would not be their bits.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class StepKind(enum.IntEnum):
@@ -66,7 +71,7 @@ def make_step(config: RunConfig, spread: ExpertSpread):
 
     Everything that can change while serving is an argument; nothing of the cluster is closed over.
     """
-    graph, names = decoder_graph(config.model)
+    graph, names = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
     tile = config.engine.row_tile
 
     def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:
@@ -78,17 +83,26 @@ def make_step(config: RunConfig, spread: ExpertSpread):
             q, k, v = by_tile(layer.before_attention, tile, x, visible)
             cache = cache.write(index, batch.slots, batch.positions, k, v)
 
-            def attend(x, q, slots, positions, layer=layer, index=index, cache=cache):
-                keys, values = cache.keys[index][slots], cache.values[index][slots]
+            keys, values = cache.keys[index], cache.values[index]
+
+            def attend(x, q, keys, values, positions, layer=layer):
                 return layer.after_attention(x, attend_cached(q, keys, values, positions))
 
-            x, normed, ids, weights = by_tile(attend, tile, x, q, batch.slots, visible)
+            def attend_slots(x, q, slots, positions, attend=attend, keys=keys, values=values):
+                return attend(x, q, keys[slots], values[slots], positions)
+
+            # Row i of a decode step belongs to slot i (`Scheduler.plan`), so nothing is gathered.
+            if len(batch.tokens) == config.engine.batch_slots:
+                parts = by_tile(attend, tile, x, q, keys, values, visible)
+            else:
+                parts = by_tile(attend_slots, tile, x, q, batch.slots, visible)
+            x, normed, ids, weights = parts
             # An empty row goes to no expert.
             ids_or_none = jnp.where(batch.positions[:, None] >= 0, ids, -1)
             y, lost, call = elastic_experts(
                 spread, index, normed, ids_or_none, weights, bank, heap, tables, call
             )
-            x, dropped = x + y, dropped + lost
+            x, dropped = add(x, y), dropped + lost
         logits = by_tile(decoder.logits, tile, x[batch.last_rows])
         tokens = sample(
             logits,

@@ -38,7 +38,7 @@ class KVCache:
 
 
 def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
-    """Zeros for B sequences of P positions."""
+    """Zeros for B sequences of P positions, in the engine's dtype."""
     shape = (engine.batch_slots, model.kv_heads, engine.context_tokens, model.head_dim)
-    zeros = lambda: tuple(jnp.zeros(shape, jnp.float32) for _ in range(model.layers))
+    zeros = lambda: tuple(jnp.zeros(shape, engine.dtype) for _ in range(model.layers))
     return KVCache(zeros(), zeros())

@@ -27,23 +27,28 @@ def split_model(model: DenseModel, config: ModelConfig) -> tuple[dict, dict]:
     return dense, {expert_name(e): stacked[e] for e in range(config.experts)}
 
 
-def build_dense_model(config: ModelConfig, dense: dict, experts: dict) -> DenseModel:
-    """The inverse of `split_model`; for the reference and for evaluation."""
-    model = nnx.eval_shape(lambda: DenseModel(config, rngs=nnx.Rngs(0)))
+def build_dense_model(
+    config: ModelConfig, dense: dict, experts: dict, dtype=jnp.float32
+) -> DenseModel:
+    """The inverse of `split_model`, computing in `dtype`; for the reference and for evaluation."""
+    model = nnx.eval_shape(lambda: DenseModel(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     stacked = np.stack([experts[expert_name(e)] for e in range(config.experts)])
 
     def fill(path, leaf):
         name = _path_name(path)
         values = stacked if name == "experts/weights" else dense[name.removeprefix("decoder/")]
-        return jnp.asarray(values, leaf.dtype).reshape(leaf.shape)
+        return jnp.asarray(values, dtype).reshape(leaf.shape)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 
 
-def decoder_graph(config: ModelConfig):
-    """Returns (graphdef, names): `merge_decoder` with weights in that order rebuilds it."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+def decoder_graph(config: ModelConfig, dtype=jnp.float32):
+    """Returns (graphdef, names): `merge_decoder` with weights in that order rebuilds it.
+
+    The weights must be of `dtype`, which the decoder computes in.
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     flat, tree = jax.tree_util.tree_flatten_with_path(state)
     return (graph, tree), [_path_name(path) for path, _ in flat]

@@ -1,6 +1,8 @@
 """Promises of configurations: one that is inconsistent cannot be made, and says both numbers."""
 
 import dataclasses
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -8,9 +10,11 @@ import jax
 import pytest
 from flax import nnx
 
+import configs
 from configs import tiny_cpu
-from eep_jax.config import ClusterConfig, EngineConfig, RunConfig
+from eep_jax.config import SCALE_CHANNELS, ClusterConfig, DeviceConfig, EngineConfig, RunConfig
 from eep_jax.models.decoder import DenseModel
+from pallas_kernels import window
 from tests.support.models import a_model, a_run
 
 
@@ -49,6 +53,8 @@ def test_a_cluster_that_cannot_work_is_refused(changes, said):
         ({"combine": "sum"}, "combine='sum' must be one of"),
         ({"batch_slots": 12}, "batch_slots=12 must be a multiple of self.row_tile=8"),
         ({"prefill_tokens": 20}, "prefill_tokens=20 must be a multiple of self.row_tile=8"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of"),
+        ({"dispatch_dtype": "int8"}, "dispatch_dtype='int8' must be one of"),
     ],
 )
 def test_an_engine_of_shapes_that_do_not_tile_is_refused(changes, said):
@@ -59,6 +65,74 @@ def test_an_engine_of_shapes_that_do_not_tile_is_refused(changes, said):
 def test_a_run_without_room_for_its_experts_says_what_to_raise():
     with pytest.raises(ValueError, match=r"2 ranks x 3 slots = 6 .* need 8; raise slots_per_rank"):
         RunConfig(name="r", model=a_model(), cluster=ClusterConfig(ranks=2, slots_per_rank=3))
+
+
+def a_gpu_run(hidden: int = 256, **engine) -> RunConfig:
+    values = {"platform": "gpu", "engine": EngineConfig(**{"dtype": "bfloat16"} | engine)}
+    return dataclasses.replace(a_run(model=a_model(hidden=hidden)), **values)
+
+
+def test_a_platform_computes_in_its_own_dtype():
+    assert a_gpu_run().platform == "gpu" and a_run().platform == "cpu"
+    with pytest.raises(ValueError, match=r"platform='gpu' computes in bfloat16, not in .*float32"):
+        a_gpu_run(dtype="float32")
+    with pytest.raises(ValueError, match=r"platform='cpu' computes in float32, not in .*bfloat16"):
+        a_run(dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"platform='tpu' must be one of"):
+        dataclasses.replace(a_run(), platform="tpu")
+
+
+def test_rows_are_narrowed_from_bfloat16_by_whole_groups_of_channels():
+    assert SCALE_CHANNELS == window.SCALE_CHANNELS
+    narrow = {"dispatch_dtype": "float8_e4m3fn"}
+    assert a_gpu_run(**narrow).engine.dispatch_dtype == "float8_e4m3fn"
+    with pytest.raises(ValueError, match=r"hidden=192 is no multiple; set engine.dispatch_dtype="):
+        a_gpu_run(hidden=192, **narrow)
+    with pytest.raises(ValueError, match=r"narrows bfloat16 rows, but engine.dtype='float32'"):
+        a_run(model=a_model(hidden=128), **narrow)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
+def test_jax_takes_a_part_of_the_memory_of_a_gpu(fraction):
+    assert DeviceConfig().memory_fraction == 0.6
+    with pytest.raises(ValueError, match=r"memory_fraction=.* must be between 0 and 1"):
+        DeviceConfig(memory_fraction=fraction)
+
+
+def test_a_seed_of_weights_is_not_negative():
+    with pytest.raises(ValueError, match="random_weights=-1 is a seed"):
+        dataclasses.replace(a_run(), random_weights=-1)
+
+
+def configurations() -> dict[str, RunConfig]:
+    """All there are, by name."""
+    modules = [m.name for m in pkgutil.iter_modules(configs.__path__)]
+    return {name: importlib.import_module(f"configs.{name}").get_config() for name in modules}
+
+
+@pytest.mark.parametrize("name", sorted(configurations()))
+def test_every_configuration_names_itself_and_its_weights(name):
+    config = configurations()[name]
+    assert config.name == name
+    assert bool(config.checkpoint) != (config.random_weights is not None)
+    # An engine that waits for a peer until the deadline, and then once more, is not stuck.
+    assert config.cluster.stall_ms > 2 * config.engine.step_deadline_ms
+    if config.platform == "gpu":
+        assert config.engine.row_tile == config.engine.batch_slots
+
+
+def test_the_small_moe_fits_one_h100_four_times():
+    config = configurations()["small_moe_h100x1"]
+    model, engine, cluster = config.model, config.engine, config.cluster
+    width, gib = 2, 2**30
+    bank = cluster.slots_per_rank * model.expert_elements * width
+    dense = (model.parameters - model.experts * model.expert_elements) * width
+    positions = engine.batch_slots * engine.context_tokens
+    cache = 2 * model.layers * positions * model.kv_heads * model.head_dim * width
+    assert (bank / gib, cache / gib) == (4.5, 2.0) and round(dense / gib, 2) == 0.57
+    jax_share = 79.6 * config.device.memory_fraction / cluster.ranks
+    assert (dense + cache) / gib < jax_share / 2
+    assert cluster.ranks * (jax_share + 2 * (bank / gib + 0.1) + 0.6) < 78
 
 
 def test_the_widest_step_has_all_decode_and_all_prefill_rows():
@@ -79,5 +153,7 @@ def test_the_number_of_parameters_is_that_of_the_model():
 
 
 def test_configurations_load_without_jax():
-    check = "import sys, configs.tiny_cpu as c; c.get_config(); sys.exit('jax' in sys.modules)"
+    names = ", ".join(f"configs.{name} as {name}" for name in configurations())
+    made = "; ".join(f"{name}.get_config()" for name in configurations())
+    check = f"import sys, {names}; {made}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=30).returncode == 0

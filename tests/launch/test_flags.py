@@ -40,12 +40,19 @@ class TestOverride:
             ("name=mine", lambda c: c.name, "mine"),
             ("checkpoint=/a=b", lambda c: c.checkpoint, "/a=b"),
             ("checkpoint=", lambda c: c.checkpoint, ""),
+            ("random_weights=7", lambda c: c.random_weights, 7),
+            ("device.memory_fraction=0.25", lambda c: c.device.memory_fraction, 0.25),
         ],
     )
     def test_one_value_is_replaced_and_has_its_type(self, text, read, value):
         found = flags.override(CONFIG, text)
         assert read(found) == value and type(read(found)) is type(value)
         assert read(CONFIG) != value or text == "model.norm_topk_prob=true"
+
+    @pytest.mark.parametrize("text", ["random_weights=", "random_weights=None"])
+    def test_a_value_that_may_be_none_is_taken_back(self, text):
+        seeded = dataclasses.replace(CONFIG, random_weights=7)
+        assert flags.override(seeded, text) == CONFIG
 
     @pytest.mark.parametrize(
         ("text", "says"),
@@ -68,6 +75,10 @@ class TestOverride:
             ("cluster.ranks=1", "redundancy"),
             ("cluster.ranks=2", "raise slots_per_rank"),
             ("engine.row_tile=7", "multiple"),
+            ("random_weights=some", "of type int"),
+            ("device.memory_fraction=1", "between 0 and 1"),
+            ("platform=gpu", "set engine.dtype=bfloat16"),
+            ("engine.dispatch_dtype=float8_e4m3fn", "set engine.dtype=bfloat16"),
         ],
     )
     def test_what_cannot_be_used_is_named_with_the_way_out(self, text, says):
@@ -93,7 +104,7 @@ class TestRunConfig:
     @pytest.mark.parametrize("name", ["huge", "", "tiny_cpu.py", "../launch/flags", "__init__"])
     def test_an_unknown_configuration_names_those_there_are(self, parse, name):
         parse(f"--config={name}")
-        with pytest.raises(flags.UsageError, match=r"not one of \['tiny_cpu'"):
+        with pytest.raises(flags.UsageError, match=r"not one of \[.*'tiny_cpu'"):
             flags.run_config()
 
     def test_another_process_is_given_the_same_configuration(self, parse):
@@ -104,10 +115,45 @@ class TestRunConfig:
         parse(*words)
         assert flags.run_config() == config
 
+    def test_the_part_of_gpu_memory_may_be_a_flag(self, parse):
+        parse("--device_memory_fraction=0.3")
+        assert flags.run_config().device.memory_fraction == 0.3
+        assert "--device_memory_fraction=0.3" in flags.forwarded()
+        parse("--device_memory_fraction=1.5")
+        with pytest.raises(flags.UsageError, match=r"--device_memory_fraction: .*=1.5 must be"):
+            flags.run_config()
+
     @pytest.mark.parametrize("words", [["--port=70000"], ["--port=x"], ["--rank=-1"], ["--what=1"]])
     def test_absl_refuses_what_is_out_of_range(self, parse, words):
         with pytest.raises(absl_flags.Error):
             parse(*words)
+
+
+class TestGpus:
+    @pytest.fixture(autouse=True)
+    def two_gpus(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+
+    def test_other_processes_are_told_which_there_are(self, parse):
+        parse("--config=tiny_gpu")
+        assert "--gpus=4,6" in flags.forwarded()
+        parse("--config=tiny_gpu", "--gpus=6")
+        assert "--gpus=6" in flags.forwarded()
+
+    def test_a_run_on_cpu_asks_for_none(self, parse, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        parse("--config=tiny_cpu")
+        assert not [word for word in flags.forwarded() if "gpus" in word]
+
+    @pytest.mark.parametrize("words", [[], ["--gpus="], ["--gpus=-1"]])
+    def test_without_one_the_error_says_where_it_looked_and_what_to_do(
+        self, parse, monkeypatch, words
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        parse("--config=tiny_gpu", *words)
+        with pytest.raises(flags.UsageError, match=r"--gpus=0,1.*platform cpu") as caught:
+            flags.forwarded()
+        assert (words or ["CUDA_VISIBLE_DEVICES='-1'"])[0].partition("=")[0] in str(caught.value)
 
 
 class TestToken:

@@ -11,11 +11,12 @@ import pytest
 from configs import tiny_cpu
 from eep_jax.config import ClusterConfig
 from eep_jax.engine.engine import Engine
-from eep_jax.engine.step import StepKind
+from eep_jax.engine.step import StepKind, empty_batch
 from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import build_dense_model, expert_name
 from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.random_checkpoint import open_checkpoint
 from eep_jax.tables import solo_tables
 from tests.support.engines import Book, a_request
 from tests.support.models import a_run, some_weights
@@ -119,6 +120,28 @@ def test_greedy_tokens_are_those_of_the_dense_model():
         tokens.append(int(jnp.argmax(logits(padded)[0, len(tokens) - 1])))
     book, _ = serve(engine, a_request("oracle", prompt, max_tokens=40))
     assert book.tokens["oracle"] == tuple(tokens[len(prompt) :])
+
+
+def test_drawn_weights_serve_like_read_ones():
+    config = dataclasses.replace(a_run(), random_weights=11)
+    checkpoint = open_checkpoint(config)
+    named = checkpoint.read_experts(list(range(config.model.experts)))
+    widened = {expert: weights.astype(np.float32) for expert, weights in named.items()}
+    engine, prompt = an_engine(config, checkpoint.read_dense(), widened), (3, 1, 4, 1, 5)
+    book, _ = serve(engine, a_request("drawn", prompt, max_tokens=20))
+    named = {expert_name(e): weights for e, weights in widened.items()}
+    oracle = build_dense_model(config.model, checkpoint.read_dense(), named)
+    whole = (*prompt, *book.tokens["drawn"])
+    greedy = jnp.argmax(oracle(jnp.array([whole], jnp.int32))[0][0], axis=-1)
+    assert tuple(greedy[len(prompt) - 1 : -1].tolist()) == book.tokens["drawn"]
+
+
+def test_kernels_are_told_where_the_abort_word_is():
+    engine = small()
+    *_, call = engine._arguments(empty_batch(engine.config, StepKind.DECODE), StepKind.IDLE)
+    low, high = call.abort_address.tolist()
+    assert high << 32 | low == engine.heap.control_address()
+    assert call.abort_address.dtype == np.uint32
 
 
 def some_prompt(engine: Engine, length: int, seed: int = 0) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from eep_jax.config import EngineConfig
 from eep_jax.heap.loopback import LoopbackHeap, open_all
 from eep_jax.models.attention import attend_cached, attend_causal, rope
+from eep_jax.models.decoder import add
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.router import route
@@ -19,7 +22,7 @@ from eep_jax.models.weights import (
     split_model,
 )
 from eep_jax.placement.placement import EMPTY
-from tests.support.models import a_model, a_run, some_weights
+from tests.support.models import a_model, a_run, rounded_weights, some_weights
 
 
 def test_weights_are_the_best_probabilities_divided_by_their_sum():
@@ -107,9 +110,10 @@ def test_names_of_experts_sort_like_experts():
 
 
 class TestExpertBank:
-    def banks(self, ranks=2):
+    def banks(self, ranks=2, **dtypes):
         config = a_run(ranks)
-        layout = slab_layout(config.model, config.engine, ranks, config.cluster.slots_per_rank)
+        slots = config.cluster.slots_per_rank
+        layout = slab_layout(config.model, config.engine, ranks, slots, **dtypes)
         return [ExpertBank(layout, heap) for heap in open_all(ranks, layout.slab_bytes)]
 
     def test_a_slot_names_its_expert_once_it_is_written(self):
@@ -131,8 +135,37 @@ class TestExpertBank:
         bank, peer = self.banks()
         experts = some_weights(a_model())[1]
         bank.write(3, 6, experts[6])
-        np.testing.assert_array_equal(peer.of_peer(0)[3], experts[6])
+        np.testing.assert_array_equal(peer.read_peer(0, 3), experts[6])
         assert bank.expert_bytes == experts[6].nbytes
+
+    def test_a_bank_of_bfloat16_holds_experts_as_a_checkpoint_stores_them(self):
+        bank, peer = self.banks(row_dtype="bfloat16", bank_dtype="bfloat16")
+        experts = some_weights(a_model())[1]
+        stored = experts.astype(ml_dtypes.bfloat16)
+        bank.write(3, 6, stored[6])
+        bank.write(4, 2, experts[2])
+        for slot, expert in ((3, 6), (4, 2)):
+            assert bank.read(slot).dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(bank.read(slot), stored[expert])
+            np.testing.assert_array_equal(peer.read_peer(0, slot), stored[expert])
+        assert bank.expert_bytes == stored[6].nbytes == experts[6].nbytes // 2
+
+    def test_what_was_read_is_not_changed_by_the_next_write(self):
+        bank, _ = self.banks()
+        experts = some_weights(a_model())[1]
+        bank.write(0, 1, experts[1])
+        found = bank.read(0)
+        bank.write(0, 2, experts[2])
+        np.testing.assert_array_equal(found, experts[1])
+
+    @pytest.mark.parametrize("slot", [-1, 8])
+    def test_a_slot_that_is_none_is_refused(self, slot):
+        bank, _ = self.banks()
+        with pytest.raises(ValueError, match=f"slot {slot} is not in 0..7"):
+            bank.read(slot)
+        with pytest.raises(ValueError, match=f"slot {slot} is not in 0..7"):
+            bank.write(slot, 1, some_weights(a_model())[1][1])
+        assert set(bank.contents) == {EMPTY}
 
     def test_the_bank_lies_behind_the_window_on_its_own_pages(self):
         layout = self.banks()[0].layout
@@ -148,6 +181,60 @@ class TestExpertBank:
         bank.write(0, 1, some_weights(a_model())[1][1])
         region = heap.whole()[0, layout.bank.offset :][: bank.expert_bytes]
         assert region.tobytes() == some_weights(a_model())[1][1].tobytes()
+
+
+class TestBfloat16:
+    """Weights and activations in half the bytes; what sums or rotates stays float32."""
+
+    def models(self):
+        model = a_model(hidden=64, head_dim=16)
+        dense, experts = rounded_weights(model)
+        named = {expert_name(e): experts[e] for e in range(model.experts)}
+        build = lambda dtype: build_dense_model(model, dense, named, dtype)
+        return model, build(jnp.float32), build(jnp.bfloat16)
+
+    def test_logits_are_those_of_float32_but_for_rounding(self):
+        model, wide, narrow = self.models()
+        random = np.random.default_rng(0)
+        tokens = jnp.asarray(random.integers(0, model.vocab_size, (4, 24)), jnp.int32)
+        (wanted, wide_routes), (found, routes) = wide(tokens), narrow(tokens)
+        assert wanted.dtype == found.dtype == jnp.float32
+        # Where two experts are nearly as good the other one may be chosen, which is no rounding,
+        # and later tokens attend to the outcome.
+        pairs = zip(wide_routes, routes, strict=True)
+        same = np.all([jnp.all(a == b, axis=-1) for (a, _), (b, _) in pairs], axis=0)
+        clean = np.logical_and.accumulate(same, axis=1)
+        assert clean.mean() > 0.3
+        error = np.linalg.norm(found - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+        # Eight bits of mantissa, rounded some twenty times on the way.
+        assert np.median(error) < 0.02 and error[clean].max() < 0.04
+
+    def test_every_activation_has_the_dtype_and_every_score_is_float32(self):
+        model, _, narrow = self.models()
+        layer, x = narrow.decoder.layers[0], narrow.decoder.embed(jnp.arange(4))
+        q, k, v = layer.before_attention(x, jnp.arange(4))
+        cache = jnp.zeros((4, model.kv_heads, 10, model.head_dim), jnp.bfloat16)
+        context = attend_cached(q, cache, cache, jnp.arange(4))
+        after, normed, _, weights = layer.after_attention(x, context)
+        assert {a.dtype for a in (x, q, k, v, context, after, normed)} == {jnp.dtype("bfloat16")}
+        assert {weights.dtype, layer.router(normed).dtype} == {jnp.dtype("float32")}
+        assert narrow.decoder.logits(x).dtype == jnp.float32
+
+    def test_a_sum_of_experts_is_rounded_once(self):
+        x, y = jnp.ones(3, jnp.bfloat16), jnp.full(3, 2**-8, jnp.float32)
+        assert add(x, 3 * y / 2).dtype == jnp.bfloat16
+        np.testing.assert_array_equal(add(x, 3 * y / 2), jnp.full(3, 1 + 2**-7, jnp.bfloat16))
+
+    def test_the_cache_is_of_the_engines_dtype(self):
+        cache = empty_cache(a_model(), EngineConfig(dtype="bfloat16"))
+        assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
+
+    def test_far_positions_keep_their_angle(self):
+        x = jnp.ones((1, 1, 8), jnp.bfloat16)
+        near, far = (rope(x, jnp.array([p]), 10_000.0) for p in (4000, 4001))
+        wanted = rope(x.astype(jnp.float32), jnp.array([4001]), 10_000.0)
+        np.testing.assert_allclose(far.astype(jnp.float32), wanted, atol=2**-8)
+        assert (near != far).any()
 
 
 def test_jax_computes_on_the_cpu_here():

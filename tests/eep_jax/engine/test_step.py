@@ -1,0 +1,143 @@
+"""Promises of the step in the dtype of a GPU, with all experts in one process, computed on CPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eep_jax.config import RunConfig
+from eep_jax.engine import step as step_module
+from eep_jax.engine.scheduler import Scheduler
+from eep_jax.engine.step import StepKind, empty_batch, make_step
+from eep_jax.models.expert_bank import slab_layout
+from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.moe_block import ExpertSpread, dense_experts
+from eep_jax.tables import solo_tables
+from pallas_kernels.call import Call
+from pallas_kernels.signals import first_round
+from tests.support.engines import a_request
+from tests.support.models import a_run, rounded_weights
+
+PROMPT = (3, 1, 4, 1, 5, 9)
+
+
+def experts_here(spread, layer, x, ids, weights, bank, heap, tables, call):
+    """`elastic_experts` over a bank that holds every expert in the slot of its number."""
+    share = jnp.where(ids >= 0, weights, 0)
+    experts = lambda *tile: dense_experts(bank, layer, *tile)
+    y = step_module.by_tile(experts, spread.tile_rows, x, jnp.maximum(ids, 0), share)
+    return y.astype(jnp.float32), jnp.zeros(len(x), jnp.int32), call.next()
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(step_module, "elastic_experts", experts_here)
+
+
+def narrow() -> RunConfig:
+    config = a_run()
+    engine = dataclasses.replace(config.engine, dtype="bfloat16")
+    return dataclasses.replace(config, platform="gpu", engine=engine)
+
+
+def step_of(config: RunConfig):
+    """The step and the names of its dense weights."""
+    cluster = config.cluster
+    layout = slab_layout(config.model, config.engine, 1, cluster.slots_per_rank).window
+    tile, slots = config.engine.row_tile, cluster.slots_per_rank
+    spread = ExpertSpread(layout=layout, rank=0, slots_per_rank=slots, tile_rows=tile)
+    return make_step(config, spread)
+
+
+def arguments(config: RunConfig, batch):
+    dense, experts = rounded_weights(config.model)
+    dtype, (_, names) = jnp.dtype(config.engine.dtype), step_of(config)
+    call = Call(
+        active=np.ones(1, np.int32),
+        epoch=np.uint32(1),
+        round=np.uint32(first_round(1)),
+        deadline_ms=np.uint32(0),
+        wish=np.uint32(0),
+        suspicion=np.zeros(1, np.int32),
+    )
+    weights = [jnp.asarray(dense[name], dtype) for name in names]
+    cache = empty_cache(config.model, config.engine)
+    tables = solo_tables(1, config.model.experts, config.cluster.slots_per_rank, 0)
+    return [
+        weights,
+        jnp.asarray(experts, dtype),
+        cache,
+        jnp.zeros((1, 1), jnp.uint8),
+        tables,
+        batch,
+        call,
+    ]
+
+
+def serve(config: RunConfig, prompt, count: int):
+    """Returns the tokens that follow and the cache, `[P C]` by layer, keys then values."""
+    scheduler = Scheduler(config)
+    step = jax.jit(step_of(config)[0], compiler_options=step_module.COMPILER_OPTIONS)
+    scheduler.add(a_request("it", prompt, max_tokens=count))
+    values, tokens = arguments(config, None), []
+    while (kind := scheduler.wish()) is not StepKind.IDLE:
+        plan = scheduler.plan(kind)
+        values[-2] = plan.batch
+        result = step(*values)
+        values[2] = result.cache
+        sampled, dropped = np.asarray(result.tokens), np.asarray(result.dropped)
+        for part in scheduler.commit(plan, sampled, dropped):
+            tokens = list(part.tokens) if part.finish else tokens
+    rows = len(prompt) + count - 1
+    return tuple(tokens), [np.asarray(leaf)[0, 0, :rows] for leaf in jax.tree.leaves(values[2])]
+
+
+def test_the_cache_holds_what_float32_would_but_for_rounding():
+    model = a_run().model
+    tokens, found = serve(narrow(), PROMPT, 1)
+    wanted_tokens, wanted = serve(a_run(), PROMPT, 1)
+    assert len(tokens) == len(wanted_tokens) == 1
+    for layer in range(model.layers):
+        for part in (layer, model.layers + layer):
+            assert found[part].dtype == jnp.bfloat16
+            error = np.linalg.norm(np.float32(found[part]) - wanted[part])
+            assert error < 0.02 * np.linalg.norm(wanted[part])
+
+
+def test_rows_from_prefill_and_from_decode_have_the_same_bits():
+    """A prefill step gathers the caches of its rows, a decode step reads them where they are.
+
+    Without COMPILER_OPTIONS they differ in the last bits.
+    """
+    config = narrow()
+    tokens, decoded = serve(config, PROMPT[:1], 12)
+    _, prefilled = serve(config, PROMPT[:1] + tokens[:-1], 1)
+    for one, other in zip(prefilled, decoded, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint16), other.view(np.uint16))
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_a_step_gives_back_a_cache_of_the_dtype_it_took(kind):
+    """Else it could not be donated."""
+    config = narrow()
+    values = arguments(config, empty_batch(config, kind))
+    result = jax.eval_shape(step_of(config)[0], *values)
+    kept = lambda cache: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache)
+    assert kept(result.cache) == kept(values[2])
+    assert result.tokens.dtype == jnp.int32 and result.round.dtype == jnp.uint32
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_matrix_products_take_bfloat16_and_no_loop_is_in_a_decode_step(kind):
+    config = narrow()
+    values = arguments(config, empty_batch(config, kind))
+    traced = jax.jit(step_of(config)[0]).trace(*values)
+    products = [line for line in str(traced.jaxpr).splitlines() if "dot_general" in line]
+    assert products
+    assert "scan[" in str(traced.jaxpr) or kind is StepKind.DECODE
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("stablehlo.while" in text) == (kind is StepKind.MIXED)
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) >= 8 and all("xbf16>, tensor<" in line for line in dots), dots
