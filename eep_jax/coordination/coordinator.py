@@ -29,6 +29,7 @@ from eep_jax.coordination.state import (
     CoordinatorState,
     Disconnected,
     Ended,
+    Ending,
     Kill,
     Note,
     RankRecord,
@@ -146,6 +147,10 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
             if incarnation != record.incarnation or record.channel_lost_ms is not None:
                 return state, ()
             return _with(state, rank, channel_lost_ms=now_ms), ()
+        case Ending(rank=rank, incarnation=incarnation):
+            if incarnation != state.records[rank].incarnation:
+                return state, ()
+            return _with(state, rank, ending=True), ()
         case Ended(rank=rank, incarnation=incarnation):
             if incarnation != state.records[rank].incarnation:
                 return state, ()
@@ -271,6 +276,7 @@ def _verdict(state: CoordinatorState, rank: int, now_ms: int):
     signs = Signs(
         rank=rank,
         ended=record.ended,
+        ending=record.ending,
         heard_ms=record.heard_ms,
         channel_lost_ms=record.channel_lost_ms,
         # A rank that is alone compiles, which may take long and disturbs nobody.

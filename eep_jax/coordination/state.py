@@ -33,6 +33,7 @@ class RankRecord:
     fenced: int = 0  # incarnations up to this one are never listened to again
     fenced_ms: int = 0
     ended: bool = True
+    ending: bool = False
     killed: bool = False
     heard_ms: int = 0
     channel_lost_ms: int | None = None
@@ -88,6 +89,14 @@ class Arrived:
 @dataclasses.dataclass(frozen=True)
 class Disconnected:
     """The control channel of this process broke."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """This process runs no more code of its own. Its memory may be there for a while: see Ended."""
 
     rank: int
     incarnation: int

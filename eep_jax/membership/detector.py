@@ -28,6 +28,7 @@ class Signs:
 
     rank: int
     ended: bool = False  # its process is known to have ended
+    ending: bool = False  # its process runs no more code, but the kernel is still taking it apart
     heard_ms: int = 0  # last message of any kind
     channel_lost_ms: int | None = None  # None while its control channel stands
     stalled_ms: int = 0  # how long its engine loop had not moved, as it last said itself
@@ -55,6 +56,8 @@ def judge(now_ms: int, signs: Signs, options: DetectorOptions) -> Verdict:
     dead = lambda reason: Verdict(signs.rank, True, f"rank {signs.rank} {reason}")
     if signs.ended:
         return dead("ended: its process exited")
+    if signs.ending:
+        return dead("is ending: its process was killed or exits")
     if silent_ms > lease_ms:
         return dead(f"was silent for {silent_ms} ms, longer than {lease_ms} ms{accusers}")
     if signs.channel_lost_ms is not None:

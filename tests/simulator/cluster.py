@@ -104,10 +104,15 @@ class Cluster:
         process.alive = False
         self.processes.remove(process)
         self.log(f"{process} is gone")
-        kind = coordinator.Disconnected if unseen else coordinator.Ended
+        kinds = (coordinator.Disconnected,) if unseen else (coordinator.Ending, coordinator.Ended)
         if process.incarnation:
-            event = kind(process.rank, process.incarnation)
-            self.after(2, lambda: self.supervisor and self.supervisor.feed(event))
+            # The kernel says early that a process ends, and needs a while to take it apart.
+            for event, late_ms in zip(
+                (k(process.rank, process.incarnation) for k in kinds), (2, 160), strict=False
+            ):
+                self.after(
+                    late_ms, lambda event=event: self.supervisor and self.supervisor.feed(event)
+                )
         if self.timing.respawn_range_ms:
             wait_ms = self.random.randint(*self.timing.respawn_range_ms)
             self.after(wait_ms, lambda: self.respawn(process.rank))

@@ -76,6 +76,11 @@ def test_the_reason_is_a_sentence_about_the_rank_and_more_signs_never_revive(
         assert judge(NOW_MS, dataclasses.replace(signs, accused_by=(0, 1)), OPTIONS).dead
 
 
+def test_a_process_that_is_ending_is_dead_before_it_is_gone():
+    verdict = judge(NOW_MS, Signs(rank=1, heard_ms=NOW_MS, ending=True), OPTIONS)
+    assert verdict.dead and verdict.reason == "rank 1 is ending: its process was killed or exits"
+
+
 def test_a_process_that_ended_is_dead_at_once():
     verdict = judge(NOW_MS, Signs(rank=1, heard_ms=NOW_MS, ended=True), OPTIONS)
     assert verdict.dead and verdict.reason == "rank 1 ended: its process exited"

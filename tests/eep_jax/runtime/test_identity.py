@@ -2,12 +2,19 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from eep_jax.runtime.identity import boot_id, kill_process, open_process, start_ticks
+from eep_jax.runtime.identity import (
+    boot_id,
+    is_ending,
+    kill_process,
+    open_process,
+    start_ticks,
+)
 
 DEADLINE_S = 10.0
 
@@ -35,6 +42,22 @@ def test_the_start_of_a_process_never_changes(child):
     ticks = start_ticks(child.pid)
     assert ticks > 0 and start_ticks(child.pid) == ticks
     assert start_ticks(os.getpid()) <= ticks
+
+
+def test_a_killed_process_is_ending_before_anybody_waits_for_it(child):
+    assert not is_ending(child.pid) and not is_ending(os.getpid())
+    pidfd = open_process(child.pid, start_ticks(child.pid))
+    child.kill()
+    assert has_ended(pidfd)
+    assert is_ending(child.pid)  # a zombie: its parent has not asked yet
+    child.wait(DEADLINE_S)
+    assert is_ending(child.pid)
+    os.close(pidfd)
+
+
+def test_a_stopped_process_is_not_ending(child):
+    os.kill(child.pid, signal.SIGSTOP)
+    assert not is_ending(child.pid)
 
 
 def test_there_is_no_start_without_a_process(child):

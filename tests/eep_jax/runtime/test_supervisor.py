@@ -106,17 +106,10 @@ class TestDeathOfARank:
             status = world.supervisor.status()
             assert (status["epoch"], status["ranks"][1]["incarnation"]) == (3, 2)
             kinds = [event["kind"] for event in status["events"]]
-            story = [
-                "ended",
-                "dead",
-                "prepare",
-                "commit",
-                "incarnation",
-                "offered",
-                "prepare",
-                "commit",
-            ]
-            assert kinds[-8:] == story
+            story = ["dead", "prepare", "commit", "incarnation", "offered", "prepare", "commit"]
+            # The process may be gone before or after its death is settled, but before it returns.
+            assert [kind for kind in kinds if kind != "ended"][-7:] == story
+            assert "ended" in kinds[kinds.index("dead") - 1 : kinds.index("incarnation", 3)]
 
     @story
     async def test_a_rank_that_reads_nothing_blocks_no_other(self, tmp_path):
