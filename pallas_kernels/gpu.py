@@ -128,52 +128,59 @@ def arrive(
     """Posts the round to every partner, waits for theirs, and reports.
 
     `sent` is the output of the send kernel: what it wrote is there before any flag is. `flag` names
-    the region. Returns `suspicion` int32 [R] and `wishes` int32 [R] (of ranks not heard: own); with
+    the region. Returns `suspicion` int32 [R] and `wish` int32 [1], the largest heard; with
     `members` also `slots` int32 [R T K] (-1 of ranks not heard) and the lists, see MemberLists.
+
+    Nothing off the GPU is touched unless a rank is late: reading the abort word costs microseconds.
     """
     ranks = place.ranks
-    out = {"suspicion": ((ranks,), jnp.int32), "wishes": ((ranks,), jnp.int32)}
+    out = {"suspicion": ((ranks,), jnp.int32), "wish": ((1,), jnp.int32)}
     if members is not None:
         out |= members.out
     groups = 1 if members is None else members.groups
     threads = GROUP_THREADS * groups
-    shared = (ranks,) if members is None else (ranks, members.slots)
+    shared = (ranks, 2) if members is None else (ranks, 2, members.slots)
 
-    def body(heap_ref, scalars, active, before, _, suspicion, wishes, *rest):
-        *lists, heard, counts = rest if members is not None else (*rest, None)
+    def body(heap_ref, scalars, active, before, _, suspicion, loudest_out, *rest):
+        *lists, heard, words, counts = rest if members is not None else (*rest, None)
         thread, heap = peers.thread(), open_heap(place, heap_ref, scalars)
-        rank = heap.rank
+        rank, start = heap.rank, peers.now_ns()
         epoch, current = scalar_at(scalars, EPOCH), scalar_at(scalars, ROUND)
-        wish, start = scalar_at(scalars, WISH), peers.now_ns()
         limit_ns = scalar_at(scalars, DEADLINE_MS).wide() * 1_000_000
         low, high = scalar_at(scalars, ABORT), scalar_at(scalars, ABORT_HIGH)
         abort = low.wide() | (high.wide() << 32)
-        ended = peers.load(entry(before, rank)) != 0
-
-        is_partner = partner_test(active, before, ended)
+        is_partner, ended = partner_test(active, before, rank)
+        loudest, failed = peers.address(words, 0), peers.address(words, 4)
 
         def hear(peer: Word) -> None:
             peers.store(entry(suspicion, peer), peers.load(entry(before, peer)))
-            peers.store(entry(wishes, peer), wish)
             peers.store(entry(heard, peer), peers.word(0))
             with peers.when(is_partner(peer)):
                 at = heap.region(flag, rank, peer)
                 came = peers.wait_for(at, current, abort, epoch, start, limit_ns)
-                aborted = (epoch.below(peers.look(abort))).narrow()
-                # An aborted wait blames nobody.
-                late = (came == 0) & (aborted == 0)
-                peers.store(entry(suspicion, peer), late.narrow())
                 peers.store(entry(heard, peer), came)
                 with peers.when(came != 0):
-                    peers.store(entry(wishes, peer), peers.look(heap.region("header", rank, peer)))
+                    wish = peers.look(heap.region("header", rank, peer))
+                    peers.max_shared(loudest, wish)
+                with peers.when(came == 0):
+                    # An aborted wait blames nobody.
+                    late = epoch.below(peers.look(abort)) ^ 1
+                    peers.store(entry(suspicion, peer), late.narrow())
+                    peers.store(failed, peers.word(1))
 
+        with peers.when(thread == 0):
+            peers.store(loudest, scalar_at(scalars, WISH))
+            peers.store(failed, ended.narrow())
         tell_partners(flag, heap, scalars, is_partner, threads)
+        peers.barrier()
         peers.each(thread, ranks, threads, hear)
         peers.barrier()
-        # After all waits: whatever ended one of them by the abort word is seen here too.
         with peers.when(thread == 0):
-            aborted = ended | epoch.below(peers.look(abort))
-            peers.store(entry(suspicion, rank), aborted.narrow())
+            peers.store(peers.address(loudest_out), peers.load(loudest))
+            # After all waits: what ended one of them is seen here too.
+            with peers.when(peers.load(failed) != 0):
+                aborted = ended | epoch.below(peers.look(abort))
+                peers.store(entry(suspicion, rank), aborted.narrow())
         if members is not None:
             members.collect(heap, heard, counts, lists, thread)
 
@@ -193,14 +200,15 @@ def arrive(
     return run
 
 
-def partner_test(active, suspicion, ended: Word) -> Callable[[Word], Word]:
-    """Part of a kernel: whether this exchange talks to a rank."""
+def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word], Word]:
+    """Part of a kernel: (whether this exchange talks to a rank, whether the step was aborted)."""
+    ended = peers.load(entry(suspicion, rank)) != 0
 
     def is_partner(peer: Word) -> Word:
         there = peers.load(entry(active, peer)) > 0
         return there & (peers.load(entry(suspicion, peer)) == 0) & (ended ^ 1)
 
-    return is_partner
+    return is_partner, ended
 
 
 def tell_partners(flag: str, heap: Heap, scalars, is_partner, threads: int) -> None:
@@ -221,10 +229,10 @@ def post_round(flag: str, place: Place, heap, call: Call, rank, sent):
     There no rank may wait before all have posted; `arrive` posts the same round once more.
     """
 
-    def body(heap_ref, scalars, active, before, _, done):
+    def body(heap_ref, scalars, active, before, sent, done):
         heap = open_heap(place, heap_ref, scalars)
-        ended = peers.load(entry(before, heap.rank)) != 0
-        tell_partners(flag, heap, scalars, partner_test(active, before, ended), GROUP_THREADS)
+        is_partner, _ = partner_test(active, before, heap.rank)
+        tell_partners(flag, heap, scalars, is_partner, GROUP_THREADS)
         with peers.when(peers.thread() == 0):
             peers.store(peers.address(done), peers.word(1))
 

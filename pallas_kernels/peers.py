@@ -19,7 +19,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 VECTOR_BYTES = 16  # the widest access of one thread
-ABORT_POLL_ROUNDS = 32  # looks at a flag between two looks at the abort word, which is off the GPU
+ABORT_POLL_ROUNDS = 64  # looks at a flag between two at the abort word, which is off the GPU
 
 ref = plgpu.RefType()
 scalar = plgpu.Layout.WG_SPLAT
@@ -256,6 +256,12 @@ def add_shared(at: Word, amount: int) -> Word:
     )
 
 
+def max_shared(at: Word, value: Word) -> None:
+    """Raises a word in shared memory to `value`, unsigned."""
+    ptx = "red.shared.max.u32 [$0], $1;"
+    mgpu.inline_ptx(ptx, at.value, value.value, result_types=None)
+
+
 # Eight bfloat16 in 16 bytes, as eight float32.
 
 
@@ -362,7 +368,9 @@ def wait_for(at: Word, wanted: Word, abort: Word, epoch: Word, start: Word, limi
     with ir.InsertionPoint.at_block_begin(before):
         turn, aborted = Word(before.arguments[0]), Word(before.arguments[1])
         came = (_look(at, "acquire") == wanted).narrow()
-        polls = scf.IfOp((turn % ABORT_POLL_ROUNDS == 0).value, [_i32()], has_else=True)
+        polls = scf.IfOp(
+            (turn % ABORT_POLL_ROUNDS == ABORT_POLL_ROUNDS - 1).value, [_i32()], has_else=True
+        )
         with ir.InsertionPoint(polls.then_block):
             scf.yield_([(epoch.below(look(abort))).narrow().value])
         with ir.InsertionPoint(polls.else_block):

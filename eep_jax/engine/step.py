@@ -18,7 +18,7 @@ from eep_jax.engine.sampler import sample
 from eep_jax.models.attention import attend_cached
 from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
-from eep_jax.models.moe_block import ExpertSpread, elastic_experts
+from eep_jax.models.moe_block import ExpertSpread, elastic_experts, shared_elastic_experts
 from eep_jax.models.weights import decoder_graph, merge_decoder
 from eep_jax.tables import Tables
 from pallas_kernels.call import Call
@@ -73,6 +73,9 @@ def make_step(config: RunConfig, spread: ExpertSpread):
     """
     graph, names = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
     tile = config.engine.row_tile
+    on_gpu = config.platform == "gpu"
+    run_experts = shared_elastic_experts if on_gpu else elastic_experts
+    number = jnp.int32 if on_gpu else int
 
     def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:
         decoder = merge_decoder(graph, dense)
@@ -99,8 +102,8 @@ def make_step(config: RunConfig, spread: ExpertSpread):
             x, normed, ids, weights = parts
             # An empty row goes to no expert.
             ids_or_none = jnp.where(batch.positions[:, None] >= 0, ids, -1)
-            y, lost, call = elastic_experts(
-                spread, index, normed, ids_or_none, weights, bank, heap, tables, call
+            y, lost, call = run_experts(
+                spread, number(index), normed, ids_or_none, weights, bank, heap, tables, call
             )
             x, dropped = add(x, y), dropped + lost
         logits = by_tile(decoder.logits, tile, x[batch.last_rows])

@@ -60,7 +60,7 @@ class ExpertSpread:
 
 def elastic_experts(
     spread: ExpertSpread,
-    layer: int,
+    layer,
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
@@ -73,7 +73,8 @@ def elastic_experts(
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`. Returns y, how many choices of
     each token had no live replica (they add nothing, and the weights are not renormalised), and the
-    call for the next layer, its wish raised to the largest heard.
+    call for the next layer, its wish raised to the largest heard. `layer` is an int; on a GPU it
+    may be an int32 scalar.
     """
     place = {"layout": spread.layout, "rank": spread.rank, "slots_per_rank": spread.slots_per_rank}
     slots = assign(expert_ids, tables)
@@ -83,3 +84,8 @@ def elastic_experts(
     y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
     dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
     return y, dropped, dataclasses.replace(call.after(suspicion).next(), wish=wish)
+
+
+# For programs with many layers on a GPU: they share one trace, one lowering and one compilation of
+# the kernels, since the layer is data.
+shared_elastic_experts = jax.jit(elastic_experts, static_argnums=0)

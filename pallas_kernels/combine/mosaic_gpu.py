@@ -12,7 +12,7 @@ from pallas_kernels.gpu import (
     arrive,
     entry,
     open_heap,
-    partners_of,
+    partner_test,
     simt,
     words_of,
 )
@@ -60,12 +60,13 @@ def send_choices(results, received, heap, call: Call, rank, place: Place, config
     layout, (ranks, tokens, choices, hidden) = place.layout, results.shape
     row_bytes, blocks = hidden * 2, min(ranks * tokens, config.send_blocks)
 
-    def body(results, received, partners, scalars, heap_ref, done):
+    def body(results, received, active, suspicion, scalars, heap_ref, done):
         heap, thread, block = open_heap(place, heap_ref, scalars), peers.thread(), peers.block()
+        is_partner, _ = partner_test(active, suspicion, heap.rank)
 
         def send_token(row: Word) -> None:
             home, token = row // tokens, row % tokens
-            heard = peers.load(entry(partners, home)) != 0
+            heard = is_partner(home)
             for choice in range(choices):
                 pair = row * choices + choice
                 mine = peers.load(entry(received, pair)) >= 0
@@ -79,7 +80,7 @@ def send_choices(results, received, heap, call: Call, rank, place: Place, config
             peers.store(peers.address(done), peers.word(1))
 
     operands = (results.astype(layout.row_dtype), received.reshape(-1))
-    operands += (partners_of(call, rank), words_of(call, rank), heap)
+    operands += (call.active, call.suspicion, words_of(call, rank), heap)
     done = {"done": ((1,), jnp.int32)}
     return simt(body, *operands, out=done, grid=blocks, name="combine_send")["done"]
 
@@ -93,8 +94,9 @@ def send_sums(
     parts = -(-chunks // GROUP_THREADS)
     blocks = min(ranks * tokens * parts, config.send_blocks)
 
-    def body(results, received, weights, partners, scalars, heap_ref, done):
+    def body(results, received, weights, active, suspicion, scalars, heap_ref, done):
         heap, thread, block = open_heap(place, heap_ref, scalars), peers.thread(), peers.block()
+        is_partner, _ = partner_test(active, suspicion, heap.rank)
 
         def send_part(item: Word) -> None:
             row, chunk = item // parts, item % parts * GROUP_THREADS + thread
@@ -104,7 +106,7 @@ def send_sums(
             any_mine = mine[0]
             for other in mine[1:]:
                 any_mine = any_mine | other
-            heard = peers.load(entry(partners, home)) != 0
+            heard = is_partner(home)
             with peers.when(any_mine & heard & (chunk < chunks)):
                 offset, total = chunk.wide() * 16, peers.zero_f32x8()
                 for pair, valid in zip(pairs, mine, strict=True):
@@ -119,7 +121,7 @@ def send_sums(
             peers.store(peers.address(done), peers.word(1))
 
     operands = (results.astype(layout.row_dtype), received.reshape(-1), weights.reshape(-1))
-    operands += (partners_of(call, rank), words_of(call, rank), heap)
+    operands += (call.active, call.suspicion, words_of(call, rank), heap)
     done = {"done": ((1,), jnp.int32)}
     return simt(body, *operands, out=done, grid=blocks, name="combine_send")["done"]
 
@@ -132,17 +134,15 @@ def sum_home(slots, weights, heap, call: Call, rank, place: Place, config: Combi
     blocks = min(tokens * parts, config.sum_blocks)
     per_choice = layout.combine == "per_choice"
 
-    def body(slots, weights, partners, scalars, heap_ref, y):
+    def body(slots, weights, active, suspicion, scalars, heap_ref, y):
         heap, thread, block = open_heap(place, heap_ref, scalars), peers.thread(), peers.block()
+        is_partner, _ = partner_test(active, suspicion, heap.rank)
 
         def sum_part(item: Word) -> None:
             token, chunk = item // parts, item % parts * GROUP_THREADS + thread
             found = [peers.load(entry(slots, token * choices + k)) for k in range(choices)]
             owners = [peers.select(s >= 0, s // place.slots_per_rank, 0) for s in found]
-            valid = [
-                (s >= 0) & (peers.load(entry(partners, owner)) != 0)
-                for s, owner in zip(found, owners, strict=True)
-            ]
+            valid = [(s >= 0) & is_partner(owner) for s, owner in zip(found, owners, strict=True)]
             with peers.when(chunk < chunks):
                 offset, total = chunk.wide() * 16, peers.zero_f32x8()
                 for k, (owner, good) in enumerate(zip(owners, valid, strict=True)):
@@ -161,7 +161,7 @@ def sum_home(slots, weights, heap, call: Call, rank, place: Place, config: Combi
 
         peers.each(block, tokens * parts, blocks, sum_part)
 
-    operands = (slots.reshape(-1), weights.reshape(-1), partners_of(call, rank))
+    operands = (slots.reshape(-1), weights.reshape(-1), call.active, call.suspicion)
     shape = {"y": ((tokens, layout.hidden), jnp.float32)}
     return simt(
         body, *operands, words_of(call, rank), heap, out=shape, grid=blocks, name="combine_sum"

@@ -18,6 +18,7 @@ from pallas_kernels.gpu import (
     arrive,
     entry,
     open_heap,
+    partner_test,
     partners_of,
     read_region,
     simt,
@@ -97,7 +98,7 @@ def receive(
         slots=received,
         lists=lists,
     )
-    wish = jnp.max(found["wishes"]).astype(jnp.uint32)
+    wish = found["wish"][0].astype(jnp.uint32)
     return rows, received, rows.weights(), found["suspicion"], wish
 
 
@@ -123,13 +124,13 @@ def send(x, slots, weights, heap, call: Call, rank, place: Place, config: Dispat
     """
     layout, (tokens, choices) = place.layout, slots.shape
     rows = pack_rows(x) if layout.dispatch_dtype else x.astype(layout.row_dtype)
-    partners = partners_of(call, rank)
-    targets = targets_of(slots, partners, place.slots_per_rank)
+    targets = targets_of(slots, partners_of(call, rank), place.slots_per_rank)
     blocks = max(place.ranks, min(tokens, config.blocks))
     entries = tokens * choices
 
-    def body(rows, targets, slots, weights, partners, scalars, heap_ref, done):
+    def body(rows, targets, slots, weights, active, suspicion, scalars, heap_ref, done):
         heap, thread, block = open_heap(place, heap_ref, scalars), peers.thread(), peers.block()
+        is_partner, _ = partner_test(active, suspicion, heap.rank)
 
         def send_token(token: Word) -> None:
             ranks = [peers.load(entry(targets, token * choices + k)) for k in range(choices)]
@@ -150,7 +151,7 @@ def send(x, slots, weights, heap, call: Call, rank, place: Place, config: Dispat
                 shares = peers.load_wide(peers.address(weights, offset))
                 peers.store_wide(heap.region("weights", peer, heap.rank) + offset, shares)
 
-            with peers.when(peers.load(entry(partners, peer)) != 0):
+            with peers.when(is_partner(peer)):
                 peers.each(thread, entries // 4, GROUP_THREADS, four)
 
         peers.each(block, tokens, blocks, send_token)
@@ -164,7 +165,8 @@ def send(x, slots, weights, heap, call: Call, rank, place: Place, config: Dispat
         targets,
         slots.reshape(-1),
         weights.reshape(-1),
-        partners,
+        call.active,
+        call.suspicion,
         words_of(call, rank),
     )
     done = {"done": ((1,), jnp.int32)}

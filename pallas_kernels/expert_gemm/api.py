@@ -13,7 +13,7 @@ def expert_gemm(
     slots: Int32[Array, "R T K"],
     bank: Float[Array, "S L 3 F D"],
     *,
-    layer: int,
+    layer: "int | Int32[Array, '']",
     tile_rows: int = 8,
     config: GemmConfig | None = None,
 ) -> Float[Array, "R T K D"]:
@@ -25,18 +25,19 @@ def expert_gemm(
     On CPU products run over tiles of `tile_rows` rows, and results of other choices are zero. On a
     GPU the bank is bfloat16, rows may be what dispatch left in the window, `config` says how the
     kernels are launched, and results of other choices are not written: they may hold anything.
+    There the layer may be an int32 scalar, which must be in range.
     Raises NotImplementedError there unless F and D are multiples of 64.
     """
     if rows.shape[:2] != slots.shape[:2] or rows.shape[-1] != bank.shape[-1]:
         raise ValueError(f"{rows.shape=}, {slots.shape=} and {bank.shape=} do not belong together")
-    if not 0 <= layer < bank.shape[1]:
+    if isinstance(layer, int) and not 0 <= layer < bank.shape[1]:
         raise ValueError(f"{layer=} is not in 0..{bank.shape[1] - 1}")
     if platform() == "gpu":
         return _on_gpu(rows, slots, bank, layer, config)
     return expert_gemm_tiles(rows, slots, bank, layer, tile_rows)
 
 
-def _on_gpu(rows, slots, bank, layer: int, config: GemmConfig | None):
+def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None):
     # Imported here: the CPU path needs nothing of Mosaic GPU.
     from pallas_kernels.dispatch.mosaic_gpu import RowsInWindow
     from pallas_kernels.expert_gemm import mosaic_gpu

@@ -71,7 +71,7 @@ def expert_gemm_mosaic(
     shape: tuple[int, int, int],
     lists: Members,
     bank: BFloat16[Array, "S L 3 F D"],
-    layer: int,
+    layer,
     config: GemmConfig,
 ) -> BFloat16[Array, "R T K D"]:
     """As `expert_gemm.api.expert_gemm` for shape (R, T, K); other choices' rows stay unwritten."""
@@ -98,7 +98,7 @@ def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -
     return Members(members, counts, tiles)
 
 
-def _as_data(layer: int) -> Int32[Array, "1"]:
+def _as_data(layer) -> Int32[Array, "1"]:
     """The layer is read by the kernels, so all layers of a model share two of them."""
     return jnp.full(1, layer, jnp.int32)
 
@@ -152,7 +152,7 @@ def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None
 
 
 def gate_up(
-    source, shape, lists: Members, bank, layer: int, config: GemmConfig
+    source, shape, lists: Members, bank, layer, config: GemmConfig
 ) -> BFloat16[Array, "N F"]:
     """`silu(gate(x)) * up(x)` of all members, tile by tile; N rows, `tile_rows` for each tile."""
     (_, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
@@ -285,7 +285,7 @@ def gate_up(
     return _launch(body, "expert_gate_up", config, out, scratch, operands)
 
 
-def down(h, shape, lists: Members, bank, layer: int, config: GemmConfig):
+def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
     """`h` through the down projection, each row to its choice's place in `[R T K D]`."""
     (ranks, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
     rows, columns, stages, groups = (
