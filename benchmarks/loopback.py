@@ -25,24 +25,36 @@ from pallas_kernels.window import WindowLayout
 class Loopback:
     """Windows of R ranks on this GPU, and the four phases of an exchange, one rank at a time.
 
-    The rank is an argument of the compiled phases, so all ranks share four executables.
+    The rank is an argument of the compiled phases, so all ranks share four executables. Memory is
+    made at its first use.
     """
 
     layout: WindowLayout
     slots_per_rank: int
     poison: int = 0xFF  # bytes of rows nobody has written: NaN in bf16
+    tokens: int | None = None  # of one exchange; as many as the window holds if not given
 
     def __post_init__(self):
-        layout = self.layout
-        clean = layout.regions["slots"].offset
-        windows = np.full((layout.ranks, layout.window_bytes), self.poison, np.uint8)
-        windows[:, :clean] = 0
-        self.heap = jnp.asarray(windows)
-        self.abort = jnp.zeros(8, jnp.uint32)
+        layout, tokens = self.layout, self.tokens or self.layout.tokens
         self.place = Place(layout, self.slots_per_rank)
-        self.dispatch_config = config_for(layout.tokens, layout.choices, self.slots_per_rank)
+        self.dispatch_config = config_for(tokens, layout.choices, self.slots_per_rank)
         self.combine_config = CombineConfig()
-        jax.block_until_ready((self.heap, self.abort))
+
+    @functools.cached_property
+    def heap(self) -> jax.Array:
+        """The windows `[R B]`: flags are zero, the rest is poison."""
+        clean = self.layout.regions["slots"].offset
+        shape = (self.layout.ranks, self.layout.window_bytes)
+
+        def fill():
+            byte = jnp.where(jnp.arange(shape[1]) < clean, 0, self.poison).astype(jnp.uint8)
+            return jnp.broadcast_to(byte, shape)
+
+        return jax.block_until_ready(jax.jit(fill)())
+
+    @functools.cached_property
+    def abort(self) -> jax.Array:
+        return jax.block_until_ready(jnp.zeros(8, jnp.uint32))
 
     def call(self, active=None, epoch: int = 1, steps: int = 0, deadline_ms: int = 1000) -> Call:
         """A call of all ranks (or of `active`), `steps` exchanges after the epoch's first."""

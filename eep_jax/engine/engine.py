@@ -135,15 +135,17 @@ class Engine:
         """Runs one step. A discarded one leaves the scheduler as it was, and is planned again."""
         plan = self.scheduler.plan(self._next)
         result = self._run(plan.kind, plan.batch, self.scheduler.wish_after(plan))
-        suspicion = np.asarray(result.suspicion)
+        # One transfer for all: on a GPU each costs more than its bytes.
+        suspicion, next_round, agreed, tokens, dropped = jax.device_get(
+            (result.suspicion, result.round, result.agreed, result.tokens, result.dropped)
+        )
         if suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
             self.discarded += 1
             suspicion = np.where(np.arange(len(suspicion)) == self.rank, 0, suspicion)
             return StepOutcome(False, accused=tuple(np.flatnonzero(suspicion).tolist()))
         self.steps += 1
-        self._round = np.uint32(result.round)
-        self._next = StepKind(int(result.agreed))
-        tokens, dropped = np.asarray(result.tokens), np.asarray(result.dropped)
+        self._round = np.uint32(next_round)
+        self._next = StepKind(int(agreed))
         return StepOutcome(True, tuple(self.scheduler.commit(plan, tokens, dropped)))
 
     def _run(self, kind: StepKind, batch, wish: StepKind):
@@ -151,7 +153,6 @@ class Engine:
         result = self._executables[kind](*arguments)
         # The old cache was donated. Discarding a step keeps the new one: rows are kept by position.
         self._cache = result.cache
-        jax.block_until_ready(result.suspicion)
         return result
 
     def _arguments(self, batch, wish: StepKind):

@@ -138,6 +138,22 @@ class TestExpertBank:
         np.testing.assert_array_equal(peer.read_peer(0, 3), experts[6])
         assert bank.expert_bytes == experts[6].nbytes
 
+    def test_experts_are_padded_with_zeros_to_what_a_gpu_computes_at_once(self):
+        config = a_run(2)
+        layout = slab_layout(config.model, config.engine, 2, 4, bank_dtype="bfloat16")
+        width = config.model.expert_hidden
+        assert width % 64 and layout.bank.shape[3] == 64
+        heap = LoopbackHeap(0, 2, layout.slab_bytes)
+        bank = ExpertBank(layout, heap)
+        heap.write(layout.bank.offset, np.full(layout.bank.bytes, 0xFF, np.uint8))
+        expert = some_weights(config.model)[1][5].astype(ml_dtypes.bfloat16)
+        bank.write(2, 5, expert)
+        slot = layout.slot(2)
+        whole = heap.read(0, slot.offset, slot.bytes).view(slot.dtype).reshape(slot.shape)
+        np.testing.assert_array_equal(whole[:, :, :width], expert)
+        assert not whole[:, :, width:].any()
+        np.testing.assert_array_equal(bank.read(2), expert)
+
     def test_a_bank_of_bfloat16_holds_experts_as_a_checkpoint_stores_them(self):
         bank, peer = self.banks(row_dtype="bfloat16", bank_dtype="bfloat16")
         experts = some_weights(a_model())[1]
