@@ -89,7 +89,8 @@ class Engine:
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = jitted.lower(*arguments).compile()
         for kind in self._executables:
-            self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
+            result = self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
+            jax.block_until_ready(result.suspicion)
         self._warm_compilations = self.compilations.total
 
     @property
