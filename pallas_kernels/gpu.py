@@ -31,6 +31,7 @@ class Place:
 
     layout: WindowLayout
     slots_per_rank: int
+    slab_bytes: int = 0  # from one slab to the next; 0: the length of the heap's rows
 
     @property
     def ranks(self) -> int:
@@ -66,7 +67,8 @@ class Heap:
 
 def open_heap(place: Place, heap_ref, scalars_ref) -> Heap:
     half, rank = scalar_at(scalars_ref, ROUND) & 1, scalar_at(scalars_ref, RANK)
-    return Heap(place, peers.address(heap_ref), heap_ref.type.shape[1], half, rank)
+    slab_bytes = place.slab_bytes or heap_ref.type.shape[1]
+    return Heap(place, peers.address(heap_ref), slab_bytes, half, rank)
 
 
 def words_of(call: Call, rank) -> UInt32[Array, "7"]:

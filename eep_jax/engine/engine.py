@@ -15,7 +15,7 @@ from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.request import Progress, Request
 from eep_jax.engine.scheduler import Scheduler
 from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch, make_step
-from eep_jax.heap.arrays import device_array, heap_array
+from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.kv_cache import empty_cache
@@ -65,12 +65,13 @@ class Engine:
             rank=rank,
             slots_per_rank=layout.slots,
             tile_rows=config.engine.row_tile,
+            slab_bytes=heap.slab_bytes,
         )
         self._step, names = make_step(config, spread)
         dtype = jnp.dtype(config.engine.dtype)
         self._dense = [jnp.asarray(dense[name].astype(dtype)) for name in names]
         self._bank_array = device_array(heap, layout.bank)
-        self._heap_array = heap_array(heap)
+        self._heap_array = heap_argument(heap)
         self._abort_address = np.array(divmod(heap.control_address(), 1 << 32)[::-1], np.uint32)
         self._cache = empty_cache(config.model, config.engine)
         cluster = config.cluster

@@ -22,6 +22,17 @@ _TYPE_CODES = {"i": 0, "u": 1, "f": 2}  # by numpy's kind
 _BFLOAT = 4
 
 
+def heap_argument(heap: SymmetricHeap) -> UInt8[Array, "N B"]:
+    """What a step is given for its heap: all of it on CPU, the head of the range on a GPU.
+
+    XLA counts all arguments as memory that its own allocator holds, and plans to save memory where
+    they are more than that; kernels need the address alone.
+    """
+    if heap.device == "cpu":
+        return heap_array(heap)
+    return _import(heap, heap.base, np.dtype(np.uint8), (1, CONTROL_BYTES))
+
+
 def heap_array(heap: SymmetricHeap) -> UInt8[Array, "R B"]:
     """The whole range, imported once; it stays right over every attach and detach."""
     return _import(heap, heap.base, np.dtype(np.uint8), (heap.ranks, heap.slab_bytes))

@@ -56,6 +56,7 @@ class ExpertSpread:
     rank: int
     slots_per_rank: int
     tile_rows: int = 8
+    slab_bytes: int = 0  # where the step is given the head of the heap only: see heap_argument
 
 
 def elastic_experts(
@@ -77,6 +78,7 @@ def elastic_experts(
     may be an int32 scalar.
     """
     place = {"layout": spread.layout, "rank": spread.rank, "slots_per_rank": spread.slots_per_rank}
+    place |= {"slab_bytes": spread.slab_bytes}
     slots = assign(expert_ids, tables)
     rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
     call = call.after(suspicion)

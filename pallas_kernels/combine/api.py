@@ -24,6 +24,7 @@ def combine(
     layout: WindowLayout,
     rank: int,
     slots_per_rank: int,
+    slab_bytes: int = 0,
     config: CombineConfig | None = None,
 ) -> tuple[Float32[Array, "T D"], Int32[Array, "R"]]:
     """Sends results to the sources of their tokens; sums what comes home for this rank's tokens.
@@ -36,7 +37,7 @@ def combine(
     the bits do not depend on the placement; `per_rank` returns one partial sum per rank and token.
 
     On a GPU results travel in the window's row dtype, and sums are float32. `config` is how the
-    kernels are launched there.
+    kernels are launched there; for `slab_bytes` see dispatch.
 
     The specification is `reference.combine_reference`. Raises ValueError for more tokens than the
     window holds, NotImplementedError for what the device's implementation does not take.
@@ -49,7 +50,7 @@ def combine(
         from pallas_kernels.gpu import Place
 
         config = config or CombineConfig()
-        place = Place(layout, slots_per_rank)
+        place = Place(layout, slots_per_rank, slab_bytes)
         data = (results, received, sent_weights, slots, weights)
         return combine_mosaic(*data, heap, call, rank, place, config)
     shapes = (

@@ -22,6 +22,7 @@ def dispatch(
     layout: WindowLayout,
     rank: int,
     slots_per_rank: int,
+    slab_bytes: int = 0,
     config: DispatchConfig | None = None,
 ) -> tuple[
     "Float[Array, 'R T D'] | RowsInWindow",
@@ -37,7 +38,8 @@ def dispatch(
     of all ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
 
     On a GPU the rows are a `mosaic_gpu.RowsInWindow`: they stay where they arrived, for
-    `expert_gemm`; its `array()` copies them. `config` is how the kernels are launched there.
+    `expert_gemm`; its `array()` copies them. `config` is how the kernels are launched there, and
+    `heap` may be only the head of the range, if `slab_bytes` says how far slabs are apart.
 
     The specification is `reference.dispatch_reference`. Raises ValueError for more tokens than the
     window holds, NotImplementedError for what the device's implementation does not take.
@@ -50,7 +52,7 @@ def dispatch(
         from pallas_kernels.gpu import Place
 
         config = config or config_for(tokens, slots.shape[1], slots_per_rank)
-        place = Place(layout, slots_per_rank)
+        place = Place(layout, slots_per_rank, slab_bytes)
         return dispatch_mosaic(x, slots, weights, heap, call, rank, place, config)
     sources, choices = layout.ranks, slots.shape[1]
     shapes = (

@@ -33,7 +33,8 @@ def experts_here(spread, layer, x, ids, weights, bank, heap, tables, call):
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(step_module, "elastic_experts", experts_here)
+    for name in ("elastic_experts", "shared_elastic_experts"):
+        monkeypatch.setattr(step_module, name, experts_here)
 
 
 def narrow() -> RunConfig:
