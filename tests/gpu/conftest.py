@@ -1,11 +1,25 @@
 """Tests of a real GPU: EEP_TEST_PLATFORM=gpu python -m pytest tests/gpu"""
 
+import importlib.util
 import os
 import pathlib
+import sys
+import types
 
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+if importlib.util.find_spec("beartype") is None:
+    # A machine with a GPU may lack it; annotations are checked where the same code runs on CPU.
+    sys.modules["beartype"] = types.ModuleType("beartype")
+    sys.modules["beartype"].beartype = lambda function, *_, **__: function
+
+
+def pytest_configure(config):
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, not installed")
 
 
 def pytest_collection_modifyitems(items):
@@ -26,3 +40,15 @@ def jax_computes_on_a_gpu():
         f"EEP_TEST_PLATFORM=gpu, but JAX computes on {jax.default_backend()}: "
         "pip install eep-jax[cuda13] on a machine with an NVIDIA GPU"
     )
+
+
+@pytest.fixture
+def compilations():
+    """The compile events since the test began, or since the test cleared the list."""
+    import jax
+
+    seen = []
+    count = lambda event, duration, **_: seen.append(event) if event == COMPILE_EVENT else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(count)

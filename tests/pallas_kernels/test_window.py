@@ -7,17 +7,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.window import REGION_ALIGNMENT_BYTES, WindowLayout, round_up
-
-layouts = st.builds(
+from pallas_kernels.window import (
+    REGION_ALIGNMENT_BYTES,
+    SCALE_CHANNELS,
     WindowLayout,
-    ranks=st.integers(1, 9),
-    tokens=st.integers(1, 20),
-    choices=st.integers(1, 6),
-    hidden=st.integers(1, 40),
-    combine=st.sampled_from(["per_choice", "per_rank"]),
-    row_dtype=st.sampled_from(["float32", "float16"]),
+    round_up,
 )
+
+SIZES = {
+    "ranks": st.integers(1, 9),
+    "tokens": st.integers(1, 20),
+    "choices": st.integers(1, 6),
+    "combine": st.sampled_from(["per_choice", "per_rank"]),
+}
+plain_layouts = st.builds(
+    WindowLayout,
+    hidden=st.integers(1, 40),
+    row_dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    **SIZES,
+)
+fp8_layouts = st.builds(
+    WindowLayout,
+    hidden=st.integers(1, 3).map(lambda n: n * SCALE_CHANNELS),
+    row_dtype=st.just("bfloat16"),
+    dispatch_dtype=st.just("float8_e4m3fn"),
+    **SIZES,
+)
+layouts = plain_layouts | fp8_layouts
+VECTOR_BYTES = 16  # the widest access of a GPU thread
 BY_WRITER = {"wake": 0, "sent": 1, "returned": 1, "header": 1, "slots": 1, "weights": 1}
 BY_WRITER |= {"rows": 1, "returns": 1}  # the axis that names the writer
 
@@ -30,6 +47,37 @@ def test_regions_are_aligned_apart_and_inside_the_window(layout):
         assert region.offset >= end, f"{region.name} overlaps what is before it"
         end = region.offset + region.bytes
     assert end <= layout.window_bytes
+
+
+@given(layouts)
+def test_row_bytes_is_the_distance_of_two_rows_and_results_travel_in_the_row_dtype(layout):
+    rows, returns = layout.regions["rows"], layout.regions["returns"]
+    shape = (2, layout.ranks, layout.tokens)
+    assert rows.shape[:3] == shape
+    assert rows.bytes == 2 * layout.ranks * layout.tokens * layout.row_bytes
+    choices = (layout.choices,) if layout.combine == "per_choice" else ()
+    assert returns.shape == (*shape, *choices, layout.hidden)
+    assert returns.dtype == np.dtype(layout.row_dtype)
+
+
+@given(fp8_layouts)
+def test_a_row_in_fp8_has_its_values_then_its_scales_and_starts_where_a_vector_may(layout):
+    scales_bytes = 4 * (layout.hidden // SCALE_CHANNELS)
+    assert layout.row_bytes - layout.hidden - scales_bytes in range(VECTOR_BYTES)
+    assert layout.row_bytes % VECTOR_BYTES == 0
+    assert layout.regions["rows"].dtype == np.uint8
+
+
+def test_a_row_of_7168_channels_in_fp8_has_7392_bytes():
+    layout = WindowLayout(1, 1, 1, 7168, row_dtype="bfloat16", dispatch_dtype="float8_e4m3fn")
+    assert layout.row_bytes == 7168 + 56 * 4 == 7392
+
+
+def test_fp8_rows_need_whole_scales_and_no_other_narrow_dtype_is_known():
+    with pytest.raises(ValueError, match=r"hidden=192 must be a multiple of 128 .* dispatch_dtype"):
+        WindowLayout(1, 1, 1, 192, dispatch_dtype="float8_e4m3fn")
+    with pytest.raises(ValueError, match="dispatch_dtype='int8' must be '' or 'float8_e4m3fn'"):
+        WindowLayout(1, 1, 1, 128, dispatch_dtype="int8")
 
 
 @given(layouts)

@@ -108,3 +108,34 @@ def naive_experts(rows: np.ndarray, slots: np.ndarray, bank: np.ndarray) -> np.n
             inner = gate @ x
             y[source, token, choice] = (inner / (1 + np.exp(-inner)) * (up @ x)) @ down
     return y
+
+
+def naive_targets(slots: np.ndarray, partners, slots_per_rank: int) -> np.ndarray:
+    """The rank that choice k makes a row travel to, -1 where none does; `[T K]`."""
+    targets = np.full_like(slots, -1)
+    for token, of_token in enumerate(slots):
+        known = set()
+        for choice, slot in enumerate(of_token):
+            owner = slot // slots_per_rank
+            if slot >= 0 and owner not in known and partners[owner]:
+                targets[token, choice] = owner
+                known.add(owner)
+    return targets
+
+
+def check_lists(lists, slots: np.ndarray, num_slots: int, tile_rows: int) -> None:
+    """Whether (members, counts, tiles) list each choice of `slots [R T K]` once, by slot."""
+    members, counts, tiles = (np.asarray(part) for part in lists)
+    flat, rows_max = slots.reshape(-1), slots.shape[0] * slots.shape[1]
+    wanted = [set(np.flatnonzero(flat == slot)) for slot in range(num_slots)]
+    np.testing.assert_array_equal(counts, [len(of_slot) for of_slot in wanted])
+    rows = members.reshape(num_slots, rows_max)
+    for slot, of_slot in enumerate(wanted):
+        assert set(rows[slot, : len(of_slot)].tolist()) == of_slot, f"members of slot {slot}"
+    used = int(tiles[0])
+    covered = [[] for _ in range(num_slots)]
+    for slot, first in tiles[1 : 1 + 2 * used].reshape(used, 2):
+        assert first < counts[slot], f"a tile of slot {slot} starts at {first} and holds no row"
+        covered[slot] += range(first, min(first + tile_rows, counts[slot]))
+    for slot, places in enumerate(covered):
+        assert sorted(places) == list(range(counts[slot])), f"tiles of slot {slot}"
