@@ -1,6 +1,9 @@
-"""Writes the table of results into README.md, from the newest record of each metric.
+"""Writes the tables of results, from the newest record of each metric.
 
-python -m benchmarks.table      # rewrites what is between <!-- results --> and <!-- /results -->
+python -m benchmarks.table
+
+README.md gets the shapes to start with, between <!-- results --> and <!-- /results -->;
+benchmarks/results/README.md gets all of them.
 """
 
 import json
@@ -16,6 +19,13 @@ from launch import flags
 
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
 STATISTICS = ("", "p50", "p90", "p99", "max")  # as the last word of a metric; "" is a single value
+DERIVED = ("weights_rate", "flop_rate")  # another way to say a time that is in the table
+# Which shapes README.md shows of a bench that has many; values of a shape's entries.
+SHOWN = {
+    "dispatch": {"tokens": (16, 128, 512), "hidden": (7168,)},
+    "combine": {"tokens": (16, 128, 512), "hidden": (7168,)},
+    "expert_gemm": {"rows_per_expert": (8, 64, 512), "routing": ("balanced",)},
+}
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -44,6 +54,12 @@ def render(records: Iterable[Record]) -> str:
     return "\n\n".join(_render_device(device, of) for device, of in by_device.items())
 
 
+def shown(record: Record) -> bool:
+    """Whether a record is among those to start with."""
+    wanted = SHOWN.get(record.bench, {})
+    return all(record.shape.get(key) in values for key, values in wanted.items())
+
+
 def insert(text: str, table: str) -> str:
     """`text` with `table` between the markers. Raises ValueError where they are missing."""
     head, begin, rest = text.partition(BEGIN)
@@ -54,24 +70,45 @@ def insert(text: str, table: str) -> str:
 
 
 def _render_device(device: str, records: list[Record]) -> str:
-    """One row for each quantity; the statistics of it that were recorded are columns."""
+    """One row for each quantity and shape; the statistics of it that were recorded are columns."""
     rows: dict[tuple, dict[str, Record]] = {}
     for record in records:
         quantity, statistic = split_metric(record.metric)
-        shape = json.dumps(dict(record.shape), sort_keys=True)
-        rows.setdefault((record.bench, quantity, record.ranks, shape), {})[statistic] = record
+        if quantity not in DERIVED:
+            shape = json.dumps(dict(record.shape), sort_keys=True)
+            rows.setdefault((record.bench, quantity, record.ranks, shape), {})[statistic] = record
     used = [name for name in STATISTICS if any(name in row for row in rows.values())]
-    heads = ["bench", "metric", *(name or "value" for name in used), "unit", "baseline", "ratio"]
+    bounded = any(record.bound is not None for row in rows.values() for record in row.values())
+    heads = ["bench", "metric", *(name or "value" for name in used), "unit"]
+    heads += ["bound"] * bounded + ["baseline", "ratio"]
     lines = [f"Device: {device}", "", _row([*heads, "ranks", "n", "commit"])]
-    lines.append(_row(["---", "---", *["---:"] * len(used), "---", *["---:"] * 4, "---"]))
+    lines.append(
+        _row(["---", "---", *["---:"] * len(used), "---", *["---:"] * (4 + bounded), "---"])
+    )
+    told = _what_differs([next(iter(row.values())) for row in rows.values()])
     for (bench, quantity, ranks, _), row in rows.items():
         first = next(iter(row.values()))  # the median where there is one: what is compared
         values = [_number(row[name].value) if name in row else "" for name in used]
-        compared = [_number(first.baseline), _number(first.ratio)]
+        compared = [_number(first.bound)] * bounded
+        compared += [_number(first.baseline), _number(first.ratio)]
         samples = str(first.shape.get("samples", ""))
-        cells = [bench, quantity, *values, first.unit, *compared, str(ranks), samples, first.commit]
+        metric = " ".join(
+            [quantity, *(f"{k}={first.shape[k]}" for k in told[bench] if k in first.shape)]
+        )
+        cells = [bench, metric, *values, first.unit, *compared, str(ranks), samples, first.commit]
         lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def _what_differs(records: list[Record]) -> dict[str, list[str]]:
+    """For each bench the keys of a shape that are not the same in all of its rows."""
+    found: dict[str, list[str]] = {}
+    for bench in dict.fromkeys(record.bench for record in records):
+        shapes = [record.shape for record in records if record.bench == bench]
+        keys = dict.fromkeys(key for shape in shapes for key in shape if key != "samples")
+        differs = lambda key: len({json.dumps(shape.get(key)) for shape in shapes}) > 1
+        found[bench] = [key for key in keys if differs(key)]
+    return found
 
 
 def split_metric(metric: str) -> tuple[str, str]:
@@ -94,11 +131,12 @@ def _number(value: float | None) -> str:
 def main() -> int:
     readme = pathlib.Path(README.value)
     try:
-        table = render(read(sorted(RESULTS.glob("*.jsonl"))))
-        text = insert(readme.read_text(encoding="utf-8"), table)
+        records = read(sorted(RESULTS.glob("*.jsonl")))
+        text = insert(readme.read_text(encoding="utf-8"), render(filter(shown, records)))
     except (OSError, ValueError) as error:
         raise flags.UsageError(f"{readme}: {error}") from error
     readme.write_text(text, encoding="utf-8")
+    (RESULTS / "README.md").write_text(f"# All results\n\n{render(records)}\n", encoding="utf-8")
     return 0
 
 

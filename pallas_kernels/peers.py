@@ -275,6 +275,16 @@ def load_bf16x8(at: Word) -> ir.Value:
     return arith.extf(_vector8(ir.F32Type.get()), loaded)
 
 
+def load_bf16x8_if(wanted: Word, at: Word) -> ir.Value:
+    """As `load_bf16x8` where wanted; else zeros, and memory is not touched."""
+    branch = scf.IfOp(wanted.value, [_vector8(ir.F32Type.get())], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_([load_bf16x8(at)])
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_([zero_f32x8()])
+    return branch.results[0]
+
+
 def store_bf16x8(at: Word, values: ir.Value) -> None:
     """Rounds eight float32 to bf16."""
     narrow = arith.truncf(_vector8(ir.BF16Type.get()), values)

@@ -112,7 +112,9 @@ def send_sums(
                 for pair, valid in zip(pairs, mine, strict=True):
                     at = peers.address(results, pair.wide() * row_bytes) + offset
                     share = peers.load(entry(weights, pair))
-                    total = peers.scaled_add(total, share, peers.load_bf16x8(at), valid)
+                    # Most choices of a token ran elsewhere: their rows here hold nothing.
+                    rows = peers.load_bf16x8_if(valid, at)
+                    total = peers.scaled_add(total, share, rows, valid)
                 target = heap.region("returns", home, heap.rank, token) + offset
                 peers.store_bf16x8(target, total)
 

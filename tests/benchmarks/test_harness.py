@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.harness import Record, append, compared, cpu_device, percentile, read
+from benchmarks.harness import Record, append, commit, compared, cpu_device, percentile, read
 from benchmarks.table import insert, newest, render, split_metric
 
 COMMON = {
@@ -107,3 +107,14 @@ class TestTable:
     def test_the_last_word_of_a_metric_may_be_its_statistic(self):
         assert split_metric("offered_loading_s p90") == ("offered_loading_s", "p90")
         assert split_metric("tokens_per_s") == ("tokens_per_s", "")
+
+
+class TestCommit:
+    def test_is_told_where_there_is_no_checkout(self, monkeypatch):
+        monkeypatch.setenv("EEP_COMMIT", "abc")
+        assert commit() == "abc"
+
+    def test_is_empty_where_there_is_no_git(self, monkeypatch):
+        monkeypatch.delenv("EEP_COMMIT", raising=False)
+        monkeypatch.setenv("PATH", "")
+        assert commit() == ""

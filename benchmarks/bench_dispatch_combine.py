@@ -1,0 +1,476 @@
+"""Dispatch and combine on one GPU that plays all eight ranks: time per rank and exchange.
+
+    python -m benchmarks.bench_dispatch_combine --out=benchmarks/results/dispatch_combine.jsonl
+
+The kernels are those of serving. Ranks take turns, phase by phase; each posts its flags once more
+than it would as a process of its own, and no byte leaves the GPU.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+from absl import flags as absl_flags
+
+from benchmarks import options
+from benchmarks.gpu_rates import Copies, copy_rate, rate_record
+from benchmarks.gpu_timing import (
+    Chained,
+    Program,
+    Timing,
+    Unfit,
+    chain,
+    compile_all,
+    measure,
+    open_gpu,
+    shapes_of,
+    time_records,
+)
+from benchmarks.harness import Record, append
+from benchmarks.loopback import Loopback, random_routing
+from launch import flags
+from pallas_kernels.call import Call
+from pallas_kernels.combine.reference import combine_reference
+from pallas_kernels.dispatch.reference import dispatch_reference
+from pallas_kernels.fp8 import unpack_rows
+from pallas_kernels.gpu import read_region
+from pallas_kernels.window import WindowLayout
+
+RANKS, CHOICES, EXPERTS, SLOTS = 8, 8, 256, 32
+FP8 = "float8_e4m3fn"
+SLACK, SLACK_US = 1.3, 5.0  # the aim: within 1.3 x the bound + 5 us
+FIXED_TOKENS = 128  # at which membership as a constant is compared
+HUGE = 1e30  # above all numbers that occur, which XLA does not know
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Windows of one kind, and how many tokens each rank sends through them."""
+
+    hidden: int
+    tokens: tuple[int, ...]
+    dispatch_dtype: str = ""
+    combine: str = "per_choice"
+
+    @property
+    def layout(self) -> WindowLayout:
+        return WindowLayout(
+            ranks=RANKS,
+            tokens=max(self.tokens),
+            choices=CHOICES,
+            hidden=self.hidden,
+            combine=self.combine,
+            row_dtype="bfloat16",
+            dispatch_dtype=self.dispatch_dtype,
+        )
+
+    def loopback(self, tokens: int) -> Loopback:
+        return Loopback(self.layout, SLOTS, tokens=tokens)
+
+
+FAMILIES = (
+    Family(7168, (1, 16, 32, 64, 128, 256, 512)),
+    Family(7168, (16, 128, 512), FP8, "per_rank"),
+    Family(2048, (16, 128)),
+)
+QUICK = (Family(7168, (16, 128)), Family(7168, (16, 128), FP8, "per_rank"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """What one rank sends in an exchange, on average: rows, without slots, weights and flags."""
+
+    dispatch: float
+    combine: float
+
+
+def bytes_of(slots: np.ndarray, layout: WindowLayout) -> Bytes:
+    """For slots `[R T K]`: dispatch sends a row once to each rank that has one of its experts.
+
+    With 2 slots a rank, choices `[0 1 5]` of one token are rows to 2 ranks; `per_choice` sends 3
+    rows home and `per_rank` 2.
+    """
+    owner = np.where(slots >= 0, slots // SLOTS, -1)
+    pairs = sum(int((owner == rank).any(-1).sum()) for rank in range(layout.ranks))
+    home = int((slots >= 0).sum()) if layout.combine == "per_choice" else pairs
+    row_bytes = layout.hidden * np.dtype(layout.row_dtype).itemsize
+    ranks = slots.shape[0]
+    return Bytes(pairs * layout.row_bytes / ranks, home * row_bytes / ranks)
+
+
+def reached(time_us: float, bound_us: float) -> bool:
+    return time_us <= SLACK * bound_us + SLACK_US
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What the ranks exchange; entries of tuples are of one rank."""
+
+    x: tuple  # [T D] each
+    slots: tuple  # [T K]
+    weights: tuple  # [T K]
+    shares: jax.Array  # [R T K], the weights of all ranks
+    results: jax.Array  # [R T K D], whoever computes them
+    received: tuple  # [R T K]
+    heap: jax.Array
+
+
+def make_data(seed: int, tokens: int, layout: WindowLayout, heap) -> tuple[np.ndarray, Data]:
+    """Returns all slots `[R T K]`, on the host, and the data. Slot and expert ids are equal."""
+    slots = random_routing(np.random.default_rng(seed), RANKS, tokens, CHOICES, EXPERTS)
+
+    @jax.jit
+    def make(slots, key):
+        x_key, weights_key, results_key = jax.random.split(key, 3)
+        x = jax.random.normal(x_key, (RANKS, tokens, layout.hidden), jnp.bfloat16)
+        weights = jax.nn.softmax(jax.random.normal(weights_key, slots.shape))
+        results = jax.random.normal(results_key, (*slots.shape, layout.hidden), jnp.bfloat16)
+        owner, local = slots // SLOTS, slots % SLOTS
+        received = tuple(jnp.where(owner == rank, local, -1) for rank in range(RANKS))
+        return tuple(x), tuple(slots), tuple(weights), weights, results, received
+
+    return slots, Data(*make(slots, jax.random.key(seed)), heap)
+
+
+def abstract_data(tokens: int, layout: WindowLayout) -> Data:
+    """Shapes of `make_data`, without making any."""
+    of = jax.ShapeDtypeStruct
+    per_rank = lambda shape, dtype: (of(shape, dtype),) * RANKS
+    return Data(
+        x=per_rank((tokens, layout.hidden), jnp.bfloat16),
+        slots=per_rank((tokens, CHOICES), jnp.int32),
+        weights=per_rank((tokens, CHOICES), jnp.float32),
+        shares=of((RANKS, tokens, CHOICES), jnp.float32),
+        results=of((RANKS, tokens, CHOICES, layout.hidden), jnp.bfloat16),
+        received=per_rank((RANKS, tokens, CHOICES), jnp.int32),
+        heap=of((layout.ranks, layout.window_bytes), jnp.uint8),
+    )
+
+
+# One exchange of all ranks. A rank's turn starts when the one before it has ended: each is told a
+# round to which a number is added that is zero, which only the kernels know.
+
+
+def dispatch_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
+    """Returns what each rank received, and the call for the next exchange."""
+    turns, posted = [], []
+    for rank in range(RANKS):
+        turn = _after(call, posted[-1][0] - 1 if posted else call.suspicion[0])
+        x = data.x[rank]
+        if loop.layout.dispatch_dtype:
+            # Else packing rows would be done once for all rounds: they do not change.
+            x = x + turn.suspicion[0].astype(x.dtype)
+        posted.append(
+            loop.send(x, data.slots[rank], data.weights[rank], data.heap, turn, np.int32(rank))
+        )
+        turns.append(turn)
+    received, gate = [], jnp.concatenate(posted)
+    for rank, turn in enumerate(turns):
+        tokens = data.x[rank].shape[0]
+        received.append(loop.receive(data.heap, turn, np.int32(rank), gate, tokens=tokens))
+        gate = received[-1][3]
+    suspicion = functools.reduce(jnp.maximum, [got[3] for got in received])
+    wish = functools.reduce(jnp.maximum, [got[4] for got in received])
+    return received, dataclasses.replace(call.after(suspicion).next(), wish=wish)
+
+
+def combine_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
+    """Returns y of each rank, and the call for the next exchange."""
+    turns, posted = [], []
+    for rank in range(RANKS):
+        turn = _after(call, posted[-1][0] - 1 if posted else call.suspicion[0])
+        outgoing = (data.results, data.received[rank], data.shares)
+        posted.append(loop.send_home(*outgoing, data.heap, turn, np.int32(rank)))
+        turns.append(turn)
+    sums, suspicions, gate = [], [], jnp.concatenate(posted)
+    for rank, turn in enumerate(turns):
+        own = (data.slots[rank], data.weights[rank])
+        y, gate = loop.receive_home(*own, data.heap, turn, np.int32(rank), gate)
+        sums.append(y)
+        suspicions.append(gate)
+    # The next exchange needs all sums, so none of them is left out.
+    largest = functools.reduce(jnp.maximum, [y[0, 0] for y in sums])
+    following = call.after(functools.reduce(jnp.maximum, suspicions)).next()
+    return sums, _after(following, largest > HUGE)
+
+
+def _after(call: Call, zero) -> Call:
+    return dataclasses.replace(call, round=call.round + zero.astype(jnp.uint32))
+
+
+EXCHANGES = {"dispatch": dispatch_all, "combine": combine_all}
+
+
+# Programs.
+
+
+def live_step(name: str, loop: Loopback):
+    """One repetition: `((round, suspicion, wish), call, data)`; membership is an argument."""
+
+    def step(carry, call: Call, data: Data):
+        round_, suspicion, wish = carry
+        call = dataclasses.replace(call, round=round_, suspicion=suspicion, wish=wish)
+        _, call = EXCHANGES[name](loop, call, data)
+        return call.round, call.suspicion, call.wish
+
+    return step
+
+
+def timed_program(name: str, loop: Loopback, call: Call, data, repetitions: int) -> Program:
+    run = chain(live_step(name, loop), repetitions)
+    return Program(run, (_carry(shapes_of(call)), shapes_of(call), shapes_of(data)))
+
+
+def fixed_program(name: str, loop: Loopback, call: Call, data, repetitions: int) -> Program:
+    """The same with members, epoch, deadline and the abort word's address compiled in."""
+    step = live_step(name, loop)
+    run = chain(lambda carry, data: step(carry, call, data), repetitions)
+    return Program(run, (_carry(shapes_of(call)), shapes_of(data)))
+
+
+def _carry(call: Call):
+    return call.round, call.suspicion, call.wish
+
+
+def dispatch_check(loop: Loopback):
+    """`(call, data) -> (wrong rows, wrong slots, wrong lists, suspicion)`; all are to be zero."""
+    layout = loop.layout
+    # e4m3 keeps 3 bits of a value; below its normal numbers it is this far off at most, for
+    # channels of up to 8: 2**-10 * 8 / 448. Then the row is rounded to bfloat16.
+    relative, absolute = (2**-4 + 2**-8, 2e-5) if layout.dispatch_dtype else (0.0, 0.0)
+
+    def check(call: Call, data: Data):
+        received, following = dispatch_all(loop, call, data)
+        x, slots = jnp.stack(data.x), jnp.stack(data.slots)
+        rows, local = dispatch_reference(x, slots, call.active, SLOTS)
+        wrong_rows = wrong_slots = wrong_lists = 0
+        for rank, (source, here, _, suspicion, _) in enumerate(received):
+            arrived = read_window(loop, source, suspicion)
+            expected = rows[rank].astype(jnp.float32)
+            error = jnp.abs(arrived["rows"].astype(jnp.float32) - expected)
+            near = error <= relative * jnp.abs(expected) + absolute  # NaN is not near
+            wanted = local[rank] >= 0
+            wrong_rows += jnp.sum(~near & wanted.any(-1)[..., None])
+            wrong_slots += jnp.sum(here != local[rank])
+            wrong_slots += jnp.sum((arrived["weights"] != data.shares) & wanted)
+            wrong_lists += jnp.sum(_listed(source) != local[rank].reshape(-1))
+        return wrong_rows, wrong_slots, wrong_lists, jnp.sum(following.suspicion)
+
+    return check
+
+
+def read_window(loop: Loopback, source, after) -> dict[str, jax.Array]:
+    """Rows `[R T D]` and weights `[R T K]` as they lie in the receiving rank's window.
+
+    As `RowsInWindow.array` does it, but ordered by an array of the same shape for any T, so that
+    all sizes share two kernels.
+    """
+    layout, tokens = loop.layout, source.shape[1]
+    at = (loop.place, source.heap, source.call, source.rank, after)
+    found = {name: read_region(name, *at)[:, :tokens] for name in ("rows", "weights")}
+    if layout.dispatch_dtype:
+        found["rows"] = unpack_rows(found["rows"], layout.hidden, jnp.bfloat16)
+    return found
+
+
+def _listed(source):
+    """The slot of each choice as the lists of members have it."""
+    members = source.members.reshape(SLOTS, -1)
+    inside = jnp.arange(members.shape[1])[None] < source.counts[:, None]
+    slot = jnp.broadcast_to(jnp.arange(SLOTS)[:, None], members.shape)
+    at = jnp.where(inside, members, source.slots.size)
+    return jnp.full(source.slots.size, -1).at[at].set(slot, mode="drop")
+
+
+def combine_check(loop: Loopback):
+    """`(call, data) -> (wrong sums, suspicion)`; both are to be zero."""
+    mode = loop.layout.combine
+    # float32 sums in the same order; per_rank rounds up to 8 parts of about 1 to bfloat16.
+    absolute = 1e-5 if mode == "per_choice" else 0.03
+
+    def check(call: Call, data: Data):
+        sums, following = combine_all(loop, call, data)
+        everyone = jnp.broadcast_to(data.results, (RANKS, *data.results.shape))
+        own = (jnp.stack(data.slots), data.shares)
+        expected = combine_reference(everyone, *own, call.active, SLOTS, mode)
+        near = jnp.abs(jnp.stack(sums) - expected) <= absolute
+        return jnp.sum(~near), jnp.sum(following.suspicion)
+
+    return check
+
+
+CHECKS = {"dispatch": dispatch_check, "combine": combine_check}
+
+
+# The run.
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One result, of one rank."""
+
+    bench: str
+    family: Family
+    tokens: int
+    timing: Timing
+    bound_us: float
+    sent_bytes: float
+    fixed: Timing | None = None
+
+    @property
+    def dtype(self) -> str:
+        return (self.bench == "dispatch" and self.family.dispatch_dtype) or "bfloat16"
+
+    @property
+    def shape(self) -> dict:
+        found = {
+            "tokens": self.tokens,
+            "hidden": self.family.hidden,
+            "experts": EXPERTS,
+            "top_k": CHOICES,
+            "dtype": self.dtype,
+            "gpus": 1,
+        }
+        mode = {"combine": self.family.combine} if self.bench == "combine" else {}
+        return found | mode
+
+    def records(self, device: str) -> list[Record]:
+        return time_records(
+            self.timing,
+            baseline=self.fixed,
+            bench=self.bench,
+            device=device,
+            ranks=RANKS,
+            shape=self.shape,
+            bound=self.bound_us,
+        )
+
+    def __str__(self) -> str:
+        aim = "reached" if reached(self.timing.p50_us, self.bound_us) else "MISSED"
+        mode = self.family.combine if self.bench == "combine" else ""
+        text = (
+            f"{self.bench:8} T={self.tokens:<4} D={self.family.hidden} K={CHOICES} R={RANKS} "
+            f"{self.dtype:13} {mode:10} {self.timing.p50_us:7.1f} us p50 "
+            f"{self.timing.p99_us:7.1f} us p99   bound {self.bound_us:6.1f} us   "
+            f"{self.sent_bytes / self.timing.p50_us / 1e3:6.0f} GB/s sent   "
+            f"n={len(self.timing.samples_us)}   {SLACK} x bound + {SLACK_US:g} us: {aim}"
+        )
+        if self.fixed:
+            ratio = self.timing.p50_us / self.fixed.p50_us
+            text += f"\n         members compiled in: {self.fixed.p50_us:.1f} us, ratio {ratio:.4f}"
+        return text + (f"\n         {self.timing.note}" if self.timing.note else "")
+
+
+def repetitions_of(sent_bytes: float) -> int:
+    """Of one run: enough to last some milliseconds, few enough to be done in one second."""
+    return max(10, min(40, math.ceil(40e6 / max(sent_bytes, 1))))
+
+
+def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[Line]:
+    """Checks and times all sizes of a family. Raises Unfit for a wrong answer."""
+    memory, lines = family.loopback(max(family.tokens)), []
+    programs, worlds = {}, {}
+    for index, tokens in enumerate(family.tokens):
+        loop = family.loopback(tokens)
+        # An epoch of its own: no flag of the size before is ever right.
+        call = jax.tree.map(jnp.asarray, memory.call(epoch=index + 1))
+        shapes = abstract_data(tokens, family.layout)
+        slots = random_routing(np.random.default_rng(seed), RANKS, tokens, CHOICES, EXPERTS)
+        worlds[tokens] = call, bytes_of(slots, family.layout)
+        for name in EXCHANGES:
+            count = repetitions_of(getattr(worlds[tokens][1], name))
+            key = f"{name} {tokens}"
+            programs[f"check {key}"] = Program(CHECKS[name](loop), (shapes_of(call), shapes))
+            programs[f"time {key}"] = timed_program(name, loop, call, shapes, count)
+            if tokens == FIXED_TOKENS and not family.dispatch_dtype:
+                programs[f"fixed {key}"] = fixed_program(
+                    name, loop, jax.tree.map(np.asarray, call), shapes, count
+                )
+    executables = compile_all(programs)
+    for tokens in family.tokens:
+        call, sent = worlds[tokens]
+        _, data = make_data(seed, tokens, family.layout, memory.heap)
+        for name in EXCHANGES:
+            key, sent_bytes = f"{name} {tokens}", getattr(sent, name)
+            _require_right(f"{family} {key}", executables[f"check {key}"](call, data))
+            count = repetitions_of(sent_bytes)
+            runs = {"live": (executables[f"time {key}"], (call, data))}
+            if f"fixed {key}" in executables:
+                runs["fixed"] = (executables[f"fixed {key}"], (data,))
+            chains = {
+                kind: Chained(functools.partial(_call, run, rest), _carry(call), count)
+                for kind, (run, rest) in runs.items()
+            }
+            found = measure(chains, samples)
+            for run in chains.values():
+                _require_right(f"{family} {key}, timed", (run.carry[1].sum(),))
+            timings = {kind: timing.part(RANKS) for kind, timing in found.items()}
+            bound_us = copies.microseconds(math.ceil(sent_bytes), 2 * RANKS)
+            lines.append(
+                Line(
+                    bench=name,
+                    family=family,
+                    tokens=tokens,
+                    timing=timings["live"],
+                    bound_us=bound_us,
+                    sent_bytes=sent_bytes,
+                    fixed=timings.get("fixed"),
+                )
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def _call(executable, rest, carry):
+    return executable(carry, *rest)
+
+
+def _require_right(what: str, wrong: tuple) -> None:
+    if any(int(count) for count in wrong):
+        raise Unfit(f"{what}: wrong entries {[int(count) for count in wrong]}")
+
+
+def chosen(families: tuple[Family, ...], wanted: tuple[int, ...] | None) -> tuple[Family, ...]:
+    """Each family with the wanted sizes only, or as it is."""
+    if wanted is None:
+        return families
+    return tuple(dataclasses.replace(family, tokens=wanted) for family in families)
+
+
+def main() -> int:
+    device = open_gpu()
+    quick = absl_flags.FLAGS.quick
+    families = QUICK if quick else FAMILIES
+    if absl_flags.FLAGS.shapes is not None:
+        families = chosen(families, options.sizes((), ()))
+    samples = 10 if quick else 40
+    print(f"{device}, as {RANKS} ranks that take turns", flush=True)
+    copies = Copies(max(5, samples // 4))
+    records = []
+    try:
+        copies.check()
+        rate = copy_rate(copies, samples // 2)
+        print(f"copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written", flush=True)
+        records.append(rate_record(device, "copy_rate", rate, samples // 2))
+        for seed, family in enumerate(families):
+            for line in run_family(family, copies, samples, seed):
+                records.extend(line.records(device))
+    except Unfit as error:
+        print(f"no result: {error}", file=sys.stderr)
+        return 1
+    if absl_flags.FLAGS.out:
+        append(pathlib.Path(absl_flags.FLAGS.out), records)
+        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    options.define()
+    sys.exit(app.run(flags.main_with_usage(main)))
