@@ -48,8 +48,9 @@ def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int)
         raise NotImplementedError(
             f"{hidden} channels: the GPU kernels need a multiple of {GPU_CHANNELS}; pad the model"
         )
-    if tokens * choices % 4:
-        raise NotImplementedError(
-            f"{tokens} tokens x {choices} choices: the GPU kernels need a product that is a "
-            "multiple of 4; use a batch of a multiple of 4 rows"
-        )
+    for rows in (tokens, layout.tokens):
+        if rows * choices % 4:
+            raise NotImplementedError(
+                f"{rows} tokens x {choices} choices: the GPU kernels need a product that is a "
+                "multiple of 4; use batches and a window of a multiple of 4 rows"
+            )

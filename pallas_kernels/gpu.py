@@ -308,7 +308,8 @@ class MemberLists:
             found = [peers.select(came, slot, peers.word(-1)) for slot in found]
             peers.store_words(entry(slots_out, pair), found)
             for position, slot in enumerate(found):
-                with peers.when(slot >= 0):
+                # Unsigned: -1 is none, and what a window may hold by mistake is no slot either.
+                with peers.when(slot.below(self.slots)):
                     place = peers.add_shared(entry(counts_shared, slot), 1)
                     row = slot * self.members_max + place
                     peers.store(entry(members, row), pair + position)
@@ -338,7 +339,7 @@ class MemberLists:
 
 
 def read_region(
-    name: str, place: Place, heap: UInt8[Array, "R B"], call: Call, rank, after
+    name: str, place: Place, heap: UInt8[Array, "N B"], call: Call, rank, after
 ) -> Array:
     """A copy of a region of the own window, of the half of the call's round, `[R ...]`.
 

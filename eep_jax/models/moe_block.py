@@ -66,7 +66,7 @@ def elastic_experts(
     expert_ids: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
     bank: Float[Array, "S L 3 F D"],
-    heap: UInt8[Array, "R B"],
+    heap: UInt8[Array, "N B"],
     tables: Tables,
     call: Call,
 ) -> tuple[Float[Array, "T D"], Int32[Array, "T"], Call]:

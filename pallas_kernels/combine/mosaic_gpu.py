@@ -28,7 +28,7 @@ def combine_mosaic(
     sent_weights: Float32[Array, "R T K"],
     slots: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
-    heap: UInt8[Array, "R B"],
+    heap: UInt8[Array, "N B"],
     call: Call,
     rank,
     place: Place,

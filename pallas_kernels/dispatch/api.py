@@ -16,7 +16,7 @@ def dispatch(
     x: Float[Array, "T D"],
     slots: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
-    heap: UInt8[Array, "R B"],
+    heap: UInt8[Array, "N B"],
     call: Call,
     *,
     layout: WindowLayout,

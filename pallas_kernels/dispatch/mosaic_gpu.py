@@ -36,7 +36,7 @@ class RowsInWindow:
     Valid until the next use of the window's half. The lists are those of `gpu.MemberLists`.
     """
 
-    heap: UInt8[Array, "R B"]
+    heap: UInt8[Array, "N B"]
     call: Call  # of this use of the window
     rank: Int32[Array, ""]
     members: Int32[Array, "_"]
@@ -70,7 +70,7 @@ def dispatch_mosaic(
     x: Float[Array, "T D"],
     slots: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
-    heap: UInt8[Array, "R B"],
+    heap: UInt8[Array, "N B"],
     call: Call,
     rank,
     place: Place,

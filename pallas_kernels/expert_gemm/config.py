@@ -5,6 +5,7 @@ import dataclasses
 SM_COUNT = 132  # of an H100 and an H200
 WIDTH_MULTIPLE = 64  # of channels and expert channels
 GROUP_ROWS = 64  # rows of one warpgroup's matrix instruction
+STAGES_MIN = 4  # two are being gathered, one is handed over, one is multiplied
 SMALL_ROWS = 40  # up to this many rows per slot, most slots need one tile of 64 only
 
 
@@ -21,6 +22,15 @@ class GemmConfig:
     down_columns: int = 128
     down_stages: int = 6
     blocks: int = SM_COUNT
+
+    def __post_init__(self):
+        if self.tile_rows not in (GROUP_ROWS, 2 * GROUP_ROWS):
+            raise ValueError(f"{self.tile_rows=} must be {GROUP_ROWS} or {2 * GROUP_ROWS}")
+        if self.stages < STAGES_MIN or self.down_stages < 2:
+            raise ValueError(
+                f"{self.stages=} must be at least {STAGES_MIN} and {self.down_stages=} at least 2: "
+                "with fewer, loading and multiplying wait for each other"
+            )
 
     @property
     def groups(self) -> int:

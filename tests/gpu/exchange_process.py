@@ -121,7 +121,7 @@ class Rank:
         import jax
 
         from eep_jax.engine.lockstep import Lockstep
-        from eep_jax.heap.arrays import heap_array
+        from eep_jax.heap.arrays import heap_argument
         from eep_jax.heap.open import open_heap
         from pallas_kernels.window import WindowLayout, round_up
 
@@ -130,7 +130,7 @@ class Rank:
         self.layout = WindowLayout(RANKS, TOKENS, CHOICES, HIDDEN, "per_choice", dtype)
         slab_bytes = round_up(self.layout.window_bytes, 4096)
         self.heap = open_heap(rank, RANKS, slab_bytes, platform)
-        self.array = heap_array(self.heap)
+        self.array = heap_argument(self.heap)
         self.lockstep = Lockstep(self.layout, self.heap)
         self.compilations = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -151,6 +151,7 @@ class Rank:
         from pallas_kernels.dispatch.api import dispatch
 
         place = {"layout": self.layout, "rank": self.rank, "slots_per_rank": SLOTS}
+        place |= {"slab_bytes": self.heap.slab_bytes}
         for _ in range(LAYERS):
             found, here, sent, suspicion, _ = dispatch(x, slots, weights, heap, call, **place)
             rows = found.array() if hasattr(found, "array") else found

@@ -87,9 +87,21 @@ def test_a_gpu_takes_batches_of_whole_groups_of_choices(tokens, choices):
     with on_h100():
         if tokens * choices % 4 == 0:
             return check(layout, tokens, 128, choices)
-        said = f"{tokens} tokens x {choices} choices: .* multiple of 4; use a batch"
+        said = f"{tokens} tokens x {choices} choices: .* multiple of 4; use batches and a window"
         with pytest.raises(NotImplementedError, match=said):
             check(layout, tokens, 128, choices)
+
+
+def test_the_window_too_holds_whole_groups_of_choices():
+    with on_h100(), pytest.raises(NotImplementedError, match="5 tokens x 2 choices"):
+        check(a_layout(tokens=5, choices=2), 2, 128, 2)
+
+
+def test_a_pipeline_that_would_wait_for_itself_is_refused():
+    with pytest.raises(ValueError, match=r"self\.stages=3 must be at least 4"):
+        GemmConfig(stages=3)
+    with pytest.raises(ValueError, match=r"self\.tile_rows=96 must be 64 or 128"):
+        GemmConfig(tile_rows=96)
 
 
 def lower_gemm(width=128, hidden=128, dtype=jnp.bfloat16, config=None):

@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.step import StepKind, empty_batch, make_step
+from eep_jax.heap.heap import CONTROL_BYTES
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread
@@ -156,6 +157,7 @@ def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
         rank=rank,
         slots_per_rank=slab.slots,
         tile_rows=config.engine.row_tile,
+        slab_bytes=slab.slab_bytes,
     )
     step, names = make_step(config, spread)
     shapes = dense_names(config.model)
@@ -173,7 +175,7 @@ def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
         dense,
         like(slab.bank.shape, dtype),
         KVCache(side, side),
-        like((cluster.ranks, slab.slab_bytes), np.uint8),
+        like((cluster.ranks, CONTROL_BYTES), np.uint8),  # the head only, see `heap_argument`
         tables,
         empty_batch(config, kind),
         call or a_call(cluster.ranks),
