@@ -1,0 +1,110 @@
+"""The supervisor of a run without a serving engine, and the files by which ranks find it. No JAX.
+
+python -m eep_jax.library.supervise DIR     # DIR as made by write_run
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import pathlib
+import secrets
+import signal
+import subprocess
+import sys
+
+from eep_jax.config import (
+    ClusterConfig,
+    DeviceConfig,
+    EngineConfig,
+    ModelConfig,
+    RunConfig,
+    ServeConfig,
+)
+from eep_jax.runtime.supervisor import Supervisor
+
+CONFIG_FILE, TOKEN_FILE, LOG_FILE = "run.json", "token", "supervisor.log"
+WITH_PARENT = "--with-parent"
+_PARTS = {
+    "model": ModelConfig,
+    "cluster": ClusterConfig,
+    "engine": EngineConfig,
+    "serve": ServeConfig,
+    "device": DeviceConfig,
+}
+
+
+def write_run(run_dir, config: RunConfig) -> pathlib.Path:
+    """Writes what the processes of a run read: its configuration, and a token if there is none."""
+    root = pathlib.Path(run_dir).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    (root / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    token = root / TOKEN_FILE
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_urlsafe(32))
+    return root
+
+
+def read_run(run_dir) -> tuple[RunConfig, str]:
+    """(configuration, token) of a run. Raises ValueError naming the directory that is none."""
+    root = pathlib.Path(run_dir)
+    try:
+        fields = json.loads((root / CONFIG_FILE).read_text())
+        token = (root / TOKEN_FILE).read_text().strip()
+        parts = {name: kind(**_with_tuples(fields[name])) for name, kind in _PARTS.items()}
+        return RunConfig(**(fields | parts)), token
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(root)!r} is no directory of a run: {error!r}; expected {CONFIG_FILE} and "
+            f"{TOKEN_FILE}, as start_supervisor or write_run writes them"
+        ) from error
+
+
+def _with_tuples(fields: dict) -> dict:
+    """JSON has lists only, a configuration tuples only."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+
+
+def start_supervisor(run_dir, config: RunConfig) -> subprocess.Popen:
+    """Writes the run's files and starts its supervisor, which ends with this process.
+
+    `terminate()` ends it and all its ranks. It logs to `supervisor.log` in the run directory.
+    """
+    root = write_run(run_dir, config)
+    command = [sys.executable, "-m", "eep_jax.library.supervise", str(root), WITH_PARENT]
+    with (root / LOG_FILE).open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[1:] not in ([], [WITH_PARENT]):
+        print("usage: python -m eep_jax.library.supervise DIR", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("eep_jax").setLevel(logging.INFO)
+    try:
+        config, token = read_run(arguments[0])
+        supervisor = Supervisor(config, pathlib.Path(arguments[0]), token)
+        asyncio.run(_serve(supervisor, with_parent=len(arguments) > 1))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(supervisor: Supervisor, with_parent: bool) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    if with_parent:  # its end of the pipe closes when it ends, however it ends
+        loop.add_reader(sys.stdin.fileno(), stop.set)
+    try:
+        await supervisor.run(stop)
+    finally:
+        if with_parent:
+            loop.remove_reader(sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
