@@ -38,7 +38,7 @@ from benchmarks.harness import Record, append
 from launch import flags
 from pallas_kernels import peers
 from pallas_kernels.expert_gemm import mosaic_gpu
-from pallas_kernels.expert_gemm.config import GemmConfig, config_for, tile_rows_for
+from pallas_kernels.expert_gemm.config import STAGES_MIN, GemmConfig, config_for, tile_rows_for
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
 
 CHOICES = 8
@@ -551,7 +551,9 @@ def variants(part: str, case: Case) -> list[GemmConfig]:
             tile_rows=tile_rows, **dict(zip(names, (tile_columns, stages), strict=True))
         )
         fitting = [
-            n for n in range(2, 11) if shared_bytes(part, make(n)) <= SHARED_MEMORY_BYTES - 1024
+            n
+            for n in range(STAGES_MIN if part == "gate_up" else 2, 11)
+            if shared_bytes(part, make(n)) <= SHARED_MEMORY_BYTES - 1024
         ]
         found += [make(n) for n in fitting[-2:]]
     return found

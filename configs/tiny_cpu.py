@@ -21,7 +21,12 @@ def get_config() -> RunConfig:
             experts_per_token=4,
             expert_hidden=96,
         ),
-        cluster=ClusterConfig(ranks=4, slots_per_rank=8, redundancy=2),
+        cluster=ClusterConfig(
+            ranks=4,
+            slots_per_rank=8,
+            redundancy=2,
+            backup_bytes=8 << 20,  # all experts, 288 KiB each and what a shard needs besides
+        ),
         engine=EngineConfig(batch_slots=8, prefill_tokens=32, context_tokens=512),
         checkpoint=str(pathlib.Path(__file__).parent / "tiny_checkpoint"),
     )

@@ -5,6 +5,8 @@ import dataclasses
 COMBINE_MODES = ("per_choice", "per_rank")
 POLICIES = ("fail_closed", "degrade")
 PLATFORMS = ("cpu", "gpu")
+SOURCES = ("local", "peer", "backup", "checkpoint")
+SOURCE_ORDERS = ("measured", "tier")  # the fastest as measured at the start, or as in SOURCES
 DTYPES = ("float32", "bfloat16")
 DISPATCH_DTYPES = ("", "float8_e4m3fn")
 SCALE_CHANNELS = 128  # channels of a float8 row that share one float32 scale
@@ -80,18 +82,40 @@ class ClusterConfig:
     ranks: int  # R
     slots_per_rank: int  # S
     redundancy: int = 1  # replicas of each expert while all ranks are in
+    background_experts: int = 2  # of a rank that one epoch of background work moves; 0: none
+    background_bytes_per_s: int = 0  # that a rank reads for it while serving; 0: no limit
+    imbalance_max: float = 1.25  # load of the busiest rank to the mean that is left alone
     policy: str = "fail_closed"  # what to do when an expert finds no live slot, see POLICIES
     heartbeat_ms: int = 200
     lease_ms: int = 3_000
     accused_lease_ms: int = 1_500
     channel_grace_ms: int = 1_500
     stall_ms: int = 15_000
+    sources: tuple[str, ...] = SOURCES  # what experts of a running cluster may be read from
+    source_order: str = "measured"  # which is tried first, see SOURCE_ORDERS
+    backup_bytes: int = 0  # host memory of each rank for backups of experts; 0: none
+    backup_dir: str = "/dev/shm"  # where backups are: should be memory
+    fetch_deadline_ms: int = 30_000  # for one expert from a backup or the checkpoint
     formation_ms: int = 120_000
     fenced_grace_ms: int = 5_000
     restart_grace_ms: int = 5_000
 
     def __post_init__(self):
         _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
+        _positive(self, "fetch_deadline_ms")
+        if self.background_experts < 0 or self.background_bytes_per_s < 0:
+            raise ValueError(
+                f"{self.background_experts=} and {self.background_bytes_per_s=} must not be "
+                "negative; 0 does nothing in the background, or as fast as it can"
+            )
+        if self.imbalance_max < 1:
+            raise ValueError(f"{self.imbalance_max=} must be 1 or more, 1 being even load")
+        if self.backup_bytes < 0:
+            raise ValueError(f"{self.backup_bytes=} must not be negative; 0 keeps no backups")
+        if not self.sources or set(self.sources) - set(SOURCES):
+            raise ValueError(f"{self.sources=} must name some of {SOURCES}")
+        if self.source_order not in SOURCE_ORDERS:
+            raise ValueError(f"{self.source_order=} must be one of {SOURCE_ORDERS}")
         if self.policy not in POLICIES:
             raise ValueError(f"{self.policy=} must be one of {POLICIES}")
         if self.redundancy > self.ranks:
@@ -147,6 +171,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free port
     control_host: str = "127.0.0.1"
     control_port: int = 0  # 0: any free port; ranks read it from the run directory
+    backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other
     queue_max: int = 256  # requests accepted and not finished, beyond which HTTP says 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     finished_max: int = 512  # finished requests kept for clients that ask again

@@ -140,6 +140,9 @@ def _parse(name: str, kind: type, text: str):
         if text in ("", "None"):
             return None
         (kind,) = set(typing.get_args(kind)) - {types.NoneType}
+    if typing.get_origin(kind) is tuple:  # `tuple[str, ...]`
+        parts = (part.strip(" ()'\"") for part in text.split(","))
+        return tuple(typing.get_args(kind)[0](part) for part in parts if part)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name} is {text!r}, must be true or false")

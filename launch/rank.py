@@ -90,6 +90,8 @@ def build_agent(config, rank: int, link):
     from eep_jax.models.expert_bank import slab_layout
     from eep_jax.relocation.executor import Executor
     from eep_jax.relocation.random_checkpoint import open_checkpoint
+    from eep_jax.relocation.rates import Rates
+    from eep_jax.relocation.transports import all_transports
     from eep_jax.runtime.agent import Agent
 
     require_backend(config.platform)
@@ -97,9 +99,47 @@ def build_agent(config, rank: int, link):
     layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend())
     engine = Engine(config, rank, heap, layout, checkpoint.read_dense())
-    executor = Executor(engine.bank, checkpoint, beat=link.beat)
+    rates = Rates()
+    backups = open_backups(config, rank, checkpoint, rates)
+    executor = Executor(
+        engine.bank,
+        checkpoint,
+        all_transports(engine.bank, checkpoint, backups),
+        beat=link.beat,
+        rates=rates,
+        fetch_deadline_ms=cluster.fetch_deadline_ms,
+    )
     _log.info("loaded after %.1f s", time.monotonic() - started)
-    return Agent(rank, engine, heap, executor, link)
+    return Agent(rank, engine, heap, executor, link, backups)
+
+
+def open_backups(config, rank: int, checkpoint, rates):
+    """The rank's backup store, or None: without one it serves all the same."""
+    from eep_jax.relocation.backup_store import BackupOptions, BackupStore
+    from eep_jax.runtime.scratch import open_scratch
+
+    cluster, serve = config.cluster, config.serve
+    if not cluster.backup_bytes:
+        return None
+    try:
+        scratch = open_scratch(pathlib.Path(cluster.backup_dir), "backup")
+        options = BackupOptions(
+            rank=rank,
+            directory=scratch.path,
+            bytes_max=cluster.backup_bytes,
+            host=serve.backup_host,
+            token=flags.read_token(flags.required_run_dir()),
+            fetch_deadline_ms=cluster.fetch_deadline_ms,
+        )
+        return BackupStore(checkpoint, options, rates)
+    except OSError as error:
+        _log.error(
+            "no backups: %s; see cluster.backup_dir=%s and serve.backup_host=%s",
+            error,
+            cluster.backup_dir,
+            serve.backup_host,
+        )
+        return None
 
 
 if __name__ == "__main__":

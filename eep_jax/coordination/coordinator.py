@@ -7,10 +7,12 @@ Every event ends in the same few questions, asked in this order:
                       later epoch.
 3. Is it agreed?      All ranks of the pending epoch are READY with the right experts: Commit.
 4. Who waits outside? Joining ranks are told what to Load.
+5. Is it calm?        Then `background` does what need not be done at once.
 """
 
 import dataclasses
 
+from eep_jax.coordination import background
 from eep_jax.coordination.protocol import (
     Commit,
     Fenced,
@@ -18,6 +20,7 @@ from eep_jax.coordination.protocol import (
     Mode,
     Prepare,
     Refused,
+    StandBy,
     Status,
     Welcome,
 )
@@ -31,8 +34,10 @@ from eep_jax.coordination.state import (
     Ended,
     Ending,
     Kill,
+    Measured,
     Note,
     RankRecord,
+    ScaleTo,
     Send,
     Tick,
 )
@@ -40,6 +45,7 @@ from eep_jax.errors import CoverageLost
 from eep_jax.membership import moves
 from eep_jax.membership.detector import Signs, judge
 from eep_jax.membership.view import RankState, View, empty_view
+from eep_jax.placement.load import observe
 from eep_jax.placement.placement import (
     EMPTY,
     Placement,
@@ -49,15 +55,16 @@ from eep_jax.placement.placement import (
 )
 from eep_jax.placement.planner import (
     Move,
+    Plan,
     initial_placement,
     plan_admission,
     plan_repair,
 )
-from eep_jax.placement.sources import rank_sources
+from eep_jax.placement.sources import SourceKind, Supply, median_rates, rank_sources
 
 # A process in one of these modes that is no member wants to become one. The last two are left over
 # from a change that was abandoned, or that a supervisor which died had begun.
-_OUTSIDE = (Mode.OFFERED, Mode.PREPARING, Mode.READY)
+_OUTSIDE = (Mode.OFFERED, Mode.STANDBY, Mode.PREPARING, Mode.READY)
 
 
 def initial_state(options: CoordinatorOptions) -> CoordinatorState:
@@ -78,12 +85,13 @@ def restored_state(
     issued,
     now_ms: int,
     fenced=None,
+    out=frozenset(),
 ) -> CoordinatorState:
     """The state of a restarted supervisor: the committed epoch, and who was last let in.
 
     `issued[rank]` is the newest incarnation ever given out, `fenced[rank]` the newest that was
-    judged dead, `view` names the members. A member gets `restart_grace_ms` to come back before its
-    silence counts.
+    judged dead, `view` names the members, `out` the ranks that the operator took out. A member gets
+    `restart_grace_ms` to come back before its silence counts.
     """
     since_ms = now_ms + options.restart_grace_ms
     fenced = fenced or [0] * options.ranks
@@ -107,6 +115,7 @@ def restored_state(
         placement=placement.without_ranks(gone),
         records=records,
         epoch_tried=max(epoch_tried, view.epoch),
+        out=frozenset(out),
         resync=f"ranks {gone} died before the supervisor restarted" if gone else "",
     )
 
@@ -155,6 +164,12 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
             if incarnation != state.records[rank].incarnation:
                 return state, ()
             return _with(state, rank, ended=True), ()
+        case ScaleTo(out=out):
+            if out == state.out:
+                return state, ()
+            return dataclasses.replace(state, out=out), (Note("scale", {"out": sorted(out)}),)
+        case Measured(choices=choices):
+            return dataclasses.replace(state, load=observe(state.load, choices, now_ms)), ()
         case Tick():
             return state, ()
     raise TypeError(f"{event!r} is no event of the coordinator")
@@ -219,7 +234,7 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
 def _put_in_step(state: CoordinatorState, status: Status):
     """Answers a Status that is behind the agreement with what its rank has missed."""
     rank, change = status.rank, state.change
-    if change is not None and rank in change.view.in_epoch:
+    if change is not None and rank in change.takes_part:
         if status.prepared < change.view.epoch:
             return state, (_prepare_for(state, rank),)
         return state, ()
@@ -230,7 +245,9 @@ def _put_in_step(state: CoordinatorState, status: Status):
             return _want_resync(state, f"rank {rank} is at epoch {status.epoch}"), ()
         if status.mode in (Mode.PREPARING, Mode.READY):
             return _want_resync(state, f"rank {rank} prepared epoch {status.prepared}"), ()
-        return state, ()
+        return state, background.fetches(state, only=rank)
+    if status.epoch:  # it was drained, and does not know so yet
+        return state, (_send(state, rank, StandBy(epoch=state.epoch_tried)),)
     load = state.records[rank].load
     if status.mode in _OUTSIDE and load is not None and not holds(status.contents, load.slots):
         # What it holds, and who can be read from, may have changed since it was first told.
@@ -241,7 +258,7 @@ def _put_in_step(state: CoordinatorState, status: Status):
 
 def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     state, commands = _bury(state, now_ms)
-    for step in (_start_change, _commit, _assign_loads):
+    for step in (_start_change, _commit, _assign_loads, _start_background):
         state, more = step(state, now_ms)
         commands += more
     return state, commands
@@ -328,7 +345,7 @@ def _start_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
 
 def _why_hopeless(state: CoordinatorState, change: Change) -> str:
     """Why a pending change can never be committed, or ''."""
-    epoch, members = change.view.epoch, change.view.in_epoch
+    epoch, members = change.view.epoch, change.takes_part
     gone = [r for r in members if not state.records[r].believed]
     if gone:
         return f"ranks {gone} died while epoch {epoch} was prepared"
@@ -362,7 +379,8 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     if any(state.records[rank].status is None for rank in members):
         return state, ()  # a restarted supervisor first hears from all, or judges them dead
     try:
-        plan = plan_repair(_found(state, joining), members, degrade=state.options.degrade)
+        found, degrade = _found(state, joining), state.options.degrade
+        plan = plan_repair(found, members, degrade=degrade, supply=_supply(state))
     except CoverageLost as error:
         return _block(state, members, str(error))
     view = moves.at_epoch(state.view, view, state.epoch_tried + 1)
@@ -377,17 +395,48 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
         view=view,
         plan=plan,
         started_ms=now_ms,
+        planned=kind == "admission" and not state.resync,
     )
-    state = dataclasses.replace(state, change=change, epoch_tried=view.epoch, resync="", blocked="")
+    return _propose(state, change, suspects, joining)
+
+
+def _start_background(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Prepares the epoch of a background task once all its experts are there."""
+    state, commands, task = background.advance(state, _supply(state), now_ms)
+    if task is None:
+        return state, commands
+    view = state.view
+    for rank in task.leaving:
+        view = moves.stand_by(view, rank)
+    change = Change(
+        kind=task.kind,
+        reason=task.reason,
+        view=moves.at_epoch(state.view, view, state.epoch_tried + 1),
+        # What was fetched is there: nothing is left to move, and nothing to write anew.
+        plan=Plan(placement=task.plan.placement, dropped=task.plan.dropped),
+        started_ms=now_ms,
+        leaving=task.leaving,
+        fetched=task.plan.moves,
+        planned=True,
+    )
+    state, more = _propose(dataclasses.replace(state, background=None), change)
+    return state, (*commands, *more)
+
+
+def _propose(
+    state: CoordinatorState, change: Change, evicted=(), admitted=()
+) -> tuple[CoordinatorState, tuple]:
+    epoch = change.view.epoch
+    state = dataclasses.replace(state, change=change, epoch_tried=epoch, resync="", blocked="")
     facts = {
-        "change": kind,
-        "epoch": view.epoch,
+        "change": change.kind,
+        "epoch": epoch,
         "reason": change.reason,
-        "evicted": list(suspects),
-        "admitted": list(joining),
-        "moves": len(plan.moves),
+        "evicted": list(evicted),
+        "admitted": list(admitted),
+        "moves": len(change.plan.moves),
     }
-    sends = tuple(_prepare_for(state, rank) for rank in members)
+    sends = tuple(_prepare_for(state, rank) for rank in change.takes_part)
     # The record comes first: a restarted supervisor must not use this epoch for another change.
     return state, (Note("prepare", facts), *sends)
 
@@ -443,8 +492,8 @@ def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
     change = state.change
     if change is None:
         return state, ()
-    ready = frozenset(r for r in change.view.in_epoch if _is_ready(state.records[r], change))
-    if ready != frozenset(change.view.in_epoch):
+    ready = frozenset(r for r in change.takes_part if _is_ready(state.records[r], change))
+    if ready != frozenset(change.takes_part):
         return dataclasses.replace(state, change=dataclasses.replace(change, ready=ready)), ()
     # Ranks outside of both epochs may have come or gone since the Prepare.
     settled = {*state.view.in_epoch, *change.view.in_epoch}
@@ -476,12 +525,14 @@ def _commit(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
             for r, record in enumerate(records)
         ],
         "slots": [list(row) for row in change.plan.placement.slots],
-        "moves": [_move_facts(move) for move in change.plan.moves],
+        "moves": [_move_facts(move) for move in (*change.fetched, *change.plan.moves)],
         "dropped": list(change.plan.dropped),
+        "drained": list(change.leaving),
         "prepare_ms": now_ms - change.started_ms,
     }
-    commit = Commit(epoch=change.view.epoch)
+    commit, stand_by = Commit(epoch=change.view.epoch), StandBy(epoch=change.view.epoch)
     sends = tuple(_send(state, rank, commit) for rank in inside)
+    sends += tuple(_send(state, rank, stand_by) for rank in change.leaving)
     # The record comes first: an epoch that any rank serves is one that a restart knows of.
     return state, (Note("commit", facts), *sends)
 
@@ -499,10 +550,17 @@ def _is_ready(record: RankRecord, change: Change) -> bool:
 def _assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     """Tells every joining rank that has no task yet which experts to load."""
     joining, commands = state.view.with_state(RankState.JOINING), ()
-    waiting = tuple(r for r in joining if state.records[r].load is None)
+    waiting = tuple(
+        r
+        for r in joining
+        if (record := state.records[r]).load is None
+        and r not in state.out
+        and record.status.epoch == 0  # else it was drained, and must hear so first
+    )
     if not waiting:
         return state, commands
-    wanted = _wanted(state, waiting, loading=tuple(r for r in joining if r not in waiting))
+    loading = tuple(r for r in joining if state.records[r].load is not None)
+    wanted = _wanted(state, waiting, loading)
     for rank in waiting:
         load = _load(state, rank, wanted.slots[rank])
         state = _with(state, rank, load=load)
@@ -528,19 +586,36 @@ def _load(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
     members = tuple(r for r in state.view.in_epoch if state.records[r].believed)
     away = set(state.view.ranks) - set(members)
     readable = state.placement.without_ranks(away).without(_unsettled(state))
-    held = state.records[rank].status.contents
+    held, supply = state.records[rank].status.contents, _supply(state)
     planned = tuple(
-        Move(rank, slot, expert, rank_sources(readable, rank, expert))
+        Move(rank, slot, expert, rank_sources(readable, rank, expert, supply))
         for slot, expert in enumerate(slots)
         if expert != EMPTY and held[slot : slot + 1] != (expert,)
     )
     return Load(slots=slots, moves=planned, handles=_handles(state, members))
 
 
+def _supply(state: CoordinatorState) -> Supply:
+    """What live ranks say that they back up, and what they measured."""
+    alive = {
+        rank: record.status
+        for rank, record in enumerate(state.records)
+        if record.believed and not record.ending and record.status is not None
+    }
+    allowed = state.options.sources
+    if state.view.epoch == 0:
+        allowed = tuple(SourceKind)  # the first experts of all come from the checkpoint
+    return Supply(
+        backups={rank: s.backup for rank, s in alive.items() if s.backup.experts},
+        rates=median_rates(s.rates for s in alive.values()) if state.options.measured else {},
+        allowed=allowed,
+    )
+
+
 def _loaded(state: CoordinatorState, now_ms: int) -> tuple[int, ...]:
     """Joining ranks that can be admitted. The first epoch waits for all ranks, but not forever."""
     joining = state.view.with_state(RankState.JOINING)
-    loaded = tuple(r for r in joining if _has_loaded(state.records[r]))
+    loaded = tuple(r for r in joining if r not in state.out and _has_loaded(state.records[r]))
     if state.view.epoch == 0 and len(loaded) < state.options.ranks:
         waited_ms = now_ms - (now_ms if state.first_offer_ms is None else state.first_offer_ms)
         return loaded if waited_ms >= state.options.formation_ms else ()
@@ -553,6 +628,7 @@ def _has_loaded(record: RankRecord) -> bool:
         load is not None
         and status is not None
         and status.mode in _OUTSIDE
+        and status.epoch == 0
         and holds(status.contents, load.slots)
     )
 
@@ -566,6 +642,7 @@ def _prepare_for(state: CoordinatorState, rank: int) -> Send:
         moves=change.plan.moves_of(rank),
         handles=_handles(state, change.view.in_epoch),
         reason=change.reason,
+        planned=change.planned,
     )
     return _send(state, rank, prepare)
 

@@ -5,25 +5,35 @@
                           └──Loaded              ├──────Prepare────────┤     StepAccused  │
                                                  ├──────Prepare────── HOLDING ◀───────────┤
                                                  └──────Prepare───────────────────────────┘
-Fenced, or a failed preparation, ends the process from anywhere. A rank that never served goes back
-from PREPARING or READY to OFFERED where a Load asks for other experts: its change was given up.
+A rank that serves may be told to Fetch experts beside its steps. One that is drained goes from
+anywhere to STANDBY, which is as good as OFFERED. Fenced, or a failed preparation, ends the process
+from anywhere. A rank that is no member goes back from PREPARING or READY to OFFERED where a Load
+asks for other experts: its change was given up.
 """
 
 import dataclasses
 
-from eep_jax.coordination.protocol import Commit, Fenced, Load, Mode, Prepare
+from eep_jax.coordination.protocol import (
+    Commit,
+    Fenced,
+    Fetch,
+    Load,
+    Mode,
+    Prepare,
+    StandBy,
+)
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import EMPTY, Placement, holds
 
-_OUTSIDE = (Mode.OFFERED, Mode.PREPARING, Mode.READY)
+_OUTSIDE = (Mode.OFFERED, Mode.STANDBY, Mode.PREPARING, Mode.READY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParticipantState:
     """What a rank knows of the agreement. `view` and `placement` are those of `epoch`.
 
-    `contents` leaves out the slots that a Load or Prepare may be writing: they hold nothing for
-    certain until Loaded or Prepared says so.
+    `contents` leaves out the slots that a Load, Fetch or Prepare may be writing: they hold nothing
+    for certain until Loaded, Fetched or Prepared says so.
     """
 
     rank: int
@@ -33,6 +43,9 @@ class ParticipantState:
     placement: Placement | None = None
     prepare: Prepare | None = None
     load: Load | None = None
+    fetch: Fetch | None = None
+    fetched: int = 0
+    left: int = 0  # the epoch it was drained in; nothing older than that is followed any more
     contents: tuple[int, ...] = ()
     accused: tuple[int, ...] = ()
     failure: str = ""
@@ -51,6 +64,14 @@ class WarmedUp:
 class Loaded:
     """A Load was carried out; `contents` are what the bank holds now."""
 
+    contents: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """A Fetch was gone through; `contents` are what the bank holds now."""
+
+    number: int
     contents: tuple[int, ...]
 
 
@@ -85,6 +106,16 @@ class FillBank:
     """
 
     load: Load
+
+
+@dataclasses.dataclass(frozen=True)
+class FillSlots:
+    """Action: carry out `fetch` expert by expert, between steps, then report Fetched.
+
+    It is over as soon as the state names another Fetch, or none.
+    """
+
+    fetch: Fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +165,32 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
                 return state, (Report(),)
             # `prepare` stays: what was given up must not be taken up again.
             contents = _unwritten(state.contents, event.moves)
-            state = change(state, mode=Mode.OFFERED, load=event, contents=contents)
+            state = change(state, mode=Mode.OFFERED, load=event, contents=contents, fetch=None)
             return state, (FillBank(event),)
         case Loaded(contents=contents) if state.mode is Mode.OFFERED:
             return change(state, contents=contents, load=None), (Report(),)
-        case Prepare() if state.mode is not Mode.ALONE:
-            if event.epoch <= max(state.epoch, state.prepared):
+        case Fetch() if state.mode is Mode.SERVING and event.epoch == state.epoch:
+            if state.fetch is not None and state.fetch.number >= event.number:
+                return state, ()  # under way, and it will be reported
+            if state.fetched >= event.number:
                 return state, (Report(),)
             contents = _unwritten(state.contents, event.moves)
-            state = change(state, mode=Mode.PREPARING, prepare=event, load=None, contents=contents)
-            return state, (CarryOut(event),)
+            return change(state, fetch=event, contents=contents), (FillSlots(event),)
+        case Fetched(number=number, contents=contents):
+            if state.fetch is None or state.fetch.number != number:
+                return state, ()
+            return change(state, fetch=None, fetched=number, contents=contents), (Report(),)
+        case Prepare() if state.mode is not Mode.ALONE:
+            if event.epoch <= max(state.epoch, state.prepared, state.left):
+                return state, (Report(),)
+            contents = _unwritten(state.contents, event.moves)
+            state = change(state, mode=Mode.PREPARING, prepare=event, load=None, fetch=None)
+            return change(state, contents=contents), (CarryOut(event),)
+        case StandBy(epoch=epoch) if state.mode is not Mode.ALONE:
+            if epoch < max(state.epoch, state.prepared) or epoch <= state.left:
+                return state, ()
+            state = change(state, mode=Mode.STANDBY, epoch=0, left=epoch, view=None, placement=None)
+            return change(state, prepare=None, load=None, fetch=None, accused=()), (Report(),)
         case Prepared(epoch=epoch, contents=contents):
             if state.mode is not Mode.PREPARING or epoch != state.prepared:
                 return state, ()  # a newer Prepare or Load writes by now, and will report
@@ -155,7 +202,7 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
         case StepAccused(epoch=epoch, accused=accused):
             if state.mode is not Mode.SERVING or epoch != state.epoch:
                 return state, ()
-            return change(state, mode=Mode.HOLDING, accused=accused), (Report(),)
+            return change(state, mode=Mode.HOLDING, accused=accused, fetch=None), (Report(),)
     return state, ()
 
 

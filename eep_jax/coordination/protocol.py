@@ -10,6 +10,7 @@ import enum
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.planner import Move
+from eep_jax.placement.sources import Backup
 
 
 class Mode(enum.Enum):
@@ -21,6 +22,7 @@ class Mode(enum.Enum):
     HOLDING = "holding"  # discarded a step on suspicion, waits for the next epoch
     PREPARING = "preparing"  # carries out a Prepare
     READY = "ready"  # prepared, waits for the Commit
+    STANDBY = "standby"  # was drained: no member, ready to take experts and to be admitted again
     FENCED = "fenced"  # was told that it is no longer a member
 
 
@@ -32,13 +34,17 @@ class Status:
     incarnation: int
     sequence: int
     mode: Mode
-    epoch: int = 0  # last committed epoch it knows; 0 before its first
+    epoch: int = 0  # last committed epoch it knows; 0 before its first and once it was drained
     prepared: int = 0  # epoch it prepares or is ready for
     contents: tuple[int, ...] = ()  # expert in each slot of its bank, as written and verified
+    fetched: int = 0  # number of the last Fetch it went through; `contents` say what came of it
     accused: tuple[int, ...] = ()  # ranks its held step timed out on
     stalled_ms: int = 0  # how long its engine loop has not moved
     handle: str = ""  # how peers reach its slab
     failure: str = ""  # why it cannot go on; fatal to this rank
+    # Experts it has in host memory, and where it serves them.
+    backup: Backup = dataclasses.field(default_factory=Backup)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes/s by kind of source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,23 @@ class Prepare:
     moves: tuple[Move, ...]  # those of the receiver
     handles: dict[int, str]
     reason: str
+    planned: bool = False  # nobody died: first end the step, at a round that all ranks agree on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """To a rank that serves in `epoch`: fill these slots, which it does not use, between steps."""
+
+    number: int
+    epoch: int
+    moves: tuple[Move, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StandBy:
+    """To a rank that was drained: you are no member as of `epoch`; keep what you hold."""
+
+    epoch: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ import dataclasses
 from eep_jax.coordination.protocol import Load, Status
 from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import View
+from eep_jax.placement.load import LoadEstimate
 from eep_jax.placement.placement import Placement
-from eep_jax.placement.planner import Plan
+from eep_jax.placement.planner import Move, Plan
+from eep_jax.placement.sources import SourceKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,16 @@ class CoordinatorOptions:
     experts: int
     slots_per_rank: int
     redundancy: int = 1
+    sources: tuple[SourceKind, ...] = tuple(SourceKind)  # what may supply a running cluster
+    measured: bool = True  # the fastest source first; else by tier
+    background_experts: int = 2  # that a rank fetches for one epoch of background work; 0: none
+    imbalance_max: float = 1.25  # load of the busiest rank to the mean that is left alone
     degrade: bool = False  # go on without experts that find no slot, instead of failing closed
     formation_ms: int = 120_000  # how long the first epoch waits for all ranks
     fenced_grace_ms: int = 5_000  # how long an evicted but living process may take to end itself
     restart_grace_ms: int = 5_000  # how long ranks may take to find a restarted supervisor
+    background_retry_ms: int = 5_000  # after a rank could not fetch an expert
+    balance_every_ms: int = 30_000  # at most so often load is looked at
     own_pause_ms: int = 1_000  # a longer gap between two events is the supervisor's own sleep
     detector: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
 
@@ -48,14 +56,39 @@ class RankRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """A pending epoch."""
+    """A pending epoch. `leaving` ranks take part in the change, and stand by after it.
 
-    kind: str  # "formation", "repair", "admission" or "resync"
+    Where it is `planned`, no rank died and ranks end their step before they take part.
+    """
+
+    kind: str  # "formation", "repair", "admission", "resync", "background" or "drain"
     reason: str
     view: View
     plan: Plan
     started_ms: int
     ready: frozenset[int] = frozenset()
+    leaving: tuple[int, ...] = ()
+    fetched: tuple[Move, ...] = ()  # what was brought beforehand
+    planned: bool = False
+
+    @property
+    def takes_part(self) -> tuple[int, ...]:
+        return (*self.view.in_epoch, *self.leaving)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Background:
+    """Experts on their way into slots that the placement of `epoch` does not use.
+
+    `number` tells one such task from all others, also of other supervisors.
+    """
+
+    number: int
+    kind: str  # of the change that follows
+    reason: str
+    epoch: int
+    plan: Plan
+    leaving: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +108,14 @@ class CoordinatorState:
     dropped: tuple[int, ...] = ()  # experts given up under `degrade`
     blocked: str = ""  # why there is no coverage, empty while all is well
     resync: str = ""  # why the members must agree anew, empty if not
+    out: frozenset[int] = frozenset()  # ranks that the operator took out, or wants out
+    background: Background | None = None
+    background_from_ms: int = 0  # not before
+    background_number: int = 0  # of the last task
+    load: LoadEstimate = dataclasses.field(default_factory=LoadEstimate)
+    balancing: tuple[float, ...] = ()  # the load that is being spread, empty if none is
+    balance_from_ms: int = 0
+    rested: object = None  # what placement and aim left nothing to do
     first_offer_ms: int | None = None
     advanced_ms: int | None = None  # when the last event came
 
@@ -108,6 +149,20 @@ class Ended:
 
     rank: int
     incarnation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleTo:
+    """The operator wants exactly these ranks out of the cluster; see `scaling`."""
+
+    out: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A rank counted how often its tokens chose each expert since it last said so."""
+
+    choices: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

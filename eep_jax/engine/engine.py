@@ -60,6 +60,8 @@ class Engine:
         self.lockstep = Lockstep(layout.window, heap)
         self.scheduler = Scheduler(config)
         self.steps = self.discarded = 0
+        self._chosen = np.zeros(config.model.experts, np.int64)
+        self._wants_hold = False
         spread = ExpertSpread(
             layout=layout.window,
             rank=rank,
@@ -75,8 +77,8 @@ class Engine:
         self._abort_address = np.array(divmod(heap.control_address(), 1 << 32)[::-1], np.uint32)
         self._cache = empty_cache(config.model, config.engine)
         cluster = config.cluster
-        self._tables = solo_tables(
-            cluster.ranks, config.model.experts, cluster.slots_per_rank, rank
+        self._take_tables(
+            solo_tables(cluster.ranks, config.model.experts, cluster.slots_per_rank, rank)
         )
         self._round = np.uint32(first_round(0))
         self._next = StepKind.DECODE
@@ -108,22 +110,37 @@ class Engine:
 
         Flags must have been cleared since the last step (see `Lockstep.clear_flags`).
         """
-        self._tables = tables
+        self._take_tables(tables)
         self._round = np.uint32(first_round(int(tables.epoch)))
         # After a change the kind is agreed anew, in a step that costs every rank the least.
         self._next = StepKind.DECODE
+        self._wants_hold = False
 
     @property
     def paused(self) -> bool:
         """All ranks agreed that there is nothing to do."""
         return self._next is StepKind.IDLE
 
+    def want_hold(self) -> None:
+        """Asks all ranks to stop at one round, soon; `resume` goes on. Nothing is discarded."""
+        self._wants_hold = True
+
+    @property
+    def held(self) -> bool:
+        """All ranks agreed to stop for an epoch that is prepared, and none will step before it."""
+        return self._next is StepKind.HOLD
+
+    def take_chosen(self) -> tuple[int, ...]:
+        """How often the tokens committed here chose each expert since the last call."""
+        taken, self._chosen = self._chosen, np.zeros_like(self._chosen)
+        return tuple(taken.tolist())
+
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
 
     def try_wake(self) -> bool:
         """While paused: whether this rank or a peer has work, so all go on. Tells the peers."""
-        wish, paused_round = self.scheduler.wish(), int(self._round)
+        wish, paused_round = self._raised(self.scheduler.wish()), int(self._round)
         if wish is not StepKind.IDLE:
             active = np.flatnonzero(self._tables.active)
             self.lockstep.wake_peers([p for p in active if p != self.rank], paused_round)
@@ -136,10 +153,18 @@ class Engine:
     def advance(self) -> StepOutcome:
         """Runs one step. A discarded one leaves the scheduler as it was, and is planned again."""
         plan = self.scheduler.plan(self._next)
-        result = self._run(plan.kind, plan.batch, self.scheduler.wish_after(plan))
+        wish = self._raised(self.scheduler.wish_after(plan))
+        result = self._run(plan.kind, plan.batch, wish)
         # One transfer for all: on a GPU each costs more than its bytes.
-        suspicion, next_round, agreed, tokens, dropped = jax.device_get(
-            (result.suspicion, result.round, result.agreed, result.tokens, result.dropped)
+        suspicion, next_round, agreed, tokens, dropped, chosen = jax.device_get(
+            (
+                result.suspicion,
+                result.round,
+                result.agreed,
+                result.tokens,
+                result.dropped,
+                result.chosen,
+            )
         )
         if suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
             self.discarded += 1
@@ -148,7 +173,11 @@ class Engine:
         self.steps += 1
         self._round = np.uint32(next_round)
         self._next = StepKind(int(agreed))
+        self._chosen += chosen
         return StepOutcome(True, tuple(self.scheduler.commit(plan, tokens, dropped)))
+
+    def _raised(self, wish: StepKind) -> StepKind:
+        return StepKind.HOLD if self._wants_hold else wish
 
     def _run(self, kind: StepKind, batch, wish: StepKind):
         arguments = self._arguments(batch, wish)
@@ -158,14 +187,20 @@ class Engine:
         return result
 
     def _arguments(self, batch, wish: StepKind):
-        tables = self._tables
+        tables, call = self._of_epoch
+        call = dataclasses.replace(call, round=self._round, wish=np.uint32(wish))
+        return self._dense, self._bank_array, self._cache, self._heap_array, tables, batch, call
+
+    def _take_tables(self, tables: Tables) -> None:
+        """Puts what stays the same for an epoch onto the device, once."""
+        self._tables = tables
         call = Call(
             active=tables.active,
             epoch=tables.epoch,
-            round=self._round,
+            round=np.uint32(0),
             deadline_ms=np.uint32(self.config.engine.step_deadline_ms),
-            wish=np.uint32(wish),
+            wish=np.uint32(0),
             suspicion=np.zeros(self.config.cluster.ranks, np.int32),
             abort_address=self._abort_address,
         )
-        return self._dense, self._bank_array, self._cache, self._heap_array, tables, batch, call
+        self._of_epoch = jax.device_put((tables, call))

@@ -29,11 +29,12 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class StepKind(enum.IntEnum):
-    """What a step is; ranks agree on the largest that any of them wishes."""
+    """What comes next; ranks agree on the largest that any of them wishes."""
 
     IDLE = 0  # no step: all ranks pause until one of them has work
     DECODE = 1  # one token for each batch slot: T = B
     MIXED = 2  # prompt tokens beside them: T = B + prefill_tokens
+    HOLD = 3  # no step: an epoch is prepared, and all ranks stop at this round for it
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +65,7 @@ class StepResult:
     round: UInt32[Array, ""]  # the round of the next step
     agreed: UInt32[Array, ""]  # the StepKind all ranks take next
     dropped: Int32[Array, "B"]  # choices without a live expert, summed over the rows of each slot
+    chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
 
 
 def make_step(config: RunConfig, spread: ExpertSpread):
@@ -81,7 +83,7 @@ def make_step(config: RunConfig, spread: ExpertSpread):
         decoder = merge_decoder(graph, dense)
         x = decoder.embed(batch.tokens)
         visible = jnp.maximum(batch.positions, 0)
-        dropped = jnp.zeros(batch.tokens.shape, jnp.int32)
+        dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
             q, k, v = by_tile(layer.before_attention, tile, x, visible)
             cache = cache.write(index, batch.slots, batch.positions, k, v)
@@ -106,6 +108,7 @@ def make_step(config: RunConfig, spread: ExpertSpread):
                 spread, number(index), normed, ids_or_none, weights, bank, heap, tables, call
             )
             x, dropped = add(x, y), dropped + lost
+            chosen.append(ids_or_none)
         logits = by_tile(decoder.logits, tile, x[batch.last_rows])
         tokens = sample(
             logits,
@@ -123,9 +126,16 @@ def make_step(config: RunConfig, spread: ExpertSpread):
             round=call.round,
             agreed=call.wish,
             dropped=by_slot.at[batch.slots].add(real, mode="drop"),
+            chosen=count_chosen(jnp.stack(chosen), config.model.experts),
         )
 
     return step, names
+
+
+def count_chosen(ids: Int32[Array, "*L T K"], experts: int) -> Int32[Array, "E"]:
+    """How often each expert occurs; -1 is none."""
+    bins = jnp.where(ids >= 0, ids, experts)  # of which the last one is dropped
+    return jnp.zeros(experts, jnp.int32).at[bins.reshape(-1)].add(1, mode="drop")
 
 
 def by_tile(function, tile_rows: int, *arrays):

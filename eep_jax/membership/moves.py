@@ -1,12 +1,13 @@
 """The moves between Views. Each checks, changes, checks, and returns a new View.
 
                 offer              admit               suspect
-    absent ────────────▶ joining ────────▶ active ◀──────────────▶ suspect
-       ▲                    │                         clear           │
+    absent ────────────▶ joining ◀───────▶ active ◀──────────────▶ suspect
+       ▲                    │     stand_by            clear           │
        ├──── withdraw ──────┘                                         │
        └───────────────────────── evict ──────────────────────────────┘
 
-Only `admit` and `evict` change who takes part in a step, so only they start a new epoch.
+Only `admit`, `stand_by` and `evict` change who takes part in a step, so only they start a new
+epoch.
 """
 
 import dataclasses
@@ -36,6 +37,13 @@ def admit(view: View, rank: int) -> View:
     """A joining rank takes part. `2:joining` at epoch 8 becomes `2:active` at epoch 9."""
     member = _expect(view, rank, RankState.JOINING, "be admitted")
     changed = _with(view, rank, dataclasses.replace(member, state=RankState.ACTIVE))
+    return dataclasses.replace(changed, epoch=view.epoch + 1)
+
+
+def stand_by(view: View, rank: int) -> View:
+    """A member leaves and its process stays. `2:active` at epoch 9 is `2:joining` at epoch 10."""
+    member = _expect(view, rank, RankState.ACTIVE, "stand by")
+    changed = _with(view, rank, dataclasses.replace(member, state=RankState.JOINING))
     return dataclasses.replace(changed, epoch=view.epoch + 1)
 
 

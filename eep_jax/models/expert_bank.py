@@ -88,6 +88,10 @@ class ExpertBank:
         return tuple(self._contents)
 
     @property
+    def rank(self) -> int:
+        return self._heap.rank
+
+    @property
     def dtype(self) -> np.dtype:
         return self.layout.bank.dtype
 

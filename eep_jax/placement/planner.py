@@ -7,7 +7,7 @@ then slot, then expert.
 import dataclasses
 
 from eep_jax.placement.placement import EMPTY, Placement, check, missing_experts, require_room
-from eep_jax.placement.sources import Source, rank_sources
+from eep_jax.placement.sources import Source, Supply, rank_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,14 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
     return check(Placement(experts=experts, slots=tuple(padded)))
 
 
-def plan_repair(placement: Placement, active, *, degrade: bool = False) -> Plan:
+def plan_repair(
+    placement: Placement, active, *, degrade: bool = False, supply: Supply | None = None
+) -> Plan:
     """Covers every expert on the active ranks again: exactly one move for each orphan, no other.
 
     An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has
     most. The rank with the fewest experts takes first. With `degrade`, experts that find no slot
-    are dropped and named instead.
+    are dropped and named instead. `supply` says what else than the banks can be read from.
 
     Raises CoverageLost where the active ranks have too few slots and `degrade` is not chosen.
     """
@@ -86,7 +88,7 @@ def plan_repair(placement: Placement, active, *, degrade: bool = False) -> Plan:
             continue
         target = target.with_expert(*place, expert)
         moves.append((*place, expert))
-    return _with_sources(kept, target, moves, tuple(dropped))
+    return _with_sources(kept, target, moves, tuple(dropped), supply)
 
 
 def plan_admission(placement: Placement, active, joining, redundancy: int, held=None) -> Plan:
@@ -116,12 +118,15 @@ def plan_admission(placement: Placement, active, joining, redundancy: int, held=
     return _with_sources(kept, target, moves, missing_experts(target, members))
 
 
-def _with_sources(before: Placement, target: Placement, moves, dropped) -> Plan:
+def _with_sources(
+    before: Placement, target: Placement, moves, dropped, supply: Supply | None = None
+) -> Plan:
     # Only a replica that stays where it is may be read from while others write.
     written = {(rank, slot) for rank, slot, _ in moves}
     stable = before.without(written)
     planned = tuple(
-        Move(rank, slot, expert, rank_sources(stable, rank, expert)) for rank, slot, expert in moves
+        Move(rank, slot, expert, rank_sources(stable, rank, expert, supply))
+        for rank, slot, expert in moves
     )
     return Plan(placement=check(target), moves=planned, dropped=tuple(dropped))
 

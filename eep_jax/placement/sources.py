@@ -1,35 +1,101 @@
 """Where the bytes of an expert can come from, best first."""
 
+import collections
 import dataclasses
 import enum
+import math
+import statistics
 
 from eep_jax.placement.placement import Placement
 
 
 class SourceKind(enum.Enum):
-    """The tiers, cheapest first."""
+    """The tiers, cheapest first as long as nobody has measured them."""
 
     LOCAL = "local"  # another slot of the same rank
     PEER = "peer"  # a slot of another rank, over the heap
+    BACKUP = "backup"  # host memory of this or another rank, served by Orbax
     CHECKPOINT = "checkpoint"  # Orbax on storage
+
+
+_TIER = {kind: tier for tier, kind in enumerate(SourceKind)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One place to read an expert from; `rank` and `slot` are -1 for the checkpoint."""
+    """One place to read an expert from.
+
+    `rank` is -1 for the checkpoint, `slot` for all but local and peer; `address` is where the
+    backup of another rank listens.
+    """
 
     kind: SourceKind
     rank: int = -1
     slot: int = -1
+    address: str = ""
 
 
-def rank_sources(placement: Placement, rank: int, expert: int) -> tuple[Source, ...]:
-    """Sources for bringing `expert` to `rank`: local, then peers (the next rank upwards first),
-    then the checkpoint, which always remains."""
-    ranks = len(placement.slots)
+@dataclasses.dataclass(frozen=True)
+class Backup:
+    """What a rank's backup store holds and where it serves that, `host:port`; '' serves nobody."""
+
+    address: str = ""
+    experts: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supply:
+    """What else than the banks can supply experts, how fast, and what the operator allows."""
+
+    backups: dict[int, Backup] = dataclasses.field(default_factory=dict)  # by live rank
+    rates: dict[SourceKind, float] = dataclasses.field(default_factory=dict)  # bytes per second
+    allowed: tuple[SourceKind, ...] = tuple(SourceKind)
+
+
+def rank_sources(
+    placement: Placement, rank: int, expert: int, supply: Supply | None = None
+) -> tuple[Source, ...]:
+    """Sources for bringing `expert` to `rank`, the fastest kind first (see `kind_order`).
+
+    Of one kind the own rank comes first, then the next rank upwards. The checkpoint needs no rank.
+    """
+    supply, ranks = supply or Supply(), len(placement.slots)
+    nearness = lambda other: (other - rank) % ranks
     places = placement.replicas().get(expert, ())
-    ordered = sorted(places, key=lambda place: ((place[0] - rank) % ranks, place[1]))
-    near = tuple(
-        Source(SourceKind.LOCAL if r == rank else SourceKind.PEER, r, s) for r, s in ordered
-    )
-    return (*near, Source(SourceKind.CHECKPOINT))
+    holders = [r for r, backup in supply.backups.items() if expert in backup.experts]
+    found = [
+        Source(SourceKind.LOCAL if r == rank else SourceKind.PEER, r, s)
+        for r, s in sorted(places, key=lambda place: (nearness(place[0]), place[1]))
+    ]
+    found += [
+        Source(SourceKind.BACKUP, r, address=supply.backups[r].address)
+        for r in sorted(holders, key=nearness)
+    ]
+    found.append(Source(SourceKind.CHECKPOINT))
+    order = kind_order(supply.rates)
+    usable = [source for source in found if source.kind in supply.allowed]
+    return tuple(sorted(usable, key=lambda source: order.index(source.kind)))
+
+
+def kind_order(rates: dict[SourceKind, float]) -> tuple[SourceKind, ...]:
+    """All kinds, best first: measured ones by bytes per second, the others stay in their tier.
+
+    Rates within a power of two count as equal, so that noise changes no plan.
+    Backups at 4 GB/s, the checkpoint at 9: local, peer, checkpoint, backup.
+    """
+    measured = [kind for kind in SourceKind if rates.get(kind, 0.0) > 0.0]
+    faster = iter(sorted(measured, key=lambda kind: (-math.frexp(rates[kind])[1], _TIER[kind])))
+    return tuple(next(faster) if kind in measured else kind for kind in SourceKind)
+
+
+def median_rates(measured) -> dict[SourceKind, float]:
+    """The median over ranks of what each measured, `{kind's name: bytes per second}`.
+
+    >>> median_rates([{"peer": 2.0}, {"peer": 4.0, "backup": 1.0}, {"peer": 9.0}])
+    {<SourceKind.PEER: 'peer'>: 4.0, <SourceKind.BACKUP: 'backup'>: 1.0}
+    """
+    by_kind = collections.defaultdict(list)
+    for rates in measured:
+        for name, rate in rates.items():
+            by_kind[SourceKind(name)].append(rate)
+    return {kind: statistics.median(by_kind[kind]) for kind in SourceKind if by_kind[kind]}

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import expert_name
+from eep_jax.relocation.shards import open_orbax
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
@@ -35,7 +36,7 @@ def save_checkpoint(
     """Writes weights and manifest; `directory` must not exist. `facts` are kept in the manifest."""
     root = pathlib.Path(directory).absolute()
     root.mkdir(parents=True)
-    with _checkpointer() as checkpointer:
+    with open_orbax() as checkpointer:
         tree = {"dense": dense, "experts": experts}
         checkpointer.save(root / WEIGHTS, args=ocp.args.PyTreeSave(tree))
     manifest = {
@@ -94,7 +95,7 @@ class Checkpoint:
         wanted = {part: {name: 0 for name in names}}
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         try:
-            with _checkpointer() as checkpointer:
+            with open_orbax() as checkpointer:
                 restored = checkpointer.restore(
                     self.root / WEIGHTS,
                     args=ocp.args.PyTreeRestore(
@@ -114,7 +115,3 @@ class Checkpoint:
                     f"{expected}; the stored bytes are damaged, restore them from a copy"
                 )
         return arrays
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))

@@ -13,11 +13,14 @@ from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.patience import Patience
+from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.transports import Transport, all_transports
 
 _log = logging.getLogger(__name__)
 
 CHECKPOINT_SOURCE = Source(SourceKind.CHECKPOINT)
+FETCH_DEADLINE_MS = 30_000
 
 
 class Executor:
@@ -29,8 +32,11 @@ class Executor:
         checkpoint: Checkpoint,
         transports: dict[SourceKind, Transport] | None = None,
         beat: Callable[[], None] = lambda: None,
+        rates: Rates | None = None,
+        fetch_deadline_ms: int = FETCH_DEADLINE_MS,
     ):
-        """`beat` is called between experts, so a long repair is not taken for a stuck engine.
+        """`beat` is called between experts, and while it waits for a backup or the checkpoint, so
+        that a long repair is not taken for a stuck engine. `rates` learn from every fetch.
 
         Raises ValueError if the bank's dtype cannot hold all values of the checkpoint's: digests
         are of stored bytes, and could never be compared.
@@ -43,7 +49,10 @@ class Executor:
             )
         self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
         self._transports = transports or all_transports(bank, checkpoint)
+        self.rates = rates or Rates()
+        self._patience = Patience(fetch_deadline_ms, beat)
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
+        self.bytes_moved: dict[str, int] = {}
 
     def carry_out(self, slots: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
         """Makes the bank hold `slots` (expert per slot, EMPTY for none); returns its contents.
@@ -71,25 +80,63 @@ class Executor:
         for source in sources:
             started = time.monotonic()
             try:
-                weights = self._transports[source.kind].fetch(expert, source)
-                self._verify(expert, weights)
+                weights = self._fetch(expert, source)
+                fetched = time.monotonic()
+                self.verify(expert, weights)
             except Exception as error:  # any failure of a source means the next source
                 failures.append(f"{_name(source)}: {error}")
                 _log.warning("expert %d from %s failed: %s", expert, _name(source), error)
                 continue
-            self._bank.write(slot, expert, weights)
-            self.moved[source.kind.value] = self.moved.get(source.kind.value, 0) + 1
-            milliseconds = (time.monotonic() - started) * 1e3
-            _log.info(
-                "expert %d into slot %d from %s, %.1f ms", expert, slot, _name(source), milliseconds
-            )
+            self.keep(Move(-1, slot, expert, ()), source, weights, fetched - started)
             return
         raise RelocationFailed(
-            f"no source has expert {expert} for slot {slot}: " + "; ".join(failures)
+            f"no source has expert {expert} for slot {slot}: "
+            + ("; ".join(failures) or "the plan names none; see cluster.sources")
         )
 
-    def _verify(self, expert: int, weights: np.ndarray) -> None:
+    def keep(self, move: Move, source: Source, weights: np.ndarray, seconds: float) -> None:
+        """Writes what `source` supplied in so many seconds into the move's slot."""
+        started, kind = time.monotonic(), source.kind.value
+        self._bank.write(move.slot, move.expert, weights)
+        self.rates.note(source.kind, weights.nbytes, seconds)
+        self.moved[kind] = self.moved.get(kind, 0) + 1
+        self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + weights.nbytes
+        _log.info(
+            "expert %d into slot %d from %s, read in %.1f ms, written in %.1f ms",
+            move.expert,
+            move.slot,
+            _name(source),
+            seconds * 1e3,
+            (time.monotonic() - started) * 1e3,
+        )
+
+    def measure_memory(self, peers) -> None:
+        """Times one copy out of an own slot and one out of a peer's, where nothing was copied yet.
+
+        Call it while no step of this rank runs, and while nobody waits for it.
+        """
+        for kind, ranks in ((SourceKind.LOCAL, [self._bank.rank]), (SourceKind.PEER, peers)):
+            if ranks and not self.rates.known(kind):
+                started = time.monotonic()
+                copied = self._bank.read_peer(ranks[0], 0)
+                self.rates.note(kind, copied.nbytes, time.monotonic() - started)
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        """What a source says the expert is; see `verify`. May hang."""
+        return self._transports[source.kind].fetch(expert, source)
+
+    def _fetch(self, expert: int, source: Source) -> np.ndarray:
+        if source.kind in (SourceKind.LOCAL, SourceKind.PEER):
+            return self.fetch(expert, source)  # memory does not hang
+        key = (source.kind.value, source.rank)
+        return self._patience.run(key, lambda: self.fetch(expert, source))
+
+    def verify(self, expert: int, weights: np.ndarray) -> None:
         """Compares with the manifest, whose digests are of the stored dtype."""
+        if weights.shape != self._bank.layout.expert_shape:
+            raise RelocationFailed(
+                f"expert {expert} has shape {weights.shape}, not {self._bank.layout.expert_shape}"
+            )
         narrow = weights.astype(self._stored_dtype, copy=False)
         found, expected = digest(narrow), self._checkpoint.manifest["experts"][expert_name(expert)]
         if found != expected:

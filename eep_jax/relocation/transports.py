@@ -13,7 +13,7 @@ class Transport(Protocol):
     """Reads an expert from one kind of source. Any exception means: try the next source."""
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        """The expert's weights in host memory, `[L 3 F D]` in the dtype of the bank.
+        """The expert's weights in host memory, `[L 3 F D]`, in a dtype that the bank can hold.
 
         Nobody else may change them; whether they are right is for the caller to check.
         """
@@ -44,16 +44,26 @@ class PeerCopy:
 class CheckpointCopy:
     """From the Orbax checkpoint; only this expert is read."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype):
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        return self._checkpoint.read_experts([expert])[expert].astype(self._dtype, copy=False)
+        return self._checkpoint.read_experts([expert])[expert]
 
 
-def all_transports(bank: ExpertBank, checkpoint: Checkpoint) -> dict[SourceKind, Transport]:
+class NoBackups:
+    """Where a rank was configured without backups."""
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        raise LookupError("this rank reads no backups; set cluster.backup_bytes")
+
+
+def all_transports(
+    bank: ExpertBank, checkpoint: Checkpoint, backups: Transport | None = None
+) -> dict[SourceKind, Transport]:
     return {
         SourceKind.LOCAL: LocalCopy(bank),
         SourceKind.PEER: PeerCopy(bank),
-        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint, bank.dtype),
+        SourceKind.BACKUP: backups or NoBackups(),
+        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint),
     }

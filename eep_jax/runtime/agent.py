@@ -8,13 +8,17 @@ import logging
 import time
 
 from eep_jax.coordination import participant as p
-from eep_jax.coordination.protocol import Mode, Status
+from eep_jax.coordination.protocol import Mode, Prepare, Status
 from eep_jax.engine.engine import Engine
 from eep_jax.engine.request import Progress
 from eep_jax.errors import HeapError, QueueFull, RelocationFailed
 from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.placement.sources import Backup
+from eep_jax.relocation.backup_store import BackupStore
 from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.prefetch import Prefetch
 from eep_jax.runtime import messages
+from eep_jax.runtime.change_watch import ChangeWatch
 from eep_jax.runtime.link import Connected, Link
 from eep_jax.tables import build_tables
 
@@ -24,21 +28,35 @@ EXIT_OK, EXIT_FENCED = 0, 75
 SLEEP_MS = 50
 ATTACH_TRIES_MS = 6_000  # a peer that does not answer is usually dead, and soon out of the plan
 TELEMETRY_MS = 500
+HOLD_TRIES_MS = 1_000  # for all ranks to stop at one round; then a planned change aborts the step
 
 
 class Agent:
     """One rank at work. `run` returns the exit status of the process."""
 
     def __init__(
-        self, rank: int, engine: Engine, heap: SymmetricHeap, executor: Executor, link: Link
+        self,
+        rank: int,
+        engine: Engine,
+        heap: SymmetricHeap,
+        executor: Executor,
+        link: Link,
+        backups: BackupStore | None = None,
     ):
         self._rank, self._engine, self._heap = rank, engine, heap
-        self._executor, self._link = executor, link
+        self._executor, self._link, self._backups = executor, link, backups
+        self._published: Status | None = None
         self._state = p.ParticipantState(rank=rank, contents=engine.bank.contents)
         self._attached: dict[int, str] = {}
         self._finished: dict[str, Progress] = {}
         self._exit: int | None = None
         self._telemetry_ms = 0
+        self._planned: Prepare | None = None  # waits until all ranks hold
+        self._planned_s = 0.0
+        self._fetch_from_s = 0.0
+        deadline_ms = engine.config.cluster.fetch_deadline_ms
+        self._prefetch = Prefetch(executor, deadline_ms, engine.lockstep.nudge)
+        self._watch = ChangeWatch(executor)
         link.on_arrival = engine.lockstep.nudge
         link.on_prepare = engine.lockstep.abort
 
@@ -56,16 +74,21 @@ class Agent:
                 self._handle(message)
             self._link.beat()
             self._send_telemetry()
-            if self._exit is None and not self._step():
+            self._begin_planned()
+            if self._exit is None and not (self._fetch() | self._step()):
                 self._engine.lockstep.sleep(bell, SLEEP_MS)
         return self._exit
 
     def _step(self) -> bool:
         """Runs one step if this rank may and anybody has work; False if there was nothing to do."""
         engine = self._engine
-        if self._state.mode is not Mode.SERVING or (engine.paused and not engine.try_wake()):
+        if self._state.mode is not Mode.SERVING or engine.held:
+            return False
+        if engine.paused and not engine.try_wake():
             return False
         outcome = engine.advance()
+        if outcome.committed:
+            self._watch.stepped()
         if not outcome.committed:
             self._feed(p.StepAccused(engine.epoch, outcome.accused))
         elif outcome.progress:
@@ -85,8 +108,50 @@ class Agent:
                 held = (*self._finished.values(), *self._engine.scheduler.snapshot())
                 self._link.send(messages.Held(progress=held))
                 self._publish()
+            case Prepare(planned=True) if self._state.mode is Mode.SERVING:
+                self._plan(message)
             case _:
                 self._feed(message)
+
+    def _plan(self, prepare: Prepare) -> None:
+        """Nobody died: first all ranks end their step, at a round that they agree on."""
+        if prepare.epoch <= self._state.epoch:
+            self._feed(prepare)  # late; it is only answered
+            return
+        if self._planned is None:
+            self._planned_s = time.monotonic()
+        self._planned = prepare
+        self._engine.want_hold()
+
+    def _begin_planned(self) -> None:
+        """Takes part in a planned change once all ranks hold, or cannot."""
+        prepare, engine = self._planned, self._engine
+        if prepare is None:
+            return
+        waited_ms = (time.monotonic() - self._planned_s) * 1e3
+        if self._state.mode is Mode.SERVING and not engine.held:
+            if waited_ms < HOLD_TRIES_MS:
+                return
+            _log.warning("ranks do not hold for epoch %d; the step is aborted", prepare.epoch)
+            engine.lockstep.abort(prepare.epoch)
+        self._planned = None
+        self._feed(prepare)
+
+    def _fetch(self) -> bool:
+        """Goes on with a Fetch, between two steps; whether it did anything that steps wait for."""
+        fetch, bank = self._state.fetch, self._engine.bank
+        if fetch is None or time.monotonic() < self._fetch_from_s:
+            return False
+        missing = [m for m in fetch.moves if bank.contents[m.slot] != m.expert]
+        came = self._prefetch.advance(missing[0]) if missing else False
+        if came is None:
+            return False  # under way
+        if came:
+            if limit := self._engine.config.cluster.background_bytes_per_s:
+                self._fetch_from_s = time.monotonic() + bank.expert_bytes / limit
+            return True
+        self._feed(p.Fetched(fetch.number, bank.contents))
+        return True
 
     def _accept(self, request) -> None:
         if request.id in self._finished:
@@ -123,7 +188,10 @@ class Agent:
                     self._publish()
                     self._feed(self._carry_out(prepare))
                 case p.Resume(view=view, placement=placement):
-                    self._engine.resume(build_tables(view, placement, self._rank))
+                    with self._watch.committing(view.epoch):
+                        self._engine.resume(build_tables(view, placement, self._rank))
+                    if self._backups is not None:
+                        self._backups.follow(view.in_epoch, placement)
                 case p.End(reason=reason):
                     _log.warning("ending: %s", reason)
                     self._exit = EXIT_FENCED
@@ -135,7 +203,10 @@ class Agent:
             except HeapError as error:
                 # Not fatal: what a dummy holds fails its digest, and the next source is tried.
                 _log.warning("cannot read from rank %d: %s", peer, error)
-        return self._relocate(load.slots, load.moves, p.Loaded)
+        with self._watch.loading():
+            loaded = self._relocate(load.slots, load.moves, p.Loaded)
+        self._executor.measure_memory(list(self._attached))
+        return loaded
 
     def _carry_out(self, prepare):
         started, members = time.monotonic(), prepare.view.in_epoch
@@ -152,7 +223,11 @@ class Agent:
             except HeapError as error:
                 return p.Broken(f"cannot map rank {peer}: {error}")
         slots = prepare.placement.slots[self._rank]
-        result = self._relocate(slots, prepare.moves, lambda c: p.Prepared(prepare.epoch, c))
+        self._watch.detached(time.monotonic() - started)
+        with self._watch.fetching():
+            result = self._relocate(slots, prepare.moves, lambda c: p.Prepared(prepare.epoch, c))
+        if prepare.epoch == 1:  # nobody served yet
+            self._executor.measure_memory(list(self._attached))
         # No step runs here, and none of the new epoch can run anywhere before the Commit.
         self._engine.lockstep.clear_flags()
         milliseconds = (time.monotonic() - started) * 1e3
@@ -185,20 +260,25 @@ class Agent:
         return False
 
     def _publish(self) -> None:
-        state = self._state
-        self._link.publish(
-            Status(
-                rank=self._rank,
-                incarnation=self._link.incarnation,
-                sequence=0,  # numbered by the link as it is sent
-                mode=state.mode,
-                epoch=state.epoch,
-                prepared=state.prepared,
-                contents=self._engine.bank.contents,
-                accused=state.accused,
-                handle=self._heap.export(),
-                failure=state.failure,
-            )
+        self._published = self._status()
+        self._link.publish(self._published)
+
+    def _status(self) -> Status:
+        state, backups = self._state, self._backups
+        return Status(
+            rank=self._rank,
+            incarnation=self._link.incarnation,
+            sequence=0,  # numbered by the link as it is sent
+            mode=state.mode,
+            epoch=state.epoch,
+            prepared=state.prepared,
+            fetched=state.fetched,
+            contents=self._engine.bank.contents,
+            accused=state.accused,
+            handle=self._heap.export(),
+            failure=state.failure,
+            backup=Backup() if backups is None else backups.offer,
+            rates=self._executor.rates.medians(),
         )
 
     def _send_telemetry(self) -> None:
@@ -206,6 +286,8 @@ class Agent:
         if now_ms - self._telemetry_ms < TELEMETRY_MS:
             return
         self._telemetry_ms = now_ms
+        if self._status() != self._published:
+            self._publish()  # a backup was added, or a source measured
         engine = self._engine
         self._link.send(
             messages.Telemetry(
@@ -213,5 +295,7 @@ class Agent:
                 steps=engine.steps,
                 discarded=engine.discarded,
                 moved=dict(self._executor.moved),
+                change=self._watch.times,
+                chosen=engine.take_chosen(),
             )
         )

@@ -1,5 +1,7 @@
 """The HTTP face of the service: OpenAI completions, models, health, membership and metrics.
 
+Membership is changed here too: `apply` takes ranks out for maintenance, and back in.
+
 The life of a completion: `complete` reads and checks the body, submits it, and turns the Progress
 of its Stream into one JSON answer or into server-sent events. Every error is JSON.
 """
@@ -14,7 +16,9 @@ from typing import Protocol
 
 from aiohttp import web
 
-from eep_jax.errors import EepError, QueueFull
+from eep_jax.coordination.scaling import Wish
+from eep_jax.errors import CoverageLost, EepError, InvalidMove, QueueFull
+from eep_jax.runtime.apply import parse_wish
 from eep_jax.runtime.completion import (
     CompletionLimits,
     CompletionRequest,
@@ -79,6 +83,9 @@ class CompletionService(Protocol):
         Raises QueueFull, ServiceUnavailable, or KeyConflict.
         """
 
+    def apply(self, wish: Wish) -> dict:
+        """Takes ranks out or back. Raises InvalidMove or CoverageLost where that cannot be."""
+
     def health(self) -> tuple[bool, dict]: ...
 
     def status(self) -> dict: ...
@@ -100,6 +107,7 @@ def build_app(
     app.router.add_get("/v1/models", api.models)
     app.router.add_get("/v1/models/{id:.+}", api.model)
     app.router.add_get("/v1/fault_tolerance/status", api.status)
+    app.router.add_post("/v1/fault_tolerance/apply", api.apply)
     app.router.add_get("/health", api.health)
     app.router.add_get("/metrics", api.metrics)
     return app
@@ -165,6 +173,9 @@ class _Api:
 
     async def status(self, http: web.Request) -> web.Response:
         return web.json_response(self._service.status())
+
+    async def apply(self, http: web.Request) -> web.Response:
+        return web.json_response(self._service.apply(parse_wish(await _read_json(http))))
 
     async def metrics(self, http: web.Request) -> web.Response:
         headers = {"Content-Type": PROMETHEUS_TEXT}
@@ -329,6 +340,10 @@ def _describe(error: Exception, http: web.Request, body_bytes_max: int) -> tuple
             status, param, code = error.status, error.field, error.code
         case KeyConflict():
             status, param, code = 409, KEY_HEADER, "idempotency_key_conflict"
+        case InvalidMove():
+            status, code = 409, "invalid_move"
+        case CoverageLost():
+            status, code = 409, "coverage_lost"
         case QueueFull():
             status, kind, code = 429, "rate_limit_error", "queue_full"
         case ServiceUnavailable():

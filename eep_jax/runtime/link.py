@@ -49,7 +49,8 @@ class Link:
     """Connects, reconnects, sends a Status with every heartbeat, hands incoming messages over.
 
     `on_arrival` is called in the link's thread after a message was queued, `on_prepare` with the
-    epoch at once when a Prepare comes in: a step in flight should end now, not after its deadline.
+    epoch at once when a Prepare comes in that was not planned: a step in flight should end now, not
+    after its deadline.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class Link:
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while True:
             message = self._decode(await socket.receive())
-            if isinstance(message, Prepare):
+            if isinstance(message, Prepare) and not message.planned:
                 self.on_prepare(message.epoch)
             self._arrived(message)
 

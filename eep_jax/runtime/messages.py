@@ -32,13 +32,29 @@ class Held:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChangeTimes:
+    """How a rank spent its last change of epoch, and what it moved since the one before."""
+
+    epoch: int
+    load_s: float  # a joining rank's experts, before the change
+    detach_s: float
+    fetch_s: float
+    commit_s: float
+    first_step_s: float | None  # after the commit; None until one counted
+    moved: dict[str, int]  # experts, by kind of source
+    bytes_moved: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """Numbers for reports; nothing is decided by them."""
+    """Numbers for reports, and which experts are chosen: load is spread by that."""
 
     compilations: int  # since the rank was ready; promised to stay 0
     steps: int
     discarded: int
     moved: dict[str, int]  # experts written, by kind of source
+    change: ChangeTimes | None = None  # the last one, repeated
+    chosen: tuple[int, ...] = ()  # how often each expert was, since the last one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,8 @@ TO_RANK = _by_name(
     protocol.Load,
     protocol.Prepare,
     protocol.Commit,
+    protocol.Fetch,
+    protocol.StandBy,
     Generate,
     Forget,
     Shutdown,

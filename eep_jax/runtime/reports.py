@@ -6,7 +6,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from eep_jax.coordination.coordinator import missing
+from eep_jax.errors import CoverageLost
 from eep_jax.membership.view import RankState
+from eep_jax.placement.placement import require_room
 
 if typing.TYPE_CHECKING:
     from eep_jax.runtime.supervisor import Supervisor
@@ -70,7 +72,31 @@ class Reports:
                 "tokens": counts["tokens"],
                 "dropped_choices": counts["dropped_choices"],
             },
+            "background": self.scale(),
             "events": list(supervisor.events),
+        }
+
+    def scale(self) -> dict:
+        """Who is out or on its way out, and what is done for it in the background."""
+        state = self._supervisor.state
+        inside = state.view.in_epoch
+        leaving = [rank for rank in inside if rank in state.out]
+        task, change, waits_for = state.background, state.change, ""
+        if leaving:
+            try:
+                require_room(state.placement, [rank for rank in inside if rank not in state.out])
+            except CoverageLost as error:
+                waits_for = str(error)
+        return {
+            "state": self.phase(),
+            "epoch": state.view.epoch,
+            # Experts may have to be fetched before, in epochs of their own.
+            "epoch_planned": change.view.epoch if change is not None else state.epoch_tried + 1,
+            "draining": leaving,
+            "drained": sorted(state.out - set(inside)),
+            "waits_for": waits_for,
+            "fetching": 0 if task is None else len(task.plan.moves),
+            "reason": "" if task is None else task.reason,
         }
 
     def _rank(self, rank: int) -> dict:
@@ -82,6 +108,7 @@ class Reports:
         return {
             "rank": rank,
             "state": member.state.value,
+            "drained": rank in state.out and rank not in state.view.in_epoch,
             "incarnation": record.incarnation,
             "pid": supervisor.pid_of(rank, record.incarnation),
             "mode": status.mode.value if status is not None and record.believed else None,
@@ -91,6 +118,8 @@ class Reports:
             "steps": telemetry.steps if telemetry else 0,
             "steps_discarded": telemetry.discarded if telemetry else 0,
             "experts_moved": dict(telemetry.moved) if telemetry else {},
+            "backups": list(status.backup.experts) if status is not None else [],
+            "source_bytes_per_s": dict(status.rates) if status is not None else {},
         }
 
     def metrics(self) -> bytes:
@@ -105,6 +134,10 @@ class Reports:
             "eep_active_ranks": (
                 "Ranks that take part in steps.",
                 len(state.view.with_state(RankState.ACTIVE)),
+            ),
+            "eep_drained_ranks": (
+                "Ranks that the operator took out.",
+                len(state.out - set(state.view.in_epoch)),
             ),
             "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
             "eep_requests_waiting": ("Accepted requests on no rank.", supervisor.book.waiting),

@@ -9,7 +9,7 @@ from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
 from eep_jax.runtime.requests import Entry
 
-EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost")
+EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "repair")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class Restored:
     epoch_tried: int
     issued: list[int]
     fenced: list[int]
+    out: frozenset[int]  # ranks that the operator took out
     processes: dict[tuple[int, int], tuple[int, int]]  # (rank, incarnation) -> (pid, start ticks)
     entries: list[Entry]
     events: list[dict]
@@ -32,11 +33,13 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
     view = empty_view(cluster.ranks)
     placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
     tried, issued, fenced = 0, [0] * cluster.ranks, [0] * cluster.ranks
-    processes, entries = {}, {}
+    processes, entries, out = {}, {}, frozenset()
     for record in records:
         match record["kind"]:
             case "commit":
                 view, placement = _view_of(record), _placement_of(record, model.experts)
+            case "scale":
+                out = frozenset(record["out"])
             case "prepare" | "tried":
                 tried = max(tried, record["epoch"])
             case "process":
@@ -58,6 +61,7 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
         epoch_tried=tried,
         issued=issued,
         fenced=fenced,
+        out=out,
         processes={k: v for k, v in processes.items() if k[1] == issued[k[0]]},
         entries=list(entries.values()),
         events=[r for r in records if r["kind"] in EVENT_KINDS],
@@ -67,6 +71,8 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
 def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entries) -> list[dict]:
     """Records from which `read_back` makes the same; `commits` are the last one, if any."""
     records = [{"kind": "tried", "epoch": state.epoch_tried}, *commits]
+    if state.out:
+        records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
     for (rank, incarnation), (pid, ticks) in processes.items():
         facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
         records.append({"kind": "process", **facts})

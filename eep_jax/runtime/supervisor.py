@@ -15,12 +15,14 @@ import pathlib
 
 from aiohttp import web
 
-from eep_jax.config import RunConfig
+from eep_jax.config import SOURCES, RunConfig
 from eep_jax.coordination import coordinator as c
 from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
+from eep_jax.coordination.scaling import Wish, ranks_out
 from eep_jax.errors import ProtocolError
 from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
+from eep_jax.placement.sources import SourceKind
 from eep_jax.runtime import messages
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
@@ -34,6 +36,7 @@ from eep_jax.runtime.identity import (
     start_ticks,
 )
 from eep_jax.runtime.journal import Journal, replay
+from eep_jax.runtime.repairs import RepairLog
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
 from eep_jax.runtime.restart import read_back, snapshot
@@ -56,6 +59,7 @@ class Process:
     ticks: int
     pidfd: int | None
     ending: bool = False
+    alive_ms: int = 0  # when it was last seen not to be ending
 
 
 class Supervisor:
@@ -83,6 +87,7 @@ class Supervisor:
         records = replay(self._run_dir / JOURNAL)
         self._journal = Journal(self._run_dir / JOURNAL)
         self._restore(records)
+        self._repairs = RepairLog(self.state.view.in_epoch)
         self.reports = Reports(self)
         self.submit = self._serving.submit
         self.health, self.status, self.metrics = (
@@ -122,6 +127,7 @@ class Supervisor:
                 ready.set()
             while not stop.is_set():
                 self._feed(c.Tick())
+                self._record_repairs()
                 if self._journal.is_full:
                     self._journal.compact(self._snapshot())
                 try:
@@ -198,8 +204,21 @@ class Supervisor:
                 connection.settled = True
                 self._awaited.discard(rank)
             case messages.Telemetry():
-                self.telemetry[rank] = message
+                self._on_telemetry(rank, message)
         self._assign()
+
+    def _on_telemetry(self, rank: int, telemetry: messages.Telemetry) -> None:
+        experts = self.config.model.experts
+        if len(telemetry.chosen) not in (0, experts) or any(n < 0 for n in telemetry.chosen):
+            raise ProtocolError(
+                f"rank {rank} counted {telemetry.chosen!r:.80}, expected {experts} counts"
+            )
+        self.telemetry[rank] = telemetry
+        if telemetry.change is not None:
+            self._repairs.told(rank, telemetry.change)
+            self._record_repairs()
+        if any(telemetry.chosen):
+            self._feed(c.Measured(telemetry.chosen))
 
     def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
         if not 0 <= hello.rank < self.config.cluster.ranks:
@@ -256,6 +275,10 @@ class Supervisor:
         cluster = self.config.cluster
         if len(status.contents) not in (0, cluster.slots_per_rank):  # none while it loads
             raise ProtocolError(f"{len(status.contents)} slots, expected {cluster.slots_per_rank}")
+        if not set(status.backup.experts) <= set(range(self.config.model.experts)):
+            raise ProtocolError(f"backups of {status.backup.experts!r:.80}, not all are experts")
+        if not set(status.rates) <= set(SOURCES):
+            raise ProtocolError(f"rates of {set(status.rates)!r:.80}, expected some of {SOURCES}")
         if any(not 0 <= rank < cluster.ranks for rank in status.accused):
             raise ProtocolError(
                 f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}"
@@ -283,6 +306,8 @@ class Supervisor:
         for part in progress:
             self.book.adopt(rank, part.id)
             self._on_progress(rank, part)
+        if rank not in self.state.view.in_epoch:
+            self.book.release(rank)  # it was drained before it, or this supervisor, heard so
         forget, resend = self.book.reconcile(rank, {part.id for part in progress})
         for request_id in forget:
             connection.send(messages.Forget(id=request_id))
@@ -316,9 +341,34 @@ class Supervisor:
         self.events.append(record)
         self.event_counts[kind] += 1
         _log.info("%s %s", kind, {k: v for k, v in facts.items() if k not in ("slots", "moves")})
-        if kind == "dead":
-            for entry in self.book.release(facts["rank"]):
-                _log.info("request %s waits for another rank", entry.request.id)
+        now_ms = self._clock.now_ms()
+        if kind == "prepare":
+            self._repairs.prepared(facts["epoch"], now_ms)
+        elif kind == "dead":
+            silent_ms = self._silent_ms(facts["rank"], now_ms)
+            self._repairs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
+            self._release(facts["rank"])
+        elif kind == "commit":
+            self._repairs.committed(facts, now_ms)
+            for rank in facts["drained"]:
+                self._release(rank)
+
+    def _record_repairs(self) -> None:
+        for facts in self._repairs.take(self._clock.now_ms()):
+            self._note("repair", facts)
+
+    def _silent_ms(self, rank: int, now_ms: int) -> int:
+        """How long ago a rank that was judged dead last gave a sign of life."""
+        record = self.state.records[rank]
+        process = self._processes.get((rank, record.incarnation))
+        ending = process is not None and (record.ending or record.ended)
+        return max(0, now_ms - (process.alive_ms if ending else record.heard_ms))
+
+    def _release(self, rank: int) -> None:
+        """Requests of a rank that is out go to others, with the tokens it said before."""
+        for entry in self.book.release(rank):
+            self._send(rank, messages.Forget(id=entry.request.id))
+            _log.info("request %s waits for another rank", entry.request.id)
 
     def _answer(self, connection: Connection | None, message) -> None:
         if connection is None:
@@ -353,7 +403,8 @@ class Supervisor:
         After a restart the ranks come back first: most requests are on one of them already.
         """
         believed = lambda rank: self.state.records[rank].believed
-        active = [r for r in self.state.view.with_state(RankState.ACTIVE) if believed(r)]
+        active = self.state.view.with_state(RankState.ACTIVE)
+        active = [r for r in active if believed(r) and r not in self.state.out]
         if self.state.blocked or self._awaited.intersection(active):
             return
         ready = [r for r in active if (found := self._connections.get(r)) and found.settled]
@@ -379,6 +430,13 @@ class Supervisor:
             return "the cluster is starting: not all ranks are ready yet"
         return f"no expert coverage: {self.state.blocked}" if self.state.blocked else ""
 
+    # What the operator asks for.
+
+    def apply(self, wish: Wish) -> dict:
+        """Takes ranks out, or back; see `scaling.ranks_out` for what it refuses and why."""
+        self._feed(c.ScaleTo(ranks_out(self.state, wish)))
+        return self.reports.scale()
+
     # Processes.
 
     def _watch(self, rank: int, incarnation: int, pid: int, ticks: int) -> None:
@@ -390,7 +448,8 @@ class Supervisor:
         ]:
             del self._processes[key]
         pidfd = open_process(pid, ticks)
-        process = self._processes[rank, incarnation] = Process(pid, ticks, pidfd)
+        process = Process(pid, ticks, pidfd, alive_ms=self._clock.now_ms())
+        self._processes[rank, incarnation] = process
         if pidfd is None:
             self._feed(c.Ended(rank, incarnation))
             return
@@ -408,9 +467,13 @@ class Supervisor:
         """Reports Ending as soon as a process begins to exit, which is well before it is gone."""
         while True:
             for (rank, incarnation), process in list(self._processes.items()):
-                if process.pidfd is not None and not process.ending and is_ending(process.pid):
+                if process.pidfd is None or process.ending:
+                    continue
+                if is_ending(process.pid):
                     process.ending = True
                     self._feed(c.Ending(rank, incarnation))
+                else:
+                    process.alive_ms = self._clock.now_ms()
             # A look takes some 20 us; with many ranks they stay a small part of the time.
             await asyncio.sleep(max(ENDING_POLL_MS, len(self._processes)) / 1000)
 
@@ -443,6 +506,7 @@ class Supervisor:
             before.issued,
             self._clock.now_ms(),
             before.fenced,
+            before.out,
         )
         self._awaited.update(self.state.view.in_epoch)
         self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
@@ -479,7 +543,11 @@ def _coordinator_options(config: RunConfig) -> c.CoordinatorOptions:
         experts=config.model.experts,
         slots_per_rank=cluster.slots_per_rank,
         redundancy=cluster.redundancy,
+        background_experts=cluster.background_experts,
+        imbalance_max=cluster.imbalance_max,
         degrade=cluster.policy == "degrade",
+        sources=tuple(SourceKind(name) for name in cluster.sources),
+        measured=cluster.source_order == "measured",
         formation_ms=cluster.formation_ms,
         fenced_grace_ms=cluster.fenced_grace_ms,
         restart_grace_ms=cluster.restart_grace_ms,

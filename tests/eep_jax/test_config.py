@@ -38,6 +38,11 @@ def test_a_model_of_sizes_that_contradict_is_refused(changes, said):
         ({"ranks": 0}, "ClusterConfig.ranks=0 must be positive"),
         ({"policy": "hope"}, "policy='hope' must be one of"),
         ({"redundancy": 3}, "redundancy=3 replicas need as many ranks, there are self.ranks=2"),
+        ({"backup_bytes": -1}, "backup_bytes=-1 must not be negative"),
+        ({"fetch_deadline_ms": 0}, "fetch_deadline_ms=0 must be positive"),
+        ({"sources": ()}, r"sources=\(\) must name some of"),
+        ({"sources": ("peer", "moon")}, "'moon'.* must name some of"),
+        ({"source_order": "luck"}, "source_order='luck' must be one of"),
         ({"lease_ms": 599}, "lease_ms=599 must be at least 3 x self.heartbeat_ms=200"),
     ],
 )

@@ -37,6 +37,7 @@ class TestOverride:
             ("model.rope_theta=5", lambda c: c.model.rope_theta, 5.0),
             ("model.norm_topk_prob=False", lambda c: c.model.norm_topk_prob, False),
             ("model.norm_topk_prob=true", lambda c: c.model.norm_topk_prob, True),
+            ("cluster.sources=peer,backup", lambda c: c.cluster.sources, ("peer", "backup")),
             ("name=mine", lambda c: c.name, "mine"),
             ("checkpoint=/a=b", lambda c: c.checkpoint, "/a=b"),
             ("checkpoint=", lambda c: c.checkpoint, ""),

@@ -1,5 +1,6 @@
 """What must be true after every event of a simulation, whatever fails; and when all is well."""
 
+from eep_jax.coordination import background
 from eep_jax.coordination.coordinator import Note
 from eep_jax.coordination.protocol import Mode
 from eep_jax.membership.view import Member, RankState
@@ -41,7 +42,7 @@ class Checkers:
             require(ready, f"epoch {view.epoch} is committed but {name} was never ready for it")
             require(name not in self.evicted, f"{name} is back in epoch {view.epoch}")
         for rank, incarnation in self.committed.get(newest, {}).items():
-            if members.get(rank) != incarnation:
+            if members.get(rank) != incarnation and rank not in note.facts["drained"]:
                 self.evicted[rank, incarnation] = view.epoch
         self.committed[view.epoch] = members
         missing = set(missing_experts(placement, members)) - set(note.facts["dropped"])
@@ -50,9 +51,11 @@ class Checkers:
     def changed(self, process) -> None:
         state = process.state
         before = self.last_seen.get(process.pid, (0, 0))
-        grew = state.epoch >= before[0] and max(state.epoch, state.prepared) >= max(before)
-        require(grew, f"{process} went back from {before} to {state.epoch}, {state.prepared}")
-        self.last_seen[process.pid] = (state.epoch, state.prepared)
+        # A rank that was drained has no epoch, but forgets none.
+        epoch = max(state.epoch, state.left)
+        grew = epoch >= before[0] and max(epoch, state.prepared) >= max(before)
+        require(grew, f"{process} went back from {before} to {epoch}, {state.prepared}")
+        self.last_seen[process.pid] = (epoch, state.prepared)
         if state.prepare is not None:
             self.agree(state.prepare.view, state.prepare.placement)
         if state.mode is Mode.READY:
@@ -82,6 +85,7 @@ class Checkers:
 def is_well(cluster) -> bool:
     """Whether every rank serves in one epoch, which the supervisor agrees with, in full coverage.
 
+    Ranks that the operator took out stand by instead, and nothing is left to do in the background.
     Second processes of a rank that wait to be let in are allowed.
     """
     supervisor = cluster.supervisor
@@ -91,10 +95,18 @@ def is_well(cluster) -> bool:
     state = supervisor.state
     if state.change is not None or state.dropped or state.blocked:
         return False
+    if not background.is_resting(state):
+        return False
     for process in processes:
         mine = process.state
+        if process.rank in state.out:
+            if mine.mode not in (Mode.OFFERED, Mode.STANDBY):
+                return False
+            continue
         if mine.mode is not Mode.SERVING or mine.epoch != state.view.epoch:
             return False
-        if mine.placement != state.placement or mine.view.members != state.view.members:
+        inside = [(r, state.view.members[r]) for r in state.view.in_epoch]
+        known = [(r, mine.view.members[r]) for r in mine.view.in_epoch]
+        if mine.placement != state.placement or known != inside:
             return False
     return not missing_experts(state.placement, state.view.with_state(RankState.ACTIVE))

@@ -178,4 +178,6 @@ def words_of(note: Note) -> str:
             return f"commit: epoch {facts['epoch']} of {members}{moved}{dropped}"
         case "coverage_lost":
             return f"coverage lost: {facts['reason']}"
+        case "scale":
+            return f"scale: ranks {facts['out']} shall be out"
     return f"{note.kind}: {facts}"

@@ -2,8 +2,11 @@
 
 import random
 
+from eep_jax.coordination.coordinator import Measured, ScaleTo
 from eep_jax.coordination.participant import StepAccused
 from eep_jax.coordination.protocol import Mode
+from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.errors import EepError
 from tests.simulator.cluster import Cluster
 
 
@@ -110,7 +113,38 @@ def stop_supervisor(cluster: Cluster, dice: random.Random) -> None:
         cluster.after(dice.randint(300, 6_000), supervisor.wake)
 
 
+def drain_a_rank(cluster: Cluster, dice: random.Random) -> None:
+    """The operator's doing, not a fault; but it may come at any time."""
+    _scale(cluster, Wish(action="scale_down", ranks=(dice.randrange(cluster.options.ranks),)))
+
+
+def grow(cluster: Cluster, dice: random.Random) -> None:
+    _scale(cluster, Wish(action="scale_up", count=1))
+
+
+def _scale(cluster: Cluster, wish: Wish) -> None:
+    supervisor = cluster.supervisor
+    if supervisor is None or supervisor.stopped:
+        return
+    try:
+        out = ranks_out(supervisor.state, wish)
+    except EepError as error:
+        cluster.log(f"refused: {error}")
+        return
+    supervisor.feed(ScaleTo(out))
+
+
+def shift_load(cluster: Cluster, dice: random.Random) -> None:
+    """The tokens of now like other experts than those of before."""
+    if (supervisor := cluster.supervisor) is not None:
+        experts = range(cluster.options.experts)
+        supervisor.feed(Measured(tuple(dice.choice((0, 100, 5_000)) for _ in experts)))
+
+
 FAULTS = {
+    drain_a_rank: 4,
+    grow: 3,
+    shift_load: 4,
     kill_rank: 6,
     kill_two_ranks: 2,
     stop_rank: 5,

@@ -75,7 +75,7 @@ class RankProcess:
         self.state, actions = participant.advance(self.state, event)
         for action in actions:
             match action:
-                case participant.FillBank() | participant.CarryOut():
+                case participant.FillBank() | participant.CarryOut() | participant.FillSlots():
                     self.next_task = action
                     if self.task is None:
                         self.start_task()
@@ -98,6 +98,7 @@ class RankProcess:
             mode=self.state.mode,
             epoch=self.state.epoch,
             prepared=self.state.prepared,
+            fetched=self.state.fetched,
             contents=self.state.contents,
             accused=self.state.accused,
             stalled_ms=self.cluster.now_ms - self.stuck_since_ms if stalled else 0,
@@ -131,6 +132,9 @@ class RankProcess:
 
     def start_task(self) -> None:
         self.task, self.next_task = self.next_task, None
+        if isinstance(self.task, participant.FillSlots):
+            self.fetch_one()
+            return
         for move in self._moves():
             self.bank[move.slot] = EMPTY  # half-written
         self.after(self.cluster.timing.repair_ms(len(self._moves())), self.end_task)
@@ -153,6 +157,38 @@ class RankProcess:
         if self.next_task is not None and self.task is None:
             self.start_task()
 
+    def fetch_one(self) -> None:
+        """Brings one expert of a background task, between two steps; then looks for the next."""
+        fetch, missing = self.task.fetch, [m for m in self._moves() if self.lacks(m)]
+        wanted = self.next_task is None and self.state.fetch == fetch
+        if wanted and missing:
+            self.bank[missing[0].slot] = EMPTY  # half-written
+            self.after(self.cluster.timing.repair_ms(1), lambda: self.end_fetch(missing[0]))
+            return
+        self.task = None
+        if wanted:
+            self.feed(participant.Fetched(fetch.number, tuple(self.bank)))
+        if self.next_task is not None and self.task is None:
+            self.start_task()
+
+    def end_fetch(self, move) -> None:
+        if self.stuck_since_ms is not None:
+            self.after(HEARTBEAT_MS, lambda: self.end_fetch(move))
+            return
+        used = self.state.placement is not None and self.state.placement.slots[self.rank][move.slot]
+        assert self.state.mode is not Mode.SERVING or used == EMPTY, "a slot in use was written"
+        if any(self.cluster.fetch(move.expert, source) for source in move.sources):
+            self.bank[move.slot] = move.expert
+            self.fetch_one()
+            return
+        fetch, self.task = self.task.fetch, None
+        self.feed(participant.Fetched(fetch.number, tuple(self.bank)))
+        if self.next_task is not None and self.task is None:
+            self.start_task()
+
+    def lacks(self, move) -> bool:
+        return self.bank[move.slot] != move.expert
+
     def serves(self, slot: int, expert: int) -> bool:
         """Whether a peer can read `expert` from `slot` of this process now."""
         return self.alive and self.bank[slot] == expert
@@ -160,6 +196,8 @@ class RankProcess:
     def _moves(self):
         if isinstance(self.task, participant.FillBank):
             return self.task.load.moves
+        if isinstance(self.task, participant.FillSlots):
+            return self.task.fetch.moves
         return self.task.prepare.moves
 
 

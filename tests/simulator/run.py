@@ -32,6 +32,9 @@ def options_for(ranks: int, dice: random.Random) -> CoordinatorOptions:
         experts=experts,
         slots_per_rank=slots,
         redundancy=dice.randint(1, max(1, min(ranks, ranks * slots // experts))),
+        background_experts=dice.randint(0, 3),
+        background_retry_ms=1_000,
+        balance_every_ms=1_000,
         degrade=dice.random() < 0.2,
     )
 

@@ -1,5 +1,6 @@
 """The commands of a text story, played on a simulated cluster with a perfect network."""
 
+from eep_jax.coordination.coordinator import ScaleTo
 from eep_jax.coordination.participant import Broken, StepAccused
 from eep_jax.placement.placement import EMPTY
 from tests.simulator.cluster import Cluster
@@ -13,6 +14,7 @@ class Story:
     form 4 ...     the same, told from the beginning
     spawn 2        a new process of rank 2        kill 2     SIGKILL; `vanish 2` is one not seen
     stop 1         SIGSTOP                        wake 1     SIGCONT
+    drain 3        the operator takes rank 3 out  grow 3     and wants it back
     accuse 0 2     a step of 0 timed out on 2     stick 1    engine hangs, heartbeats go on
     corrupt 1      it finds that its bank is not what its placement says
     advance 500    milliseconds pass              show       each rank's mode and experts
@@ -45,6 +47,7 @@ class Story:
             slots_per_rank=values.get("slots", 3),
             redundancy=values.get("redundancy", 1),
             degrade=bool(values.get("degrade", 0)),
+            background_experts=values.get("background", 2),
         )
         self.cluster = Cluster(options, seed=0)
         for rank in range(int(ranks)):
@@ -72,6 +75,16 @@ class Story:
     def accuse(self, rank: str, *accused: str) -> None:
         process = self._process(rank)
         process.feed(StepAccused(process.state.epoch, tuple(map(int, accused))))
+
+    def drain(self, *ranks: str) -> None:
+        self._scale(lambda out: out | set(map(int, ranks)))
+
+    def grow(self, *ranks: str) -> None:
+        self._scale(lambda out: out - set(map(int, ranks)))
+
+    def _scale(self, change) -> None:
+        supervisor = self.cluster.supervisor
+        supervisor.feed(ScaleTo(frozenset(change(supervisor.state.out))))
 
     def corrupt(self, rank: str) -> None:
         process = self._process(rank)

@@ -69,6 +69,7 @@ def restored(options: CoordinatorOptions, journal: list[Note], now_ms: int) -> C
     view = empty_view(options.ranks)
     placement = empty_placement(options.experts, options.ranks, options.slots_per_rank)
     issued, fenced, epoch_tried = [0] * options.ranks, [0] * options.ranks, 0
+    out = ()
     for note in journal:
         facts = note.facts
         match note.kind:
@@ -78,9 +79,13 @@ def restored(options: CoordinatorOptions, journal: list[Note], now_ms: int) -> C
                 fenced[facts["rank"]] = facts["incarnation"]
             case "prepare":
                 epoch_tried = facts["epoch"]
+            case "scale":
+                out = facts["out"]
             case "commit":
                 view, placement = committed(note, options.experts)
-    return coordinator.restored_state(options, view, placement, epoch_tried, issued, now_ms, fenced)
+    return coordinator.restored_state(
+        options, view, placement, epoch_tried, issued, now_ms, fenced, out
+    )
 
 
 def committed(note: Note, experts: int) -> tuple[View, Placement]:

@@ -124,6 +124,14 @@ class EngineCluster:
         assert len(set(rounds.values())) <= 1, f"ranks paused at different rounds: {rounds}"
         return self.book.tokens
 
+    def hold(self, wanting, members=None) -> None:
+        """Some ranks want a planned change; runs until all hold, at the same round."""
+        members = self.ranks if members is None else members
+        for rank in wanting:
+            self.engines[rank].want_hold()
+        rounds = self._run(members, self._until_held)
+        assert len(set(rounds.values())) == 1, f"ranks hold at different rounds: {rounds}"
+
     def step_until_discarded(self, members) -> dict[int, tuple[int, ...]]:
         """Runs until a step is discarded, which aborts all others; returns the accused by rank."""
         survivors = lambda rank: self._until_discarded(rank, members)
@@ -157,6 +165,17 @@ class EngineCluster:
                 return int(engine._round)
             self._steps(rank, 1)
         raise AssertionError(f"rank {rank} is not done after {STEPS_MAX} steps")
+
+    def _until_held(self, rank: int) -> int:
+        engine = self.engines[rank]
+        for _ in range(STEPS_MAX * 100):
+            if engine.held:
+                return int(engine._round)
+            if engine.paused and not engine.try_wake():
+                engine.lockstep.sleep(engine.lockstep.bell(), 1)
+                continue
+            self._steps(rank, 1)
+        raise AssertionError(f"rank {rank} does not hold")
 
     def _until_discarded(self, rank: int, members) -> tuple[int, ...]:
         for _ in range(STEPS_MAX):

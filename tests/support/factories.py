@@ -93,6 +93,7 @@ class ByHand:
             "mode": state.mode,
             "epoch": state.epoch,
             "prepared": state.prepared,
+            "fetched": state.fetched,
             "contents": state.contents,
             "accused": state.accused,
             "handle": f"slab-{rank}",
@@ -110,6 +111,9 @@ class ByHand:
             match action:
                 case participant.FillBank(load=load):
                     self.tell(rank, participant.Loaded(self._filled(rank, load.slots, load.moves)))
+                case participant.FillSlots(fetch=fetch):
+                    bank = self._filled(rank, self.ranks[rank].contents, fetch.moves)
+                    self.tell(rank, participant.Fetched(fetch.number, bank))
                 case participant.CarryOut(prepare=prepare):
                     slots = prepare.placement.slots[rank]
                     contents = self._filled(rank, slots, prepare.moves)

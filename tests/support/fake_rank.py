@@ -98,6 +98,7 @@ class FakeRank:
                 mode=self.state.mode,
                 epoch=self.state.epoch,
                 prepared=self.state.prepared,
+                fetched=self.state.fetched,
                 contents=self.state.contents,
                 accused=self.state.accused,
                 handle=f"slab-{self.rank}",
@@ -181,6 +182,9 @@ class FakeRank:
                     await self.report()
                 case p.FillBank(load=load):
                     await self._feed(p.Loaded(self._filled(load.slots, load.moves)))
+                case p.FillSlots(fetch=fetch):
+                    bank = self._filled(self.state.contents, fetch.moves)
+                    await self._feed(p.Fetched(fetch.number, bank))
                 case p.CarryOut(prepare=prepare):
                     slots = prepare.placement.slots[self.rank]
                     await self._feed(p.Prepared(prepare.epoch, self._filled(slots, prepare.moves)))

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Iterable
 
+from eep_jax.coordination.scaling import Wish
 from eep_jax.errors import QueueFull
 from eep_jax.runtime.completion import CompletionRequest
 from eep_jax.runtime.http_api import KeyConflict, Progress, ServiceUnavailable
@@ -49,6 +50,7 @@ class FakeService:
         self.streams: list[FakeStream] = []
         self.submitting = asyncio.Event()
         self.healthy = True
+        self.wishes: list[Wish] = []
         self._by_key: dict[str, CompletionRequest] = {}
 
     def submit(self, request: CompletionRequest, key: str | None) -> FakeStream:
@@ -60,6 +62,12 @@ class FakeService:
         self.streams.append(FakeStream(f"cmpl-r{len(self.streams)}", self.script))
         self.submitting.set()
         return self.streams[-1]
+
+    def apply(self, wish: Wish) -> dict:
+        if self.refusal is not None:
+            raise self.refusal
+        self.wishes.append(wish)
+        return {"epoch_planned": 8}
 
     def health(self) -> tuple[bool, dict]:
         return self.healthy, {"active_ranks": 3 if self.healthy else 0}

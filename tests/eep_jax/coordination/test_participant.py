@@ -11,7 +11,9 @@ from eep_jax.coordination.participant import (
     Broken,
     CarryOut,
     End,
+    Fetched,
     FillBank,
+    FillSlots,
     Loaded,
     ParticipantState,
     Prepared,
@@ -20,7 +22,15 @@ from eep_jax.coordination.participant import (
     StepAccused,
     WarmedUp,
 )
-from eep_jax.coordination.protocol import Commit, Fenced, Load, Mode, Prepare
+from eep_jax.coordination.protocol import (
+    Commit,
+    Fenced,
+    Fetch,
+    Load,
+    Mode,
+    Prepare,
+    StandBy,
+)
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from tests.support.factories import a_placement, a_view
@@ -46,6 +56,10 @@ def a_prepare(epoch: int = 1, moves=()) -> Prepare:
     )
 
 
+def a_fetch(number: int = 1, epoch: int = 1) -> Fetch:
+    return Fetch(number=number, epoch=epoch, moves=(a_move(2, 4),))
+
+
 def follow(*events, state=None) -> ParticipantState:
     state = state or ParticipantState(rank=1)
     for event in events:
@@ -60,7 +74,8 @@ PREPARING = follow(a_prepare(), state=LOADED)
 READY = follow(Prepared(1, HELD), state=PREPARING)
 SERVING = follow(Commit(epoch=1), state=READY)
 HOLDING = follow(StepAccused(1, (3,)), state=SERVING)
-EVERY = [ParticipantState(rank=1), OFFERED, LOADED, PREPARING, READY, SERVING, HOLDING]
+STANDBY = follow(a_prepare(2), Prepared(2, HELD), StandBy(epoch=2), state=SERVING)
+EVERY = [ParticipantState(rank=1), OFFERED, LOADED, PREPARING, READY, SERVING, HOLDING, STANDBY]
 by_mode = pytest.mark.parametrize("state", EVERY, ids=lambda state: state.mode.value)
 
 EVENTS = st.one_of(
@@ -72,6 +87,9 @@ EVENTS = st.one_of(
     st.integers(0, 5).map(lambda epoch: Prepared(epoch, HELD)),
     st.integers(0, 5).map(lambda epoch: Commit(epoch=epoch)),
     st.integers(0, 5).map(lambda epoch: StepAccused(epoch, (0,))),
+    st.integers(0, 5).map(lambda epoch: StandBy(epoch=epoch)),
+    st.tuples(st.integers(1, 3), st.integers(0, 3)).map(lambda pair: a_fetch(*pair)),
+    st.integers(1, 3).map(lambda number: Fetched(number, HELD)),
     st.just(Broken("the disk is full")),
     st.just(Fenced(reason="evicted")),
 )
@@ -91,8 +109,9 @@ def test_in_any_order_of_events_epochs_only_grow_and_only_a_ready_rank_serves(ev
     state = ParticipantState(rank=1)
     for event in events:
         after, actions = participant.advance(state, event)
-        assert after.epoch >= state.epoch
-        assert max(after.epoch, after.prepared) >= max(state.epoch, state.prepared)
+        latest = lambda s: max(s.epoch, s.left)  # one that was drained has no epoch
+        assert latest(after) >= latest(state)
+        assert max(latest(after), after.prepared) >= max(latest(state), state.prepared)
         if after.mode is Mode.SERVING and state.mode is not Mode.SERVING:
             assert state.mode is Mode.READY and event == Commit(epoch=state.prepared)
             assert Resume(after.epoch, after.view, after.placement) in actions
@@ -103,7 +122,7 @@ def test_in_any_order_of_events_epochs_only_grow_and_only_a_ready_rank_serves(ev
 
 @given(st.lists(EVENTS, max_size=12), st.data())
 def test_saying_the_same_again_changes_nothing(events, data):
-    messages = (Load, Prepare, Commit, Fenced)
+    messages = (Load, Prepare, Commit, Fetch, StandBy, Fenced)
     state = follow(*events)
     again = data.draw(EVENTS.filter(lambda event: isinstance(event, messages)))
     once, _ = participant.advance(state, again)
@@ -135,7 +154,7 @@ def test_a_newer_prepare_is_followed_from_every_mode(state):
 
 def test_a_process_that_still_compiles_follows_nothing():
     alone = ParticipantState(rank=1)
-    for message in (a_prepare(5), a_load(), Commit(epoch=5)):
+    for message in (a_prepare(5), a_load(), Commit(epoch=5), a_fetch(), StandBy(epoch=5)):
         assert participant.advance(alone, message) == (alone, ())
 
 
@@ -192,6 +211,55 @@ def test_a_rank_that_never_served_can_be_told_to_load_again(state):
 def test_a_member_is_never_told_to_load():
     for state in (SERVING, HOLDING, follow(a_prepare(2), state=SERVING)):
         assert participant.advance(state, a_load((4, EMPTY, EMPTY))) == (state, ())
+
+
+class TestFetch:
+    def test_a_serving_rank_fetches_and_goes_on_serving(self):
+        fetching, actions = participant.advance(SERVING, a_fetch())
+        assert fetching.mode is Mode.SERVING and actions == (FillSlots(a_fetch()),)
+        assert fetching.contents == (2, 3, EMPTY)
+        assert participant.advance(fetching, a_fetch()) == (fetching, ())
+        done, actions = participant.advance(fetching, Fetched(1, (2, 3, 4)))
+        assert (done.fetched, done.fetch, done.contents) == (1, None, (2, 3, 4))
+        assert actions == (Report(),)
+        assert participant.advance(done, a_fetch()) == (done, (Report(),))
+
+    def test_one_of_another_epoch_is_ignored(self):
+        for epoch in (0, 2):
+            assert participant.advance(SERVING, a_fetch(epoch=epoch)) == (SERVING, ())
+
+    @pytest.mark.parametrize("state", [OFFERED, PREPARING, READY, HOLDING, STANDBY])
+    def test_only_a_rank_that_serves_fetches(self, state):
+        assert participant.advance(state, a_fetch()) == (state, ())
+
+    @pytest.mark.parametrize("event", [a_prepare(2), StepAccused(1, (3,)), StandBy(epoch=2)])
+    def test_whatever_is_more_urgent_ends_it(self, event):
+        state = follow(a_fetch(), event, state=SERVING)
+        assert state.fetch is None and state.contents == (2, 3, EMPTY)
+        assert follow(Fetched(1, (2, 3, 4)), state=state) == state
+
+
+class TestStandBy:
+    def test_a_drained_rank_keeps_what_it_holds(self):
+        assert STANDBY.mode is Mode.STANDBY and STANDBY.contents == HELD
+        assert (STANDBY.epoch, STANDBY.prepared, STANDBY.left) == (0, 0, 2)
+
+    def test_it_follows_nothing_older_than_its_leaving(self):
+        for event in (a_prepare(2), Commit(epoch=2), Prepared(2, HELD)):
+            assert follow(event, state=STANDBY) == STANDBY
+
+    def test_it_comes_back_as_any_rank_comes_in(self):
+        back = follow(a_load((4, EMPTY, EMPTY)), Loaded((4, EMPTY, EMPTY)), state=STANDBY)
+        assert back.mode is Mode.OFFERED
+        back = follow(a_prepare(5), Prepared(5, (4, 3, EMPTY)), Commit(epoch=5), state=back)
+        assert back.mode is Mode.SERVING and back.epoch == 5
+
+    def test_a_late_word_does_not_send_a_member_away(self):
+        back = follow(a_prepare(5), Prepared(5, HELD), Commit(epoch=5), state=STANDBY)
+        preparing = follow(a_prepare(5), state=STANDBY)
+        for epoch in (2, 4):
+            assert follow(StandBy(epoch=epoch), state=back) == back
+            assert follow(StandBy(epoch=epoch), state=preparing) == preparing
 
 
 def test_states_are_values():

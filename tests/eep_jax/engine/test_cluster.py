@@ -92,6 +92,61 @@ def test_a_rank_that_goes_away_is_accused_and_its_requests_go_on_elsewhere(dead)
         assert cluster.serve(survivors) == unharmed()
 
 
+@pytest.mark.parametrize("wanting", [(0,), (1, 2), (0, 1, 2)])
+def test_a_planned_change_loses_no_step(wanting):
+    cluster = a_cluster()
+    submit(cluster, some_requests())
+    discarded = [engine.discarded for engine in cluster.engines]
+    with compiling_nothing(cluster.engines):
+        for _ in range(3):
+            cluster.step(cluster.ranks, 2)
+            cluster.hold(wanting)
+            cluster.change(cluster.ranks)
+        assert cluster.serve() == unharmed()
+    assert [engine.discarded for engine in cluster.engines] == discarded
+
+
+def test_ranks_that_are_idle_hold_too():
+    cluster = a_cluster()
+    submit(cluster, some_requests())
+    assert cluster.serve() == unharmed()
+    cluster.hold((1,))
+    cluster.change(cluster.ranks)
+    cluster.engines[0].add(a_request("late", (1, 2, 3), 5))
+    assert len(cluster.serve()["late"]) == 5
+
+
+def test_a_drained_rank_comes_back_with_the_executables_it_had():
+    cluster, drained, stay = a_cluster(), 1, (0, 2)
+    submit(cluster, some_requests())
+    with compiling_nothing(cluster.engines):
+        cluster.step(cluster.ranks, 5)
+        cluster.hold((drained,))
+        requests = some_requests()
+        left = sorted(cluster.engines[drained].scheduler.ids())
+        cluster.change(stay, plan_repair(cluster.placement, stay).placement)
+        cluster.requeue(drained, stay[0], requests)
+        for request_id in left:
+            cluster.engines[drained].scheduler.cancel(request_id)
+        cluster.step(stay, 4)
+        cluster.hold((0,), stay)
+        admit(cluster, drained)
+        assert cluster.serve() == unharmed()
+
+
+def test_choices_are_counted_once_for_every_token():
+    cluster = a_cluster()
+    for engine in cluster.engines:
+        engine.take_chosen()
+    submit(cluster, some_requests())
+    cluster.serve()
+    model = cluster.config.model
+    fed = sum(len(r.prompt) + r.max_tokens - 1 for r in some_requests().values())
+    chosen = np.sum([engine.take_chosen() for engine in cluster.engines], axis=0)
+    assert chosen.sum() == fed * model.layers * model.experts_per_token
+    assert all(not any(engine.take_chosen()) for engine in cluster.engines)
+
+
 def test_a_rank_returns_as_a_new_process_while_the_others_serve():
     cluster, dead, survivors = a_cluster(), 1, (0, 2)
     submit(cluster, some_requests())

@@ -2,13 +2,21 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import tensorstore as ts
 
 from eep_jax.errors import CheckpointError
-from eep_jax.relocation.checkpoint import MANIFEST, WEIGHTS, Checkpoint, digest
+from eep_jax.models.weights import expert_name
+from eep_jax.relocation.checkpoint import (
+    MANIFEST,
+    WEIGHTS,
+    Checkpoint,
+    digest,
+    save_checkpoint,
+)
 from tests.support.models import a_model, rounded_weights
 
 
@@ -54,6 +62,30 @@ def test_only_the_named_experts_are_read(checkpoint_dir):
     for expert in (0, 7):
         with pytest.raises(CheckpointError, match=f"e00{expert}"):
             Checkpoint(checkpoint_dir).read_experts([expert])
+
+
+def bytes_read() -> int:
+    """What this process has asked files for since it started."""
+    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+def test_reading_one_expert_reads_its_bytes_and_little_more(tmp_path):
+    model = dataclasses.replace(a_model(), hidden=256, expert_hidden=512)
+    random = np.random.default_rng(0)
+    experts = {
+        expert_name(e): random.integers(-(2**31), 2**31, model.expert_shape, dtype=np.int32)
+        for e in range(model.experts)
+    }
+    dense = {"final_norm/scale": np.ones(8, np.float32)}
+    save_checkpoint(tmp_path / "large", model, dense, experts, facts={})
+    checkpoint = Checkpoint(tmp_path / "large")
+    checkpoint.read_experts([0])  # what is imported and opened once is not of an expert
+    before = bytes_read()
+    found = checkpoint.read_experts([3])[3]
+    read = bytes_read() - before
+    assert found.nbytes > 1 << 20
+    assert read < found.nbytes + (128 << 10), f"{read} bytes for an expert of {found.nbytes}"
 
 
 def test_reading_no_experts_touches_nothing(checkpoint_dir):

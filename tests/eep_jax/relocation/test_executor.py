@@ -1,5 +1,9 @@
 """Promises of the executor: the first source that works, only right bytes, nothing moved twice."""
 
+import threading
+import time
+import types
+
 import numpy as np
 import pytest
 
@@ -11,6 +15,8 @@ from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.transports import all_transports
+from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.factories import a_placement
 from tests.support.models import a_model, a_run, rounded_weights
 
@@ -185,3 +191,133 @@ def test_repairs_as_planned_leave_every_expert_right(world):
     slots = plan.placement.slots[0]
     assert world.executor.carry_out(slots, plan.moves_of(0)) == slots
     world.check(slots)
+
+
+class TestEverySourceFails:
+    """Each source alone, dying, lying, late: the next one is tried."""
+
+    BACKUP = SourceKind.BACKUP
+    MOVE = bring(5, 0, (BACKUP, 1), CHECKPOINT)
+    SLOTS_WANTED = (5, EMPTY, EMPTY, EMPTY)
+
+    def executor(self, world, backups, deadline_ms=5_000):
+        transports = all_transports(world.bank, world.checkpoint, backups)
+        beat = lambda: world.beats.append(1)
+        return Executor(
+            world.bank, world.checkpoint, transports, beat, fetch_deadline_ms=deadline_ms
+        )
+
+    def backups(self, world, fetch=None):
+        """Backups that answer with what `fetch(expert)` says, the right weights if it is None."""
+        stored = world.checkpoint.manifest["dtype"]
+        right = lambda expert: rounded_weights(a_model())[1][expert].astype(stored)
+        return types.SimpleNamespace(fetch=lambda expert, _: (fetch or right)(expert))
+
+    @pytest.mark.parametrize("kind", [LOCAL, PEER, BACKUP, CHECKPOINT])
+    def test_each_source_alone_is_enough(self, world, kind):
+        world.bank.write(1, 5, world.right[5])
+        world.peer.write(2, 5, world.right[5])
+        source = {LOCAL: (LOCAL, 0, 1), PEER: (PEER, 1, 2)}.get(kind, kind)
+        executor = self.executor(world, self.backups(world))
+        executor.carry_out((5, 5, EMPTY, EMPTY), (bring(5, 0, source),))
+        assert executor.moved == {kind.value: 1}
+        assert executor.bytes_moved[kind.value] > 0 and executor.rates.medians()[kind.value] > 0
+        world.check((5, 5, EMPTY, EMPTY))
+
+    def test_a_backup_whose_rank_dies_is_followed_by_the_next(self, world):
+        def dies(expert):
+            raise ConnectionResetError("the peer is gone")
+
+        executor = self.executor(world, self.backups(world, dies))
+        executor.carry_out(self.SLOTS_WANTED, (self.MOVE,))
+        assert executor.moved == {"checkpoint": 1}
+        world.check(self.SLOTS_WANTED)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda right: right[::-1],
+            lambda right: right[:1],
+            lambda right: right.reshape(-1),
+            lambda right: right.astype(np.float64) + 1e-9,
+            lambda right: np.zeros_like(right),
+        ],
+        ids=["order", "part", "shape", "low bits", "zeros"],
+    )
+    def test_a_corrupted_shard_is_followed_by_the_next(self, world, damage):
+        right = self.backups(world).fetch(5, None)
+        executor = self.executor(world, self.backups(world, lambda e: damage(right)))
+        executor.carry_out(self.SLOTS_WANTED, (self.MOVE,))
+        assert executor.moved == {"checkpoint": 1}
+        world.check(self.SLOTS_WANTED)
+
+    def test_without_backups_their_source_is_followed_by_the_next(self, world):
+        world.executor.carry_out(self.SLOTS_WANTED, (self.MOVE,))
+        assert world.executor.moved == {"checkpoint": 1}
+
+    def test_a_corrupted_chunk_of_the_checkpoint_is_followed_by_the_next(
+        self, checkpoint_dir, world
+    ):
+        damage(checkpoint_dir, "e005")
+        world.checkpoint.root = checkpoint_dir
+        executor = self.executor(world, self.backups(world))
+        executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, CHECKPOINT, (self.BACKUP, 1)),))
+        assert executor.moved == {"backup": 1}
+        world.check(self.SLOTS_WANTED)
+
+    def test_a_corrupted_chunk_with_nothing_else_is_said(self, checkpoint_dir, world):
+        damage(checkpoint_dir, "e005")
+        world.checkpoint.root = checkpoint_dir
+        with pytest.raises(RelocationFailed, match=r"no source has expert 5.*e005"):
+            world.executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, CHECKPOINT),))
+
+    def test_a_slow_source_is_left_at_its_deadline_and_the_rank_shows_life(self, world):
+        late = threading.Event()
+        executor = self.executor(world, self.backups(world, lambda e: late.wait(10)), 300)
+        started = time.monotonic()
+        # The storage of this test may be slower than the deadline for once; a peer is not.
+        world.peer.write(2, 5, world.right[5])
+        move = bring(5, 0, (self.BACKUP, 1), (PEER, 1, 2))
+        executor.carry_out(self.SLOTS_WANTED, (move,))
+        assert time.monotonic() - started < 5
+        assert executor.moved == {"peer": 1}
+        assert len(world.beats) >= 4, "it shows life while it waits"
+        late.set()
+
+    def test_a_source_that_hangs_costs_one_deadline_for_all_experts(self, world):
+        late, asked = threading.Event(), []
+
+        def hangs(expert):
+            asked.append(expert)
+            late.wait(10)
+
+        executor = self.executor(world, self.backups(world, hangs), 300)
+        for slot in range(3):
+            world.peer.write(slot, 5 + slot, world.right[5 + slot])
+        moves = tuple(bring(5 + slot, slot, (self.BACKUP, 1), (PEER, 1, slot)) for slot in range(3))
+        executor.carry_out((5, 6, 7, EMPTY), moves)
+        assert asked == [5] and executor.moved == {"peer": 3}
+        late.set()
+
+    def test_another_rank_s_backup_is_tried_though_one_hangs(self, world):
+        late, right = threading.Event(), self.backups(world)
+        backups = types.SimpleNamespace(
+            fetch=lambda e, s: late.wait(10) if s.rank == 1 else right.fetch(e, s)
+        )
+        executor = self.executor(world, backups, 300)
+        executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, (self.BACKUP, 1), (self.BACKUP, 2)),))
+        assert executor.moved == {"backup": 1}
+        late.set()
+
+    def test_memory_is_measured_once_and_only_where_nothing_was_copied_yet(self, world):
+        world.executor.measure_memory([])
+        assert set(world.executor.rates.medians()) == {"local"}
+        world.executor.measure_memory([1])
+        before = world.executor.rates.medians()
+        assert set(before) == {"local", "peer"} and min(before.values()) > 0
+        world.executor.measure_memory([1])
+        assert world.executor.rates.medians() == before
+
+    def test_a_plan_without_sources_says_so(self, world):
+        with pytest.raises(RelocationFailed, match=r"names none; see cluster\.sources"):
+            world.executor.carry_out(self.SLOTS_WANTED, (bring(5, 0),))

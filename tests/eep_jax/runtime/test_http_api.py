@@ -11,6 +11,8 @@ import pytest
 from aiohttp import ClientTimeout
 from aiohttp.test_utils import TestClient, TestServer
 
+from eep_jax.coordination.scaling import Wish
+from eep_jax.errors import CoverageLost, InvalidMove
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.http_api import Progress, build_app
 from tests.support.fake_service import CREATED_S, FakeService, down_service, full_service, spell
@@ -342,6 +344,14 @@ class TestOtherRoutes:
             await refusal(await client.get("/v1/models/x"), 404, "model_not_found")
 
     @story
+    async def test_a_wish_that_cannot_be_granted_says_why(self):
+        path, wish = "/v1/fault_tolerance/apply", {"action": "scale_up", "count": 1}
+        for error, code in ((InvalidMove, "invalid_move"), (CoverageLost, "coverage_lost")):
+            async with serving(FakeService(refusal=error("rank 3 is in"))) as client:
+                await refusal(await client.post(path, json=wish), 409, code)
+                await refusal(await client.post(path, json={"action": "melt"}), 400, None)
+
+    @story
     async def test_health_status_and_metrics(self):
         service = FakeService()
         async with serving(service) as client:
@@ -351,6 +361,10 @@ class TestOtherRoutes:
             assert (await client.get("/health")).status == 503
             response = await client.get("/v1/fault_tolerance/status")
             assert await response.json() == {"epoch": 7}
+            wish = {"action": "scale_down", "ranks": [1]}
+            response = await client.post("/v1/fault_tolerance/apply", json=wish)
+            assert (response.status, await response.json()) == (200, {"epoch_planned": 8})
+            assert service.wishes == [Wish(action="scale_down", ranks=(1,))]
             response = await client.get("/metrics")
             assert response.content_type == "text/plain"
             assert b"eep_epoch 7.0" in await response.read()

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import aiohttp
+import pytest
 
-from eep_jax.coordination.protocol import Fenced, Refused, Welcome
+from eep_jax.coordination.protocol import Fenced, Mode, Refused, Welcome
+from eep_jax.coordination.scaling import Wish
 from eep_jax.engine.request import Progress
+from eep_jax.errors import InvalidMove
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import encode
 from eep_jax.runtime.journal import replay
@@ -124,6 +127,55 @@ class TestDeathOfARank:
             await world.ranks[2].close()  # and what it was given is done by others in the end
             answers = await asyncio.gather(*others)
             assert answers == [(200, expected_text("Hi", 30, seed=n)) for n in range(12)]
+
+
+class TestDrain:
+    @story
+    async def test_its_requests_go_on_elsewhere_and_it_comes_back(self, tmp_path):
+        async with a_world(tmp_path) as world:
+            await world.form()
+            async with world.completion(max_tokens=200, stream=True) as response:
+                stream, seen = texts(response), ""
+                while len(seen) < 20:
+                    seen += await anext(stream)
+                leaving = next(r for r in world.ranks.values() if r.requests)
+                stays = next(r for r in world.ranks.values() if r is not leaving)
+                wish = Wish(action="scale_down", ranks=(leaving.rank,))
+                assert world.supervisor.apply(wish)["draining"] == [leaving.rank]
+                async for text in stream:
+                    seen += text
+            assert seen == expected_text("Hi", 200)
+            assert len(stays.given[0].produced) >= 20 and not leaving.requests
+            await world.until(lambda: leaving.state.mode is Mode.STANDBY)
+            status = world.supervisor.status()
+            assert status["background"]["drained"] == [leaving.rank]
+            assert status["ranks"][leaving.rank]["drained"]
+            with pytest.raises(InvalidMove, match="is out already"):
+                world.supervisor.apply(wish)
+            world.supervisor.apply(Wish(action="scale_up", count=1))
+            await world.until(world.is_whole)
+            assert leaving.incarnation == 1
+
+    @story
+    async def test_a_new_supervisor_knows_who_is_out_and_takes_no_request_back(self, tmp_path):
+        async with a_world(tmp_path) as world:
+            await world.form()
+            request = asyncio.create_task(world.complete(max_tokens=40, key="one"))
+            await world.until(lambda: any(r.requests for r in world.ranks.values()))
+            leaving = next(r for r in world.ranks.values() if r.requests)
+            stays = next(r for r in world.ranks.values() if r is not leaving)
+            world.supervisor.apply(Wish(action="scale_down", ranks=(leaving.rank,)))
+            await world.until(lambda: world.supervisor.state.view.in_epoch == (stays.rank,))
+            await world.stop_supervisor()
+            await asyncio.gather(request, return_exceptions=True)
+            world.supervisor = None
+            supervisor = await world.start_supervisor()
+            assert supervisor.state.out == {leaving.rank}
+            answer = await world.complete(max_tokens=40, key="one")
+            assert answer == (200, expected_text("Hi", 40))
+            await world.until(lambda: supervisor.status()["ranks"][leaving.rank]["drained"])
+            supervisor.apply(Wish(action="scale_up", ranks=(leaving.rank,)))
+            await world.until(world.is_whole)
 
 
 class TestABrokenChannel:

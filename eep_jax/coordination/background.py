@@ -1,0 +1,163 @@
+"""What the supervisor does while nothing is wrong: redundancy, balance, drains. Pure.
+
+1. Is it calm?        No change is pending, nobody is joining, every member serves.
+2. What is next?      One small step of `placement.balance`: towards a placement without the ranks
+                      that are to leave; else towards redundancy; else towards even load.
+3. Fetch              Members bring its experts into slots that no table names, and go on serving.
+4. Due                All is there: the coordinator commits the step, which changes only tables.
+
+Whatever happens meanwhile, the placement that is committed is a valid one: the task is dropped, and
+thought of anew when it is calm again.
+"""
+
+import dataclasses
+
+from eep_jax.coordination.protocol import Fetch, Mode, Status
+from eep_jax.coordination.state import Background, CoordinatorState, Note, Send
+from eep_jax.membership.view import RankState
+from eep_jax.placement.balance import Aim, next_step
+from eep_jax.placement.load import settled
+from eep_jax.placement.planner import Plan
+from eep_jax.placement.sources import Supply
+
+
+def advance(
+    state: CoordinatorState, supply: Supply, now_ms: int
+) -> tuple[CoordinatorState, tuple, Background | None]:
+    """The state, what to send, and the task whose experts are all there, if one is."""
+    if not is_calm(state):
+        return dataclasses.replace(state, background=None), (), None
+    commands = ()
+    if state.background is None and now_ms >= state.background_from_ms:
+        state = _begin(state, supply, now_ms)
+        commands = fetches(state)
+    task = state.background
+    if task is None:
+        return state, commands, None
+    failed = {m.rank: m.expert for m in task.plan.moves if _has_failed(state, task, m)}
+    if failed:
+        facts = {"ranks": sorted(failed), "experts": sorted(failed.values())}
+        retry_ms = now_ms + state.options.background_retry_ms
+        state = dataclasses.replace(state, background=None, background_from_ms=retry_ms)
+        return state, (*commands, Note("fetch_failed", facts)), None
+    there = all(_is_there(state, move) for move in task.plan.moves)
+    return state, commands, task if there else None
+
+
+def is_calm(state: CoordinatorState) -> bool:
+    """Whether every member serves in the committed epoch and nobody is on the way in."""
+    if state.change is not None or state.blocked or state.resync or state.view.epoch == 0:
+        return False
+    if state.view.with_state(RankState.SUSPECT):
+        return False
+    joining = state.view.with_state(RankState.JOINING)
+    if any(state.records[rank].believed and rank not in state.out for rank in joining):
+        return False
+    members = state.view.in_epoch
+    return bool(members) and all(_serves(state, rank) for rank in members)
+
+
+def is_resting(state: CoordinatorState) -> bool:
+    """Whether nothing is left to do, as far as is known now."""
+    if state.background is not None or draining(state) or not state.view.in_epoch:
+        return False
+    if state.options.background_experts == 0:
+        return True
+    return next_step(state.placement, _aim(state, settled(state.load))) is None
+
+
+def draining(state: CoordinatorState) -> tuple[int, ...]:
+    """Members that are to leave."""
+    return tuple(rank for rank in state.view.in_epoch if rank in state.out)
+
+
+def fetches(state: CoordinatorState, only: int | None = None) -> tuple[Send, ...]:
+    """Tells the ranks, or one of them, what the pending task wants of them and is not there yet."""
+    task, sends = state.background, ()
+    for rank in state.view.in_epoch if task is not None else ():
+        if only not in (None, rank):
+            continue
+        moves = task.plan.moves_of(rank)
+        status = state.records[rank].status
+        if status.fetched < task.number and any(not _is_there(state, move) for move in moves):
+            message = Fetch(number=task.number, epoch=task.epoch, moves=moves)
+            sends += (Send(rank, state.records[rank].incarnation, message),)
+    return sends
+
+
+def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorState:
+    leaving = draining(state)
+    if leaving and has_room(state, leaving):
+        return _with_task(state, now_ms, **_drain(state, supply, leaving))
+    if state.options.background_experts == 0:
+        return state
+    aim = _aim(state, state.balancing)
+    loads = settled(state.load) if now_ms >= state.balance_from_ms else ()
+    if state.rested == (state.placement, aim) and not loads:
+        return state
+    plan = next_step(state.placement, aim, supply)
+    if plan is None and not aim.loads and loads:
+        # The loads stay what they are until they are spread: a moving aim might never be reached.
+        aim = dataclasses.replace(aim, loads=loads)
+        plan = next_step(state.placement, aim, supply)
+    if plan is None:
+        if aim.loads:
+            later_ms = now_ms + state.options.balance_every_ms
+            state = dataclasses.replace(state, balance_from_ms=later_ms)
+        rested = (state.placement, dataclasses.replace(aim, loads=()))
+        return dataclasses.replace(state, rested=rested, balancing=())
+    reason = "load is spread" if aim.loads else "experts get their replicas back"
+    state = dataclasses.replace(state, balancing=aim.loads)
+    return _with_task(state, now_ms, kind="background", plan=plan, reason=reason)
+
+
+def _aim(state: CoordinatorState, loads: tuple[float, ...]) -> Aim:
+    return Aim(
+        members=state.view.in_epoch,
+        redundancy=state.options.redundancy,
+        moves_max=state.options.background_experts,
+        loads=loads,
+        imbalance_max=state.options.imbalance_max,
+    )
+
+
+def has_room(state: CoordinatorState, leaving) -> bool:
+    """Whether the ranks that stay have a slot for every expert. A drain waits until they do."""
+    staying = len(set(state.view.in_epoch) - set(leaving))
+    return staying * state.options.slots_per_rank >= state.options.experts
+
+
+def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict:
+    """The next step of a drain, as far as a task is made of it."""
+    staying = tuple(rank for rank in state.view.in_epoch if rank not in leaving)
+    moves_max = max(1, state.options.background_experts)
+    names = ", ".join(map(str, leaving))
+    aim = Aim(members=staying, redundancy=1, moves_max=moves_max)
+    if (plan := next_step(state.placement, aim, supply)) is not None:
+        return {"kind": "background", "plan": plan, "reason": f"before ranks {names} leave"}
+    plan = Plan(placement=state.placement.without_ranks(leaving))
+    return {"kind": "drain", "plan": plan, "reason": f"ranks {names} leave", "leaving": leaving}
+
+
+def _with_task(state: CoordinatorState, now_ms: int, **task) -> CoordinatorState:
+    known = (state.records[rank].status.fetched for rank in state.view.in_epoch)
+    number = max(now_ms, state.background_number + 1, *(1 + fetched for fetched in known))
+    background = Background(number=number, epoch=state.view.epoch, **task)
+    return dataclasses.replace(state, background=background, background_number=number)
+
+
+def _serves(state: CoordinatorState, rank: int) -> bool:
+    record, status = state.records[rank], state.records[rank].status
+    if not record.believed or record.ending or status is None or status.failure:
+        return False
+    return status.mode is Mode.SERVING and status.epoch == state.view.epoch
+
+
+def _is_there(state: CoordinatorState, move) -> bool:
+    contents = state.records[move.rank].status.contents
+    return contents[move.slot : move.slot + 1] == (move.expert,)
+
+
+def _has_failed(state: CoordinatorState, task: Background, move) -> bool:
+    status: Status = state.records[move.rank].status
+    return status.fetched >= task.number and not _is_there(state, move)

@@ -1,0 +1,53 @@
+"""Whether ranks may be taken out, or taken back, on the operator's wish. Pure."""
+
+import dataclasses
+
+from eep_jax.coordination.state import CoordinatorState
+from eep_jax.errors import InvalidMove
+from eep_jax.placement.placement import require_room
+
+ACTIONS = ("scale_down", "scale_up")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """`ranks`, or so many of them: the highest go first, the lowest come back first."""
+
+    action: str  # see ACTIONS
+    ranks: tuple[int, ...] = ()
+    count: int = 0
+
+
+def ranks_out(state: CoordinatorState, wish: Wish) -> frozenset[int]:
+    """All ranks that are to be out if the wish is granted.
+
+    Raises InvalidMove for ranks that cannot do what is wished, CoverageLost where those that stay
+    have too few slots for all experts.
+    """
+    if state.view.epoch == 0:
+        raise InvalidMove("the cluster is starting: not all ranks are ready yet; ask again later")
+    if wish.action == "scale_up":
+        return state.out - set(_chosen(state, wish, sorted(state.out), "is not out"))
+    inside = [rank for rank in state.view.in_epoch if rank not in state.out]
+    leaving = _chosen(state, wish, inside[::-1], "is out already, or was never in")
+    staying = [rank for rank in inside if rank not in leaving]
+    require_room(state.placement, staying)
+    return state.out | set(leaving)
+
+
+def _chosen(state: CoordinatorState, wish: Wish, eligible, otherwise: str) -> tuple[int, ...]:
+    if wish.count:
+        if wish.count > len(eligible):
+            raise InvalidMove(
+                f"count {wish.count} is more than the ranks that can {wish.action}: "
+                f"{sorted(eligible)}"
+            )
+        return tuple(eligible[: wish.count])
+    for rank in wish.ranks:
+        if rank not in state.view.ranks:
+            raise InvalidMove(f"rank {rank} is not in 0..{len(state.view.ranks) - 1}")
+        if rank not in eligible:
+            raise InvalidMove(
+                f"rank {rank} {otherwise}; {wish.action} can be asked of {sorted(eligible)}"
+            )
+    return wish.ranks

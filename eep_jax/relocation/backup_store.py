@@ -1,0 +1,187 @@
+"""Experts in host memory: filled in the background, served to peers, read by the own rank."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import pathlib
+import shutil
+import threading
+import time
+
+import numpy as np
+
+from eep_jax.placement.backups import plan_backups
+from eep_jax.placement.placement import Placement
+from eep_jax.placement.sources import Backup, Source, SourceKind
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.rates import Rates
+from eep_jax.relocation.shard_server import ShardServer, fetch_shard
+from eep_jax.relocation.shards import load_shard, save_shard
+
+_log = logging.getLogger(__name__)
+
+REST = 3.0  # after each expert the thread rests so many times as long as it worked
+NICE = 19
+FETCH_EXTRA_BYTES = 1 << 20  # of a shard beyond its weights
+SAMPLES = 3  # of each source that is measured at the start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackupOptions:
+    """Where and how much to keep, and who may read it."""
+
+    rank: int
+    directory: pathlib.Path  # empty, of this process alone; should be memory
+    bytes_max: int
+    host: str
+    token: str
+    fetch_deadline_ms: int
+
+
+class BackupStore:
+    """A Transport for backups: of the own store without a network, of others through Orbax's P2P.
+
+    A thread of its own keeps what `plan_backups` says for the last `follow`, reading from the
+    checkpoint, which compares with digests. What is no longer planned stays until its bytes are
+    needed. Damage that comes later is for the reader of `fetch` to find.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: BackupOptions, rates: Rates | None = None):
+        self._checkpoint, self._options = checkpoint, options
+        self._rates = rates or Rates()
+        self._served, self._filling, self._fetched = (
+            options.directory / name for name in ("served", "filling", "fetched")
+        )
+        for directory in (self._served, self._filling, self._fetched):
+            directory.mkdir(parents=True)
+        self._numbers = itertools.count()
+        self._bytes: dict[int, int] = {}  # by expert held; changed by the thread alone
+        self._held: tuple[int, ...] = ()
+        self._followed: tuple[tuple[int, ...], Placement] | None = None
+        self._news, self._stopping = threading.Event(), threading.Event()
+        self._filled = threading.Event()
+        self._server = ShardServer(self._served, options.host, options.token)
+        self._thread = threading.Thread(target=self._run, name="backups", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._measure, name="rates", daemon=True).start()
+
+    @property
+    def offer(self) -> Backup:
+        """What may be fetched from here, for others to know."""
+        return Backup(self._server.address, self._held)
+
+    def follow(self, ranks, placement: Placement) -> None:
+        """These ranks share the backups from now on. Returns at once."""
+        self._followed = (tuple(ranks), placement)
+        self._news.set()
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        """The expert in the stored dtype, as a Transport says."""
+        if source.rank == self._options.rank:
+            return load_shard(self._served / str(expert))
+        return self._fetch_from(source.address, expert)
+
+    def close(self) -> None:
+        """Stops serving and filling; what is on its way ends first."""
+        self._stopping.set()
+        self._news.set()
+        self._filled.set()
+        self._server.close()
+        self._thread.join(5.0)
+
+    @property
+    def _expert_bytes(self) -> int:
+        itemsize = np.dtype(self._checkpoint.manifest["dtype"]).itemsize
+        return math.prod(self._checkpoint.model.expert_shape) * itemsize
+
+    def _fetch_from(self, address: str, expert: int) -> np.ndarray:
+        into, options = self._fetched / str(next(self._numbers)), self._options
+        ends_s = time.monotonic() + options.fetch_deadline_ms / 1000
+        bytes_max = 2 * self._expert_bytes + FETCH_EXTRA_BYTES
+        try:
+            return load_shard(fetch_shard(address, expert, into, options.token, ends_s, bytes_max))
+        finally:
+            shutil.rmtree(into, ignore_errors=True)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # steps go first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while not self._stopping.is_set():
+            self._news.wait()
+            self._news.clear()
+            try:
+                if not self._stopping.is_set():
+                    self._fill(*self._followed)
+            except Exception:  # a rank serves without backups, too
+                _log.exception("backups are not filled")
+
+    def _fill(self, ranks: tuple[int, ...], placement: Placement) -> None:
+        options = self._options
+        planned = plan_backups(
+            placement.experts, ranks, placement, self._expert_bytes, options.bytes_max
+        )
+        wanted = planned[options.rank]
+        for expert in wanted:
+            if self._news.is_set():
+                return  # others share now, or this is the end
+            if expert in self._bytes:
+                continue
+            started = time.monotonic()
+            try:
+                self._add(expert, wanted)
+            except Exception as error:  # storage that fails today may work later
+                _log.warning("no backup of expert %d: %s", expert, error)
+            self._stopping.wait(REST * (time.monotonic() - started))
+        self._filled.set()
+        _log.info("backups of %d experts, %d bytes", len(self._held), sum(self._bytes.values()))
+
+    def _add(self, expert: int, wanted: tuple[int, ...]) -> None:
+        weights = self._checkpoint.read_experts([expert])[expert]
+        self._make_room(weights.nbytes, wanted)
+        draft = self._filling / str(expert)
+        try:
+            save_shard(draft, weights)
+            size = bytes_on_disk(draft)
+            if sum(self._bytes.values()) + size > self._options.bytes_max:
+                raise MemoryError(f"it takes {size} bytes; raise cluster.backup_bytes")
+            os.replace(draft, self._served / str(expert))  # peers see all of it or nothing
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._bytes[expert] = size
+        self._held = tuple(sorted(self._bytes))
+
+    def _make_room(self, nbytes: int, wanted: tuple[int, ...]) -> None:
+        for expert in [e for e in self._held if e not in wanted]:
+            if sum(self._bytes.values()) + nbytes + FETCH_EXTRA_BYTES <= self._options.bytes_max:
+                return
+            del self._bytes[expert]
+            self._held = tuple(sorted(self._bytes))
+            shutil.rmtree(self._served / str(expert), ignore_errors=True)
+
+    def _measure(self) -> None:
+        """Once there are backups: times fetches from the own server, and reads of the checkpoint.
+
+        In a thread of its own, at the priority that a repair has.
+        """
+        self._filled.wait()
+        for expert in self._held[:SAMPLES]:
+            if self._stopping.is_set():
+                return
+            try:
+                for kind, read in (
+                    (SourceKind.BACKUP, lambda e: self._fetch_from(self._server.address, e)),
+                    (SourceKind.CHECKPOINT, lambda e: self._checkpoint.read_experts([e])[e]),
+                ):
+                    started = time.monotonic()
+                    weights = read(expert)
+                    self._rates.note(kind, weights.nbytes, time.monotonic() - started)
+            except Exception as error:  # what cannot be measured keeps its tier
+                _log.warning("a source of expert %d cannot be measured: %s", expert, error)
+
+
+def bytes_on_disk(directory: pathlib.Path) -> int:
+    """What files and directories take, in whole pages or blocks."""
+    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*"))

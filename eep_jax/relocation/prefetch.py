@@ -1,0 +1,94 @@
+"""Brings experts while steps go on: what takes long happens in a thread, the rest between two.
+
+A source in memory is copied out between two steps; storage and networks are read in a thread, as
+every digest is computed in one. So a step waits for one copy of an expert at a time, and no longer.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from eep_jax.placement.planner import Move
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.patience import Patience
+
+_log = logging.getLogger(__name__)
+
+IN_MEMORY = (SourceKind.LOCAL, SourceKind.PEER)
+
+
+@dataclasses.dataclass
+class _Read:
+    """One source's answer, on its way; `weights` stays None where it failed."""
+
+    source: Source
+    started_s: float
+    weights: np.ndarray | None = None
+    seconds: float = 0.0
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class Prefetch:
+    """One expert at a time. Belongs to the engine's thread, and starts others for short work."""
+
+    def __init__(
+        self, executor: Executor, fetch_deadline_ms: int, on_done: Callable[[], None] = lambda: None
+    ):
+        """`on_done` is called in a thread once `advance` can go on."""
+        self._executor, self._on_done = executor, on_done
+        # It beats for nobody: the engine's loop goes on, and says so itself.
+        self._patience = Patience(fetch_deadline_ms)
+        self._move: Move | None = None
+        self._sources: list[Source] = []
+        self._read: _Read | None = None
+
+    def advance(self, move: Move) -> bool | None:
+        """Goes on with `move`; None while it is under way, else whether its slot now holds it."""
+        if self._move != move:  # an earlier one was given up; what it read is forgotten
+            self._move, self._sources, self._read = move, list(move.sources), None
+        if self._read is not None:
+            if not self._read.done.is_set():
+                return None
+            read, self._read = self._read, None
+            if read.weights is not None:
+                self._move = None
+                self._executor.keep(move, read.source, read.weights, read.seconds)
+                return True
+        if self._sources:
+            self._begin(move.expert, self._sources.pop(0))
+            return None
+        self._move = None
+        return False
+
+    def _begin(self, expert: int, source: Source) -> None:
+        read = self._read = _Read(source, time.monotonic())
+        copied = None
+        if source.kind in IN_MEMORY:
+            try:
+                copied = self._executor.fetch(expert, source)
+            except Exception as error:  # any failure of a source means the next source
+                _log.warning("expert %d from %s failed: %s", expert, source, error)
+                read.done.set()
+                return
+            read.seconds = time.monotonic() - read.started_s
+        body = lambda: self._finish(read, expert, copied)
+        threading.Thread(target=body, name=f"prefetch {expert}", daemon=True).start()
+
+    def _finish(self, read: _Read, expert: int, copied: np.ndarray | None) -> None:
+        source = read.source
+        try:
+            if copied is None:
+                key = (source.kind.value, source.rank)
+                copied = self._patience.run(key, lambda: self._executor.fetch(expert, source))
+                read.seconds = time.monotonic() - read.started_s
+            self._executor.verify(expert, copied)
+            read.weights = copied
+        except Exception as error:
+            _log.warning("expert %d from %s failed: %s", expert, source, error)
+        read.done.set()
+        self._on_done()

@@ -1,0 +1,155 @@
+"""Shards from peer to peer: Orbax's P2P service, for members of the run alone.
+
+Orbax answers whoever connects. Here its node never listens itself: a server of ours accepts on one
+chosen interface, lets the other end prove that it knows the token, and only then hands the
+connection to Orbax's handler.
+"""
+
+import functools
+import logging
+import pathlib
+import socket
+import socketserver
+import threading
+import time
+
+from orbax.checkpoint.experimental.emergency.p2p import protocol, service
+
+from eep_jax.relocation.handshake import admit, enter
+
+_log = logging.getLogger(__name__)
+
+HANDSHAKE_S = 2.0
+IDLE_S = 30.0  # for the other end to take or send the next bytes
+CONNECTIONS_MAX = 64
+FILES_MAX = 64  # of a shard, which has about ten
+PROCESS = 0  # Orbax's process index: every shard is written by one process
+
+
+class ShardServer:
+    """Serves `<directory>/<expert>/` to members. `address` is `host:port`."""
+
+    def __init__(self, directory: pathlib.Path, host: str, token: str):
+        self._node = service.P2PNode(directory)
+        # It was opened for all interfaces; nobody accepted on it yet.
+        self._node.server.server_close()
+        self._node.server = _MembersOnly(host, token, self._node)
+        self._node.port = self._node.server.server_address[1]
+        self._node.start()
+        self.address = f"{host}:{self._node.port}"
+
+    def close(self) -> None:
+        self._node.stop()
+
+
+class _MembersOnly(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, host: str, token: str, node: service.P2PNode):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._token, self._places = token, threading.BoundedSemaphore(CONNECTIONS_MAX)
+        super().__init__((host, 0), functools.partial(service.NodeHandler, service=node))
+
+    def process_request(self, request, client_address):
+        if not self._places.acquire(blocking=False):
+            _log.warning("refused %s: %d connections are open", client_address, CONNECTIONS_MAX)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def finish_request(self, request, client_address):
+        try:
+            admit(request, self._token, HANDSHAKE_S)
+        except OSError as error:
+            _log.warning("refused a backup connection from %s: %s", client_address[0], error)
+            return
+        request.settimeout(IDLE_S)
+        super().finish_request(request, client_address)
+
+    def handle_error(self, request, client_address):
+        _log.warning("serving a shard to %s failed", client_address, exc_info=True)
+
+
+def fetch_shard(
+    address: str, expert: int, into: pathlib.Path, token: str, ends_s: float, bytes_max: int
+) -> pathlib.Path:
+    """Copies an expert's shard from the ShardServer at `address`; returns `into/<expert>`.
+
+    `ends_s` is on the monotonic clock. Raises LookupError where the server has no such shard,
+    ValueError for one that is too large or not a shard, and OSError where the server is gone, does
+    not know the token, or takes too long.
+    """
+    request = {"step": expert, "process_index": PROCESS}
+    with _connection(address, token, ends_s) as connection:
+        protocol.TCPMessage.send_json(connection, protocol.OP_GET_MANIFEST, request)
+        opcode, files = protocol.TCPMessage.recv(connection)
+    if opcode != protocol.OP_RESPONSE_JSON or not files:
+        raise LookupError(f"{address} has no backup of expert {expert}")
+    sizes = _checked(files, expert, bytes_max)
+    for name, size in sizes.items():
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _connection(address, token, ends_s) as connection:
+            _download(connection, name, size, target, ends_s)
+    return into / str(expert)
+
+
+def _checked(files, expert: int, bytes_max: int) -> dict[str, int]:
+    """Size by name. Raises ValueError unless all lie below the expert and fit into the maximum."""
+    try:
+        sizes = {str(pathlib.PurePosixPath(f["rel_path"])): int(f["size"]) for f in files}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"a manifest that is none: {files!r:.100}") from error
+    for name in sizes:
+        parts = pathlib.PurePosixPath(name).parts
+        if parts[:1] != (str(expert),) or ".." in parts:
+            raise ValueError(f"a file outside of expert {expert}: {name!r:.100}")
+    if len(sizes) > FILES_MAX or min(sizes.values()) < 0 or sum(sizes.values()) > bytes_max:
+        raise ValueError(
+            f"{len(sizes)} files of {sum(sizes.values())} bytes for expert {expert}, at most "
+            f"{FILES_MAX} files of {bytes_max} bytes are allowed"
+        )
+    return sizes
+
+
+def _download(connection, name: str, size: int, target: pathlib.Path, ends_s: float) -> None:
+    protocol.TCPMessage.send_json(connection, protocol.OP_DOWNLOAD_FILE, {"rel_path": name})
+    opcode, found = protocol.TCPMessage.recv(connection)
+    if opcode != protocol.OP_FILE_STREAM or found != size:
+        raise ValueError(f"{name} has {found} bytes, its manifest says {size}")
+    view = memoryview(bytearray(min(size, 4 << 20)))
+    with target.open("wb") as file:
+        while size:
+            connection.settimeout(_remaining(ends_s))
+            received = connection.recv_into(view[: min(size, len(view))])
+            if not received:
+                raise ConnectionError(f"the server closed with {size} bytes of {name} to come")
+            file.write(view[:received])
+            size -= received
+
+
+def _connection(address: str, token: str, ends_s: float) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), min(_remaining(ends_s), HANDSHAKE_S))
+    try:
+        enter(connection, token, min(_remaining(ends_s), HANDSHAKE_S))
+        protocol.optimize_socket(connection)
+        connection.settimeout(_remaining(ends_s))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _remaining(ends_s: float) -> float:
+    remaining_s = ends_s - time.monotonic()
+    if remaining_s <= 0:
+        raise TimeoutError("the deadline of the fetch has passed")
+    return remaining_s

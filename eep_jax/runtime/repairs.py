@@ -1,0 +1,124 @@
+"""One record for each change of members: why it was, what moved, and where its seconds went.
+
+detect      from the last sign of life of who died to the verdict; no death, no detection
+agree       from the verdict to Prepare, and what the agreement took beyond the work of its ranks
+detach      mapping and unmapping of peers, on the rank that was slowest in all
+fetch       bringing experts, on that rank
+commit      swapping the tables
+first_step  from there to the first step that counted; unknown where nobody had work
+load        of a rank that came in, before the change; the others served meanwhile
+"""
+
+import collections
+import dataclasses
+
+from eep_jax.runtime.messages import ChangeTimes
+
+REPORT_MS = 3_000  # after the commit, for ranks to say how it went
+PAUSE_PHASES = ("detect", "agree", "detach", "fetch", "commit", "first_step")
+
+
+@dataclasses.dataclass
+class _Pending:
+    change: str
+    epoch: int
+    reason: str
+    members: frozenset[int]
+    detect_s: float
+    decide_s: float  # from the verdict to Prepare
+    prepare_s: float  # from Prepare until all were ready
+    ends_ms: int
+    times: dict[int, ChangeTimes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        told = {r for r, t in self.times.items() if t.first_step_s is not None}
+        return told >= self.members
+
+
+class RepairLog:
+    """Collects what becomes a record. Times are milliseconds of the supervisor's clock."""
+
+    def __init__(self, members=()):
+        self._members = frozenset(members)
+        self._deaths: list[tuple[int, int, str]] = []  # now_ms, silent_ms, reason
+        self._prepared_ms: dict[int, int] = {}
+        self._pending: list[_Pending] = []
+
+    def dead(self, rank: int, reason: str, silent_ms: int, now_ms: int) -> None:
+        if rank in self._members:
+            self._deaths.append((now_ms, silent_ms, reason))
+
+    def prepared(self, epoch: int, now_ms: int) -> None:
+        self._prepared_ms = {epoch: now_ms}
+
+    def committed(self, facts: dict, now_ms: int) -> None:
+        """`facts` are those of the commit's note."""
+        deaths, self._deaths = self._deaths, []
+        self._members = frozenset(facts["members"])
+        if facts["change"] == "formation":
+            return
+        prepared_ms = self._prepared_ms.get(facts["epoch"], now_ms)
+        self._pending.append(
+            _Pending(
+                change=facts["change"],
+                epoch=facts["epoch"],
+                reason="; ".join([reason for _, _, reason in deaths] or [facts["reason"]]),
+                members=self._members,
+                detect_s=max((silent for _, silent, _ in deaths), default=0) / 1e3,
+                decide_s=(prepared_ms - deaths[0][0]) / 1e3 if deaths else 0.0,
+                prepare_s=facts["prepare_ms"] / 1e3,
+                ends_ms=now_ms + REPORT_MS,
+            )
+        )
+
+    def told(self, rank: int, times: ChangeTimes) -> None:
+        for pending in self._pending:
+            if pending.epoch == times.epoch and rank in pending.members:
+                pending.times[rank] = times
+
+    def take(self, now_ms: int) -> list[dict]:
+        """The records that are due: all members have told, the time is over, or a later came."""
+        due = [
+            p
+            for p in self._pending
+            if p.is_complete or now_ms >= p.ends_ms or p is not self._pending[-1]
+        ]
+        self._pending = [p for p in self._pending if p not in due]
+        return [_record(pending) for pending in due]
+
+
+def _record(pending: _Pending) -> dict:
+    times = pending.times
+    work_s = {rank: t.detach_s + t.fetch_s for rank, t in times.items()}
+    slowest = max(work_s, key=work_s.get, default=None)
+    first_steps = [t.first_step_s for t in times.values() if t.first_step_s is not None]
+    seconds = {
+        "detect": pending.detect_s,
+        "agree": pending.decide_s
+        + max(0.0, pending.prepare_s - (work_s[slowest] if work_s else 0.0)),
+        "detach": times[slowest].detach_s if work_s else None,
+        "fetch": times[slowest].fetch_s if work_s else None,
+        "commit": max((t.commit_s for t in times.values()), default=None),
+        "first_step": max(first_steps, default=None),
+    }
+    seconds["load"] = max((t.load_s for t in times.values()), default=0.0)
+    seconds = {phase: None if s is None else round(s, 6) for phase, s in seconds.items()}
+    seconds["total"] = round(sum(seconds[phase] or 0.0 for phase in PAUSE_PHASES), 6)
+    return {
+        "change": pending.change,
+        "epoch": pending.epoch,
+        "reason": pending.reason,
+        "moves": _sum(t.moved for t in times.values()),
+        "bytes": _sum(t.bytes_moved for t in times.values()),
+        "seconds": seconds,
+        "slowest_rank": slowest,
+        "silent_ranks": sorted(pending.members - set(times)),
+    }
+
+
+def _sum(counts) -> dict[str, int]:
+    total = collections.Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)

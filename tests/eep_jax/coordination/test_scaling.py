@@ -1,0 +1,60 @@
+"""Promises to the operator: what cannot be is refused, with the values and the way out."""
+
+import pytest
+
+from eep_jax.coordination.coordinator import ScaleTo
+from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.errors import CoverageLost, InvalidMove
+from tests.support.factories import ByHand, a_serving_cluster
+
+
+def down(*ranks: int, count: int = 0) -> Wish:
+    return Wish(action="scale_down", ranks=ranks, count=count)
+
+
+def up(*ranks: int, count: int = 0) -> Wish:
+    return Wish(action="scale_up", ranks=ranks, count=count)
+
+
+def a_cluster_without(*ranks: int) -> ByHand:
+    cluster = a_serving_cluster(slots_per_rank=8)
+    cluster.feed(ScaleTo(frozenset(ranks)))
+    cluster.settle(rounds=20)
+    return cluster
+
+
+def test_ranks_go_by_name_or_from_the_highest_and_come_from_the_lowest():
+    state = a_cluster_without().state
+    assert ranks_out(state, down(1)) == {1}
+    assert ranks_out(state, down(count=2)) == {2, 3}
+    state = a_cluster_without(1, 3).state
+    assert ranks_out(state, down(0)) == {0, 1, 3}
+    assert ranks_out(state, up(3)) == {1}
+    assert ranks_out(state, up(count=1)) == {3}
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "words"),
+    [
+        (down(9), InvalidMove, "rank 9 is not in 0..3"),
+        (down(3), InvalidMove, r"rank 3 is out already.*\[0, 1, 2\]"),
+        (down(count=4), InvalidMove, r"count 4 is more than.*\[0, 1, 2\]"),
+        (down(0, 1, 2), CoverageLost, r"8 slots are needed and ranks \[\] have 0"),
+        (up(1), InvalidMove, r"rank 1 is not out.*\[3\]"),
+        (up(count=2), InvalidMove, r"count 2 is more than.*\[3\]"),
+    ],
+)
+def test_what_cannot_be_is_refused(wish, error, words):
+    state = a_cluster_without(3).state
+    with pytest.raises(error, match=words):
+        ranks_out(state, wish)
+
+
+def test_too_few_slots_are_named():
+    with pytest.raises(CoverageLost, match=r"8 slots are needed and ranks \[0, 1\] have 6"):
+        ranks_out(a_serving_cluster().state, down(2, 3))
+
+
+def test_a_cluster_that_starts_is_not_scaled():
+    with pytest.raises(InvalidMove, match="is starting"):
+        ranks_out(ByHand().state, down(1))

@@ -1,0 +1,394 @@
+"""Promises of backups: bounded, right to the bit, for members alone, within a deadline."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+from orbax.checkpoint.experimental.emergency.p2p import protocol
+
+from eep_jax.placement.placement import Placement
+from eep_jax.placement.planner import initial_placement
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation import backup_store, shard_server
+from eep_jax.relocation.backup_store import BackupOptions, BackupStore, bytes_on_disk
+from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.handshake import admit, enter
+from eep_jax.relocation.rates import Rates
+from tests.support.models import a_model, rounded_weights
+
+TOKEN = "a token of enough letters"
+EXPERTS = a_model().experts
+PLACEMENT = initial_placement(EXPERTS, 2, EXPERTS, 1)
+RIGHT = rounded_weights(a_model())[1]
+
+
+class CountingCheckpoint(Checkpoint):
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.read = []
+
+    def read_experts(self, experts):
+        self.read += experts
+        return super().read_experts(experts)
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    monkeypatch.setattr(backup_store, "REST", 0.0)
+
+
+@pytest.fixture
+def open_store(pristine_checkpoint, tmp_path):
+    """Opens stores of ranks; closes them after the test."""
+    opened = []
+
+    def open_one(rank=0, bytes_max=64 << 20, token=TOKEN, deadline_ms=10_000):
+        options = BackupOptions(
+            rank=rank,
+            directory=tmp_path / f"store{len(opened)}",
+            bytes_max=bytes_max,
+            host="127.0.0.1",
+            token=token,
+            fetch_deadline_ms=deadline_ms,
+        )
+        opened.append(BackupStore(CountingCheckpoint(pristine_checkpoint), options, Rates()))
+        opened[-1].root = options.directory
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+def wait_for(wanted, deadline_s=20.0):
+    ends_s = time.monotonic() + deadline_s
+    while not wanted():
+        assert time.monotonic() < ends_s, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def filled(store, ranks=(0,), placement: Placement = PLACEMENT, count=EXPERTS):
+    store.follow(ranks, placement)
+    wait_for(lambda: len(store.offer.experts) == count)
+    return store
+
+
+def of(store, rank=0) -> Source:
+    return Source(SourceKind.BACKUP, rank, address=store.offer.address)
+
+
+def test_all_experts_are_kept_where_they_fit_and_come_back_to_the_bit(open_store):
+    store = filled(open_store())
+    other = open_store(rank=1)
+    assert store.offer.experts == tuple(range(EXPERTS))
+    for expert in range(EXPERTS):
+        for reader in (store, other):  # without a network, and through it
+            found = reader.fetch(expert, of(store))
+            assert found.dtype == np.dtype(store._checkpoint.manifest["dtype"])
+            assert digest(found) == digest(RIGHT[expert])
+    assert list((other.root / "fetched").iterdir()) == [], "copies stay only while they are read"
+
+
+def test_it_never_takes_more_than_its_bytes(open_store):
+    whole = filled(open_store())
+    per_expert = bytes_on_disk(whole.root / "served") // EXPERTS
+    store = open_store(bytes_max=3 * (per_expert + (64 << 10)))
+    store.follow((0,), PLACEMENT)
+    wait_for(lambda: store.offer.experts and not store._news.is_set())
+    wait_for(lambda: store._rates.known(SourceKind.BACKUP))
+    assert 1 <= len(store.offer.experts) < EXPERTS
+    assert bytes_on_disk(store.root) <= 3 * (per_expert + (64 << 10))
+
+
+def test_another_plan_brings_what_is_new_and_reads_nothing_twice(open_store):
+    store = filled(open_store())
+    wait_for(lambda: len(store._checkpoint.read) == EXPERTS + backup_store.SAMPLES)
+    store.follow((0, 1), PLACEMENT)
+    store.follow((0,), PLACEMENT)
+    wait_for(lambda: not store._news.is_set())
+    time.sleep(0.1)
+    assert len(store._checkpoint.read) == EXPERTS + backup_store.SAMPLES
+
+
+def test_an_expert_that_cannot_be_read_is_not_kept(open_store, caplog):
+    store = open_store()
+    read = store._checkpoint.read_experts
+
+    def failing(experts):
+        if experts == [2]:
+            raise OSError("bad sector")
+        return read(experts)
+
+    store._checkpoint.read_experts = failing
+    with caplog.at_level(logging.WARNING, "eep_jax"):
+        filled(store, count=EXPERTS - 1)
+        wait_for(lambda: store._rates.known(SourceKind.BACKUP))
+    assert 2 not in store.offer.experts
+    assert "no backup of expert 2: bad sector" in caplog.text
+
+
+def test_rates_of_both_storage_and_network_are_measured(open_store):
+    store = filled(open_store())
+    wait_for(lambda: len(store._rates.medians()) == 2)
+    assert set(store._rates.medians()) == {"backup", "checkpoint"}
+    assert all(rate > 0 for rate in store._rates.medians().values())
+
+
+def test_an_expert_that_a_peer_does_not_have_is_an_error(open_store):
+    store, other = open_store(), open_store(rank=1)
+    with pytest.raises(LookupError, match="has no backup of expert 5"):
+        other.fetch(5, of(store))
+
+
+def test_half_an_expert_is_never_served(open_store, monkeypatch):
+    """While a shard is written, peers see nothing of it."""
+    store, other = open_store(), open_store(rank=1)
+    real, writing, go_on = backup_store.save_shard, threading.Event(), threading.Event()
+
+    def slow(directory, weights):
+        real(directory, weights)
+        writing.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(backup_store, "save_shard", slow)
+    store.follow((0,), PLACEMENT)
+    assert writing.wait(10)
+    with pytest.raises(LookupError):
+        other.fetch(0, of(store))
+    go_on.set()
+    wait_for(lambda: 0 in store.offer.experts)
+    assert digest(other.fetch(0, of(store))) == digest(RIGHT[0])
+
+
+class TestSecurity:
+    """Orbax answers whoever connects; this service does not."""
+
+    def connect(self, store) -> socket.socket:
+        host, _, port = store.offer.address.rpartition(":")
+        return socket.create_connection((host, int(port)), 5)
+
+    def ask(self, connection, expert=0):
+        payload = {"step": expert, "process_index": 0}
+        protocol.TCPMessage.send_json(connection, protocol.OP_GET_MANIFEST, payload)
+
+    def everything_from(self, connection) -> bytes:
+        connection.settimeout(10)
+        found = b""
+        try:
+            while part := connection.recv(1 << 16):
+                found += part
+        except ConnectionError:
+            pass
+        return found
+
+    def test_orbaxs_own_client_without_a_token_gets_nothing(self, open_store, caplog):
+        store = filled(open_store())
+        with self.connect(store) as connection, caplog.at_level(logging.WARNING, "eep_jax"):
+            self.ask(connection)
+            found = self.everything_from(connection)
+            wait_for(lambda: "refused a backup connection from 127.0.0.1" in caplog.text)
+        assert len(found) == 44, "the greeting, and no byte more"
+        host, _, port = store.offer.address.rpartition(":")
+        request = {"step": 0, "process_index": 0}
+        assert not protocol.TCPClient.request(host, int(port), protocol.OP_GET_MANIFEST, request)
+
+    def test_a_wrong_token_gets_nothing_and_is_logged(self, open_store, caplog):
+        store = filled(open_store())
+        stranger = open_store(rank=1, token="another token, as long")
+        with (
+            caplog.at_level(logging.WARNING, "eep_jax"),
+            pytest.raises(ConnectionError, match="token"),
+        ):
+            stranger.fetch(0, of(store))
+        wait_for(lambda: "wrong token" in caplog.text)
+
+    def test_a_peer_that_does_not_know_the_token_supplies_nothing(self, open_store):
+        stranger = filled(open_store(token="another token, as long"))
+        with pytest.raises(ConnectionError):
+            open_store(rank=1).fetch(0, of(stranger))
+
+    def test_a_replayed_connection_gets_nothing(self, open_store):
+        store = filled(open_store())
+        with self.connect(store) as connection:
+            sent = []
+            real = connection.sendall
+            recorder = type(
+                "Recorder",
+                (),
+                {
+                    "sendall": lambda _, data: (sent.append(data), real(data)),
+                    "__getattr__": lambda _, name: getattr(connection, name),
+                },
+            )()
+            enter(recorder, TOKEN, 5.0)
+            self.ask(connection)
+            assert protocol.TCPMessage.recv(connection)[0] == protocol.OP_RESPONSE_JSON
+        with self.connect(store) as connection:
+            connection.sendall(b"".join(sent))
+            self.ask(connection)
+            assert len(self.everything_from(connection)) == 44
+
+    def test_a_member_reads_nothing_outside_of_the_backups(self, open_store, tmp_path):
+        store = filled(open_store())
+        (store.root / "secret").write_text("the token")
+        for name in ("../secret", str(store.root / "secret"), "0/../../secret"):
+            with self.connect(store) as connection:
+                enter(connection, TOKEN, 5.0)
+                protocol.TCPMessage.send_json(
+                    connection, protocol.OP_DOWNLOAD_FILE, {"rel_path": name}
+                )
+                assert protocol.TCPMessage.recv(connection) == (protocol.OP_FILE_STREAM, 0)
+
+    def test_nothing_listens_beside_the_one_server(self, open_store):
+        store = open_store()
+        node = store._server._node
+        assert node.server.server_address == ("127.0.0.1", node.port)
+        open_files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        inodes = {os.readlink(path) for path in open_files if os.path.islink(path)}
+        listening = [
+            line.split()
+            for name in ("tcp", "tcp6")
+            if os.path.exists(f"/proc/self/net/{name}")
+            for line in pathlib.Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+        ]
+        ours = [f for f in listening if f[3] == "0A" and f"socket:[{f[9]}]" in inodes]
+        assert {f[1] for f in ours} == {f"0100007F:{node.port:04X}"}
+
+    def test_connections_that_say_nothing_do_not_keep_members_out(self, open_store, monkeypatch):
+        monkeypatch.setattr(shard_server, "HANDSHAKE_S", 0.3)
+        store, other = filled(open_store()), open_store(rank=1)
+        silent = [self.connect(store) for _ in range(shard_server.CONNECTIONS_MAX)]
+        wait_for(lambda: self.works(other, store))
+        for connection in silent:
+            connection.close()
+
+    def works(self, other, store) -> bool:
+        try:
+            return digest(other.fetch(0, of(store))) == digest(RIGHT[0])
+        except OSError:
+            return False
+
+
+class FakePeer:
+    """A member that answers as `say(connection, opcode, payload)` does."""
+
+    def __init__(self, say):
+        self.say, self.socket = say, socket.create_server(("127.0.0.1", 0))
+        self.source = Source(
+            SourceKind.BACKUP, 1, address=f"127.0.0.1:{self.socket.getsockname()[1]}"
+        )
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            with connection:
+                admit(connection, TOKEN, 5.0)
+                try:
+                    self.say(connection, *protocol.TCPMessage.recv(connection))
+                except OSError:
+                    continue
+
+
+def manifest_of(*files):
+    def say(connection, opcode, payload):
+        listed = [{"rel_path": name, "size": size} for name, size in files]
+        protocol.TCPMessage.send_json(connection, protocol.OP_RESPONSE_JSON, listed)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([("0/../../../etc/x", 3)], "outside of expert 0"),
+        ([("/etc/x", 3)], "outside of expert 0"),
+        ([("1/state/x", 3)], "outside of expert 0"),
+        ([("0/state/x", 1 << 40)], "at most"),
+        ([("0/state/x", -1)], "at most"),
+        ([(f"0/state/{n}", 1) for n in range(65)], "at most 64 files"),
+    ],
+)
+def test_a_manifest_that_asks_for_too_much_is_refused(open_store, files, said):
+    store = open_store()
+    with pytest.raises(ValueError, match=said):
+        store.fetch(0, FakePeer(manifest_of(*files)).source)
+    assert list((store.root / "fetched").iterdir()) == []
+
+
+def test_a_peer_that_stops_in_the_middle_costs_no_more_than_the_deadline(open_store):
+    def say(connection, opcode, payload):
+        if opcode == protocol.OP_GET_MANIFEST:
+            manifest_of(("0/state/x", 1000))(connection, opcode, payload)
+        else:
+            connection.sendall(struct.pack("!B I Q", protocol.OP_FILE_STREAM, 8, 1000) + bytes(10))
+            time.sleep(5)
+
+    store, started = open_store(deadline_ms=300), time.monotonic()
+    with pytest.raises(TimeoutError):
+        store.fetch(0, FakePeer(say).source)
+    assert time.monotonic() - started < 4
+    assert list((store.root / "fetched").iterdir()) == []
+
+
+def test_a_peer_that_dies_in_the_middle_is_an_error_at_once(open_store):
+    def say(connection, opcode, payload):
+        if opcode == protocol.OP_GET_MANIFEST:
+            manifest_of(("0/state/x", 1000))(connection, opcode, payload)
+        else:
+            connection.sendall(struct.pack("!B I Q", protocol.OP_FILE_STREAM, 8, 1000) + bytes(10))
+
+    with pytest.raises(ConnectionError, match="990 bytes of 0/state/x to come"):
+        open_store().fetch(0, FakePeer(say).source)
+
+
+def test_a_peer_that_is_gone_is_an_error_at_once(open_store):
+    store, other = open_store(), open_store(rank=1)
+    source = of(store)
+    store.close()
+    with pytest.raises(OSError):
+        other.fetch(0, source)
+
+
+@pytest.mark.parametrize("part", ["_METADATA", "manifest.ocdbt"])
+def test_a_damaged_shard_is_an_error(open_store, part):
+    store, other = filled(open_store()), open_store(rank=1)
+    (store.root / "served/0/state" / part).write_bytes(json.dumps({}).encode())
+    for reader in (store, other):
+        with pytest.raises(Exception):  # noqa: B017 - Orbax and TensorStore raise many types
+            reader.fetch(0, of(store))
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])  # of a file that is nearly all weights
+def test_a_flipped_bit_of_a_shard_never_passes_the_digest(open_store, where):
+    store, other = filled(open_store()), open_store(rank=1)
+    data = max((store.root / "served/0").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[int(where * len(content))] ^= 1
+    data.write_bytes(content)
+    for reader in (store, other):
+        try:
+            found = reader.fetch(0, of(store))
+        except Exception:  # the storage format noticed by itself
+            continue
+        assert digest(found) != digest(RIGHT[0])
+
+
+def test_a_store_that_lost_its_directory_goes_on(open_store):
+    store = open_store()
+    shutil.rmtree(store.root)
+    store.follow((0,), PLACEMENT)
+    wait_for(lambda: not store._news.is_set())
+    time.sleep(0.2)
+    assert store._thread.is_alive() and store.offer.experts == ()

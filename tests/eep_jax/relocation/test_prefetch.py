@@ -1,0 +1,74 @@
+"""Promises of fetching beside the steps: the first source that works, and nothing waits for it."""
+
+import threading
+import time
+
+import pytest
+
+from eep_jax.placement.placement import EMPTY
+from eep_jax.relocation.prefetch import Prefetch
+from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, World, bring
+from tests.support.models import fill_bank
+
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def world(pristine_checkpoint):
+    made = World(pristine_checkpoint)
+    made.done = threading.Event()
+    made.prefetch = Prefetch(made.executor, 1_000, made.done.set)
+    return made
+
+
+def finish(world, move) -> bool:
+    ends_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < ends_s:
+        if (came := world.prefetch.advance(move)) is not None:
+            return came
+        world.done.wait(0.01)
+    raise AssertionError("it never ended")
+
+
+def attach(world, experts) -> None:
+    fill_bank(world.peer, experts, world.right)
+    world.heaps[0].attach(1, world.heaps[1].export())
+
+
+def test_a_peer_is_read_and_its_digest_compared(world):
+    attach(world, (EMPTY, EMPTY, 3, EMPTY))
+    assert finish(world, bring(3, 1, (PEER, 1, 2), CHECKPOINT))
+    world.check((EMPTY, 3, EMPTY, EMPTY))
+    assert world.executor.moved == {"peer": 1} and world.checkpoint.read == []
+
+
+def test_a_source_that_is_wrong_means_the_next(world):
+    attach(world, (EMPTY, EMPTY, 2, EMPTY))
+    assert finish(world, bring(3, 1, (PEER, 1, 2), CHECKPOINT))
+    world.check((EMPTY, 3, EMPTY, EMPTY))
+    assert world.executor.moved == {"checkpoint": 1}
+
+
+def test_no_source_leaves_the_slot_as_it_was(world):
+    attach(world, (EMPTY, EMPTY, 2, EMPTY))
+    assert not finish(world, bring(3, 1, (PEER, 1, 2)))
+    world.check((EMPTY,) * 4)
+
+
+def test_the_caller_never_waits_for_storage(world, monkeypatch):
+    hang = threading.Event()
+    monkeypatch.setattr(world.checkpoint, "read_experts", lambda experts: hang.wait(DEADLINE_S))
+    started = time.monotonic()
+    move = bring(3, 1, CHECKPOINT)
+    assert world.prefetch.advance(move) is None
+    assert time.monotonic() - started < 0.5
+    assert not finish(world, move)
+    hang.set()
+
+
+def test_a_move_that_was_given_up_writes_nothing(world):
+    attach(world, (0, EMPTY, 3, EMPTY))
+    assert world.prefetch.advance(bring(3, 1, (PEER, 1, 2))) is None
+    assert world.done.wait(DEADLINE_S)
+    assert finish(world, bring(0, 2, (PEER, 1, 0)))
+    world.check((EMPTY, EMPTY, 0, EMPTY))

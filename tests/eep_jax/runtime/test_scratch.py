@@ -1,0 +1,71 @@
+"""Promises of scratch directories: private, and gone with their process, however that ends."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from eep_jax.runtime import scratch
+from eep_jax.runtime.scratch import open_scratch, sweep
+
+PROGRAM = """
+import pathlib, sys, time
+from eep_jax.runtime.scratch import open_scratch
+print(open_scratch(pathlib.Path(sys.argv[1]), "test").path, flush=True)
+time.sleep(60)
+"""
+
+
+def wait_until_gone(path, deadline_s=10.0):
+    ends_s = time.monotonic() + deadline_s
+    while path.exists():
+        assert time.monotonic() < ends_s, f"{path} is left behind"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def child(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    path = tmp_path / process.stdout.readline().strip()
+    (path / "file").write_text("x")
+    yield process, path
+    process.kill()
+    process.wait(10)
+
+
+def test_it_is_for_this_user_alone(tmp_path):
+    found = open_scratch(tmp_path, "test")
+    assert stat.S_IMODE(found.path.stat().st_mode) == 0o700
+    found.close()
+    wait_until_gone(found.path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_leaves_nothing(child, number):
+    process, path = child
+    process.send_signal(number)
+    process.wait(10)
+    wait_until_gone(path)
+
+
+def test_another_process_sweeps_only_what_the_dead_left(tmp_path, child, monkeypatch):
+    _, living = child
+    ended = tmp_path / f"eep-test-{scratch._boot()}-{os.getpid()}-1-abc"
+    elsewhere = tmp_path / f"eep-test-0123456789ab-{os.getpid()}-1-abc"
+    other = tmp_path / "eep-something-else"
+    for path in (ended, elsewhere, other):
+        path.mkdir()
+    sweep(tmp_path)
+    assert not ended.exists()
+    assert living.exists() and elsewhere.exists() and other.exists()
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
+    with pytest.raises(OSError):
+        open_scratch(tmp_path / "missing", "test")
