@@ -113,7 +113,7 @@ class TestDeathOfARank:
             # Beside it: what each change cost, and the end of the process, which may be before or
             # after its death is settled, but is before its return.
             assert [kind for kind in kinds if kind in story][-7:] == story
-            assert "ended" in kinds[kinds.index("dead") - 1 : kinds.index("incarnation", 3)]
+            assert "ended" in kinds[kinds.index("dead") - 1 : kinds.index("incarnation", kinds.index("dead"))]
 
     @story
     async def test_a_rank_that_reads_nothing_blocks_no_other(self, tmp_path):
