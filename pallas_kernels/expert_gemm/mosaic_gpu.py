@@ -139,6 +139,26 @@ def _launch(body, name: str, config: GemmConfig, out, scratch: dict, operands):
     )(*operands)
 
 
+def _multiply_stages(multiply, steps: int, step, stages: int, await_stage, free) -> None:
+    """`multiply(at)` for each stage of a tile; lets a stage go once the next one is under way.
+
+    `multiply` waits for all products but its own.
+    """
+
+    def stage(k, step):
+        multiply(await_stage(step))
+
+        @pl.when(k > 0)
+        def _():
+            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+
+        return step + 1
+
+    end = lax.fori_loop(0, steps, stage, step)
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(free.at[lax.rem(end - 1, stages)])
+
+
 def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None:
     """What a warpgroup without rows in this tile does: it lets the stages go."""
 
@@ -236,22 +256,13 @@ def gate_up(
                 here = counts[slot] - first - group * GROUP_ROWS
 
                 def scope(gate_acc, up_acc):
-                    def stage(k, step):
-                        at = await_stage(step)
+                    def multiply(at):
                         x = x_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
                         for acc, smem in ((gate_acc, gate_smem), (up_acc, up_smem)):
                             plgpu.wgmma(acc, x, smem.at[at].transpose((1, 0)))
                         plgpu.wgmma_wait(2)
 
-                        @pl.when(k > 0)
-                        def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
-
-                        return step + 1
-
-                    end = lax.fori_loop(0, steps, stage, step)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[lax.rem(end - 1, stages)])
+                    _multiply_stages(multiply, steps, step, stages, await_stage, free)
                     return gate_acc[...], up_acc[...]
 
                 @pl.when(here > 0)
@@ -342,21 +353,12 @@ def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
                 here = counts[slot] - first - start
 
                 def scope(acc):
-                    def stage(k, step):
-                        at = await_stage(step)
+                    def multiply(at):
                         x = h_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
                         plgpu.wgmma(acc, x, weight_smem.at[at])
                         plgpu.wgmma_wait(1)
 
-                        @pl.when(k > 0)
-                        def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
-
-                        return step + 1
-
-                    end = lax.fori_loop(0, steps, stage, step)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[lax.rem(end - 1, stages)])
+                    _multiply_stages(multiply, steps, step, stages, await_stage, free)
                     return acc[...]
 
                 @pl.when(here > 0)

@@ -113,7 +113,8 @@ class TestDeathOfARank:
             # Beside it: what each change cost, and the end of the process, which may be before or
             # after its death is settled, but is before its return.
             assert [kind for kind in kinds if kind in story][-7:] == story
-            assert "ended" in kinds[kinds.index("dead") - 1 : kinds.index("incarnation", kinds.index("dead"))]
+            death = kinds.index("dead")
+            assert "ended" in kinds[death - 1 : kinds.index("incarnation", death)]
 
     @story
     async def test_a_rank_that_reads_nothing_blocks_no_other(self, tmp_path):
