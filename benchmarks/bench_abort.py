@@ -31,7 +31,7 @@ def main(_) -> None:
     from benchmarks.harness import Record, append, percentile
     from eep_jax.heap.arrays import heap_array
     from eep_jax.heap.open import open_heap
-    from pallas_kernels.call import Call
+    from pallas_kernels.call import Call, address_words
     from pallas_kernels.dispatch.api import dispatch
     from pallas_kernels.signals import first_round
     from pallas_kernels.window import WindowLayout
@@ -53,7 +53,7 @@ def main(_) -> None:
             deadline_ms=np.uint32(deadline_ms),
             wish=np.uint32(0),
             suspicion=np.zeros(2, np.int32),
-            abort_address=np.array([address & 0xFFFFFFFF, address >> 32], np.uint32),
+            abort_address=address_words(address),
         )
 
     def exchange(x, slots, weights, memory, call):

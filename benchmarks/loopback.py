@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.call import Call
+from pallas_kernels.call import Call, address_words
 from pallas_kernels.combine import mosaic_gpu as combine_gpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch import mosaic_gpu as dispatch_gpu
@@ -66,7 +66,7 @@ class Loopback:
             deadline_ms=np.uint32(deadline_ms),
             wish=np.uint32(1),
             suspicion=np.zeros(ranks, np.int32),
-            abort_address=np.array([address & 0xFFFFFFFF, address >> 32], np.uint32),
+            abort_address=address_words(address),
         )
 
     @functools.cached_property

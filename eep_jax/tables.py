@@ -10,6 +10,7 @@ from jaxtyping import Array, Int32, UInt32
 
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import Placement
+from pallas_kernels.call import Call, address_words
 
 NO_SLOT = -1
 
@@ -61,6 +62,22 @@ def solo_tables(ranks: int, experts: int, slots_per_rank: int, rank: int) -> Tab
         active=active,
         expert_slots=expert_slots,
         replicas=np.ones(experts, np.int32),
+    )
+
+
+def call_of(tables: Tables, deadline_ms: int, abort_address: int) -> Call:
+    """What an epoch's exchanges are told; round and wish are filled in for each step.
+
+    `abort_address` is where kernels read the abort word (`SymmetricHeap.control_address`).
+    """
+    return Call(
+        active=tables.active,
+        epoch=tables.epoch,
+        round=np.uint32(0),
+        deadline_ms=np.uint32(deadline_ms),
+        wish=np.uint32(0),
+        suspicion=np.zeros(len(tables.active), np.int32),
+        abort_address=address_words(abort_address),
     )
 
 

@@ -11,6 +11,11 @@ from jaxtyping import Array, Int32, UInt32
 from pallas_kernels.signals import next_round
 
 
+def address_words(address: int) -> np.ndarray:
+    """The low and the high half of an address, uint32 [2]."""
+    return np.array([address & 0xFFFFFFFF, address >> 32], np.uint32)
+
+
 @jax.tree_util.register_dataclass
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,7 @@ from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import ExpertSpread
-from eep_jax.tables import Tables, solo_tables
-from pallas_kernels.call import Call
+from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -74,7 +73,6 @@ class Engine:
         self._dense = [jnp.asarray(dense[name].astype(dtype)) for name in names]
         self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
-        self._abort_address = np.array(divmod(heap.control_address(), 1 << 32)[::-1], np.uint32)
         self._cache = empty_cache(config.model, config.engine)
         cluster = config.cluster
         self._take_tables(
@@ -194,13 +192,6 @@ class Engine:
     def _take_tables(self, tables: Tables) -> None:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables = tables
-        call = Call(
-            active=tables.active,
-            epoch=tables.epoch,
-            round=np.uint32(0),
-            deadline_ms=np.uint32(self.config.engine.step_deadline_ms),
-            wish=np.uint32(0),
-            suspicion=np.zeros(self.config.cluster.ranks, np.int32),
-            abort_address=self._abort_address,
-        )
+        deadline_ms = self.config.engine.step_deadline_ms
+        call = call_of(tables, deadline_ms, self.heap.control_address())
         self._of_epoch = jax.device_put((tables, call))

@@ -22,8 +22,7 @@ from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.library.elastic_moe import Place
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.moe_block import ExpertSpread
-from eep_jax.tables import Tables, solo_tables
-from pallas_kernels.call import Call
+from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
 
 # A rank whose last step had a call gives the next call this time to come, before it runs the
@@ -102,7 +101,6 @@ class Stepper:
         )
         self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
-        self._abort_address = np.array(divmod(heap.control_address(), 1 << 32)[::-1], np.uint32)
         cluster, experts = config.cluster, config.model.experts
         self._take_tables(solo_tables(cluster.ranks, experts, cluster.slots_per_rank, rank))
 
@@ -258,15 +256,8 @@ class Stepper:
     def _take_tables(self, tables: Tables) -> None:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables, self._round = tables, np.uint32(first_round(int(tables.epoch)))
-        call = Call(
-            active=tables.active,
-            epoch=tables.epoch,
-            round=np.uint32(0),
-            deadline_ms=np.uint32(self.config.engine.step_deadline_ms),
-            wish=np.uint32(0),
-            suspicion=np.zeros(self.config.cluster.ranks, np.int32),
-            abort_address=self._abort_address,
-        )
+        deadline_ms = self.config.engine.step_deadline_ms
+        call = call_of(tables, deadline_ms, self.heap.control_address())
         tables, call, dropped = jax.device_put((tables, call, np.int32(0)))
         self._place_of_epoch = Place(
             tables=tables,

@@ -165,7 +165,7 @@ class Rank:
         return y, call.suspicion, call.round
 
     def _call(self, current: int, active, deadline_ms: int):
-        from pallas_kernels.call import Call
+        from pallas_kernels.call import Call, address_words
 
         return Call(
             active=np.asarray(active, np.int32),
@@ -174,7 +174,7 @@ class Rank:
             deadline_ms=np.uint32(deadline_ms),
             wish=np.uint32(1),
             suspicion=np.zeros(RANKS, np.int32),
-            abort_address=np.array(divmod(self.heap.control_address(), 1 << 32)[::-1], np.uint32),
+            abort_address=address_words(self.heap.control_address()),
         )
 
     def _arguments(self, work, call):
