@@ -5,6 +5,7 @@ import numpy as np
 
 from pallas_kernels.window import WindowLayout
 
+SM_COUNT = 132  # multiprocessors of an H100 and an H200
 GPU_CHANNELS = 64  # channels of a row are a multiple of this on a GPU
 
 

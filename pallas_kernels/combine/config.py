@@ -2,7 +2,8 @@
 
 import dataclasses
 
-SM_COUNT = 132  # of an H100 and an H200
+from pallas_kernels.device import SM_COUNT
+
 BLOCKS_PER_SM = 8
 
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 
+from pallas_kernels.device import SM_COUNT
 from pallas_kernels.expert_gemm.config import tile_rows_for
 
-SM_COUNT = 132  # of an H100 and an H200
 BLOCKS_PER_SM = 8
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-SM_COUNT = 132  # of an H100 and an H200
+from pallas_kernels.device import SM_COUNT
+
 WIDTH_MULTIPLE = 64  # of channels and expert channels
 GROUP_ROWS = 64  # rows of one warpgroup's matrix instruction
 STAGES_MIN = 4  # two are being gathered, one is handed over, one is multiplied
