@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eep_jax.engine.sampler import sample
+from eep_jax.engine.sampler import nucleus, sample
 
 DRAWS_MAX = 4000  # always drawn, so that one program serves all tests
 compiled = jax.jit(sample)
@@ -37,6 +39,23 @@ def test_the_most_likely_token_is_kept_however_small_top_p_is(top_p):
 )
 def test_top_p_keeps_the_fewest_tokens_with_that_mass(top_p, kept):
     assert set(draw(FOUR, top_p=top_p, rows=400)) == kept
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99), st.floats(0.1, 4.0))
+def test_the_nucleus_is_the_one_that_sorting_finds(seed, top_p, spread):
+    logits = np.random.default_rng(seed).normal(0, spread, (1, 1000)).astype(np.float32)
+    found = np.asarray(jax.jit(nucleus)(logits, np.float32([top_p])))[0]
+    exact = np.exp(logits[0].astype(np.float64))
+    exact /= exact.sum()
+    order = np.argsort(-exact)
+    before = np.cumsum(exact[order]) - exact[order]
+    # Sums of 1000 float32 are off by about 1e-6; a token that near to the edge may go either way.
+    clear = np.abs(before - top_p) > 1e-5
+    np.testing.assert_array_equal(found[order][clear], (before < top_p)[clear])
+
+
+def test_equally_likely_tokens_stay_or_go_together():
+    assert set(draw([0.1, 0.4, 0.4, 0.1], top_p=0.3, rows=400)) == {1, 2}
 
 
 def test_draws_follow_the_probabilities():
