@@ -165,7 +165,7 @@ class Scheduler:
         return progress
 
     def _finish_of(self, sequence: Sequence, token: int) -> str:
-        if token == self._config.model.eos_token:
+        if token in self._config.model.end_tokens:
             return "stop"
         return "length" if sequence.produced >= sequence.request.max_tokens else ""
 

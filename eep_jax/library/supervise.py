@@ -13,20 +13,13 @@ import signal
 import subprocess
 import sys
 
-from eep_jax.config import (
-    ClusterConfig,
-    DeviceConfig,
-    EngineConfig,
-    ModelConfig,
-    RunConfig,
-    ServeConfig,
-)
+from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig, ServeConfig
+from eep_jax.model_config import model_from_values
 from eep_jax.runtime.supervisor import Supervisor
 
 CONFIG_FILE, TOKEN_FILE, LOG_FILE = "run.json", "token", "supervisor.log"
 WITH_PARENT = "--with-parent"
 _PARTS = {
-    "model": ModelConfig,
     "cluster": ClusterConfig,
     "engine": EngineConfig,
     "serve": ServeConfig,
@@ -53,6 +46,7 @@ def read_run(run_dir) -> tuple[RunConfig, str]:
         fields = json.loads((root / CONFIG_FILE).read_text())
         token = (root / TOKEN_FILE).read_text().strip()
         parts = {name: kind(**_with_tuples(fields[name])) for name, kind in _PARTS.items()}
+        parts["model"] = model_from_values(fields["model"])
         return RunConfig(**(fields | parts)), token
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
+from eep_jax.model_config import model_from_values
 from eep_jax.models.weights import expert_name
 from eep_jax.relocation.shards import open_orbax
 
@@ -59,7 +60,7 @@ class Checkpoint:
         self.root = pathlib.Path(directory).absolute()
         try:
             self.manifest = json.loads((self.root / MANIFEST).read_text())
-            self.model = ModelConfig(**self.manifest["model"])
+            self.model = model_from_values(self.manifest["model"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self.root} is no checkpoint: {error!r}; expected {MANIFEST} and {WEIGHTS}/ "

@@ -19,7 +19,7 @@ class Serving:
     def __init__(
         self,
         book: RequestBook,
-        eos_token: int,
+        end_tokens: frozenset[int],
         unavailable: Callable[[], str],
         accepted: Callable[[Entry], None],
         cancelled: Callable[[Entry], None],
@@ -28,7 +28,7 @@ class Serving:
 
         `accepted` and `cancelled` are called after the book has changed.
         """
-        self._book, self._eos_token, self._unavailable = book, eos_token, unavailable
+        self._book, self._end_tokens, self._unavailable = book, end_tokens, unavailable
         self._accepted, self._cancelled = accepted, cancelled
         self._readers: dict[str, set[asyncio.Event]] = {}
 
@@ -73,7 +73,7 @@ class Serving:
                 new, finish = entry.tokens[sent:], entry.finish
                 sent += len(new)
                 degraded = tuple(sorted(entry.degraded))
-                if finish == "stop" and new and new[-1] == self._eos_token:
+                if finish == "stop" and new and new[-1] in self._end_tokens:
                     new = new[:-1]
                 if finish == "cancelled":
                     yield Progress(tokens=tuple(new), error="the request was cancelled")

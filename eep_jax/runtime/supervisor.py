@@ -78,7 +78,7 @@ class Supervisor:
         serve, engine = config.serve, config.engine
         self.book = RequestBook(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
         self._serving = Serving(
-            self.book, config.model.eos_token, self._unavailable, self._accepted, self._cancelled
+            self.book, config.model.end_tokens, self._unavailable, self._accepted, self._cancelled
         )
         self._control = ControlServer(
             token, serve.message_bytes_max, self._on_message, self._on_closed

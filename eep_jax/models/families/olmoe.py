@@ -1,0 +1,34 @@
+"""OLMoE (arXiv 2409.02060): norms over all channels of queries and of keys, weights as they are."""
+
+import functools
+
+from eep_jax.model_config import ModelConfig
+from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
+from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+
+def config(fields: Fields, name: str) -> ModelConfig:
+    """Raises CheckpointError for clipped projections (`clip_qkv`), which no release has."""
+    fields.require("clip_qkv", None)
+    bias = fields.take("attention_bias", bool, False)
+    heads = fields.heads()
+    return ModelConfig(
+        **fields.common(name),
+        **heads,
+        experts=fields.experts(),
+        expert_hidden=fields.take("intermediate_size"),
+        norm_topk_prob=fields.take("norm_topk_prob", bool, False),
+        rope=fields.rope(heads["head_dim"]),
+        qk_norm="full",
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+FAMILY = Family(
+    architectures=("OlmoeForCausalLM",),
+    config=config,
+    dense=decoder_tensors,
+    expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+)

@@ -1,0 +1,77 @@
+"""All families by the name that config.json gives their architecture."""
+
+import json
+import pathlib
+
+from eep_jax.errors import CheckpointError
+from eep_jax.model_config import ModelConfig
+from eep_jax.models.families import deepseek, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.tensors import Family
+
+CONFIG = "config.json"
+
+FAMILIES: dict[str, Family] = {
+    architecture: family
+    for family in (
+        qwen3_moe.FAMILY,
+        qwen2_moe.FAMILY,
+        mixtral.FAMILY,
+        olmoe.FAMILY,
+        *deepseek.FAMILIES,
+        gpt_oss.FAMILY,
+    )
+    for architecture in family.architectures
+}
+
+
+def read_config_json(directory) -> dict:
+    """`config.json` of a Hugging Face directory, with the end tokens of its generation_config.
+
+    Raises CheckpointError where there is none, or it is no JSON object.
+    """
+    path = pathlib.Path(directory).absolute() / CONFIG
+    values = _read_object(path)
+    generation = path.with_name("generation_config.json")
+    if generation.exists() and (ends := _read_object(generation).get("eos_token_id")) is not None:
+        values["eos_token_id"] = ends
+    return values
+
+
+def read_model(directory) -> ModelConfig:
+    """What model a Hugging Face directory holds, named after the directory.
+
+    Raises CheckpointError for an architecture that is not known, naming those that are, and for
+    values that are not supported, naming field and value.
+    """
+    root = pathlib.Path(directory).absolute()
+    return model_from_config_json(read_config_json(root), root.name, str(root / CONFIG))
+
+
+def model_from_config_json(values: dict, name: str, path: str = CONFIG) -> ModelConfig:
+    """The model that the fields of a config.json describe; `path` is named in errors."""
+    family = family_of(values, path)
+    try:
+        return family.config(Fields(values, path), name)
+    except ValueError as error:
+        raise CheckpointError(f"{path} describes no model: {error}") from error
+
+
+def family_of(values: dict, path: str = CONFIG) -> Family:
+    """The family of `architectures[0]`. Raises CheckpointError listing the known ones."""
+    architectures = values.get("architectures") or ["none"]
+    if architectures[0] not in FAMILIES:
+        raise CheckpointError(
+            f"{path}: architectures={architectures!r} is not supported, only {sorted(FAMILIES)}"
+        )
+    return FAMILIES[architectures[0]]
+
+
+def _read_object(path: pathlib.Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values

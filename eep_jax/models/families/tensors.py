@@ -1,0 +1,183 @@
+"""Where each of our weights is in the files of a Hugging Face directory, and in which form."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from eep_jax.model_config import ModelConfig
+
+GATE, UP, DOWN = range(3)  # the second axis of an expert
+
+
+def as_stored(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """torch's Linear stores `[out, in]`, ours is `[in, out]`."""
+    return array.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor: its key, its shape in the file, and how it becomes ours.
+
+    `index` reads only that part of the first axis: one expert of a fused tensor. `shape` has that
+    axis, `form` is given the part without it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    form: Callable[[np.ndarray], np.ndarray] = as_stored
+    index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPart:
+    """One matrix `[F D]` of one expert and layer (GATE, UP, DOWN transposed), or its bias."""
+
+    layer: int  # among the layers with experts
+    matrix: int
+    stored: Stored
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is particular to the checkpoints of some architectures.
+
+    `config(fields, name)` makes the ModelConfig, `dense(model)` the tensors by our names,
+    `expert(model, e)` those of one expert.
+    """
+
+    architectures: tuple[str, ...]
+    config: Callable
+    dense: Callable[[ModelConfig], dict[str, Stored]]
+    expert: Callable[[ModelConfig, int], Iterator[ExpertPart]]
+
+
+def decoder_tensors(
+    model: ModelConfig,
+    *,
+    block: str = "mlp",
+    router: str = "gate",
+    shared: str = "shared_expert",
+) -> dict[str, Stored]:
+    """Everything outside the experts, under the keys that most families share.
+
+    `block` holds router and experts of a layer; `router` and `shared` are names in it.
+    """
+    hidden, vocab = model.hidden, model.vocab_size
+    found = {
+        "embed/embedding": Stored("model.embed_tokens.weight", (vocab, hidden)),
+        "final_norm/scale": Stored("model.norm.weight", (hidden,)),
+    }
+    if not model.tied_embeddings:
+        found["head/kernel"] = _linear("lm_head", hidden, vocab)
+    for layer in range(model.layers):
+        ours, theirs = f"layers/{layer}", f"model.layers.{layer}"
+        for name, key in (
+            ("attention_norm", "input_layernorm"),
+            ("moe_norm", "post_attention_layernorm"),
+        ):
+            found[f"{ours}/{name}/scale"] = Stored(f"{theirs}.{key}.weight", (hidden,))
+        attend = _latent_attention if model.latent else _grouped_attention
+        parts = attend(model, f"{theirs}.self_attn")
+        found |= {f"{ours}/attention/{name}": stored for name, stored in parts.items()}
+        if layer < model.dense_layers:
+            found |= _mlp(f"{ours}/mlp", f"{theirs}.mlp", hidden, model.dense_hidden)
+            continue
+        block_key = f"{theirs}.{block}"
+        found |= _router(model, ours, f"{block_key}.{router}")
+        if model.shared_hidden:
+            key = f"{block_key}.{shared}"
+            found |= _mlp(f"{ours}/shared", key, hidden, model.shared_hidden)
+        if model.shared_gate:
+            found[f"{ours}/shared_gate/kernel"] = _linear(f"{block_key}.{shared}_gate", hidden, 1)
+    return found
+
+
+def per_expert(
+    model: ModelConfig, expert: int, pattern: str, names: tuple[str, str, str]
+) -> Iterator[ExpertPart]:
+    """Experts with tensors of their own. `pattern` has {layer}, {expert} and {name}."""
+    wide, narrow = model.expert_hidden, model.hidden
+    for layer in range(model.moe_layers):
+        for matrix, name in enumerate(names):
+            place = {"layer": layer + model.dense_layers, "expert": expert, "name": name}
+            key = pattern.format(**place)
+            if matrix == DOWN:
+                stored = Stored(key, (narrow, wide), transposed)
+            else:
+                stored = Stored(key, (wide, narrow))
+            yield ExpertPart(layer, matrix, stored)
+
+
+def _linear(key: str, inputs: int, outputs: int) -> Stored:
+    return Stored(f"{key}.weight", (outputs, inputs), transposed)
+
+
+def _mlp(ours: str, theirs: str, hidden: int, width: int) -> dict[str, Stored]:
+    return {
+        f"{ours}/gate/kernel": _linear(f"{theirs}.gate_proj", hidden, width),
+        f"{ours}/up/kernel": _linear(f"{theirs}.up_proj", hidden, width),
+        f"{ours}/down/kernel": _linear(f"{theirs}.down_proj", width, hidden),
+    }
+
+
+def _router(model: ModelConfig, ours: str, theirs: str) -> dict[str, Stored]:
+    found = {f"{ours}/router/kernel": _linear(theirs, model.hidden, model.experts)}
+    if model.router.bias:
+        found[f"{ours}/router/bias"] = Stored(f"{theirs}.bias", (model.experts,))
+    if model.router.correction:
+        key = f"{theirs}.e_score_correction_bias"
+        found[f"{ours}/router_correction"] = Stored(key, (model.experts,))
+    return found
+
+
+def _grouped_attention(model: ModelConfig, theirs: str) -> dict[str, Stored]:
+    hidden = model.hidden
+    query, key = model.query_heads * model.head_dim, model.kv_heads * model.head_dim
+    widths = {"q_proj": query, "k_proj": key, "v_proj": key}
+    found = {f"{n}/kernel": _linear(f"{theirs}.{n}", hidden, width) for n, width in widths.items()}
+    found["o_proj/kernel"] = _linear(f"{theirs}.o_proj", query, hidden)
+    if model.qkv_bias:
+        found |= {f"{n}/bias": Stored(f"{theirs}.{n}.bias", (w,)) for n, w in widths.items()}
+    if model.output_bias:
+        found["o_proj/bias"] = Stored(f"{theirs}.o_proj.bias", (hidden,))
+    if model.qk_norm != "none":
+        full = model.qk_norm == "full"
+        for name, width in (("q_norm", query), ("k_norm", key)):
+            shape = (width if full else model.head_dim,)
+            found[f"{name}/scale"] = Stored(f"{theirs}.{name}.weight", shape)
+    if model.sinks:
+        found["sinks"] = Stored(f"{theirs}.sinks", (model.query_heads,))
+    return found
+
+
+def _latent_attention(model: ModelConfig, theirs: str) -> dict[str, Stored]:
+    latent, heads, hidden = model.latent, model.query_heads, model.hidden
+    plain, value, rank = latent.plain_channels, latent.value_channels, latent.kv_rank
+    query = heads * (plain + latent.rope_channels)
+    # Keys and values of all heads are one tensor there, a head's key before its value.
+    by_head = lambda array: array.reshape(heads, plain + value, rank)
+    both = Stored(f"{theirs}.kv_b_proj.weight", (heads * (plain + value), rank))
+    found = {
+        "kv_down/kernel": _linear(
+            f"{theirs}.kv_a_proj_with_mqa", hidden, rank + latent.rope_channels
+        ),
+        "kv_norm/scale": Stored(f"{theirs}.kv_a_layernorm.weight", (rank,)),
+        "key_up": dataclasses.replace(both, form=lambda a: by_head(a)[:, :plain]),
+        "value_up": dataclasses.replace(
+            both, form=lambda a: by_head(a)[:, plain:].transpose(0, 2, 1)
+        ),
+        "o_proj/kernel": _linear(f"{theirs}.o_proj", heads * value, hidden),
+    }
+    if not latent.q_rank:
+        return found | {"q_proj/kernel": _linear(f"{theirs}.q_proj", hidden, query)}
+    return found | {
+        "q_down/kernel": _linear(f"{theirs}.q_a_proj", hidden, latent.q_rank),
+        "q_norm/scale": Stored(f"{theirs}.q_a_layernorm.weight", (latent.q_rank,)),
+        "q_up/kernel": _linear(f"{theirs}.q_b_proj", latent.q_rank, query),
+    }
