@@ -17,7 +17,9 @@ from launch import flags
 from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
 
-COMPILE_CACHE = "compile_cache"  # in the run directory; a rank that returns finds its executables
+# In the run directory: what a rank compiled, for the process that returns as that rank.
+EXECUTABLES = "executables"  # whole steps; where one cannot be loaded:
+COMPILE_CACHE = "compile_cache"  # XLA's own
 
 _log = logging.getLogger("launch.rank")
 
@@ -45,7 +47,7 @@ def main() -> int:
     )
     # The supervisor knows of this process from here on, while JAX is still loading.
     link.start()
-    agent = build_agent(config, rank, link)
+    agent = build_agent(config, rank, link, run_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     status = agent.run()
     link.stop()
@@ -78,9 +80,12 @@ def require_backend(platform: str) -> None:
         )
 
 
-def build_agent(config, rank: int, link):
+def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     """Loads JAX and the weights, opens the heap, and puts the parts of a rank together."""
     started = time.monotonic()
+    from eep_jax.runtime.start_watch import StartWatch
+
+    watch = StartWatch()
     import jax
 
     # Small steps: handing them to another thread costs more than it hides.
@@ -94,11 +99,17 @@ def build_agent(config, rank: int, link):
     from eep_jax.relocation.transports import all_transports
     from eep_jax.runtime.agent import Agent
 
+    watch.phase("imports")
     require_backend(config.platform)
+    watch.phase("device")
     cluster, checkpoint = config.cluster, open_checkpoint(config)
     layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend())
-    engine = Engine(config, rank, heap, layout, checkpoint.read_dense())
+    watch.phase("heap")
+    dense = checkpoint.read_dense()
+    watch.phase("weights")
+    engine = Engine(config, rank, heap, layout, dense, run_dir / EXECUTABLES)
+    watch.phase("engine")
     rates = Rates()
     backups = open_backups(config, rank, checkpoint, rates)
     executor = Executor(
@@ -110,7 +121,8 @@ def build_agent(config, rank: int, link):
         fetch_deadline_ms=cluster.fetch_deadline_ms,
     )
     _log.info("loaded after %.1f s", time.monotonic() - started)
-    return Agent(rank, engine, heap, executor, link, backups)
+    watch.phase("sources")
+    return Agent(rank, engine, heap, executor, link, backups, watch)
 
 
 def open_backups(config, rank: int, checkpoint, rates):

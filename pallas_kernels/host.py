@@ -22,6 +22,10 @@ class HostExchange:
         self.layout, self.rank, self.slots_per_rank = layout, rank, slots_per_rank
         self._views = HeapViews(layout)
 
+    def __reduce__(self):
+        """Pickled without its views: they are of this process's memory."""
+        return type(self), (self.layout, self.rank, self.slots_per_rank)
+
     def begin(self, heap, active, scalars, suspicion) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
         epoch, current, deadline_ms, wish = (int(v) for v in np.asarray(scalars)[:4])

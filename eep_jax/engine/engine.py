@@ -5,16 +5,19 @@ recompile; failure, repair and return only change the values they are called wit
 """
 
 import dataclasses
+import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eep_jax.config import RunConfig
+from eep_jax.engine.executables import ExecutableStore, step_facts
 from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.request import Progress, Request
 from eep_jax.engine.scheduler import Scheduler
-from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch, make_step
+from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch, make_step, result_like
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
@@ -35,6 +38,16 @@ class StepOutcome:
     accused: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """How executables came to be, and the seconds it took."""
+
+    executables_s: float  # to load or compile them
+    run_s: float  # to run each once
+    origins: dict[str, str]  # by step: `loaded`, or `compiled: ` and why
+    compilations: int  # by XLA, of anything, since the engine began
+
+
 class CompileCounter:
     """Counts compilations of this process by JAX's own monitoring events."""
 
@@ -50,9 +63,18 @@ class Engine:
     """Everything a rank computes with. Of one thread, except `lockstep.abort` and `nudge`."""
 
     def __init__(
-        self, config: RunConfig, rank: int, heap: SymmetricHeap, layout: SlabLayout, dense
+        self,
+        config: RunConfig,
+        rank: int,
+        heap: SymmetricHeap,
+        layout: SlabLayout,
+        dense,
+        executables: pathlib.Path | None = None,
     ):
-        """`dense` are the weights outside the experts by name, as the checkpoint has them."""
+        """`dense` are the weights outside the experts by name, as the checkpoint has them.
+
+        `executables` is the directory where steps are kept for the next process of this rank.
+        """
         self.config, self.rank, self.heap = config, rank, heap
         self.compilations = CompileCounter()
         self.bank = ExpertBank(layout, heap)
@@ -70,7 +92,8 @@ class Engine:
         )
         self._step, names = make_step(config, spread)
         dtype = jnp.dtype(config.engine.dtype)
-        self._dense = [jnp.asarray(dense[name].astype(dtype)) for name in names]
+        # `device_put` compiles nothing, as `asarray` would for each shape.
+        self._dense = [jax.device_put(dense[name].astype(dtype)) for name in names]
         self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
         self._cache = empty_cache(config.model, config.engine)
@@ -82,17 +105,27 @@ class Engine:
         self._next = StepKind.DECODE
         self._executables = {}
         self._warm_compilations = 0
+        self._store = ExecutableStore(executables, step_facts(config, rank))
 
-    def warm_up(self) -> None:
-        """Compiles all executables and runs each once, alone: no peer is waited for or written."""
+    def warm_up(self) -> WarmUp:
+        """Loads or compiles all executables and runs each once, alone: no peer takes part."""
+        started = time.monotonic()
         for kind in (StepKind.DECODE, StepKind.MIXED):
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-            self._executables[kind] = jitted.lower(*arguments).compile()
+            self._executables[kind] = self._store.obtain(
+                f"rank{self.rank}-{kind.name.lower()}",
+                lambda jitted=jitted, arguments=arguments: jitted.lower(*arguments),
+                arguments,
+                result_like(self._cache),
+            )
+        ready = time.monotonic()
         for kind in self._executables:
             result = self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
             jax.block_until_ready(result.suspicion)
         self._warm_compilations = self.compilations.total
+        origins = dict(self._store.origins)
+        return WarmUp(ready - started, time.monotonic() - ready, origins, self.compilations.total)
 
     @property
     def compilations_since_start(self) -> int:

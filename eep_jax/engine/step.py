@@ -68,6 +68,12 @@ class StepResult:
     chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
 
 
+def result_like(cache: KVCache) -> StepResult:
+    """The structure of a step's result, without its values."""
+    names = (field.name for field in dataclasses.fields(StepResult))
+    return StepResult(**{name: cache if name == "cache" else 0 for name in names})
+
+
 def make_step(config: RunConfig, spread: ExpertSpread):
     """Returns (step, names): the function to compile, and the order of its dense weights.
 

@@ -9,12 +9,13 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
+import time
 
 import jax
 import numpy as np
 
 from eep_jax.config import RunConfig
-from eep_jax.engine.engine import COMPILE_EVENT, StepOutcome
+from eep_jax.engine.engine import COMPILE_EVENT, StepOutcome, WarmUp
 from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.step import COMPILER_OPTIONS, StepKind
 from eep_jax.heap.arrays import device_array, heap_argument
@@ -148,7 +149,7 @@ class Stepper:
 
     # What the agent asks for: see engine.Engine.
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> WarmUp:
         """Compiles the step and runs it once, alone: no peer is waited for or written."""
 
         def only_the_call(place, *arguments):
@@ -161,10 +162,15 @@ class Stepper:
                 )
             return result, after.call, after.dropped
 
+        started = time.monotonic()
         jitted = jax.jit(only_the_call, compiler_options=COMPILER_OPTIONS)
         self._executable = jitted.lower(self._place(StepKind.IDLE), *self._example).compile()
+        ready = time.monotonic()
         jax.block_until_ready(self._run(self._example, StepKind.IDLE))
         self._compilations.total = 0
+        # A user's function has no name that would say whether a kept executable is of it.
+        origins = {"step": "compiled: a step of a library's user is not kept"}
+        return WarmUp(ready - started, time.monotonic() - ready, origins, 1)
 
     @property
     def compilations_since_start(self) -> int:

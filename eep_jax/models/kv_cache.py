@@ -5,6 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import EngineConfig, ModelConfig
@@ -40,5 +41,11 @@ class KVCache:
 def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
     """Zeros for B sequences of P positions, in the engine's dtype."""
     shape = (engine.batch_slots, model.kv_heads, engine.context_tokens, model.head_dim)
-    zeros = lambda: tuple(jnp.zeros(shape, engine.dtype) for _ in range(model.layers))
+    zeros = lambda: tuple(_zeros(shape, engine.dtype) for _ in range(model.layers))
     return KVCache(zeros(), zeros())
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    if jax.default_backend() == "cpu":  # without compiling anything; the copy may be donated
+        return jax.device_put(np.zeros(shape, dtype), may_alias=False)
+    return jnp.zeros(shape, dtype)

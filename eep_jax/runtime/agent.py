@@ -20,6 +20,7 @@ from eep_jax.relocation.prefetch import Prefetch
 from eep_jax.runtime import messages
 from eep_jax.runtime.change_watch import ChangeWatch
 from eep_jax.runtime.link import Connected, Link
+from eep_jax.runtime.start_watch import StartWatch
 from eep_jax.tables import build_tables
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Agent:
         executor: Executor,
         link: Link,
         backups: BackupStore | None = None,
+        start: StartWatch | None = None,
     ):
         self._rank, self._engine, self._heap = rank, engine, heap
         self._executor, self._link, self._backups = executor, link, backups
@@ -56,16 +58,17 @@ class Agent:
         self._fetch_from_s = 0.0
         deadline_ms = engine.config.cluster.fetch_deadline_ms
         self._prefetch = Prefetch(executor, deadline_ms, engine.lockstep.nudge)
-        self._watch = ChangeWatch(executor)
+        self._watch, self._start = ChangeWatch(executor), start or StartWatch()
         link.on_arrival = engine.lockstep.nudge
         link.on_prepare = engine.lockstep.abort
 
     def run(self) -> int:
         """Warms up alone, offers itself, and serves until it is told to end."""
         started = time.monotonic()
-        self._engine.warm_up()
+        self._watch.start = self._start.done(self._engine.warm_up())
         self._engine.lockstep.clear_flags()
         _log.info("warm after %.1f s", time.monotonic() - started)
+        _log.info("start: %s", self._watch.start)
         self._link.beat()
         self._feed(p.WarmedUp())
         while self._exit is None:
@@ -295,6 +298,7 @@ class Agent:
                 steps=engine.steps,
                 discarded=engine.discarded,
                 moved=dict(self._executor.moved),
+                bytes_moved=dict(self._executor.bytes_moved),
                 change=self._watch.times,
                 chosen=engine.take_chosen(),
             )

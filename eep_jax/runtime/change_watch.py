@@ -5,7 +5,7 @@ import dataclasses
 import time
 
 from eep_jax.relocation.executor import Executor
-from eep_jax.runtime.messages import ChangeTimes
+from eep_jax.runtime.messages import ChangeTimes, StartTimes
 
 
 class ChangeWatch:
@@ -19,6 +19,7 @@ class ChangeWatch:
         self._moved, self._bytes_moved = {}, {}  # as they were at the last commit
         self._load_s = self._detach_s = self._fetch_s = 0.0
         self._committed_s: float | None = None  # while no step counted since
+        self.start: StartTimes | None = None  # told with the first change
         self.times: ChangeTimes | None = None
 
     @contextlib.contextmanager
@@ -51,7 +52,9 @@ class ChangeWatch:
             first_step_s=None,
             moved=_more(executor.moved, self._moved),
             bytes_moved=_more(executor.bytes_moved, self._bytes_moved),
+            start=self.start,
         )
+        self.start = None
         self._moved, self._bytes_moved = dict(executor.moved), dict(executor.bytes_moved)
         self._load_s = self._detach_s = self._fetch_s = 0.0
 

@@ -32,6 +32,15 @@ class Held:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartTimes:
+    """How a process spent its start, before it offered itself; see `start_watch`."""
+
+    seconds: dict[str, float]  # by phase
+    executables: dict[str, str]  # by step: `loaded`, or `compiled: ` and why
+    compilations: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ChangeTimes:
     """How a rank spent its last change of epoch, and what it moved since the one before."""
 
@@ -43,6 +52,7 @@ class ChangeTimes:
     first_step_s: float | None  # after the commit; None until one counted
     moved: dict[str, int]  # experts, by kind of source
     bytes_moved: dict[str, int]
+    start: StartTimes | None = None  # of a process for which it was the first change
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,7 @@ class Telemetry:
     moved: dict[str, int]  # experts written, by kind of source
     change: ChangeTimes | None = None  # the last one, repeated
     chosen: tuple[int, ...] = ()  # how often each expert was, since the last one
+    bytes_moved: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind of source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

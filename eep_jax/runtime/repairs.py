@@ -7,6 +7,9 @@ fetch       bringing experts, on that rank
 commit      swapping the tables
 first_step  from there to the first step that counted; unknown where nobody had work
 load        of a rank that came in, before the change; the others served meanwhile
+
+`starts` are those of processes that came in, by rank: their seconds by phase, and where their
+executables are from (`start_watch`).
 """
 
 import collections
@@ -114,6 +117,9 @@ def _record(pending: _Pending) -> dict:
         "seconds": seconds,
         "slowest_rank": slowest,
         "silent_ranks": sorted(pending.members - set(times)),
+        "starts": {
+            str(r): dataclasses.asdict(t.start) for r, t in sorted(times.items()) if t.start
+        },
     }
 
 

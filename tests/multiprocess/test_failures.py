@@ -21,6 +21,10 @@ def test_any_rank_may_be_killed_and_comes_back(cluster, rank):
     assert incarnation(after, rank) == incarnation(before, rank) + 1
     assert after["requests"]["requeued"] > before["requests"]["requeued"]
     assert after["experts"]["replicas_min"] == 2
+    came = lambda s: [e for e in s["events"] if e["kind"] == "repair" and str(rank) in e["starts"]]
+    start = came(cluster.wait(came, "the record of the return"))[-1]["starts"][str(rank)]
+    assert set(start["executables"].values()) == {"loaded"}, "an earlier incarnation compiled them"
+    assert start["compilations"] == 0
 
 
 def test_kills_at_random_moments_change_nothing(cluster, seed):

@@ -8,7 +8,7 @@ import pytest
 from eep_jax.config import RunConfig
 from eep_jax.runtime.change_watch import ChangeWatch
 from eep_jax.runtime.journal import Journal, replay
-from eep_jax.runtime.messages import ChangeTimes
+from eep_jax.runtime.messages import ChangeTimes, StartTimes
 from eep_jax.runtime.repairs import PAUSE_PHASES, REPORT_MS, RepairLog
 from eep_jax.runtime.restart import read_back
 from tests.support.models import a_run
@@ -66,6 +66,7 @@ def test_a_repair_is_recorded_once_all_members_have_taken_a_good_step():
         },
         "slowest_rank": 1,
         "silent_ranks": [],
+        "starts": {},
     }
     seconds = record["seconds"]
     assert sum(seconds[phase] for phase in PAUSE_PHASES) == pytest.approx(seconds["total"])
@@ -118,11 +119,16 @@ def test_a_later_change_ends_the_wait_for_an_earlier_one():
     (record,) = log.take(1_200)
     assert (record["epoch"], record["change"]) == (5, "repair")
     for rank in range(4):
-        log.told(rank, times(epoch=6, load_s=0.5 if rank == 3 else 0.0))
+        start = StartTimes(seconds={"run": 0.1}, executables={"decode": "loaded"}, compilations=0)
+        came = {"load_s": 0.5, "start": start} if rank == 3 else {}
+        log.told(rank, times(epoch=6, **came))
     (record,) = log.take(1_300)
     assert (record["epoch"], record["change"]) == (6, "admission")
     assert record["reason"] == "rank 3 is out" and record["seconds"]["detect"] == 0.0
     assert record["seconds"]["load"] == 0.5
+    assert record["starts"] == {
+        "3": {"seconds": {"run": 0.1}, "executables": {"decode": "loaded"}, "compilations": 0}
+    }
 
 
 def test_the_first_epoch_is_no_repair_and_a_joining_ranks_death_no_part_of_one():

@@ -1,0 +1,235 @@
+"""Compiled steps on disk: what an earlier process of a rank compiled, the next one loads.
+
+    <directory>/rank2-decode.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
+
+A file is loaded only if all its facts are this process's: configuration, rank, versions, device,
+flags and every source file of the step. Whatever is wrong with one, the step is compiled, and
+`origins` says why.
+"""
+
+import functools
+import hashlib
+import inspect
+import io
+import json
+import logging
+import os
+import pathlib
+import pickle
+import platform
+import stat
+import time
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+import eep_jax
+import pallas_kernels
+from eep_jax.config import RunConfig
+
+_log = logging.getLogger(__name__)
+
+MAGIC = b"eep-executable/1\n"
+FILE_BYTES_MAX = 1 << 30
+LINE_BYTES_MAX = 64 << 10
+LOADED = "loaded"
+
+
+class UnusableFile(ValueError):
+    """Why a file is not loaded."""
+
+
+class ExecutableStore:
+    """The steps of one rank in `directory`; None keeps nothing. Of the engine's thread.
+
+    `origins` says by name where each step came from: `loaded`, or `compiled: ` and the reason.
+    """
+
+    def __init__(self, directory: pathlib.Path | None, facts: dict[str, str]):
+        """Steps made under other `facts` are not used."""
+        self._directory, self._facts = directory, facts
+        self.origins: dict[str, str] = {}
+
+    def obtain(self, name: str, lower, arguments: tuple, result) -> jax.stages.Compiled:
+        """The step called `name`, loaded, or compiled from `lower()` and kept for the next process.
+
+        `arguments` are those of a call, by position; `result` is any pytree of the structure of
+        what it returns.
+        """
+        started = time.monotonic()
+        try:
+            compiled, self.origins[name] = self._load(name, arguments, result), LOADED
+        except Exception as error:  # a file can be wrong in any way
+            reason = str(error) if isinstance(error, UnusableFile) else repr(error)
+            self.origins[name] = f"compiled: {reason}"
+            compiled = lower().compile()
+            self._keep(name, compiled)
+        _log.info("step %s in %.2f s, %s", name, time.monotonic() - started, self.origins[name])
+        return compiled
+
+    def _load(self, name: str, arguments: tuple, result) -> jax.stages.Compiled:
+        if self._directory is None:
+            raise UnusableFile("no directory for executables")
+        path = self._directory / f"{name}.step"
+        _require_own(self._directory)
+        payload = pickle.loads(_checked(_read(path), self._facts))
+        in_tree = jax.tree.structure((arguments, {}))
+        return _from_payload(payload, in_tree, jax.tree.structure(result))
+
+    def _keep(self, name: str, compiled: jax.stages.Compiled) -> None:
+        if self._directory is None:
+            return
+        path = self._directory / f"{name}.step"
+        draft = path.with_suffix(f".{os.getpid()}")
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_own(self._directory)
+            data = pickle.dumps(_to_payload(compiled))
+            head = json.dumps(self._facts, sort_keys=True).encode()
+            draft.write_bytes(MAGIC + head + b"\n" + _digest(data) + data)
+            os.replace(draft, path)
+        except Exception as error:  # it serves without
+            draft.unlink(missing_ok=True)
+            _log.warning("step %s is not kept for a later process: %r", name, error)
+
+
+def step_facts(config: RunConfig, rank: int) -> dict[str, str]:
+    """All that a compiled step depends on."""
+    device, engine = jax.devices()[0], repr((config.model, config.engine, config.platform))
+    cluster = f"{config.cluster.ranks} ranks x {config.cluster.slots_per_rank} slots"
+    return {
+        "model and engine": _short(engine.encode()),
+        "cluster": cluster,
+        "rank": str(rank),
+        "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
+        "python": platform.python_version(),
+        "device": f"{device.platform} {device.device_kind}",
+        "platform": _short(f"{device.client.platform_version}{_processor()}".encode()),
+        "XLA_FLAGS": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
+        "source": source_digest(),
+    }
+
+
+@functools.cache
+def source_digest() -> str:
+    """Of every module of the runtime and of the kernels, which is more than a step is made of."""
+    found = hashlib.blake2b(digest_size=16)
+    for package in (eep_jax, pallas_kernels):
+        root = pathlib.Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            found.update(f"{path.relative_to(root.parent)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _processor() -> str:
+    """What code for this CPU may use: XLA compiles for just that."""
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return line
+    return platform.processor()
+
+
+def _require_own(directory: pathlib.Path) -> None:
+    """Loading an executable runs what is in it, so nobody else may write there."""
+    try:
+        found = directory.stat()
+    except FileNotFoundError:
+        raise UnusableFile("no executable was kept") from None
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UnusableFile(f"{directory} must be of this user, and writable by no other")
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise UnusableFile(f"{path} is larger than {FILE_BYTES_MAX} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UnusableFile("no executable was kept") from None
+
+
+def _checked(data: bytes, facts: dict[str, str]) -> bytes:
+    """The part behind the head. Raises UnusableFile for damage, or facts that are not `facts`."""
+    file = io.BytesIO(data)
+    if file.read(len(MAGIC)) != MAGIC:
+        raise UnusableFile("the file is of another format")
+    try:
+        found = json.loads(file.readline(LINE_BYTES_MAX))
+        differing = [key for key in sorted(facts | found) if found.get(key) != facts.get(key)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnusableFile(f"its head is damaged: {error}") from error
+    if differing:
+        key = differing[0]
+        raise UnusableFile(f"made for {key} {found.get(key)}, this is {facts.get(key)}")
+    expected, payload = file.read(len(_digest(b""))), file.read()
+    if _digest(payload) != expected:
+        raise UnusableFile("its bytes do not have the digest that they were written with")
+    return payload
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _short(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+# XLA calls back into Python by number, so the list of callbacks travels beside the executable.
+# `jax.experimental.serialize_executable` has no place for it.
+
+
+def _to_payload(compiled: jax.stages.Compiled) -> dict:
+    unloaded = compiled._executable._unloaded_executable
+    callbacks = unloaded.host_callbacks
+    unloaded.host_callbacks = ()  # they are functions inside functions, which cannot be pickled
+    try:
+        serialized, _, _ = serialize_executable.serialize(compiled)
+    finally:
+        unloaded.host_callbacks = callbacks
+    return {"executable": serialized, "callbacks": [_describe(c) for c in callbacks]}
+
+
+def _from_payload(payload: dict, in_tree, out_tree) -> jax.stages.Compiled:
+    callbacks = [_callback(*described) for described in payload["callbacks"]]
+    if not callbacks:
+        return serialize_executable.deserialize_and_load(payload["executable"], in_tree, out_tree)
+    backend = jax.devices()[0].client
+    unpickler = _Unpickler(io.BytesIO(payload["executable"]), backend)
+    unpickler.callbacks = callbacks
+    unloaded, arguments, no_kwargs = unpickler.load()
+    unloaded.host_callbacks = callbacks
+    arguments = in_tree.unflatten(arguments)
+    return jax.stages.Compiled(unloaded.load(), [], arguments, out_tree, no_kwargs=no_kwargs)
+
+
+class _Unpickler(serialize_executable._JaxPjrtUnpickler):
+    callbacks = ()
+
+    def persistent_load(self, pid):
+        if pid[0] != "exec":
+            return super().persistent_load(pid)
+        return self.backend.deserialize_executable(
+            pid[1], executable_devices=self.execution_devices, host_callbacks=self.callbacks
+        )
+
+
+def _describe(callback) -> tuple:
+    """(object called back, structure of its inputs, of its outputs) of a `buffer_callback`."""
+    inside = inspect.getclosurevars(callback).nonlocals
+    return inside["callback"], inside["in_tree"], inside["out_tree"]
+
+
+def _callback(target, in_tree, out_tree):
+    """What `buffer_callback` hands to XLA for `target`."""
+    inputs = in_tree.num_leaves
+
+    def call(context, *buffers):
+        arguments, keywords = jax.tree.unflatten(in_tree, buffers[:inputs])
+        outputs = jax.tree.unflatten(out_tree, buffers[inputs:])
+        if target(context, outputs, *arguments, **keywords) is not None:
+            raise ValueError(f"{type(target).__name__} must not return anything")
+        return ()
+
+    return call
