@@ -47,6 +47,7 @@ class ClusterConfig:
     formation_ms: int = 120_000
     fenced_grace_ms: int = 5_000
     restart_grace_ms: int = 5_000
+    host_lost_ms: int = 10_000  # a host silent for so long, with no member on it, counts as gone
 
     def __post_init__(self):
         _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
@@ -120,6 +121,7 @@ class ServeConfig:
     control_host: str = "127.0.0.1"
     control_port: int = 0  # 0: any free port; ranks read it from the run directory
     backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other
+    mirror_host: str = ""  # address at which ranks of other hosts reach this rank; "": one host
     queue_max: int = 256  # requests accepted and not finished, beyond which HTTP says 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     finished_max: int = 512  # finished requests kept for clients that ask again

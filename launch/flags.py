@@ -41,6 +41,23 @@ DEVICE_MEMORY_FRACTION = flags.DEFINE_float(
     None,
     "Part of a GPU's memory that JAX takes in all ranks on it; the heap needs the rest.",
 )
+SUPERVISOR = flags.DEFINE_string(
+    "supervisor",
+    "",
+    "HOST:PORT of the supervisor's control channel, on hosts that do not share its run directory.",
+)
+MIRROR_HOST = flags.DEFINE_string(
+    "mirror_host",
+    None,
+    "Address of this host at which ranks of other hosts reach its ranks. Needed on every host, as "
+    "soon as there are two.",
+)
+HOST_ID = flags.DEFINE_string(
+    "host_id",
+    "",
+    "Name of this host, if not the operating system's own: parts of one machine with different "
+    "names count as several hosts.",
+)
 PARENT_PID = flags.DEFINE_integer("parent_pid", 0, "End when this process, the parent, ends.", 0)
 
 TOKEN_VARIABLE = "EEP_TOKEN"
@@ -57,7 +74,8 @@ def run_config() -> RunConfig:
     config = load_config(CONFIG.value)
     for text in OVERRIDE.value:
         config = override(config, text)
-    for name, value in (("host", HOST.value), ("port", PORT.value)):
+    serve_flags = (("host", HOST), ("port", PORT), ("mirror_host", MIRROR_HOST))
+    for name, value in ((name, flag.value) for name, flag in serve_flags):
         if value is not None:
             config = dataclasses.replace(
                 config, serve=dataclasses.replace(config.serve, **{name: value})
@@ -74,7 +92,8 @@ def run_config() -> RunConfig:
 def forwarded() -> list[str]:
     """Flags for another process of the same run. GPUs are looked for once, here."""
     arguments = [f"--config={CONFIG.value}", *(f"--override={text}" for text in OVERRIDE.value)]
-    optional = (HOST, PORT, DEVICE_MEMORY_FRACTION)
+    optional = (HOST, PORT, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
+    arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
     return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])
 

@@ -14,6 +14,7 @@ from absl import app
 
 from eep_jax.config import RunConfig
 from launch import flags
+from launch.addresses import with_addresses
 from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
 
@@ -31,6 +32,7 @@ def main() -> int:
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging(f"rank{rank}")
     os.environ.update(_environment(config, rank, run_dir))
+    config = with_addresses(config, run_dir)
 
     from eep_jax.runtime.link import Link, LinkOptions
     from eep_jax.runtime.supervisor_files import ENDPOINT
@@ -43,6 +45,9 @@ def main() -> int:
             run=config.name,
             heartbeat_ms=config.cluster.heartbeat_ms,
             message_bytes_max=config.serve.message_bytes_max,
+            address=flags.SUPERVISOR.value,
+            host=flags.HOST_ID.value,
+            mirrored=bool(config.serve.mirror_host),
         )
     )
     # The supervisor knows of this process from here on, while JAX is still loading.

@@ -18,7 +18,8 @@ def main() -> int:
     run_dir = flags.required_run_dir()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging("supervisor")
-    supervisor = Supervisor(flags.run_config(), run_dir, flags.read_token(run_dir))
+    token, host = flags.read_token(run_dir), flags.HOST_ID.value
+    supervisor = Supervisor(flags.run_config(), run_dir, token, host=host)
     try:
         asyncio.run(_serve(supervisor))
     except OSError as error:

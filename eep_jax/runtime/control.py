@@ -21,23 +21,29 @@ WRITE_DEADLINE_S = 5.0  # for a rank to take what it was sent
 
 @dataclasses.dataclass(eq=False)
 class Connection:
-    """A rank process at the other end. `incarnation` is 0 until it was given one.
+    """A rank process at the other end, or a launcher. `incarnation` is 0 until a rank has one.
 
     What a rank sent while it had no connection is lost, so its tokens count and requests are given
     to it only once it is `settled`: it has said in a Held which requests and tokens it has.
     """
 
-    hello: messages.Hello
+    hello: messages.Hello | messages.HostHello
     incarnation: int
     outgoing: asyncio.Queue
     settled: bool = False
+
+    @property
+    def who(self) -> str:
+        if isinstance(self.hello, messages.HostHello):
+            return f"the launcher of host {self.hello.host}"
+        return f"rank {self.hello.rank}"
 
     def send(self, message) -> None:
         """Queues a message; closes the connection of a rank that does not read."""
         try:
             self.outgoing.put_nowait(message)
         except asyncio.QueueFull:
-            _log.error("rank %d does not read its channel; closing it", self.hello.rank)
+            _log.error("%s does not read its channel; closing it", self.who)
             self.close()
 
     def close(self) -> None:
@@ -77,16 +83,17 @@ class ControlServer:
         try:
             first = await socket.receive(timeout=HELLO_TIMEOUT_S)
             hello = self._decode(first)
-            if not isinstance(hello, messages.Hello):
+            if not isinstance(hello, messages.Hello | messages.HostHello):
                 raise ProtocolError(f"the first message is {type(hello).__name__}, expected Hello")
-            connection = Connection(hello, hello.incarnation, asyncio.Queue(OUTGOING_MAX))
+            incarnation = getattr(hello, "incarnation", 0)
+            connection = Connection(hello, incarnation, asyncio.Queue(OUTGOING_MAX))
             abort = http.transport.abort
             writer = asyncio.create_task(self._write(socket, connection, abort))
             self._on_message(connection, hello)
             async for frame in socket:
                 self._on_message(connection, self._decode(frame))
         except (ProtocolError, TimeoutError) as error:
-            who = f"rank {connection.hello.rank}" if connection else http.remote
+            who = connection.who if connection else http.remote
             _log.warning("refused a message of %s: %s", who, str(error) or "no Hello in time")
             await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=str(error).encode()[:120])
         finally:
@@ -106,7 +113,7 @@ class ControlServer:
             pass  # the reader sees the same end, and says so
         except (TimeoutError, ProtocolError) as error:
             reason = error if str(error) else f"it took nothing for {WRITE_DEADLINE_S:g} s"
-            _log.error("closing the channel of rank %d: %s", connection.hello.rank, reason)
+            _log.error("closing the channel of %s: %s", connection.who, reason)
             abort()  # a close in order would wait behind what the rank does not take
 
     def _decode(self, frame):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -18,7 +17,8 @@ from eep_jax.coordination.protocol import Fenced, Mode, Prepare, Refused, Status
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import decode, encode
-from eep_jax.runtime.identity import boot_id
+from eep_jax.runtime.endpoint import find_supervisor
+from eep_jax.runtime.identity import host_id, start_ticks
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class LinkOptions:
     run: str
     heartbeat_ms: int
     message_bytes_max: int
+    address: str = ""  # of the supervisor, host:port, where the run directory is not shared
+    host: str = ""  # instead of this host's own id
+    mirrored: bool = False  # whether ranks of other hosts can reach this rank's memory
 
 
 class Link:
@@ -132,8 +135,7 @@ class Link:
 
     async def _connect_once(self) -> None:
         options = self._options
-        endpoint = json.loads(options.endpoint_file.read_text())
-        url = f"http://{endpoint['host']}:{endpoint['port']}/control"
+        url = find_supervisor(options.endpoint_file, options.address)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)
         headers = {"Authorization": f"Bearer {options.token}"}
         async with (
@@ -165,8 +167,10 @@ class Link:
             rank=self._options.rank,
             incarnation=self._incarnation,
             pid=os.getpid(),
-            boot_id=boot_id(),
+            ticks=start_ticks(os.getpid()),
+            host=host_id(self._options.host),
             run=self._options.run,
+            mirrored=self._options.mirrored,
         )
         while not self._stopping:
             await socket.send_bytes(encode(hello))

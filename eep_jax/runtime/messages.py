@@ -13,8 +13,50 @@ class Hello:
     rank: int
     incarnation: int
     pid: int
-    boot_id: str  # of the operating system: same id, same machine, pids can be watched
+    ticks: int  # when the process started, as its host counts: tells reused pids
+    host: str  # same id, same host: memory can be mapped, pids can be watched
     run: str  # name of the configuration
+    mirrored: bool = False  # whether ranks of other hosts can reach its memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostHello:
+    """First message of a launcher: it can see processes of its host end, and end them."""
+
+    host: str
+    run: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostProcess:
+    """A rank's process, as its own host and the supervisor know it."""
+
+    rank: int
+    incarnation: int
+    pid: int
+    ticks: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostReport:
+    """What a launcher sees of the processes that it watches; on every change and heartbeat."""
+
+    ending: tuple[HostProcess, ...] = ()  # they run no more code of their own
+    ended: tuple[HostProcess, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """To a launcher: all processes of its host that are not known to have ended."""
+
+    processes: tuple[HostProcess, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EndProcess:
+    """To a launcher: SIGKILL to this process, whoever started it."""
+
+    process: HostProcess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +133,8 @@ def _by_name(*kinds: type) -> dict[str, type]:
     return {kind.__name__: kind for kind in kinds}
 
 
-TO_SUPERVISOR = _by_name(Hello, protocol.Status, Produced, Held, Telemetry)
+TO_SUPERVISOR = _by_name(Hello, protocol.Status, Produced, Held, Telemetry, HostHello, HostReport)
+TO_LAUNCHER = _by_name(Watch, EndProcess, Shutdown, protocol.Fenced)
 TO_RANK = _by_name(
     protocol.Welcome,
     protocol.Refused,

@@ -111,6 +111,7 @@ class Reports:
             "drained": rank in state.out and rank not in state.view.in_epoch,
             "incarnation": record.incarnation,
             "pid": supervisor.pid_of(rank, record.incarnation),
+            "host": supervisor.host_of(rank),
             "mode": status.mode.value if status is not None and record.believed else None,
             "epoch": status.epoch if status is not None else 0,
             "requests": len(supervisor.book.of_rank(rank)),

@@ -22,7 +22,8 @@ class Restored:
     issued: list[int]
     fenced: list[int]
     out: frozenset[int]  # ranks that the operator took out
-    processes: dict[tuple[int, int], tuple[int, int]]  # (rank, incarnation) -> (pid, start ticks)
+    # (rank, incarnation) -> (pid, start ticks, host; "" is the supervisor's own)
+    processes: dict[tuple[int, int], tuple[int, int, str]]
     entries: list[Entry]
     events: list[dict]
 
@@ -45,7 +46,8 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
             case "process":
                 rank, incarnation = record["rank"], record["incarnation"]
                 issued[rank] = max(issued[rank], incarnation)
-                processes[rank, incarnation] = (record["pid"], record["ticks"])
+                host = record.get("host", "")
+                processes[rank, incarnation] = (record["pid"], record["ticks"], host)
             case "dead":
                 rank = record["rank"]
                 fenced[rank] = max(fenced[rank], record["incarnation"])
@@ -73,8 +75,9 @@ def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entr
     records = [{"kind": "tried", "epoch": state.epoch_tried}, *commits]
     if state.out:
         records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
-    for (rank, incarnation), (pid, ticks) in processes.items():
+    for (rank, incarnation), (pid, ticks, host) in processes.items():
         facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
+        facts |= {"host": host} if host else {}
         records.append({"kind": "process", **facts})
     for rank, record in enumerate(state.records):
         if record.fenced:

@@ -27,9 +27,10 @@ from eep_jax.runtime import messages
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.control import Connection, ControlServer
+from eep_jax.runtime.hosts import HostWatch
 from eep_jax.runtime.http_api import build_app
 from eep_jax.runtime.identity import (
-    boot_id,
+    host_id,
     is_ending,
     kill_process,
     open_process,
@@ -66,10 +67,22 @@ class Supervisor:
     """All state of the control process; every method runs in its one event loop."""
 
     def __init__(
-        self, config: RunConfig, run_dir: pathlib.Path, token: str, clock: Clock | None = None
+        self,
+        config: RunConfig,
+        run_dir: pathlib.Path,
+        token: str,
+        clock: Clock | None = None,
+        host: str = "",
     ):
+        """`host` is this host's id, if it shall be another than `identity.host_id()`."""
         self.config, self._run_dir = config, pathlib.Path(run_dir)
-        self._clock = clock or SystemClock()
+        self._clock, self._host = clock or SystemClock(), host_id(host)
+        self._hosts = HostWatch(
+            config.name,
+            self._clock.now_ms,
+            lambda rank, incarnation: self._feed(c.Ending(rank, incarnation)),
+            self._ended_elsewhere,
+        )
         self._connections: dict[int, Connection] = {}
         self._processes: dict[tuple[int, int], Process] = {}
         self.telemetry: dict[int, messages.Telemetry] = {}
@@ -127,6 +140,7 @@ class Supervisor:
                 ready.set()
             while not stop.is_set():
                 self._feed(c.Tick())
+                self._hosts.give_up_lost(self.config.cluster.host_lost_ms, self._believed())
                 self._record_repairs()
                 if self._journal.is_full:
                     self._journal.compact(self._snapshot())
@@ -162,6 +176,7 @@ class Supervisor:
         for runner in runners:  # who is told to end must not call again
             for site in list(runner.sites):
                 await site.stop()
+        self._hosts.shut_down()
         for connection in self._connections.values():
             connection.send(messages.Shutdown())
             connection.close()
@@ -178,6 +193,8 @@ class Supervisor:
     # Messages of ranks.
 
     def _on_message(self, connection: Connection, message) -> None:
+        if isinstance(connection.hello, messages.HostHello):
+            return self._hosts.on_message(connection, message)
         if isinstance(message, messages.Hello):
             return self._on_hello(connection, message)
         if not connection.incarnation:
@@ -231,28 +248,62 @@ class Supervisor:
             raise ProtocolError(f"rank {hello.rank} says its pid is {hello.pid}")
         if hello != connection.hello or self._connections.get(hello.rank) is connection:
             raise ProtocolError(f"rank {hello.rank} introduced itself twice")
-        if hello.boot_id != boot_id():
-            raise ProtocolError(
-                f"rank {hello.rank} is on another machine; "
-                "its memory cannot be mapped from here yet"
-            )
         newest = self.state.records[hello.rank].incarnation
         if not hello.incarnation and self._is_process(hello, newest):
             # It was let in before, and the channel broke before it heard so.
             self._answer(connection, Welcome(incarnation=newest))
         elif not hello.incarnation:
-            self._feed(c.Arrived(hello.rank), connection)
+            self._let_in(connection)
         elif hello.incarnation == newest:
             self._register(connection)
-            self._watch(hello.rank, hello.incarnation, hello.pid, start_ticks(hello.pid))
+            self._watch_sender(hello, hello.incarnation)
         else:
             reason = (
                 f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
             )
             connection.send(Fenced(reason=reason))
 
+    def _let_in(self, connection: Connection) -> None:
+        """Asks for an incarnation, if this process could be reached and its death be seen."""
+        hello = connection.hello
+        if reason := self._out_of_reach(hello):
+            _log.error("rank %d cannot take part: %s", hello.rank, reason)
+            connection.send(Fenced(reason=reason))
+        elif hello.host != self._host and not self._hosts.has_launcher(hello.host):
+            reason = (
+                f"no launcher of host {hello.host} has called, so nobody would see rank "
+                f"{hello.rank} die: start ranks there with python -m launch.node"
+            )
+            self._answer(connection, Refused(reason=reason))
+        else:
+            self._feed(c.Arrived(hello.rank), connection)
+
+    def _out_of_reach(self, hello: messages.Hello) -> str:
+        """Why this process and the ranks there are could not reach each other's memory, or ''."""
+        peers = [
+            found.hello
+            for rank, found in self._connections.items()
+            if rank != hello.rank and self.state.records[rank].believed
+        ]
+        hosts = sorted({peer.host for peer in (*peers, hello)})
+        apart = sorted(peer.rank for peer in (*peers, hello) if not peer.mirrored)
+        if len(hosts) == 1 or not apart:
+            return ""
+        return (
+            f"ranks are on the hosts {hosts}, and ranks {apart} serve no mirror: start all ranks "
+            "with --mirror_host=ADDRESS, at which ranks of other hosts reach theirs"
+        )
+
     def _is_process(self, hello: messages.Hello, incarnation: int) -> bool:
         """Whether the caller is the very process that has this incarnation of its rank."""
+        if hello.host != self._host:
+            found = self._hosts.processes.get((hello.rank, incarnation))
+            return (
+                found is not None
+                and self.state.records[hello.rank].believed
+                and found.host == hello.host
+                and found.process == _process_of(hello, incarnation)
+            )
         process = self._processes.get((hello.rank, incarnation))
         return (
             process is not None
@@ -315,6 +366,8 @@ class Supervisor:
             connection.send(messages.Generate(request=request))
 
     def _on_closed(self, connection: Connection) -> None:
+        if isinstance(connection.hello, messages.HostHello):
+            return self._hosts.on_closed(connection)
         rank = connection.hello.rank
         if self._connections.get(rank) is connection:
             del self._connections[rank]
@@ -378,8 +431,12 @@ class Supervisor:
             connection.incarnation = message.incarnation
             self._register(connection)
             facts = {"rank": hello.rank, "incarnation": message.incarnation, "pid": hello.pid}
-            self._journal.append("process", facts | {"ticks": start_ticks(hello.pid)})
-            self._watch(hello.rank, message.incarnation, hello.pid, start_ticks(hello.pid))
+            if hello.host == self._host:
+                facts["ticks"] = start_ticks(hello.pid)
+            else:
+                facts |= {"ticks": hello.ticks, "host": hello.host}
+            self._journal.append("process", facts)
+            self._watch_sender(hello, message.incarnation)
         elif isinstance(message, Refused):
             _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
         connection.send(message)
@@ -394,6 +451,7 @@ class Supervisor:
         _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
         if process is not None and process.pidfd is not None:
             kill_process(process.pidfd)
+        self._hosts.end(rank, incarnation)
 
     # Requests.
 
@@ -439,6 +497,21 @@ class Supervisor:
 
     # Processes.
 
+    def _watch_sender(self, hello: messages.Hello, incarnation: int) -> None:
+        if hello.host == self._host:
+            self._watch(hello.rank, incarnation, hello.pid, start_ticks(hello.pid))
+        else:
+            self._hosts.watch(hello.host, _process_of(hello, incarnation))
+
+    def _ended_elsewhere(self, rank: int, incarnation: int, why: str) -> None:
+        """A process of another host is known to have ended, or is lost with its host: `why`."""
+        facts = {"rank": rank, "incarnation": incarnation}
+        self._note("ended", facts | ({"reason": why} if why else {}))
+        self._feed(c.Ended(rank, incarnation))
+
+    def _believed(self) -> set[tuple[int, int]]:
+        return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.believed}
+
     def _watch(self, rank: int, incarnation: int, pid: int, ticks: int) -> None:
         """Reports Ended as soon as the process is gone, by whatever cause."""
         if (rank, incarnation) in self._processes:
@@ -478,10 +551,22 @@ class Supervisor:
             await asyncio.sleep(max(ENDING_POLL_MS, len(self._processes)) / 1000)
 
     def _watch_known_processes(self) -> None:
-        for (rank, incarnation), (pid, ticks) in self._restored_processes.items():
-            self._watch(rank, incarnation, pid, ticks)
+        for (rank, incarnation), (pid, ticks, host) in self._restored_processes.items():
+            if host:
+                facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
+                self._hosts.watch(host, messages.HostProcess(**facts))
+            else:
+                self._watch(rank, incarnation, pid, ticks)
+
+    def host_of(self, rank: int) -> str | None:
+        """The id of the host that a rank called from, None while it has no channel."""
+        connection = self._connections.get(rank)
+        return None if connection is None else connection.hello.host
 
     def pid_of(self, rank: int, incarnation: int) -> int | None:
+        """As the process's own host counts, or None if it is not known to live."""
+        if (found := self._hosts.processes.get((rank, incarnation))) is not None:
+            return found.process.pid
         process = self._processes.get((rank, incarnation))
         return process.pid if process is not None and process.pidfd is not None else None
 
@@ -512,7 +597,9 @@ class Supervisor:
         self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
 
     def _snapshot(self) -> list[dict]:
-        processes = {key: (p.pid, p.ticks) for key, p in self._processes.items()}
+        processes = {key: (p.pid, p.ticks, "") for key, p in self._processes.items()}
+        for key, found in self._hosts.processes.items():
+            processes[key] = (found.process.pid, found.process.ticks, found.host)
         commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"]
         return snapshot(self.state, commits[-1:], processes, self.book.entries.values())
 
@@ -534,6 +621,13 @@ class Supervisor:
         fresh = self._run_dir / (ENDPOINT + ".new")
         fresh.write_text(json.dumps(endpoint))
         os.replace(fresh, self._run_dir / ENDPOINT)
+
+
+def _process_of(hello: messages.Hello, incarnation: int) -> messages.HostProcess:
+    """A process of another host, as it says itself."""
+    return messages.HostProcess(
+        rank=hello.rank, incarnation=incarnation, pid=hello.pid, ticks=hello.ticks
+    )
 
 
 def _coordinator_options(config: RunConfig) -> c.CoordinatorOptions:

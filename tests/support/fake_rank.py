@@ -20,7 +20,7 @@ from eep_jax.engine.request import Progress, Request
 from eep_jax.placement.placement import EMPTY
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import decode, encode
-from eep_jax.runtime.identity import boot_id
+from eep_jax.runtime.identity import host_id, start_ticks
 from eep_jax.runtime.supervisor_files import ENDPOINT
 
 HEARTBEAT_S = 0.1
@@ -50,8 +50,19 @@ class FakeRank:
     false nothing that arrives is read once the rank has its incarnation.
     """
 
-    def __init__(self, rank: int, slots: int, run_dir: pathlib.Path, token: str, run: str = "tiny"):
+    def __init__(
+        self,
+        rank: int,
+        slots: int,
+        run_dir: pathlib.Path,
+        token: str,
+        run: str = "tiny",
+        **hello,
+    ):
+        """`hello` changes what it says of itself when it introduces itself."""
         self.rank, self.run_dir, self.token, self.run = rank, run_dir, token, run
+        self._hello = hello
+        self.answers = collections.deque(maxlen=100)  # to its introductions
         self.incarnation, self.sequence = 0, 0
         self.connections = 0  # made so far
         self.state = p.ParticipantState(rank=rank, contents=(EMPTY,) * slots)
@@ -123,12 +134,13 @@ class FakeRank:
 
     async def _connect_once(self) -> None:
         async with connection_to(self.run_dir, self.token) as socket:
-            hello = hello_of(self.rank, self.body.pid, self.run, self.incarnation)
+            hello = hello_of(self.rank, self.body.pid, self.run, self.incarnation, **self._hello)
             while True:
                 await socket.send_bytes(encode(hello))
                 if self.incarnation:
                     break
                 answer = await receive(socket)
+                self.answers.append(answer)
                 if isinstance(answer, protocol.Welcome):
                     self.incarnation = answer.incarnation
                     break
@@ -218,7 +230,7 @@ class FakeRank:
 
 
 def hello_of(rank: int, pid: int, run: str, incarnation: int = 0, **changes) -> messages.Hello:
-    values = {"boot_id": boot_id(), "run": run, "pid": pid, **changes}
+    values = {"host": host_id(), "ticks": start_ticks(pid), "run": run, "pid": pid, **changes}
     return messages.Hello(rank=rank, incarnation=incarnation, **values)
 
 

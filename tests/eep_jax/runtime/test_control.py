@@ -94,9 +94,6 @@ class TestFirstMessage:
     def test_must_name_a_rank_that_there_is(self, door, body, rank):
         asyncio.run(door.refuses([hello(body, rank)], f"rank {rank} is not in 0..1"))
 
-    def test_must_come_from_this_machine(self, door, body):
-        asyncio.run(door.refuses([hello(body, boot_id="elsewhere")], "on another machine"))
-
     @pytest.mark.parametrize("pid", [0, -1, 1 << 40])
     def test_must_name_a_process(self, door, body, pid):
         asyncio.run(door.refuses([hello(body, pid=pid)], f"its pid is {pid}"))

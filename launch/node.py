@@ -1,0 +1,123 @@
+"""Entry of a host's launcher: starts the ranks of this host, and brings dead ones back.
+
+    python -m launch.node --config=tiny_cpu --supervisor=10.0.0.1:7777 --mirror_host=10.0.0.2 \
+        --ranks=2,3 --run_dir=DIR     # DIR, of this host, holds the token; or EEP_TOKEN does
+
+It also is the supervisor's eye and hand on this host: it says when a rank's process ends, within
+milliseconds, and ends those that were evicted. The ranks of a launcher that is killed die with it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+
+from absl import app
+from absl import flags as absl_flags
+
+from eep_jax.runtime.host_link import HostLink, HostLinkOptions
+from eep_jax.runtime.identity import host_id
+from eep_jax.runtime.supervisor_files import ENDPOINT
+from launch import flags
+from launch.addresses import with_addresses
+from launch.cluster import LocalCluster, rank_name
+from launch.processes import end_with_parent, set_up_logging
+
+RANKS = absl_flags.DEFINE_list("ranks", None, "The ranks of this host, such as 2,3.")
+RESPAWN_DELAY = absl_flags.DEFINE_integer(
+    "rank_respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
+)
+
+_log = logging.getLogger("launch.node")
+
+
+class HostRanks(LocalCluster):
+    """The ranks of one host as children of this process, without a supervisor."""
+
+    def __init__(self, arguments: list[str], ranks: tuple[int, ...], run_dir, delay_ms: int):
+        super().__init__(arguments, len(ranks), str(run_dir), delay_ms)
+        self._own_ranks = ranks
+
+    def start(self) -> None:
+        for rank in self._own_ranks:
+            self._spawn(rank_name(rank))
+
+    def let_in(self, processes) -> None:
+        """The supervisor knows these: from now on a death is nothing that restarting cannot cure"""
+        pids = {child.process.pid for child in self.children.values()}
+        self.was_healthy = self.was_healthy or any(p.pid in pids for p in processes)
+
+
+def main() -> int:
+    set_up_logging("node")
+    end_with_parent(flags.PARENT_PID.value)
+    config, ranks = flags.run_config(), own_ranks(flags.run_config().cluster.ranks)
+    run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-node-")).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    token = flags.read_token(run_dir)
+    if not flags.SUPERVISOR.value and not flags.RUN_DIR.value:
+        raise flags.UsageError(
+            "where is the supervisor? Give --supervisor=HOST:PORT, or --run_dir=DIR if this host "
+            "shares the supervisor's run directory"
+        )
+    with_addresses(config, run_dir)  # refuses what its ranks would refuse
+    os.environ[flags.TOKEN_VARIABLE] = token  # for the ranks, which have no other way to it
+    host_ranks = HostRanks(flags.forwarded(), ranks, run_dir, RESPAWN_DELAY.value)
+    link = HostLink(
+        HostLinkOptions(
+            endpoint_file=run_dir / ENDPOINT,
+            address=flags.SUPERVISOR.value,
+            token=token,
+            host=host_id(flags.HOST_ID.value),
+            run=config.name,
+            heartbeat_ms=config.cluster.heartbeat_ms,
+            message_bytes_max=config.serve.message_bytes_max,
+        ),
+        host_ranks.let_in,
+    )
+    try:
+        return asyncio.run(_work(host_ranks, link))
+    finally:
+        host_ranks.stop()
+
+
+def own_ranks(ranks: int) -> tuple[int, ...]:
+    """--ranks as numbers. Raises UsageError for none, and for what is no rank."""
+    texts = RANKS.value or []
+    if not texts or not all(text.isdigit() and int(text) < ranks for text in texts):
+        raise flags.UsageError(f"--ranks={','.join(texts)} must name ranks of 0..{ranks - 1}: 2,3")
+    return tuple(sorted({int(text) for text in texts}))
+
+
+async def _work(host_ranks: HostRanks, link: HostLink) -> int:
+    """Until the run is over, a signal comes, or the ranks cannot be started."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    host_ranks.start()
+    _log.info("started %s; logs are in %s/logs", sorted(host_ranks.children), host_ranks.run_dir)
+    tasks = [
+        asyncio.create_task(stop.wait()),
+        asyncio.create_task(link.run()),
+        asyncio.create_task(host_ranks.watch()),
+    ]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+    problem = host_ranks.failure or link.refused
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(flags.main_with_usage(main)))
