@@ -15,10 +15,19 @@ from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import RESULTS, ROOT, Record, read
+from benchmarks.serving.series import SERIES
 from launch import flags
 
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
-STATISTICS = ("", "p50", "p90", "p99", "max")  # as the last word of a metric; "" is a single value
+STATISTICS = (
+    "",
+    "mean",
+    "p50",
+    "p90",
+    "p95",
+    "p99",
+    "max",
+)  # as the last word of a metric; "" is a single value
 DERIVED = ("weights_rate", "flop_rate")  # another way to say a time that is in the table
 # Which shapes README.md shows of a bench that has many; values of a shape's entries.
 SHOWN = {
@@ -26,6 +35,7 @@ SHOWN = {
     "combine": {"tokens": (16, 128, 512), "hidden": (7168,)},
     "expert_gemm": {"rows_per_expert": (8, 64, 512), "routing": ("balanced",)},
 }
+LESS = ("mean", "p95")  # statistics that README.md leaves out
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -47,9 +57,9 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def render(records: Iterable[Record]) -> str:
-    """A Markdown table for each device, under its name."""
+    """A Markdown table for each device, under its name; curves are for plots."""
     by_device: dict[str, list[Record]] = {}
-    for record in newest(records):
+    for record in newest(r for r in records if r.metric not in SERIES):
         by_device.setdefault(record.device, []).append(record)
     return "\n\n".join(_render_device(device, of) for device, of in by_device.items())
 
@@ -57,7 +67,9 @@ def render(records: Iterable[Record]) -> str:
 def shown(record: Record) -> bool:
     """Whether a record is among those to start with."""
     wanted = SHOWN.get(record.bench, {})
-    return all(record.shape.get(key) in values for key, values in wanted.items())
+    return split_metric(record.metric)[1] not in LESS and all(
+        record.shape.get(key) in values for key, values in wanted.items()
+    )
 
 
 def insert(text: str, table: str) -> str:

@@ -1,0 +1,1 @@
+"""Parts of the serving benchmark: requests, clients, plans of failures, statistics."""

@@ -1,0 +1,128 @@
+"""A cluster of this project under load: started, harmed as a plan says, and ended."""
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Sequence
+
+from benchmarks.serving.fault_plan import Phase
+from launch.cluster import LocalCluster, events_since, rank_name
+from launch.console import say
+from launch.timeline import Summary, summarise
+
+CHANGE_DEADLINE_S = 180.0  # for the start of all ranks, an eviction, or a return
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Played:
+    """A phase as it was. Monotonic seconds."""
+
+    phase: Phase
+    begin_s: float
+    settled_s: float  # all its ranks serve
+    end_s: float
+    kills: tuple[tuple[int, float], ...]  # rank and when the signal was sent
+
+
+@contextlib.asynccontextmanager
+async def started(cluster: LocalCluster):
+    """The cluster with all ranks serving; all its processes end with the body."""
+    cluster.start()
+    watch = asyncio.create_task(cluster.watch())
+    everyone = Phase(tuple(range(cluster.ranks)))
+    try:
+        await cluster.wait_for(serves(everyone), CHANGE_DEADLINE_S, "the start of all ranks")
+        yield
+    finally:
+        watch.cancel()  # else it would bring the supervisor back
+        await asyncio.gather(watch, return_exceptions=True)
+        await asyncio.to_thread(cluster.stop)
+
+
+def serves(phase: Phase, without: Sequence[int] = ()):
+    """Whether exactly the ranks of a phase, less `without`, serve in the committed epoch."""
+    wanted = set(phase.present) - set(without)
+
+    def check(status: dict) -> bool:
+        inside = {
+            r["rank"]
+            for r in status["ranks"]
+            if r["state"] == "active" and r["mode"] == "serving" and r["epoch"] == status["epoch"]
+        }
+        active = {r["rank"] for r in status["ranks"] if r["state"] == "active"}
+        return status["state"] == "serving" and inside == active == wanted
+
+    return check
+
+
+async def play(
+    cluster: LocalCluster,
+    phases: Sequence[Phase],
+    *,
+    phase_s: float,
+    kill_after_s: float,
+    number: signal.Signals,
+) -> list[Played]:
+    """Carries out a plan. A phase lasts `phase_s` from when its ranks serve.
+
+    Ranks that are back are started at its beginning; `kill_after_s` later those to be killed get
+    signal `number`, all at once. Raises ClusterFailed where a change does not happen.
+    """
+    played = []
+    for index, phase in enumerate(phases):
+        begin_s = time.monotonic()
+        for rank in phase.back:
+            await _bring_back(cluster, rank)
+        what = f"phase {index} [{phase.label}]"
+        await cluster.wait_for(serves(phase), CHANGE_DEADLINE_S, f"the beginning of {what}", 20)
+        settled_s = time.monotonic()
+        say(what + (f", ranks {list(phase.back)} are back" if phase.back else ""))
+        kills = []
+        if phase.killed:
+            await asyncio.sleep(kill_after_s)
+            kills = [(rank, cluster.kill(rank_name(rank), number)) for rank in phase.killed]
+            say(f"ranks {list(phase.killed)}: {number.name}", "bold red")
+            without = serves(phase, phase.killed)
+            await cluster.wait_for(without, CHANGE_DEADLINE_S, f"an eviction in {what}", 20)
+        await asyncio.sleep(max(0.0, settled_s + phase_s - time.monotonic()))
+        end_s = time.monotonic()
+        played.append(
+            Played(
+                phase=phase,
+                begin_s=begin_s,
+                settled_s=settled_s,
+                end_s=end_s,
+                kills=tuple(kills),
+            )
+        )
+    return played
+
+
+async def _bring_back(cluster: LocalCluster, rank: int) -> None:
+    """A new process of the rank. One that was only stopped is ended first."""
+    process = cluster.children[rank_name(rank)].process
+    if process.poll() is None:
+        process.kill()
+        await asyncio.to_thread(process.wait, 30)
+    cluster.start_rank(rank)
+
+
+def summary_of(
+    kill_s: float, rank: int, times: Sequence[float], status: dict, until_s: float
+) -> tuple[Summary, dict[str, float]]:
+    """What one kill cost, and its marks: kill, detected, resumed, return_start, returned."""
+    events = events_since(status, kill_s)
+    marks = {"kill": kill_s}
+    inside = lambda e: str(rank) in e["members"]
+    for name, kind, wanted in (
+        ("detected", "dead", lambda e: e.get("rank") == rank),
+        ("resumed", "commit", lambda e: not inside(e)),
+        ("return_start", "prepare", lambda e: rank in e["admitted"]),
+        ("returned", "commit", inside),
+    ):
+        found = next((e["at_s"] for e in events if e["kind"] == kind and wanted(e)), None)
+        if found is not None:
+            marks[name] = max(found, *marks.values())
+    return summarise([t for t in times if t <= until_s], marks), marks
