@@ -56,16 +56,12 @@ def nucleus(logits: Float32[Array, "B V"], top_p: Float32[Array, "B"]) -> Bool[A
         above = bits[:, None, :] > thresholds[:, :, None]
         return jnp.sum(jnp.where(above, probabilities[:, None, :], 0), axis=-1)
 
-    def find_digit(index, found):
-        """`found` is the largest number so far above which lies a mass of at least top_p."""
-        shift = ((PASSES - 1 - index) * DIGIT_BITS).astype(jnp.uint32)
-        thresholds = found[:, None] + (digits << shift)[None]
-        enough = mass_above(thresholds) >= top_p[:, None]
-        return found + (jnp.sum(enough, axis=-1).astype(jnp.uint32) << shift)
-
-    zero = jnp.zeros(top_p.shape, jnp.uint32)
-    last = lax.fori_loop(0, PASSES, find_digit, zero)
-    cut = mass_above(zero[:, None])[:, 0] >= top_p
+    # The largest number above which lies a mass of at least top_p, digit by digit.
+    last = jnp.zeros(top_p.shape, jnp.uint32)
+    for shift in reversed(range(0, PASSES * DIGIT_BITS, DIGIT_BITS)):
+        enough = mass_above(last[:, None] + (digits << shift)[None]) >= top_p[:, None]
+        last += jnp.sum(enough, axis=-1).astype(jnp.uint32) << shift
+    cut = mass_above(jnp.zeros_like(last)[:, None])[:, 0] >= top_p
     first_kept = jnp.where(cut, last + 1, 0)
     most_likely = probabilities == jnp.max(probabilities, axis=-1, keepdims=True)
     return (bits >= first_kept[:, None]) | most_likely

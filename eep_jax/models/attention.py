@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import ModelConfig
+from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
 
 
 def rope(
@@ -68,8 +69,10 @@ def attend_cached(
 
     Every token is an own batch entry of the matrix products, so its result has the same bits
     whichever other tokens stand beside it. Scores and softmax are float32, the result is of q's
-    dtype.
+    dtype. On a GPU cuDNN does it where it can, XLA elsewhere.
     """
+    if fits_cudnn(q, k):
+        return attend_cudnn(q, k, v, positions)
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)

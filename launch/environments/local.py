@@ -7,7 +7,7 @@ import subprocess
 
 GPU_XLA_FLAGS = (
     # A whole step becomes few graph launches; kernels of Pallas are custom calls.
-    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUDNN,CUSTOM_CALL",
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL",
     "--xla_gpu_graph_min_graph_size=1",
 )
 NVIDIA_SMI_DEADLINE_S = 30.0
