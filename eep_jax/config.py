@@ -166,6 +166,7 @@ class RunConfig:
     platform: str = "cpu"  # what a rank computes on, see PLATFORMS
     checkpoint: str = ""  # directory written by launch.train_tiny
     random_weights: int | None = None  # seed of weights drawn instead of read
+    tokenizer: str = ""  # directory of tokenizer.json; "": the checkpoint's, else bytes
 
     def __post_init__(self):
         if self.random_weights is not None and self.random_weights < 0:

@@ -18,8 +18,11 @@ def main() -> int:
     run_dir = flags.required_run_dir()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging("supervisor")
-    token, host = flags.read_token(run_dir), flags.HOST_ID.value
-    supervisor = Supervisor(flags.run_config(), run_dir, token, host=host)
+    config, token, host = flags.run_config(), flags.read_token(run_dir), flags.HOST_ID.value
+    try:
+        supervisor = Supervisor(config, run_dir, token, host=host)
+    except ValueError as error:  # a tokenizer or a template
+        raise flags.UsageError(str(error)) from error
     try:
         asyncio.run(_serve(supervisor))
     except OSError as error:

@@ -8,6 +8,7 @@ of its Stream into one JSON answer or into server-sent events. Every error is JS
 
 import asyncio
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -18,12 +19,14 @@ from aiohttp import web
 
 from eep_jax.coordination.scaling import Wish
 from eep_jax.errors import CoverageLost, EepError, InvalidMove, QueueFull
+from eep_jax.runtime.answer import Answer, Failed
 from eep_jax.runtime.apply import parse_wish
+from eep_jax.runtime.chat import parse_chat
+from eep_jax.runtime.chat_template import ChatTemplate
 from eep_jax.runtime.completion import (
     CompletionLimits,
     CompletionRequest,
     RequestError,
-    TextAssembler,
     parse_request,
 )
 
@@ -97,13 +100,15 @@ def build_app(
     service: CompletionService,
     limits: CompletionLimits,
     *,
+    template: ChatTemplate | None = None,
     body_bytes_max: int = 1 << 20,
     write_deadline_s: float = WRITE_DEADLINE_S,
 ) -> web.Application:
-    """The application that serves `service`; its caller runs it."""
-    api = _Api(service, limits, body_bytes_max, write_deadline_s)
+    """The application that serves `service`; its caller runs it. No `template`: no chats."""
+    api = _Api(service, limits, template, body_bytes_max, write_deadline_s)
     app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
     app.router.add_post("/v1/completions", api.complete)
+    app.router.add_post("/v1/chat/completions", api.chat)
     app.router.add_get("/v1/models", api.models)
     app.router.add_get("/v1/models/{id:.+}", api.model)
     app.router.add_get("/v1/fault_tolerance/status", api.status)
@@ -117,10 +122,6 @@ class _ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-class _Failed(Exception):
-    """The service accepted the request and then could not complete it."""
-
-
 class _Api:
     """The handlers. `http` is the HTTP request, `request` what it asks for."""
 
@@ -128,10 +129,11 @@ class _Api:
         self,
         service: CompletionService,
         limits: CompletionLimits,
+        template: ChatTemplate | None,
         body_bytes_max: int,
         write_deadline_s: float,
     ):
-        self._service, self._limits = service, limits
+        self._service, self._limits, self._template = service, limits, template
         self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
         self._model = {
             "id": limits.model,
@@ -142,13 +144,21 @@ class _Api:
         }
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
-        request, key = parse_request(await _read_json(http), self._limits), _read_key(http)
-        answer = _Answer(request, self._service.submit(request, key))
+        return await self._answer(http, parse_request)
+
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, functools.partial(parse_chat, template=self._template))
+
+    async def _answer(self, http: web.Request, parse) -> web.StreamResponse:
+        # A long prompt takes a tokenizer or a template a second, in which ranks must be heard.
+        request = await asyncio.to_thread(parse, await _read_json(http), limits=self._limits)
+        key = _read_key(http)
+        answer = Answer(request, self._service.submit(request, key), self._limits.tokenizer)
         try:
             if request.stream:
                 return await self._send_events(http, answer)
             text = "".join([delta async for delta in _deltas(http, answer)])
-            return web.json_response(answer.chunk(text) | {"usage": answer.usage()})
+            return web.json_response(answer.whole(text))
         except _ClientGone:
             if http.transport is not None:
                 http.transport.abort()
@@ -181,12 +191,14 @@ class _Api:
         headers = {"Content-Type": PROMETHEUS_TEXT}
         return web.Response(body=self._service.metrics(), headers=headers)
 
-    async def _send_events(self, http: web.Request, answer: "_Answer") -> web.StreamResponse:
+    async def _send_events(self, http: web.Request, answer: "Answer") -> web.StreamResponse:
         """Sends every increment as it comes; reads no further while the client takes nothing."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         usage = {"usage": None} if answer.request.include_usage else {}
         await response.prepare(http)
         try:
+            for opening in answer.opening():
+                await self._send(response, json.dumps(opening | usage))
             async for delta in _deltas(http, answer):
                 if delta or answer.finish_reason:
                     await self._send(response, json.dumps(answer.chunk(delta) | usage))
@@ -232,60 +244,8 @@ class _Api:
         return middleware
 
 
-class _Answer:
-    """What the client of one request has been told so far, and how it ended."""
-
-    def __init__(self, request: CompletionRequest, stream: Stream):
-        self.request, self.stream = request, stream
-        self.finish_reason: str | None = None
-        self._assembler = TextAssembler(request.stop)
-        self._degraded: set[int] = set()
-
-    def advance(self, progress: Progress | None) -> str:
-        """Takes in one increment, None for the end of the stream, and returns its text."""
-        if progress is None:
-            raise _Failed("the stream ended without a reason; send the request again")
-        self._degraded.update(progress.degraded)
-        text = self._assembler.feed(progress.tokens)
-        if progress.finish_reason is not None:
-            text += self._assembler.finish()
-        if self._assembler.stopped:
-            # An earlier reader of this key cancelled it here, so an error after this is expected.
-            self.stream.cancel()
-        elif progress.error is not None:
-            raise _Failed(progress.error)
-        self.finish_reason = "stop" if self._assembler.stopped else progress.finish_reason
-        return text
-
-    def chunk(self, text: str) -> dict:
-        choice = {
-            "index": 0,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": self.finish_reason,
-        }
-        chunk = {
-            "id": self.stream.id,
-            "object": "text_completion",
-            "created": self.stream.created,
-            "model": self.request.model,
-            "choices": [choice],
-        }
-        if self._degraded:
-            chunk["degraded"] = {"experts": sorted(self._degraded)}
-        return chunk
-
-    def usage(self) -> dict:
-        prompt, completion = len(self.request.prompt), self._assembler.num_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
-
-
-async def _deltas(http: web.Request, answer: _Answer) -> AsyncIterator[str]:
-    """The text of each increment until the answer is complete. Raises _ClientGone, _Failed."""
+async def _deltas(http: web.Request, answer: Answer) -> AsyncIterator[str]:
+    """The text of each increment until the answer is complete. Raises _ClientGone, Failed."""
     progresses = aiter(answer.stream)
     while answer.finish_reason is None:
         waiting = asyncio.ensure_future(anext(progresses, None))
@@ -348,14 +308,15 @@ def _describe(error: Exception, http: web.Request, body_bytes_max: int) -> tuple
             status, kind, code = 429, "rate_limit_error", "queue_full"
         case ServiceUnavailable():
             status, kind, code = 503, "server_error", "service_unavailable"
-        case _Failed():
+        case Failed():
             status, kind, code = 500, "server_error", "generation_failed"
         case web.HTTPRequestEntityTooLarge():
             status, code = 413, "body_too_large"
             message = f"the body is larger than {body_bytes_max} bytes; send a shorter prompt"
         case web.HTTPNotFound():
             status, code = 404, "unknown_url"
-            message = f"{http.path[:200]} does not exist; completions are at /v1/completions"
+            message = f"{http.path[:200]} does not exist; completions are at /v1/completions, "
+            message += "chats at /v1/chat/completions"
         case web.HTTPMethodNotAllowed():
             status, code = 405, "method_not_allowed"
             message = f"{http.method} is not allowed here; use {error.headers['Allow']}"

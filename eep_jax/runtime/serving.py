@@ -34,7 +34,7 @@ class Serving:
 
     def submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
         """Raises QueueFull, ServiceUnavailable or KeyConflict; see http_api.CompletionService."""
-        body = json.dumps(dataclasses.asdict(request) | {"stream": None, "include_usage": None})
+        body = _asked(request)
         if key is not None and (known := self._book.by_key(key)) is not None:
             if known.body != body:
                 raise KeyConflict(
@@ -109,3 +109,11 @@ class EntryStream:
 
     def cancel(self) -> None:
         self._serving.cancel(self._entry)
+
+
+def _asked(request: CompletionRequest) -> str:
+    """What a repeated key must ask for again: all that changes the tokens, however it is sent."""
+    fields = dataclasses.asdict(request) | {"stream": None, "include_usage": None}
+    if request.conversation:
+        fields["prompt"] = None  # a template may have written today's date into it
+    return json.dumps(fields)

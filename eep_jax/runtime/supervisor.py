@@ -24,6 +24,7 @@ from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
 from eep_jax.placement.sources import SourceKind
 from eep_jax.runtime import messages
+from eep_jax.runtime.chat_template import open_chat_template
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.control import Connection, ControlServer
@@ -43,6 +44,7 @@ from eep_jax.runtime.requests import Entry, RequestBook
 from eep_jax.runtime.restart import read_back, snapshot
 from eep_jax.runtime.serving import Serving
 from eep_jax.runtime.supervisor_files import ENDPOINT, JOURNAL
+from eep_jax.runtime.tokenizer import open_tokenizer, tokenizer_directory
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,10 @@ class Supervisor:
         clock: Clock | None = None,
         host: str = "",
     ):
-        """`host` is this host's id, if it shall be another than `identity.host_id()`."""
+        """`host` is this host's id, if it shall be another than `identity.host_id()`.
+
+        Raises ValueError where the model's tokenizer or chat template cannot be used.
+        """
         self.config, self._run_dir = config, pathlib.Path(run_dir)
         self._clock, self._host = clock or SystemClock(), host_id(host)
         self._hosts = HostWatch(
@@ -88,6 +93,8 @@ class Supervisor:
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
         self.event_counts = collections.Counter()
+        self._tokenizer = open_tokenizer(config)
+        self._template = open_chat_template(tokenizer_directory(config))
         serve, engine = config.serve, config.engine
         self.book = RequestBook(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
         self._serving = Serving(
@@ -115,8 +122,7 @@ class Supervisor:
         limits = CompletionLimits(
             model=self.config.model.name,
             context_tokens=self.config.engine.context_tokens,
-            vocab_size=self.config.model.vocab_size,
-            bos_token=self.config.model.bos_token,
+            tokenizer=self._tokenizer,
         )
         before = self._endpoint_before()
         runners, endings = [], None
@@ -130,7 +136,11 @@ class Supervisor:
                 control_port,
             )
             http_port = await self._open(
-                runners, build_app(self, limits), serve.host, serve.port, http_port
+                runners,
+                build_app(self, limits, template=self._template),
+                serve.host,
+                serve.port,
+                http_port,
             )
             self._write_endpoint(control_port, http_port)
             self._watch_known_processes()

@@ -13,13 +13,15 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from eep_jax.coordination.scaling import Wish
 from eep_jax.errors import CoverageLost, InvalidMove
+from eep_jax.runtime.chat_template import ChatTemplate
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.http_api import Progress, build_app
 from tests.support.fake_service import CREATED_S, FakeService, down_service, full_service, spell
 
 LIMITS = CompletionLimits(model="org/tiny", context_tokens=1024)
 DEADLINE_S = 10.0
-PATH = "/v1/completions"
+PATH, CHAT = "/v1/completions", "/v1/chat/completions"
+TEMPLATE = ChatTemplate("{{ messages[0].content }}->", {})
 
 
 class Server(TestServer):
@@ -229,6 +231,66 @@ def raw_request(client: TestClient, sent: dict, headers: str = "") -> socket.soc
     return connection
 
 
+def chat(**fields) -> dict:
+    return {"model": "org/tiny", "messages": [{"role": "user", "content": "Hi"}]} | fields
+
+
+class TestChat:
+    @story
+    async def test_the_answer_has_the_form_of_openai(self):
+        async with serving(FakeService(spell("héllo")), template=TEMPLATE) as client:
+            answer = await (await client.post(CHAT, json=chat())).json()
+        assert answer == {
+            "id": "chatcmpl-r0",
+            "object": "chat.completion",
+            "created": CREATED_S,
+            "model": "org/tiny",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "héllo", "refusal": None},
+                    "logprobs": None,
+                    "finish_reason": "length",
+                }
+            ],
+            "usage": {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10},
+        }
+
+    @story
+    async def test_a_stream_names_the_speaker_then_the_text_then_the_end(self):
+        sent = chat(stream=True, stream_options={"include_usage": True}, stop="!")
+        async with serving(FakeService(spell("a€!b", "stop")), template=TEMPLATE) as client:
+            *chunks, usage, done = await events(await client.post(CHAT, json=sent))
+        assert done == "[DONE]"
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        deltas = [(c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks]
+        assert deltas == [
+            ({"role": "assistant", "content": ""}, None),
+            ({"content": "a"}, None),
+            ({"content": "€"}, None),
+            ({}, "stop"),
+        ]
+        assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 5
+
+    @story
+    async def test_the_rendered_conversation_is_the_prompt(self):
+        service = FakeService(spell("x"))
+        async with serving(service, template=TEMPLATE) as client:
+            await client.post(CHAT, json=chat(temperature=0), headers={"Idempotency-Key": "k"})
+        ((request, key),) = service.submitted
+        assert (bytes(request.prompt), key, request.temperature) == (b"Hi->", "k", 0.0)
+
+    @story
+    async def test_refusals(self):
+        async with serving(FakeService()) as client:
+            error = await refusal(await client.post(CHAT, json=chat()), 400, "no_chat_template")
+            assert error["param"] == "messages"
+        async with serving(FakeService(), template=TEMPLATE) as client:
+            error = await refusal(await client.post(CHAT, json=chat(tools=[1])), 400, None)
+            assert error["param"] == "tools"
+            await refusal(await client.post(CHAT, data=b"{"), 400, None)
+
+
 class TestDisconnect:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("begun", [False, True])
@@ -299,7 +361,7 @@ class TestRefusals:
     @story
     async def test_unknown_paths_and_wrong_methods(self):
         async with serving(FakeService()) as client:
-            await refusal(await client.get("/v1/chat"), 404, "unknown_url")
+            await refusal(await client.get("/v1/chats"), 404, "unknown_url")
             response = await client.get(PATH)
             await refusal(response, 405, "method_not_allowed")
             assert response.headers["Allow"] == "POST"

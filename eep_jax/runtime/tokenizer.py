@@ -1,0 +1,130 @@
+"""Text to tokens and back, as the supervisor needs it. No JAX.
+
+`open_tokenizer` gives the tokenizer of a run: that of a directory with tokenizer.json
+(`hf_tokenizer.py`), or plain bytes.
+"""
+
+import codecs
+import pathlib
+from typing import Protocol
+
+from eep_jax.config import RunConfig
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class TokenDecoder(Protocol):
+    """One answer's tokens, in order. What `feed` and `finish` return joins to its text."""
+
+    def feed(self, token: int) -> str:
+        """The text that became certain; half a character is held back."""
+
+    def finish(self) -> str:
+        """What was held back, in which each invalid byte sequence is U+FFFD: no more tokens."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back. Its methods may be called from any thread."""
+
+    vocab_size: int  # ids are below it
+    has_bos: bool  # whether prompts begin with a token that the client did not send
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A prompt as the model was trained to see it, with BOS if it has one.
+
+        Raises ValueError, saying why, for a text that has no tokens of its own.
+        """
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """What a chat template gave: special tokens are spelt out in it, none is added."""
+
+    def complete(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """A prompt that the client sent as ids."""
+
+    def decoder(self, after: tuple[int, ...] = ()) -> TokenDecoder:
+        """A decoder of what follows the prompt `after`; () where the answer stands by itself."""
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, after a BOS that no text may hold.
+
+    For models without a tokenizer. One with a larger vocabulary, such as random weights in the
+    shape of a real model, may answer with ids above 255, which become U+FFFD.
+    """
+
+    has_bos = True
+
+    def __init__(self, vocab_size: int = 256, bos_token: int = 0):
+        self.vocab_size, self.bos_token = vocab_size, bos_token
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        tokens = text.encode()
+        if self.bos_token < 256 and (at := tokens.find(self.bos_token)) >= 0:
+            raise ValueError(
+                f"has byte {self.bos_token} at byte {at}, which marks the beginning of a text; "
+                "remove it, or send token ids"
+            )
+        return (self.bos_token, *tokens)
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def complete(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids if ids and ids[0] == self.bos_token else (self.bos_token, *ids)
+
+    def decoder(self, after: tuple[int, ...] = ()) -> "PieceDecoder":
+        return PieceDecoder(_byte)
+
+
+class PieceDecoder:
+    """Decodes tokens that each stand for some bytes: `piece(token)`, b"" for a special one."""
+
+    def __init__(self, piece):
+        self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(self._piece(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte(token: int) -> bytes:
+    return bytes((token,)) if token < 256 else "\ufffd".encode()
+
+
+def tokenizer_directory(config: RunConfig) -> pathlib.Path | None:
+    """Where the run's tokenizer.json and chat template are; None for a model of bytes.
+
+    Raises ValueError where the configured directory has no tokenizer.json.
+    """
+    if config.tokenizer:
+        directory = pathlib.Path(config.tokenizer)
+        if not (directory / TOKENIZER_FILE).is_file():
+            raise ValueError(
+                f"tokenizer={config.tokenizer!r} has no {TOKENIZER_FILE}; name the directory of a "
+                "Hugging Face model, or leave it out to take the checkpoint's"
+            )
+        return directory
+    if config.checkpoint and (pathlib.Path(config.checkpoint) / TOKENIZER_FILE).is_file():
+        return pathlib.Path(config.checkpoint)
+    return None
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer. Raises ValueError where it cannot be used, naming the file."""
+    directory = tokenizer_directory(config)
+    if directory is None:
+        return ByteTokenizer(config.model.vocab_size, config.model.bos_token)
+    from eep_jax.runtime.hf_tokenizer import HFTokenizer
+
+    tokenizer = HFTokenizer(directory)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{directory / TOKENIZER_FILE} has ids up to {tokenizer.vocab_size - 1}, the model "
+            f"only {config.model.vocab_size}; it is the tokenizer of another model"
+        )
+    # The model's rows beyond the tokenizer's ids are padding, but a client may send them as ids.
+    tokenizer.vocab_size = config.model.vocab_size
+    return tokenizer
