@@ -12,7 +12,10 @@ from absl import flags
 
 from eep_jax.config import DeviceConfig, RunConfig
 from eep_jax.errors import CheckpointError
-from launch.environments.local import parse_gpus, visible_gpus
+from launch.environments.environment import Address, Environment, Identity
+from launch.environments.local import LocalEnvironment, parse_gpus, visible_gpus
+from launch.environments.slurm import SlurmEnvironment
+from launch.errors import UsageError
 
 CONFIG = flags.DEFINE_string(
     "config", "tiny_cpu", "A file of configs/ without .py, such as tiny_cpu."
@@ -29,7 +32,21 @@ RUN_DIR = flags.DEFINE_string(
 )
 HOST = flags.DEFINE_string("host", None, "Address the HTTP API listens on.")
 PORT = flags.DEFINE_integer("port", None, "Port of the HTTP API; 0 takes any free one.", 0, 65535)
+ENVIRONMENT = flags.DEFINE_enum(
+    "environment",
+    "local",
+    ["local", "slurm"],
+    "What says who a process is and where the supervisor is: flags and the run directory, or the "
+    "variables of a SLURM job.",
+)
 RANK = flags.DEFINE_integer("rank", None, "Which rank this process is.", 0)
+TASK_RANKS = flags.DEFINE_list(
+    "task_ranks", [], "The ranks of a SLURM step's tasks, in their order: 2,5. Default: 0,1,2..."
+)
+LOCAL_RANK = flags.DEFINE_integer(
+    "local_rank", None, "Which of its node's ranks this process is; chooses its GPU.", 0
+)
+LOCAL_RANKS = flags.DEFINE_integer("local_ranks", None, "How many ranks its node has.", 1)
 GPUS = flags.DEFINE_string(
     "gpus",
     None,
@@ -44,7 +61,8 @@ DEVICE_MEMORY_FRACTION = flags.DEFINE_float(
 SUPERVISOR = flags.DEFINE_string(
     "supervisor",
     "",
-    "HOST:PORT of the supervisor's control channel, on hosts that do not share its run directory.",
+    "HOST:PORT of the supervisor's control channel: it listens there, and hosts that do not share "
+    "its run directory call there.",
 )
 MIRROR_HOST = flags.DEFINE_string(
     "mirror_host",
@@ -63,10 +81,6 @@ PARENT_PID = flags.DEFINE_integer("parent_pid", 0, "End when this process, the p
 TOKEN_VARIABLE = "EEP_TOKEN"
 TOKEN_FILE = "token"
 EXIT_USAGE = 2
-
-
-class UsageError(ValueError):
-    """A flag that cannot be used; the message says what to write instead."""
 
 
 def run_config() -> RunConfig:
@@ -96,6 +110,26 @@ def forwarded() -> list[str]:
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
     return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])
+
+
+def environment() -> Environment:
+    """What the flag says. Raises UsageError for --task_ranks that are none."""
+    if ENVIRONMENT.value == "local":
+        return LocalEnvironment()
+    if not all(text.isdecimal() for text in TASK_RANKS.value):
+        raise UsageError(f"--task_ranks={','.join(TASK_RANKS.value)} must be ranks, such as 2,5")
+    return SlurmEnvironment(os.environ, tuple(map(int, TASK_RANKS.value)))
+
+
+def identity(config: RunConfig) -> Identity:
+    """Which rank of the run this process is. Raises UsageError."""
+    given = (RANK.value, LOCAL_RANK.value, LOCAL_RANKS.value)
+    return environment().identity(config.cluster.ranks, *given)
+
+
+def supervisor_address(config: RunConfig) -> Address | None:
+    """Where the control channel is; None: the run directory says. Raises UsageError."""
+    return environment().supervisor(SUPERVISOR.value, config.serve.control_port)
 
 
 def gpus() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from absl import app
 from eep_jax.config import RunConfig
 from launch import flags
 from launch.addresses import with_addresses
+from launch.environments.environment import Identity
 from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
 
@@ -26,12 +27,12 @@ _log = logging.getLogger("launch.rank")
 
 
 def main() -> int:
-    run_dir, rank, config = flags.required_run_dir(), flags.RANK.value, flags.run_config()
-    if rank is None or rank >= config.cluster.ranks:
-        raise flags.UsageError(f"--rank={rank} must be in 0..{config.cluster.ranks - 1}")
+    run_dir, config = flags.required_run_dir(), flags.run_config()
+    identity = flags.identity(config)
+    rank = identity.rank
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging(f"rank{rank}")
-    os.environ.update(_environment(config, rank, run_dir))
+    os.environ.update(_environment(config, identity, run_dir))
     config = with_addresses(config, run_dir)
 
     from eep_jax.runtime.link import Link, LinkOptions
@@ -61,11 +62,11 @@ def main() -> int:
     os._exit(status)
 
 
-def _environment(config: RunConfig, rank: int, run_dir: pathlib.Path) -> dict[str, str]:
+def _environment(config: RunConfig, identity: Identity, run_dir: pathlib.Path) -> dict[str, str]:
     if config.platform == "cpu":
         return cpu_rank_environment()
     fraction = config.device.memory_fraction
-    share = gpu_share(rank, config.cluster.ranks, flags.gpus(), fraction)
+    share = gpu_share(identity.local_rank, identity.local_ranks, flags.gpus(), fraction)
     return gpu_rank_environment(share, run_dir / COMPILE_CACHE)
 
 

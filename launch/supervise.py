@@ -1,14 +1,19 @@
 """Entry of the supervisor process. Loads no JAX.
 
 python -m launch.supervise --config=tiny_cpu --run_dir=DIR     # DIR holds the token
+
+In a SLURM job, --environment=slurm has it listen at its node's address in the cluster's network, on
+ports of the job.
 """
 
 import asyncio
+import dataclasses
 import signal
 import sys
 
 from absl import app
 
+from eep_jax.config import RunConfig
 from eep_jax.runtime.supervisor import Supervisor
 from launch import flags
 from launch.processes import end_with_parent, set_up_logging
@@ -18,7 +23,8 @@ def main() -> int:
     run_dir = flags.required_run_dir()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging("supervisor")
-    config, token, host = flags.run_config(), flags.read_token(run_dir), flags.HOST_ID.value
+    config = with_supervisor_addresses(flags.run_config())
+    token, host = flags.read_token(run_dir), flags.HOST_ID.value
     try:
         supervisor = Supervisor(config, run_dir, token, host=host)
     except ValueError as error:  # a tokenizer or a template
@@ -29,6 +35,20 @@ def main() -> int:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return flags.EXIT_USAGE
     return 0
+
+
+def with_supervisor_addresses(config: RunConfig) -> RunConfig:
+    """`config` with what flags and environment say to listen at. Raises UsageError."""
+    control = flags.supervisor_address(config)
+    http = flags.environment().http(control)
+    serve = config.serve
+    if control is not None:
+        serve = dataclasses.replace(serve, control_host=control.host, control_port=control.port)
+    if http is not None:
+        host = http.host if flags.HOST.value is None else serve.host
+        port = http.port if flags.PORT.value is None else serve.port
+        serve = dataclasses.replace(serve, host=host, port=port)
+    return dataclasses.replace(config, serve=serve)
 
 
 async def _serve(supervisor: Supervisor) -> None:

@@ -5,12 +5,34 @@ import os
 import pathlib
 import subprocess
 
+from launch.environments.environment import Address, Identity, check_rank, parse_address
+
 GPU_XLA_FLAGS = (
     # A whole step becomes few graph launches; kernels of Pallas are custom calls.
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL",
     "--xla_gpu_graph_min_graph_size=1",
 )
 NVIDIA_SMI_DEADLINE_S = 30.0
+
+
+class LocalEnvironment:
+    """Ranks that `launch.local` or a person starts by hand: flags and the run directory say all."""
+
+    def identity(
+        self, ranks: int, rank: int | None, local_rank: int | None, local_ranks: int | None
+    ) -> Identity:
+        rank = check_rank(rank, ranks)
+        return Identity(
+            rank=rank,
+            local_rank=rank if local_rank is None else local_rank,
+            local_ranks=ranks if local_ranks is None else local_ranks,
+        )
+
+    def supervisor(self, given: str, control_port: int) -> Address | None:
+        return parse_address(given) if given else None
+
+    def http(self, supervisor: Address | None) -> None:
+        return None
 
 
 def cpu_rank_environment() -> dict[str, str]:
