@@ -12,6 +12,7 @@ from flax import nnx
 
 import configs
 from configs import tiny_cpu
+from configs._architectures import PUBLISHED
 from eep_jax.config import SCALE_CHANNELS, ClusterConfig, DeviceConfig, EngineConfig, RunConfig
 from eep_jax.models.decoder import DenseModel
 from pallas_kernels import window
@@ -111,7 +112,7 @@ def test_a_seed_of_weights_is_not_negative():
 
 def configurations() -> dict[str, RunConfig]:
     """All there are, by name."""
-    modules = [m.name for m in pkgutil.iter_modules(configs.__path__)]
+    modules = [m.name for m in pkgutil.iter_modules(configs.__path__) if m.name[0] != "_"]
     return {name: importlib.import_module(f"configs.{name}").get_config() for name in modules}
 
 
@@ -119,7 +120,9 @@ def configurations() -> dict[str, RunConfig]:
 def test_every_configuration_names_itself_and_its_weights(name):
     config = configurations()[name]
     assert config.name == name
-    assert bool(config.checkpoint) != (config.random_weights is not None)
+    # Those of published models are told at the start which weights to take.
+    told = config.model.name in PUBLISHED
+    assert bool(config.checkpoint) + (config.random_weights is not None) == (not told)
     # An engine that waits for a peer until the deadline, and then once more, is not stuck.
     assert config.cluster.stall_ms > 2 * config.engine.step_deadline_ms
     if config.platform == "gpu":

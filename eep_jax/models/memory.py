@@ -1,0 +1,212 @@
+"""What a rank of a run needs of its GPU, byte by byte, before anything is allocated. No JAX.
+
+heap   window and bank of experts, and a dummy for absent peers: CUDA virtual memory
+JAX    dense weights, KV cache and what a step computes: taken at once, as a part of the GPU
+CUDA   a context, with its compiled code
+"""
+
+import dataclasses
+import math
+
+from eep_jax.config import ModelConfig, RunConfig
+from pallas_kernels.window import WindowLayout, round_up
+
+# As nvidia-smi shows it; a process can have nearly all.
+GPU_BYTES = {"h100": 81_559 << 20, "h200": 143_771 << 20}
+CONTEXT_BYTES = 600 << 20  # measured on an H100: 0.5 to 0.6 GiB
+MAPPED_BYTES = 32 << 20  # the heap grows by so much
+RESERVE_BYTES = 512 << 20  # of a GPU that no plan should count on
+_BANK_MULTIPLE = 64  # channels of an expert on a GPU are padded to it
+_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank, by what they are for."""
+
+    experts: int  # the bank: slots x one expert over all layers
+    window: int  # rows and results under way between ranks
+    dummy: int  # stands in for every absent peer
+    embeddings: int  # with the head
+    attention: int  # with norms
+    routers: int
+    shared: int  # shared experts and dense layers
+    cache: int  # of keys and values
+    step: int  # estimated: gathered keys, activations, logits
+    context: int  # of CUDA
+
+    @property
+    def dense(self) -> int:
+        """Weights outside the bank."""
+        return self.embeddings + self.attention + self.routers + self.shared
+
+    @property
+    def heap(self) -> int:
+        return round_up(self.experts + self.window, MAPPED_BYTES) + self.dummy
+
+    @property
+    def jax(self) -> int:
+        """What `device.memory_fraction` must leave a rank."""
+        return self.dense + self.cache + self.step
+
+    @property
+    def total(self) -> int:
+        return self.heap + self.jax + self.context
+
+
+def memory_per_rank(config: RunConfig) -> RankMemory:
+    """What each rank of this run needs, by the shapes that it will allocate.
+
+    `experts`, `window`, `cache` and the weights are exact. Qwen3-30B-A3B in bfloat16 has experts of
+    432 MiB over all its 48 layers: 64 slots are 27 GiB.
+    """
+    model, engine, cluster = config.model, config.engine, config.cluster
+    item = _BYTES[engine.dtype]
+    dense = {name: count * item for name, count in dense_elements(model).items()}
+    tokens = engine.batch_slots + engine.prefill_tokens
+    window = WindowLayout(
+        ranks=cluster.ranks,
+        tokens=tokens,
+        choices=model.experts_per_token,
+        hidden=model.hidden,
+        combine=engine.combine,
+        row_dtype=engine.dtype,
+        dispatch_dtype=engine.dispatch_dtype,
+    )
+    return RankMemory(
+        experts=cluster.slots_per_rank * expert_bytes(config),
+        window=window.window_bytes,
+        dummy=MAPPED_BYTES if config.platform == "gpu" else 0,
+        cache=model.cache_elements * engine.batch_slots * engine.context_tokens * item,
+        step=_step_bytes(config, tokens, item),
+        context=CONTEXT_BYTES if config.platform == "gpu" else 0,
+        **dense,
+    )
+
+
+def expert_bytes(config: RunConfig) -> int:
+    """One expert over all layers, as it lies in a slot: on a GPU F is padded."""
+    layers, matrices, width, hidden = config.model.expert_shape
+    dtype = config.engine.dtype
+    padded = round_up(width, _BANK_MULTIPLE if dtype == "bfloat16" else 1)
+    return math.prod((layers, matrices, padded, hidden)) * _BYTES[dtype]
+
+
+def dense_elements(model: ModelConfig) -> dict[str, int]:
+    """Weights outside the routed experts by kind; together `model.dense_parameters`."""
+    hidden = model.hidden
+    router = model.router.bias + model.router.correction
+    kinds = {
+        "embeddings": (1 if model.tied_embeddings else 2) * model.vocab_size * hidden + hidden,
+        "routers": model.moe_layers * model.experts * (hidden + router),
+        "shared": model.moe_layers * hidden * (3 * model.shared_hidden + model.shared_gate)
+        + model.dense_layers * 3 * hidden * model.dense_hidden,
+    }
+    return kinds | {"attention": model.dense_parameters - sum(kinds.values())}
+
+
+def _step_bytes(config: RunConfig, tokens: int, item: int) -> int:
+    """An estimate from above of what a step holds beside its arguments."""
+    model, engine = config.model, config.engine
+    # One tile of rows gathers the keys and values of its sequences, a layer at a time.
+    gathered = engine.row_tile * engine.context_tokens * model.cache_elements // model.layers * item
+    # The sampler sorts the logits of each sequence: several float32 arrays of them.
+    logits = 6 * engine.batch_slots * model.vocab_size * 4
+    channels = 8 * model.hidden + 4 * model.query_heads * model.head_dim + 3 * model.dense_hidden
+    routed = model.experts_per_token * (3 * model.expert_hidden + model.hidden)
+    # Rows of all ranks may meet here; half of them is far more than routing gives.
+    received = config.cluster.ranks * tokens * routed // 2
+    return 2 * gathered + logits + (tokens * (channels + 3 * model.shared_hidden) + received) * 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How the ranks of a run share GPUs of one kind; bytes of the fullest GPU."""
+
+    gpu_bytes: int
+    ranks_per_gpu: int
+    jax_share: int  # what JAX takes in one rank
+    needed: RankMemory
+
+    @property
+    def used(self) -> int:
+        """What is taken of a GPU once all its ranks serve."""
+        each = self.needed.heap + self.jax_share + self.needed.context
+        return self.ranks_per_gpu * each
+
+    @property
+    def free(self) -> int:
+        return self.gpu_bytes - self.used
+
+
+def check_fit(config: RunConfig, gpu: str, gpus: int) -> Fit:
+    """How the run fits `gpus` GPUs of a kind of GPU_BYTES, with RESERVE_BYTES left on each.
+
+    Raises ValueError saying what is too large and which value to lower.
+    """
+    if gpu not in GPU_BYTES or gpus < 1:
+        raise ValueError(f"{gpu=} must be one of {sorted(GPU_BYTES)}, and {gpus=} 1 or more")
+    needed, sharing = memory_per_rank(config), -(-config.cluster.ranks // gpus)
+    share = int(GPU_BYTES[gpu] * config.device.memory_fraction / sharing)
+    fit = Fit(gpu_bytes=GPU_BYTES[gpu], ranks_per_gpu=sharing, jax_share=share, needed=needed)
+    if share < needed.jax:
+        raise ValueError(
+            f"{config.name}: JAX has {_gib(share)} in each rank, and needs {_gib(needed.jax)}; "
+            "raise device.memory_fraction, or lower engine.batch_slots or engine.context_tokens"
+        )
+    if fit.free < RESERVE_BYTES:
+        raise ValueError(
+            f"{config.name}: {sharing} ranks take {_gib(fit.used)} of {gpu} with "
+            f"{_gib(fit.gpu_bytes)}; {_gib(RESERVE_BYTES)} must stay free: lower "
+            "cluster.slots_per_rank or device.memory_fraction, or take more GPUs"
+        )
+    return fit
+
+
+def describe(config: RunConfig, gpu: str, gpus: int) -> str:
+    """The memory of a rank as a table, and what losses the run survives. Raises as check_fit."""
+    fit, model, cluster = check_fit(config, gpu, gpus), config.model, config.cluster
+    n, one = fit.needed, _gib(expert_bytes(config))
+    without_loading, at_all = losses_covered(config)
+    rows = (
+        ("experts", n.experts, f"heap  {cluster.slots_per_rank} slots x {one}"),
+        ("window", n.window + n.dummy, "heap"),
+        ("embeddings", n.embeddings, "JAX   with the head"),
+        ("attention", n.attention, "JAX"),
+        ("routers", n.routers, "JAX"),
+        ("shared", n.shared, "JAX   shared experts, dense layers"),
+        ("KV cache", n.cache, f"JAX   {_cache_of(config)}"),
+        ("step", n.step, "JAX   estimated"),
+        (
+            "unused",
+            fit.jax_share - n.jax,
+            f"JAX   takes {config.device.memory_fraction:g} of a GPU",
+        ),
+        ("context", n.context, "CUDA"),
+    )
+    lines = [f"{name:<11}{_gib(size):>10}  {where}".rstrip() for name, size, where in rows]
+    lines += [
+        f"{'in all':<11}{_gib(fit.used // fit.ranks_per_gpu):>10}  x {fit.ranks_per_gpu} of "
+        f"{_gib(fit.gpu_bytes)}",
+        f"{model.experts} experts on {cluster.ranks} ranks: up to {at_all} may die, "
+        f"up to {without_loading} with nothing to load",
+    ]
+    return "\n".join(lines)
+
+
+def _cache_of(config: RunConfig) -> str:
+    return f"{config.engine.batch_slots} sequences x {config.engine.context_tokens} positions"
+
+
+def losses_covered(config: RunConfig) -> tuple[int, int]:
+    """(ranks that may die at once without any expert being loaded, ranks that may die at all).
+
+    The first follows from redundancy, the second from the slots that remain.
+    """
+    cluster, experts = config.cluster, config.model.experts
+    needed = -(-experts // cluster.slots_per_rank)
+    return cluster.redundancy - 1, cluster.ranks - needed
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
