@@ -1,5 +1,6 @@
 """Every absl flag of serving, and how flags become a RunConfig."""
 
+import copy
 import dataclasses
 import importlib
 import os
@@ -12,6 +13,7 @@ from absl import flags
 
 from eep_jax.config import DeviceConfig, RunConfig
 from eep_jax.errors import CheckpointError
+from eep_jax.relocation.manifest import read_model
 from launch.environments.environment import Address, Environment, Identity
 from launch.environments.local import LocalEnvironment, parse_gpus, visible_gpus
 from launch.environments.slurm import SlurmEnvironment
@@ -25,6 +27,17 @@ OVERRIDE = flags.DEFINE_multi_string(
     [],
     "Replaces one value of the configuration: cluster.policy=degrade. May be repeated.",
 )
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Directory of weights, of launch.convert or of Hugging Face. The model is the one in it.",
+)
+RANDOM_WEIGHTS = flags.DEFINE_boolean(
+    "random_weights",
+    False,
+    "Serve the configured model with weights that are drawn on the device, from --random_seed.",
+)
+RANDOM_SEED = flags.DEFINE_integer("random_seed", 0, "Seed of --random_weights.", 0)
 RUN_DIR = flags.DEFINE_string(
     "run_dir",
     None,
@@ -85,9 +98,7 @@ EXIT_USAGE = 2
 
 def run_config() -> RunConfig:
     """The configuration that the flags name. Raises UsageError."""
-    config = load_config(CONFIG.value)
-    for text in OVERRIDE.value:
-        config = override(config, text)
+    config = override(_with_weights(load_config(CONFIG.value)), *OVERRIDE.value)
     serve_flags = (("host", HOST), ("port", PORT), ("mirror_host", MIRROR_HOST))
     for name, value in ((name, flag.value) for name, flag in serve_flags):
         if value is not None:
@@ -103,9 +114,26 @@ def run_config() -> RunConfig:
     return config
 
 
+def _with_weights(config: RunConfig) -> RunConfig:
+    """`config` with the weights that flags name; what does not fit it yet, overrides may mend."""
+    if CHECKPOINT.value is not None and RANDOM_WEIGHTS.value:
+        raise UsageError("--checkpoint and --random_weights: give one of them")
+    if CHECKPOINT.value is not None:
+        directory = str(pathlib.Path(CHECKPOINT.value).absolute())
+        changes = {"checkpoint": directory, "model": read_model(directory)}
+        return _unchecked(config, random_weights=None, **changes)
+    if RANDOM_WEIGHTS.value:
+        return _unchecked(config, random_weights=RANDOM_SEED.value, checkpoint="")
+    return config
+
+
 def forwarded() -> list[str]:
     """Flags for another process of the same run. GPUs are looked for once, here."""
     arguments = [f"--config={CONFIG.value}", *(f"--override={text}" for text in OVERRIDE.value)]
+    if CHECKPOINT.value is not None:
+        arguments.append(f"--checkpoint={pathlib.Path(CHECKPOINT.value).absolute()}")
+    if RANDOM_WEIGHTS.value:
+        arguments += ["--random_weights", f"--random_seed={RANDOM_SEED.value}"]
     optional = (HOST, PORT, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
@@ -161,34 +189,51 @@ def load_config(name: str) -> RunConfig:
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-def override(config: RunConfig, text: str) -> RunConfig:
-    """`config` with one value replaced: `engine.combine=per_rank`, `name=try`.
+def override(config: RunConfig, *texts: str) -> RunConfig:
+    """`config` with values replaced: `engine.combine=per_rank`, `name=try`.
 
+    Whether the parts fit each other is checked at the end: two values may have to change together.
     Raises UsageError for an unknown name, a value of a wrong type, or one that the config refuses.
     """
-    path, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--override={text!r} must be of the form part.name=value")
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--override={text!r} must be of the form part.name=value")
+        try:
+            # Of the whole, only the part is checked.
+            config = _unchecked(config, **_change(config, path.split("."), value))
+        except ValueError as error:
+            raise UsageError(f"--override={text!r}: {error}") from error
     try:
-        return _replace(config, path.split("."), value)
+        return dataclasses.replace(config)
     except ValueError as error:
-        raise UsageError(f"--override={text!r}: {error}") from error
+        given = " ".join(f"--override={text!r}" for text in texts)
+        raise UsageError(f"{given or '--config=' + config.name}: {error}") from error
 
 
-def _replace(config, path: list[str], text: str):
-    hints = typing.get_type_hints(type(config))
+def _unchecked(config: RunConfig, **changes) -> RunConfig:
+    """A copy that nobody has checked yet."""
+    found = copy.copy(config)
+    for name, value in changes.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
+def _change(config, path: list[str], text: str) -> dict:
+    """`{name: value}`, which replaced in `config` has `text` at `path`."""
     name, rest = path[0], path[1:]
+    hints = typing.get_type_hints(type(config))
     if name not in hints:
         raise ValueError(f"{type(config).__name__} has no {name!r}, only {sorted(hints)}")
-    if rest:
-        return dataclasses.replace(config, **{name: _replace(getattr(config, name), rest, text)})
-    kind = hints[name]
-    if dataclasses.is_dataclass(kind):
-        raise ValueError(f"{name} has parts: {sorted(typing.get_type_hints(kind))}")
-    return dataclasses.replace(config, **{name: _parse(name, kind, text)})
+    if not rest:
+        return {name: _parse(name, hints[name], text)}
+    inner = getattr(config, name)
+    return {name: dataclasses.replace(inner, **_change(inner, rest, text))}
 
 
 def _parse(name: str, kind: type, text: str):
+    if dataclasses.is_dataclass(kind):
+        raise ValueError(f"{name} has parts: {sorted(typing.get_type_hints(kind))}")
     if isinstance(kind, types.UnionType):  # `int | None`
         if text in ("", "None"):
             return None

@@ -17,11 +17,10 @@ import orbax.checkpoint as ocp
 
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
-from eep_jax.model_config import model_from_values
 from eep_jax.models.weights import expert_name
+from eep_jax.relocation.manifest import MANIFEST, read_manifest
 from eep_jax.relocation.shards import open_orbax
 
-MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 
 
@@ -58,14 +57,7 @@ class Checkpoint:
 
     def __init__(self, directory):
         self.root = pathlib.Path(directory).absolute()
-        try:
-            self.manifest = json.loads((self.root / MANIFEST).read_text())
-            self.model = model_from_values(self.manifest["model"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.root} is no checkpoint: {error!r}; expected {MANIFEST} and {WEIGHTS}/ "
-                "as launch.train_tiny writes them"
-            ) from error
+        self.manifest, self.model = read_manifest(self.root)
 
     def require_model(self, model: ModelConfig) -> None:
         """Raises CheckpointError if the checkpoint is of another model than the configuration."""

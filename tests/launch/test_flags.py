@@ -1,12 +1,15 @@
 """Flags become a configuration or an error of usage that says what to write instead."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
 from absl import flags as absl_flags
 
 from configs import tiny_cpu
+from configs._architectures import PUBLISHED
+from eep_jax.errors import CheckpointError
 from launch import flags
 
 CONFIG = tiny_cpu.get_config()
@@ -26,7 +29,48 @@ def parse():
         values.unparse_flags()
 
 
+class TestWeights:
+    def test_a_checkpoint_brings_its_model(self, parse, tmp_path, monkeypatch):
+        model = dataclasses.replace(CONFIG.model, experts=32, name="other")
+        (tmp_path / "manifest.json").write_text(json.dumps({"model": dataclasses.asdict(model)}))
+        monkeypatch.chdir(tmp_path)
+        words = ["--config=tiny_cpu", "--checkpoint=."]
+        parse(*words)
+        with pytest.raises(flags.UsageError, match=r"--config=tiny_cpu.*raise slots_per_rank"):
+            flags.run_config()
+        parse(*words, "--override=cluster.redundancy=1", "--override=model.eos_token=5")
+        found = flags.run_config()
+        assert found.model == dataclasses.replace(model, eos_token=5)
+        assert found.checkpoint == str(tmp_path) and found.random_weights is None
+        assert f"--checkpoint={tmp_path}" in flags.forwarded()
+
+    def test_the_model_of_a_hugging_face_directory_is_read_too(self, parse, tmp_path):
+        fields, _ = PUBLISHED["Mixtral-8x7B"]
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        parse("--config=tiny_cpu", f"--checkpoint={tmp_path}")
+        assert flags.run_config().model.expert_hidden == 14336
+
+    def test_a_directory_of_neither_is_named(self, parse, tmp_path):
+        parse("--config=tiny_cpu", f"--checkpoint={tmp_path}")
+        with pytest.raises(CheckpointError, match=str(tmp_path)):
+            flags.run_config()
+
+    def test_random_weights_take_the_place_of_a_checkpoint(self, parse):
+        parse("--config=tiny_cpu", "--random_weights", "--random_seed=3")
+        found = flags.run_config()
+        assert (found.checkpoint, found.random_weights) == ("", 3)
+        assert flags.forwarded()[-2:] == ["--random_weights", "--random_seed=3"]
+        parse("--random_weights", "--checkpoint=x")
+        with pytest.raises(flags.UsageError, match="one of them"):
+            flags.run_config()
+
+
 class TestOverride:
+    def test_values_that_fit_only_together_are_replaced_together(self):
+        texts = ("platform=gpu", "engine.dtype=bfloat16", "cluster.slots_per_rank=4")
+        found = flags.override(CONFIG, *texts, "cluster.redundancy=1")
+        assert (found.platform, found.cluster.slots_per_rank) == ("gpu", 4)
+
     @pytest.mark.parametrize(
         ("text", "read", "value"),
         [
@@ -225,9 +269,15 @@ class TestMain:
 
 
 def test_every_value_of_the_configuration_can_be_overridden_with_itself():
-    for part in dataclasses.fields(CONFIG):
-        value = getattr(CONFIG, part.name)
-        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        texts = [f"{part.name}.{f.name}={getattr(value, f.name)}" for f in inner]
-        for text in texts or [f"{part.name}={value}"]:
-            assert flags.override(CONFIG, text) == CONFIG
+    for text in each_value(CONFIG, ""):
+        assert flags.override(CONFIG, text) == CONFIG
+
+
+def each_value(config, path: str):
+    """`part.name=value` of all values, also of parts of parts."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from each_value(value, f"{path}{field.name}.")
+        else:
+            yield f"{path}{field.name}={value}"
