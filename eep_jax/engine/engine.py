@@ -9,7 +9,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from eep_jax.config import RunConfig
@@ -22,7 +21,7 @@ from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.kv_cache import empty_cache
-from eep_jax.models.moe_block import ExpertSpread
+from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
 
@@ -88,12 +87,12 @@ class Engine:
             rank=rank,
             slots_per_rank=layout.slots,
             tile_rows=config.engine.row_tile,
+            mlp=expert_mlp(config.model),
             slab_bytes=heap.slab_bytes,
         )
-        self._step, names = make_step(config, spread)
-        dtype = jnp.dtype(config.engine.dtype)
+        self._step, dtypes = make_step(config, spread)
         # `device_put` compiles nothing, as `asarray` would for each shape.
-        self._dense = [jax.device_put(dense[name].astype(dtype)) for name in names]
+        self._dense = [jax.device_put(dense[name].astype(dtype)) for name, dtype in dtypes.items()]
         self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
         self._cache = empty_cache(config.model, config.engine)

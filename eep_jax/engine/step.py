@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.sampler import sample
-from eep_jax.models.attention import attend_cached
 from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread, elastic_experts, shared_elastic_experts
@@ -75,11 +74,13 @@ def result_like(cache: KVCache) -> StepResult:
 
 
 def make_step(config: RunConfig, spread: ExpertSpread):
-    """Returns (step, names): the function to compile, and the order of its dense weights.
+    """Returns (step, dense): the function to compile, and its dense weights in order, by name.
+
+    Each is to be given in the dtype that `dense` has for it.
 
     Everything that can change while serving is an argument; nothing of the cluster is closed over.
     """
-    graph, names = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
+    graph, dtypes = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
     tile = config.engine.row_tile
     on_gpu = config.platform == "gpu"
     run_experts = shared_elastic_experts if on_gpu else elastic_experts
@@ -97,7 +98,8 @@ def make_step(config: RunConfig, spread: ExpertSpread):
             keys, values = cache.keys[index], cache.values[index]
 
             def attend(x, q, keys, values, positions, layer=layer):
-                return layer.after_attention(x, attend_cached(q, keys, values, positions))
+                context = layer.attention.attend(q, keys, values, positions)
+                return (layer.after_attention if layer.routed else layer.finish)(x, context)
 
             def attend_slots(x, q, slots, positions, attend=attend, keys=keys, values=values):
                 return attend(x, q, keys[slots], values[slots], positions)
@@ -107,12 +109,14 @@ def make_step(config: RunConfig, spread: ExpertSpread):
                 parts = by_tile(attend, tile, x, q, keys, values, visible)
             else:
                 parts = by_tile(attend_slots, tile, x, q, batch.slots, visible)
+            if not layer.routed:
+                x = parts
+                continue
             x, normed, ids, weights = parts
             # An empty row goes to no expert.
             ids_or_none = jnp.where(batch.positions[:, None] >= 0, ids, -1)
-            y, lost, call = run_experts(
-                spread, number(index), normed, ids_or_none, weights, bank, heap, tables, call
-            )
+            parts = normed, ids_or_none, weights, bank, heap, tables, call
+            y, lost, call = run_experts(spread, number(layer.index), *parts)
             x, dropped = add(x, y), dropped + lost
             chosen.append(ids_or_none)
         logits = by_tile(decoder.logits, tile, x[batch.last_rows])
@@ -135,7 +139,7 @@ def make_step(config: RunConfig, spread: ExpertSpread):
             chosen=count_chosen(jnp.stack(chosen), config.model.experts),
         )
 
-    return step, names
+    return step, dtypes
 
 
 def count_chosen(ids: Int32[Array, "*L T K"], experts: int) -> Int32[Array, "E"]:

@@ -1,4 +1,4 @@
-"""Grouped-query attention with q/k norm and RoPE: projections, and the two ways to attend."""
+"""Grouped-query attention: projections, norms, RoPE, and the two ways to attend."""
 
 import functools
 
@@ -9,54 +9,91 @@ from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
-
-
-def rope(
-    x: Float[Array, "*T H C"], positions: Int32[Array, "*T"], theta: float
-) -> Float[Array, "*T H C"]:
-    """Rotates channel pairs (c, c + C/2) by `position * theta ** (-2c / C)`, in float32.
-
-    This is RoFormer's, in NeoX order. Returns the dtype of x.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sine, cosine = jnp.sin(angle), jnp.cos(angle)
-    low, high = x[..., :half], x[..., half:]
-    turned = jnp.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
-    return turned.astype(x.dtype)
+from eep_jax.models.rope import rope as rope  # re-exported
 
 
 class Attention(nnx.Module):
-    """The weights of one attention layer, and what is done before and after attending."""
+    """The weights of one attention layer, what is done before and after attending, and how.
 
-    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    Queries and keys are normed per head, all channels at once, or not at all; there may be biases,
+    a window of positions, and sinks: see ModelConfig.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.window = config.windows[layer] if config.windows else 0
         options = {"param_dtype": dtype, "rngs": rngs}
-        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, **options)
-        norm = lambda: nnx.RMSNorm(config.head_dim, epsilon=config.norm_eps, **options)
-        self.q_proj = linear(config.hidden, config.query_heads * config.head_dim)
-        self.k_proj = linear(config.hidden, config.kv_heads * config.head_dim)
-        self.v_proj = linear(config.hidden, config.kv_heads * config.head_dim)
-        self.o_proj = linear(config.query_heads * config.head_dim, config.hidden)
-        self.q_norm, self.k_norm = norm(), norm()
+        linear = lambda i, o: nnx.Linear(i, o, use_bias=config.qkv_bias, **options)
+        query, key = config.query_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj, self.k_proj = linear(config.hidden, query), linear(config.hidden, key)
+        self.v_proj = linear(config.hidden, key)
+        self.o_proj = nnx.Linear(query, config.hidden, use_bias=config.output_bias, **options)
+        norm = lambda width: nnx.RMSNorm(width, epsilon=config.norm_eps, **options)
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+        elif config.qk_norm == "full":
+            self.q_norm, self.k_norm = norm(query), norm(key)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.query_heads, dtype))
 
     def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
         """Returns q `[*T Hq C]`, k and v `[*T Hkv C]`; q and k are normed and rotated."""
-        heads = lambda y: y.reshape(*y.shape[:-1], -1, self.config.head_dim)
-        q = rope(self.q_norm(heads(self.q_proj(x))), positions, self.config.rope_theta)
-        k = rope(self.k_norm(heads(self.k_proj(x))), positions, self.config.rope_theta)
-        return q, k, heads(self.v_proj(x))
+        config, q, k = self.config, self.q_proj(x), self.k_proj(x)
+        heads = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
+        if config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = heads(q), heads(k)
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
+        return turn(q), turn(k), heads(self.v_proj(x))
+
+    def attend(self, q, keys, values, positions):
+        """`attend_cached` with the scale, window and sinks of this layer."""
+        return attend_cached(q, keys, values, positions, **self._options())
+
+    def attend_whole(self, q, k, v):
+        """`attend_causal` with the scale, window and sinks of this layer."""
+        return attend_causal(q, k, v, **self._options())
 
     def output(self, context: Float[Array, "*T Hq C"]) -> Float[Array, "*T D"]:
         return self.o_proj(context.reshape(*context.shape[:-2], -1))
 
+    def _options(self) -> dict:
+        config, options = self.config, {}
+        if config.rope.score_factor != 1:
+            options["scale"] = config.head_dim**-0.5 * config.rope.score_factor
+        if self.window:
+            options["window"] = self.window
+        if config.sinks:
+            options["sinks"] = self.sinks[...]
+        return options
+
 
 def attend_causal(
-    q: Float[Array, "N T Hq C"], k: Float[Array, "N T Hkv C"], v: Float[Array, "N T Hkv C"]
+    q: Float[Array, "N T Hq C"],
+    k: Float[Array, "N T Hkv C"],
+    v: Float[Array, "N T Hkv C"],
+    **options,
 ) -> Float[Array, "N T Hq C"]:
-    """Attention of N whole sequences to themselves; for training and for the reference."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    """Attention of N whole sequences to themselves; for training and for the reference.
+
+    `options` are those of `attend_cached`, which computes it then, one sequence after the other.
+    """
+    if not options:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return each_sequence(lambda *parts: attend_cached(*parts, **options), q, k, v)
+
+
+def each_sequence(attend, q, k, v):
+    """`attend(q, keys, values, positions)` of N whole sequences: each token sees its sequence."""
+
+    def one(parts):
+        q, k, v = parts
+        beside_all = lambda y: jnp.broadcast_to(y.swapaxes(0, 1), (len(q), *y.swapaxes(0, 1).shape))
+        return attend(q, beside_all(k), beside_all(v), jnp.arange(len(q)))
+
+    return jax.lax.map(one, (q, k, v))
 
 
 def attend_cached(
@@ -64,22 +101,48 @@ def attend_cached(
     k: Float[Array, "T Hkv P C"],
     v: Float[Array, "T Hkv P C"],
     positions: Int32[Array, "T"],
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
     """Attention of T tokens, each to its own P cached positions; it sees those `<= positions[t]`.
 
     Every token is an own batch entry of the matrix products, so its result has the same bits
     whichever other tokens stand beside it. Scores and softmax are float32, the result is of q's
     dtype. On a GPU cuDNN does it where it can, XLA elsewhere.
+
+    `scale` of the scores is `C ** -0.5` unless given. With a `window` only the last so many
+    positions are seen. `sinks` are scores that take part in the softmax and have no value.
     """
-    if fits_cudnn(q, k):
+    plain = scale is None and not window and sinks is None
+    if plain and fits_cudnn(q, k):
         return attend_cudnn(q, k, v, positions)
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("thgc,thpc->thgp", grouped, k) * (channels**-0.5)
-    visible = jnp.arange(k.shape[2])[None, :] <= positions[:, None]
+    scores = product("thgc,thpc->thgp", grouped, k) * (scale or channels**-0.5)
+    visible = seen(k.shape[2], positions, window)
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    else:
+        by_head = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
+        weights = softmax_with_sinks(scores, by_head).astype(v.dtype)
     context = product("thgp,thpc->thgc", weights, v).astype(q.dtype)
     return context.reshape(tokens, query_heads, channels)
+
+
+def seen(length: int, positions: Int32[Array, "T"], window: int = 0):
+    """bool `[T P]`: which of P positions each token sees."""
+    places = jnp.arange(length)[None, :]
+    visible = places <= positions[:, None]
+    return visible & (places > positions[:, None] - window) if window else visible
+
+
+def softmax_with_sinks(scores, sinks):
+    """`exp(score) / (exp(sink) + sum of exp(scores))` over the last axis."""
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+    shares = jnp.exp(scores - top)
+    return shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(sinks - top))

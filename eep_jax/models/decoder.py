@@ -4,38 +4,87 @@ Where attention looks and where experts run is given. `dtype` is that of weights
 statistics of norms, rotations, softmax, the router's logits and the tokens' are float32.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from eep_jax.config import ModelConfig
-from eep_jax.models.attention import Attention, attend_causal
-from eep_jax.models.moe_block import DenseExperts, dense_experts
-from eep_jax.models.router import route
+from eep_jax.models.attention import Attention
+from eep_jax.models.latent_attention import LatentAttention
+from eep_jax.models.moe_block import DenseExperts, dense_experts, expert_mlp
+from eep_jax.models.router import choose
+
+
+class Mlp(nnx.Module):
+    """SwiGLU that every token takes: a layer without experts, or the shared expert."""
+
+    def __init__(self, hidden: int, width: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.gate, self.up, self.down = (
+            linear(hidden, width),
+            linear(hidden, width),
+            linear(width, hidden),
+        )
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class DecoderLayer(nnx.Module):
-    """One layer, cut where other tokens (attention) or other ranks (experts) come in."""
+    """One layer, cut where other tokens (attention) or other ranks (experts) come in.
 
-    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    `routed` says whether it has experts: `after_attention` is for layers that have, `finish` for
+    those that have not. `index` is its number among the layers with experts.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.index, self.routed = layer - config.dense_layers, layer >= config.dense_layers
         options = {"param_dtype": dtype, "rngs": rngs}
+        attention = LatentAttention if config.latent else Attention
         self.attention_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **options)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = attention(config, layer, dtype=dtype, rngs=rngs)
         self.moe_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **options)
-        self.router = _to_float32(config.hidden, config.experts, **options)
+        if not self.routed:
+            self.mlp = Mlp(config.hidden, config.dense_hidden, dtype=dtype, rngs=rngs)
+            return
+        bias = config.router.bias
+        self.router = _to_float32(config.hidden, config.experts, use_bias=bias, **options)
+        if config.router.correction:
+            # Scores differ by less than a bfloat16 can tell.
+            self.router_correction = nnx.Param(jnp.zeros(config.experts, jnp.float32))
+        if config.shared_hidden:
+            self.shared = Mlp(config.hidden, config.shared_hidden, dtype=dtype, rngs=rngs)
+        if config.shared_gate:
+            self.shared_gate = nnx.Linear(config.hidden, 1, use_bias=False, **options)
 
     def before_attention(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
         """Returns q, k, v of these tokens."""
         return self.attention.project(self.attention_norm(x), positions)
 
     def after_attention(self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]):
-        """Returns residual and experts' input `[*T D]`, expert ids and weights `[*T K]`."""
+        """Returns residual and experts' input `[*T D]`, expert ids and weights `[*T K]`.
+
+        The residual has the shared expert's output in it already.
+        """
         x = x + self.attention.output(context)
-        normed = self.moe_norm(x)
-        config = self.config
-        ids, weights = route(self.router(normed), config.experts_per_token, config.norm_topk_prob)
+        normed, config = self.moe_norm(x), self.config
+        correction = self.router_correction[...] if config.router.correction else None
+        ids, weights = choose(self.router(normed), config, correction)
+        if config.shared_hidden:
+            shared = self.shared(normed)
+            if config.shared_gate:
+                shared = shared * jax.nn.sigmoid(self.shared_gate(normed))
+            x = x + shared
         return x, normed, ids, weights
+
+    def finish(self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]):
+        """The layer's output `[*T D]`, where it has no experts."""
+        x = x + self.attention.output(context)
+        return x + self.mlp(self.moe_norm(x))
 
 
 class Decoder(nnx.Module):
@@ -45,13 +94,18 @@ class Decoder(nnx.Module):
         self.config = config
         options = {"param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(config.vocab_size, config.hidden, **options)
-        layer = lambda: DecoderLayer(config, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([layer() for _ in range(config.layers)])
+        layer = lambda number: DecoderLayer(config, number, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([layer(number) for number in range(config.layers)])
         self.final_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **options)
-        self.head = _to_float32(config.hidden, config.vocab_size, **options)
+        if not config.tied_embeddings:
+            self.head = _to_float32(config.hidden, config.vocab_size, use_bias=False, **options)
 
     def logits(self, x: Float[Array, "*T D"]) -> Float32[Array, "*T V"]:
-        return self.head(self.final_norm(x))
+        normed = self.final_norm(x)
+        if not self.config.tied_embeddings:
+            return self.head(normed)
+        table = self.embed.embedding[...]
+        return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.float32)
 
 
 class DenseModel(nnx.Module):
@@ -70,13 +124,17 @@ class DenseModel(nnx.Module):
         `experts` replaces `dense_experts`, same arguments, where training wants a cheaper one.
         """
         decoder, routes = self.decoder, []
+        run = experts or functools.partial(dense_experts, mlp=expert_mlp(decoder.config))
         stacked = self.experts.weights[...]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = decoder.embed(tokens)
-        for index, layer in enumerate(decoder.layers):
-            q, k, v = layer.before_attention(x, positions)
-            x, normed, ids, weights = layer.after_attention(x, attend_causal(q, k, v))
-            x = add(x, (experts or dense_experts)(stacked, index, normed, ids, weights))
+        for layer in decoder.layers:
+            context = layer.attention.attend_whole(*layer.before_attention(x, positions))
+            if not layer.routed:
+                x = layer.finish(x, context)
+                continue
+            x, normed, ids, weights = layer.after_attention(x, context)
+            x = add(x, run(stacked, layer.index, normed, ids, weights))
             routes.append((ids, layer.router(normed)))
         return decoder.logits(x), routes
 
@@ -88,6 +146,4 @@ def add(x: Float[Array, "*T D"], y: Float[Array, "*T D"]) -> Float[Array, "*T D"
 
 def _to_float32(inputs: int, outputs: int, **options) -> nnx.Linear:
     """A projection that keeps the float32 in which its products are summed."""
-    return nnx.Linear(
-        inputs, outputs, use_bias=False, preferred_element_type=jnp.float32, **options
-    )
+    return nnx.Linear(inputs, outputs, preferred_element_type=jnp.float32, **options)

@@ -15,18 +15,21 @@ from eep_jax.config import EngineConfig, ModelConfig
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """One array per layer. A step that is discarded and run again writes the same rows again."""
+    """One array per layer. Latent attention keeps its rotated key and its latent, one head of each.
 
-    keys: tuple[Float[Array, "B Hkv P C"], ...]
-    values: tuple[Float[Array, "B Hkv P C"], ...]
+    A step that is discarded and run again writes the same rows again.
+    """
+
+    keys: tuple[Float[Array, "B Hk P Ck"], ...]
+    values: tuple[Float[Array, "B Hv P Cv"], ...]
 
     def write(
         self,
         layer: int,
         slots: Int32[Array, "T"],
         positions: Int32[Array, "T"],
-        k: Float[Array, "T Hkv C"],
-        v: Float[Array, "T Hkv C"],
+        k: Float[Array, "T Hk Ck"],
+        v: Float[Array, "T Hv Cv"],
     ) -> "KVCache":
         """Writes token t at `[slots[t], :, positions[t]]`; a position of -1 writes nothing."""
         # Out of range rather than negative, which would count from the end.
@@ -40,9 +43,13 @@ class KVCache:
 
 def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
     """Zeros for B sequences of P positions, in the engine's dtype."""
-    shape = (engine.batch_slots, model.kv_heads, engine.context_tokens, model.head_dim)
-    zeros = lambda: tuple(_zeros(shape, engine.dtype) for _ in range(model.layers))
-    return KVCache(zeros(), zeros())
+
+    def zeros(heads: int, channels: int) -> tuple:
+        shape = (engine.batch_slots, heads, engine.context_tokens, channels)
+        return tuple(_zeros(shape, engine.dtype) for _ in range(model.layers))
+
+    keys, values = model.cache_channels
+    return KVCache(zeros(*keys), zeros(*values))
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> Array:

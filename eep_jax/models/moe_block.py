@@ -13,6 +13,7 @@ from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.expert_gemm.api import expert_gemm
+from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 from pallas_kernels.window import WindowLayout
 
 
@@ -35,17 +36,31 @@ def dense_experts(
     x: Float[Array, "*T D"],
     expert_ids: Int32[Array, "*T K"],
     weights: Float32[Array, "*T K"],
+    mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "*T D"]:
     """Computes all experts for all tokens and weighs them: wasteful, differentiable, plainly right.
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`.
     """
-    gate, up, down = jnp.moveaxis(stacked[:, layer], 1, 0)
+    matrices, biases = mlp.split(stacked[:, layer])
+    gate_bias, up_bias, down_bias = biases or (0, 0, None)
+    gate, up, down = jnp.moveaxis(matrices, 1, 0)
     one_hot = jax.nn.one_hot(expert_ids, gate.shape[0], dtype=x.dtype)
     share = jnp.einsum("...ke,...k->...e", one_hot, weights.astype(x.dtype))
-    hidden = jax.nn.silu(jnp.einsum("...d,efd->...ef", x, gate))
-    hidden = hidden * jnp.einsum("...d,efd->...ef", x, up)
-    return jnp.einsum("...ef,efd->...d", hidden * share[..., None], down)
+    gated = jnp.einsum("...d,efd->...ef", x, gate) + gate_bias
+    hidden = mlp.activate(gated, jnp.einsum("...d,efd->...ef", x, up) + up_bias)
+    y = jnp.einsum("...ef,efd->...d", hidden * share[..., None], down)
+    return y if down_bias is None else y + share @ down_bias
+
+
+def expert_mlp(config: ModelConfig) -> ExpertMlp:
+    """What one routed expert of a model computes."""
+    return ExpertMlp(
+        activation=config.activation,
+        limit=config.activation_limit,
+        slope=config.activation_slope,
+        bias_width=config.expert_hidden if config.expert_biases else 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,7 @@ class ExpertSpread:
     rank: int
     slots_per_rank: int
     tile_rows: int = 8
+    mlp: ExpertMlp = SWIGLU
     slab_bytes: int = 0  # where the step is given the head of the heap only: see heap_argument
 
 
@@ -82,7 +98,7 @@ def elastic_experts(
     slots = assign(expert_ids, tables)
     rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
     call = call.after(suspicion)
-    results = expert_gemm(rows, here, bank, layer=layer, tile_rows=spread.tile_rows)
+    results = expert_gemm(rows, here, bank, layer=layer, tile_rows=spread.tile_rows, mlp=spread.mlp)
     y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
     dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
     return y, dropped, dataclasses.replace(call.after(suspicion).next(), wish=wish)

@@ -38,20 +38,21 @@ def build_dense_model(
     def fill(path, leaf):
         name = _path_name(path)
         values = stacked if name == "experts/weights" else dense[name.removeprefix("decoder/")]
-        return jnp.asarray(values, dtype).reshape(leaf.shape)
+        kept = dtype if name == "experts/weights" else leaf.dtype
+        return jnp.asarray(values, kept).reshape(leaf.shape)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 
 
 def decoder_graph(config: ModelConfig, dtype=jnp.float32):
-    """Returns (graphdef, names): `merge_decoder` with weights in that order rebuilds it.
+    """Returns (graphdef, dtypes by name): `merge_decoder` with weights in that order rebuilds it.
 
-    The weights must be of `dtype`, which the decoder computes in.
+    Nearly all are of `dtype`, which the decoder computes in.
     """
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     flat, tree = jax.tree_util.tree_flatten_with_path(state)
-    return (graph, tree), [_path_name(path) for path, _ in flat]
+    return (graph, tree), {_path_name(path): leaf.dtype for path, leaf in flat}
 
 
 def merge_decoder(graph, leaves) -> Decoder:

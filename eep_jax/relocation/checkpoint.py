@@ -49,6 +49,15 @@ def save_checkpoint(
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def require_same_model(root, found: ModelConfig, wanted: ModelConfig, but=()) -> None:
+    """Raises CheckpointError naming the fields, apart from `but`, in which the models differ."""
+    has, should = dataclasses.asdict(found), dataclasses.asdict(wanted)
+    differ = [name for name in should if name not in but and has[name] != should[name]]
+    if differ:
+        wrong = {name: f"{has[name]} instead of {should[name]}" for name in differ}
+        raise CheckpointError(f"{root} holds another model than the configuration: {wrong}")
+
+
 class Checkpoint:
     """A checkpoint opened for reading. Reads are whole weights, each compared with its digest.
 
@@ -61,14 +70,7 @@ class Checkpoint:
 
     def require_model(self, model: ModelConfig) -> None:
         """Raises CheckpointError if the checkpoint is of another model than the configuration."""
-        if self.model != model:
-            found, wanted = dataclasses.asdict(self.model), dataclasses.asdict(model)
-            wrong = {
-                k: f"{found[k]} instead of {wanted[k]}" for k in wanted if found[k] != wanted[k]
-            }
-            raise CheckpointError(
-                f"{self.root} holds another model than the configuration: {wrong}"
-            )
+        require_same_model(self.root, self.model, model)
 
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, in the stored dtype."""

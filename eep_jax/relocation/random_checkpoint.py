@@ -15,6 +15,7 @@ from eep_jax.config import ModelConfig, RunConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import dense_names, expert_name
 from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
 POOL = 1_048_583  # prime, so that rows of a matrix do not repeat with the pool
 STORED = np.dtype(ml_dtypes.bfloat16)
@@ -49,6 +50,7 @@ class RandomCheckpoint:
         """All weights outside the experts, by name, bfloat16.
 
         Norms are ones, the embedding is normal, a kernel `[i, o]` is normal times `i ** -0.5`.
+        Biases are zeros.
         """
         return {name: self._draw_dense(name) for name in self._dense_shapes}
 
@@ -67,7 +69,9 @@ class RandomCheckpoint:
         shape = self._dense_shapes[name]
         if name.endswith("/scale"):
             return np.ones(shape, STORED)
-        scale = 1.0 if name.endswith("/embedding") else shape[0] ** -0.5
+        if name.endswith(("/bias", "/sinks", "/router_correction")):
+            return np.zeros(shape, STORED)
+        scale = 1.0 if name.endswith("/embedding") else shape[-2] ** -0.5
         pool = self._stream(_DENSE, *name.encode()).standard_normal(POOL, np.float32)
         return np.resize(_bits(pool * np.float32(scale)), shape).view(STORED)
 
@@ -116,8 +120,11 @@ class _Digests(collections.abc.Mapping):
         return len(self._names)
 
 
-def open_checkpoint(config: RunConfig) -> Checkpoint | RandomCheckpoint:
+def open_checkpoint(config: RunConfig) -> Checkpoint | RandomCheckpoint | HuggingFaceCheckpoint:
     """The weights that a run serves, of the configured model.
+
+    A directory with a manifest is ours, one with a config.json is Hugging Face's: its experts are
+    converted to the engine's dtype as they are read.
 
     Raises CheckpointError where the configuration names none or two, or they are of another model.
     """
@@ -130,6 +137,9 @@ def open_checkpoint(config: RunConfig) -> Checkpoint | RandomCheckpoint:
         )
     if config.random_weights is not None:
         return RandomCheckpoint(config.model, config.random_weights)
-    checkpoint = Checkpoint(config.checkpoint)
+    if is_hugging_face(config.checkpoint):
+        checkpoint = HuggingFaceCheckpoint(config.checkpoint, config.engine.dtype)
+    else:
+        checkpoint = Checkpoint(config.checkpoint)
     checkpoint.require_model(config.model)
     return checkpoint

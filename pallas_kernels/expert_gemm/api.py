@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.device import platform
 from pallas_kernels.expert_gemm.config import GemmConfig, config_for, tile_rows_for
 from pallas_kernels.expert_gemm.host import expert_gemm_tiles
+from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 
 
 def expert_gemm(
@@ -16,8 +17,10 @@ def expert_gemm(
     layer: "int | Int32[Array, '']",
     tile_rows: int = 8,
     config: GemmConfig | None = None,
+    mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "R T K D"]:
-    """SwiGLU of every received choice: `y[s, t, k] = down(silu(gate(x)) * up(x))`, x = rows[s, t].
+    """The expert of every received choice: `y[s, t, k] = down(silu(gate(x)) * up(x))`,
+    x = rows[s, t], or what `mlp` says instead.
 
     `slots` are slots of this rank, -1 for a choice that lies elsewhere. `bank` holds all layers of
     all slots; only `layer` is read. Raises ValueError for shapes that disagree.
@@ -26,15 +29,20 @@ def expert_gemm(
     GPU the bank is bfloat16, rows may be what dispatch left in the window, `config` says how the
     kernels are launched, and results of other choices are not written: they may hold anything.
     There the layer may be an int32 scalar, which must be in range.
-    Raises NotImplementedError there unless F and D are multiples of 64.
+    Raises NotImplementedError there unless F and D are multiples of 64, and for another `mlp`.
     """
     if rows.shape[:2] != slots.shape[:2] or rows.shape[-1] != bank.shape[-1]:
         raise ValueError(f"{rows.shape=}, {slots.shape=} and {bank.shape=} do not belong together")
     if isinstance(layer, int) and not 0 <= layer < bank.shape[1]:
         raise ValueError(f"{layer=} is not in 0..{bank.shape[1] - 1}")
     if platform() == "gpu":
+        if mlp != SWIGLU:
+            raise NotImplementedError(
+                f"{mlp}: the GPU kernels compute silu(gate) * up without biases; run experts of "
+                "another kind on CPU"
+            )
         return _on_gpu(rows, slots, bank, layer, config)
-    return expert_gemm_tiles(rows, slots, bank, layer, tile_rows)
+    return expert_gemm_tiles(rows, slots, bank, layer, tile_rows, mlp)
 
 
 def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None):

@@ -1,13 +1,14 @@
-"""Grouped GEMM + SwiGLU for CPU: choices grouped by slot into tiles of a few rows each.
+"""Grouped GEMM + activation for CPU: choices grouped by slot into tiles of a few rows each.
 
 The loop runs over the tiles that hold rows, not over the most there could be. Every product has the
 same shape, `[tile D] x [D F]`, so a row's result has the same bits in any tile, at any place.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 
 
 def expert_gemm_tiles(
@@ -16,6 +17,7 @@ def expert_gemm_tiles(
     bank: Float[Array, "S L 3 F D"],
     layer: int,
     tile_rows: int,
+    mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "R T K D"]:
     """Same as the reference for `bank[:, layer]`; rows of choices that lie elsewhere are zero."""
     sources, tokens, choices = slots.shape
@@ -41,11 +43,16 @@ def expert_gemm_tiles(
     def one_tile(tile, out):
         chosen = lax.dynamic_slice(pair_at, (tile * tile_rows,), (tile_rows,))
         x = flat_rows[jnp.minimum(chosen, pairs - 1) // choices]
-        weights = lax.dynamic_index_in_dim(bank, slot_of_tile[tile], keepdims=False)[layer]
+        expert = lax.dynamic_index_in_dim(bank, slot_of_tile[tile], keepdims=False)[layer]
+        weights, biases = mlp.split(expert)
         by_channel = (((1,), (1,)), ((), ()))
         gate = lax.dot_general(x, weights[0], by_channel)
         up = lax.dot_general(x, weights[1], by_channel)
-        y = jnp.dot(jax.nn.silu(gate) * up, weights[2])
+        if biases is not None:
+            gate, up = gate + biases[0], up + biases[1]
+        y = jnp.dot(mlp.activate(gate, up), weights[2])
+        if biases is not None:
+            y = y + biases[2]
         return out.at[chosen].set(y, mode="drop", unique_indices=True)
 
     out = lax.fori_loop(0, ends[-1], one_tile, jnp.zeros((pairs, hidden), rows.dtype))

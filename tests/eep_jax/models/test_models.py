@@ -102,7 +102,7 @@ def test_a_decoder_is_rebuilt_from_its_leaves_without_a_copy():
     graph, names = decoder_graph(model)
     leaves = [jnp.asarray(dense[name]) for name in names]
     decoder = merge_decoder(graph, leaves)
-    assert decoder.head.kernel[...] is leaves[names.index("head/kernel")]
+    assert decoder.head.kernel[...] is leaves[list(names).index("head/kernel")]
 
 
 def test_names_of_experts_sort_like_experts():

@@ -1,0 +1,100 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), computed on what is cached.
+
+A head's key is `key_up[h] @ latent` beside one rotated key of all heads, its value is
+`latent @ value_up[h]`. Instead of making keys and values of every position, the query is taken
+through `key_up` once, and the weighed latent through `value_up`: the products are the same.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from eep_jax.config import ModelConfig
+from eep_jax.models.attention import each_sequence, seen
+from eep_jax.models.rope import rope
+
+NORM_EPS = 1e-6  # of the latents' norms, whatever that of the layers is
+
+
+class LatentAttention(nnx.Module):
+    """The weights of one latent attention layer, with the verbs of Attention.
+
+    What `project` calls k is the rotated key `[*T 1 Cr]`, what it calls v the latent `[*T 1 Ckv]`.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config, latent, heads = config, config.latent, config.query_heads
+        options = {"param_dtype": dtype, "rngs": rngs}
+        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, **options)
+        norm = lambda width: nnx.RMSNorm(width, epsilon=NORM_EPS, **options)
+        query = heads * (latent.plain_channels + latent.rope_channels)
+        if latent.q_rank:
+            self.q_down, self.q_norm = linear(config.hidden, latent.q_rank), norm(latent.q_rank)
+            self.q_up = linear(latent.q_rank, query)
+        else:
+            self.q_proj = linear(config.hidden, query)
+        self.kv_down = linear(config.hidden, latent.kv_rank + latent.rope_channels)
+        self.kv_norm = norm(latent.kv_rank)
+        draw = lambda *shape: (
+            jax.random.normal(rngs.params(), shape, jnp.float32) * latent.kv_rank**-0.5
+        ).astype(dtype)
+        self.key_up = nnx.Param(draw(heads, latent.plain_channels, latent.kv_rank))
+        self.value_up = nnx.Param(draw(heads, latent.kv_rank, latent.value_channels))
+        self.o_proj = linear(heads * latent.value_channels, config.hidden)
+
+    def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
+        """Returns q `[*T Hq Ckv+Cr]` (as the latent sees it, then the rotated part), k and v."""
+        config, latent = self.config, self.config.latent
+        q = self.q_up(self.q_norm(self.q_down(x))) if latent.q_rank else self.q_proj(x)
+        q = q.reshape(*q.shape[:-1], config.query_heads, -1)
+        turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
+        plain, turned = q[..., : latent.plain_channels], turn(q[..., latent.plain_channels :])
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        absorbed = product("...hn,hnr->...hr", plain, self.key_up[...]).astype(x.dtype)
+        kept = self.kv_down(x)
+        key = turn(kept[..., None, latent.kv_rank :])
+        return (
+            jnp.concatenate([absorbed, turned], axis=-1),
+            key,
+            self.kv_norm(kept[..., : latent.kv_rank])[..., None, :],
+        )
+
+    def attend(self, q, keys, values, positions):
+        """`attend_latent` with the scale of this model."""
+        config, latent = self.config, self.config.latent
+        scale = (latent.plain_channels + latent.rope_channels) ** -0.5 * config.rope.score_factor
+        return attend_latent(q, keys[:, 0], values[:, 0], positions, scale=scale)
+
+    def attend_whole(self, q, k, v):
+        """N whole sequences, each to itself."""
+        return each_sequence(self.attend, q, k, v)
+
+    def output(self, context: Float[Array, "*T Hq Ckv"]) -> Float[Array, "*T D"]:
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        values = product("...hr,hrv->...hv", context, self.value_up[...]).astype(context.dtype)
+        return self.o_proj(values.reshape(*values.shape[:-2], -1))
+
+
+def attend_latent(
+    q: Float[Array, "T Hq Q"],
+    keys: Float[Array, "T P Cr"],
+    latents: Float[Array, "T P Ckv"],
+    positions: Int32[Array, "T"],
+    *,
+    scale: float,
+) -> Float[Array, "T Hq Ckv"]:
+    """Attention of T tokens, each to its own P cached latents; it sees those `<= positions[t]`.
+
+    Q is Ckv + Cr. As in `attend_cached` every token is an own batch entry, scores and softmax are
+    float32, and the result is of q's dtype.
+    """
+    rank = latents.shape[-1]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("thr,tpr->thp", q[..., :rank], latents)
+    scores = (scores + product("thr,tpr->thp", q[..., rank:], keys)) * scale
+    scores = jnp.where(seen(keys.shape[1], positions)[:, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype)
+    return product("thp,tpr->thr", weights, latents).astype(q.dtype)

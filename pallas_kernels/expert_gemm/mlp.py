@@ -1,0 +1,59 @@
+"""What one expert computes: how gate and up become hidden channels, and where biases stand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ACTIVATIONS = ("swiglu", "clamped_swiglu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMlp:
+    """`y = down(activation(gate(x), up(x)))`, with biases where `bias_width` says so.
+
+    - `swiglu`: `silu(gate) * up`.
+    - `clamped_swiglu` (gpt-oss): gate is at most `limit`, up between `-limit` and `limit`, then
+      `gate * sigmoid(slope * gate) * (up + 1)`.
+
+    With `bias_width` F the weights of an expert `[3 F' D]` have rows below the first F: their first
+    F values are the bias of gate, or of up, and the first D that of down. Without (0), all rows are
+    weights. Padding of zeros adds nothing in either.
+    """
+
+    activation: str = "swiglu"
+    limit: float = 7.0
+    slope: float = 1.702
+    bias_width: int = 0
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"{self.activation=} must be one of {ACTIVATIONS}")
+        if self.bias_width < 0:
+            raise ValueError(f"{self.bias_width=} must be F, or 0 for no biases")
+
+    def activate(self, gate: Float[Array, "*N F"], up: Float[Array, "*N F"]):
+        """The hidden channels `[*N F]`."""
+        if self.activation == "swiglu":
+            return jax.nn.silu(gate) * up
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.slope * gate) * (up + 1)
+
+    def split(self, expert: Float[Array, "*N 3 G D"]):
+        """Returns weights `[*N 3 F D]`, and biases: gate, up `[*N F]`, down `[*N D]`, or None.
+
+        Raises ValueError where the rows below F do not hold a bias.
+        """
+        width, (rows, hidden) = self.bias_width, expert.shape[-2:]
+        if not width:
+            return expert, None
+        if (rows - width) * hidden < max(width, hidden):
+            raise ValueError(f"{rows} rows of {hidden} have no room for biases below {width=}")
+        below = expert[..., width:, :].reshape(*expert.shape[:-2], -1)
+        biases = below[..., 0, :width], below[..., 1, :width], below[..., 2, :hidden]
+        return expert[..., :width, :], biases
+
+
+SWIGLU = ExpertMlp()

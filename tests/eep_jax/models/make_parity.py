@@ -1,0 +1,172 @@
+"""Writes tiny random checkpoints of every family, and the logits that transformers has for them.
+
+    python -m tests.eep_jax.models.make_parity --out=tests/eep_jax/models/parity
+
+Needs torch (CPU) and transformers, which the project itself does not. The files beside this one
+were made so; `test_parity.py` compares with them, and with torch at hand makes them anew.
+
+A checkpoint is written by `save_pretrained`, in shards for one family. `expected.npz` holds the
+prompt `[T]`, the logits of its positions `[T V]`, the tokens that greedy decoding goes on with
+`[N]`, and the logits of those N steps `[N V]`, computed with a KV cache in float32.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+PROMPT_TOKENS, STEPS, SEED = 12, 32, 0
+EXPECTED = "expected.npz"
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8}
+LATENT = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+# Class of the configuration, and what differs from the sizes above.
+FAMILIES = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        EXPERTS
+        | {"head_dim": 12, "norm_topk_prob": True, "tie_word_embeddings": True}
+        | {"attention_bias": True},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        EXPERTS | {"shared_expert_intermediate_size": 20, "num_key_value_heads": 4},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {"intermediate_size": 40, "num_local_experts": 8, "sliding_window": 9},
+    ),
+    "olmoe": ("OlmoeConfig", {"intermediate_size": 24, "num_experts": 8}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        LATENT
+        | {"q_lora_rank": 20, "n_shared_experts": 2, "topk_method": "group_limited_greedy"}
+        | {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v2_lite": (
+        "DeepseekV2Config",
+        LATENT
+        | {"q_lora_rank": None, "n_shared_experts": 1, "topk_method": "greedy"}
+        | {"n_group": 1, "topk_group": 1}
+        | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        LATENT
+        | {"q_lora_rank": 20, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+        | {"num_experts_per_tok": 3, "num_mtp_layers": 0}
+        | {"rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 1.0}},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"intermediate_size": 40, "num_local_experts": 8, "head_dim": 8, "sliding_window": 8}
+        | {"rope_parameters": YARN | {"truncate": False}, "num_hidden_layers": 2},
+    ),
+}
+SHARDED = "mixtral"
+
+
+def make_all(out: pathlib.Path) -> None:
+    """Writes every family under `out`, a directory of its own each."""
+    for name in FAMILIES:
+        make_one(name, out / name)
+
+
+def make_one(name: str, directory: pathlib.Path) -> None:
+    """Writes one family's checkpoint and what is expected of it."""
+    import torch
+    import transformers
+
+    class_name, changes = FAMILIES[name]
+    config = getattr(transformers, class_name)(**SIZES | changes)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _draw(model)
+    shard = "60KB" if name == SHARDED else "100MB"
+    model.save_pretrained(directory, max_shard_size=shard)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(directory / EXPECTED, **_expected(model))
+    facts = {"transformers": transformers.__version__, "torch": torch.__version__}
+    (directory / "made_with.json").write_text(json.dumps(facts) + "\n")
+
+
+def _draw(model) -> None:
+    """Weights of a size at which every part matters: no two experts or tokens are nearly alike."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    normal = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in name:
+                continue
+            if "norm" in name:
+                tensor.copy_(1 + 0.2 * normal(tensor))
+            elif name.endswith(("bias", "sinks")):
+                tensor.copy_(0.3 * normal(tensor))
+            elif "embed" in name:
+                # A tied head gives every token its own embedding back: then the rest must outweigh.
+                tensor.copy_(normal(tensor) * (0.15 if model.config.tie_word_embeddings else 1))
+            else:
+                fused_of_gpt_oss = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+                inputs = tensor.shape[-2 if fused_of_gpt_oss and "GptOss" in repr(model) else -1]
+                tensor.copy_(normal(tensor) * 1.5 * inputs**-0.5)
+
+
+def _expected(model) -> dict[str, np.ndarray]:
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED + 1)
+    prompt = torch.randint(0, SIZES["vocab_size"], (1, PROMPT_TOKENS), generator=generator)
+    with torch.no_grad():
+        found = model(prompt, use_cache=True)
+        prefill, logits, tokens, cache = found.logits[0], [], [], found.past_key_values
+        token = prefill[-1].argmax()
+        for _ in range(STEPS):
+            tokens.append(int(token))
+            found = model(token.reshape(1, 1), past_key_values=cache, use_cache=True)
+            logits.append(found.logits[0, -1])
+            token = logits[-1].argmax()
+    return {
+        "prompt": prompt[0].numpy().astype(np.int32),
+        "prefill": prefill.numpy(),
+        "tokens": np.asarray(tokens, np.int32),
+        "decode": torch.stack(logits).numpy(),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    make_all(parser.parse_args().out)

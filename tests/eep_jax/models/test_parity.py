@@ -1,0 +1,36 @@
+"""Promise: every family's logits are those of transformers, from its own checkpoint files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from eep_jax.models.weights import build_dense_model, dense_names, expert_name
+from tests.support.parity import NAMES, reference
+
+
+def dense_model(checkpoint):
+    """All of it in one process, no cache: the plain formula."""
+    found = checkpoint.read_experts(list(range(checkpoint.model.experts)))
+    experts = {expert_name(e): weights for e, weights in found.items()}
+    return build_dense_model(checkpoint.model, checkpoint.read_dense(), experts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_sequence_has_the_logits_of_transformers(name):
+    wanted = reference(name)
+    tokens = np.concatenate([wanted.prompt, wanted.tokens])
+    graph, state = nnx.split(dense_model(wanted.checkpoint))
+    logits = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)[0])
+    wanted.assert_same(np.asarray(logits(state, jnp.asarray(tokens[None]))[0]), slice(None))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_has_just_the_weights_of_the_decoder(name):
+    checkpoint = reference(name).checkpoint
+    dense = checkpoint.read_dense()
+    shapes = {key: leaf.shape for key, leaf in dense_names(checkpoint.model).items()}
+    assert {key: dense[key].shape for key in dense} == shapes
+    total = sum(weights.size for weights in dense.values())
+    assert checkpoint.model.dense_parameters == total
