@@ -20,6 +20,11 @@ def with_addresses(config: RunConfig, run_dir: pathlib.Path) -> RunConfig:
     serve = config.serve
     if not serve.mirror_host:
         return config
+    if config.platform != "cpu":
+        raise flags.UsageError(
+            f"--mirror_host={serve.mirror_host}: ranks on several hosts need platform cpu, the "
+            f"configuration has {config.platform!r}; GPU ranks must share one host"
+        )
     supervisor = _supervisor_host(run_dir)
     mirror = reachable_address("--mirror_host", serve.mirror_host, supervisor)
     backup = serve.backup_host

@@ -110,7 +110,8 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     watch.phase("device")
     cluster, checkpoint = config.cluster, open_checkpoint(config)
     layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
-    heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend())
+    mirror = mirror_options(config, layout.window)
+    heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend(), mirror)
     watch.phase("heap")
     dense = checkpoint.read_dense()
     watch.phase("weights")
@@ -129,6 +130,21 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     _log.info("loaded after %.1f s", time.monotonic() - started)
     watch.phase("sources")
     return Agent(rank, engine, heap, executor, link, backups, watch)
+
+
+def mirror_options(config: RunConfig, layout):
+    """How ranks of other hosts are reached; None without --mirror_host."""
+    from eep_jax.heap.mirror import MirrorOptions
+    from eep_jax.runtime.identity import host_id
+
+    if not config.serve.mirror_host:
+        return None
+    return MirrorOptions(
+        host=config.serve.mirror_host,
+        host_id=host_id(flags.HOST_ID.value),
+        token=flags.read_token(flags.required_run_dir()),
+        layout=layout,
+    )
 
 
 def open_backups(config, rank: int, checkpoint, rates):

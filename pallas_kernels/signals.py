@@ -19,6 +19,10 @@ FIRST_COUNT = 2
 
 WAIT_SLICE_NS = 1_000_000  # how often a sleeping wait looks at the abort word
 
+# The same number on all processors; since Linux 5.16.
+_FUTEX_WAITV_CALL, _FUTEX_32_BITS, _WAITV_MAX, _ENOSYS = 449, 2, 128, 38
+POLL_NS = 100_000  # where several words cannot be slept on at once
+
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,6 +31,15 @@ _fence = threading.Lock()
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Waiter(ctypes.Structure):
+    _fields_ = (
+        ("value", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    )
 
 
 def first_round(epoch: int) -> int:
@@ -65,6 +78,49 @@ def sleep_on(flag: np.ndarray, seen: int, timeout_ns: int) -> None:
     address = ctypes.c_void_p(flag.ctypes.data)
     value = ctypes.c_uint32(seen)
     _libc.syscall(_FUTEX_CALL, address, _FUTEX_WAIT, value, ctypes.byref(limit))
+
+
+class AnyFlag:
+    """Sleeps on several flags at once, wherever they lie: who posts them need not know.
+
+    `flags` are at most 128 views of one uint32 each; they must outlive this.
+    """
+
+    def __init__(self, flags: list[np.ndarray]):
+        if len(flags) > _WAITV_MAX:
+            raise ValueError(f"{len(flags)} flags to sleep on, at most {_WAITV_MAX}")
+        self._flags, self._can_wait = flags, _FUTEX_CALL is not None
+        addresses = [flag.ctypes.data for flag in flags]
+        self._waiters = (_Waiter * len(flags))(
+            *(_Waiter(0, address, _FUTEX_32_BITS, 0) for address in addresses)
+        )
+
+    def values(self) -> list[int]:
+        """What the flags hold. All that was written before a flag was posted can be read after."""
+        found = [int(flag[0]) for flag in self._flags]
+        with _fence:
+            pass
+        return found
+
+    def sleep(self, seen: list[int], timeout_ns: int) -> None:
+        """Until a flag is posted or holds something else than was `seen`, or the time is over."""
+        if not self._can_wait:
+            time.sleep(min(timeout_ns, POLL_NS) / 1e9)
+            return
+        for waiter, value in zip(self._waiters, seen, strict=True):
+            waiter.value = value
+        ends_ns = time.monotonic_ns() + timeout_ns
+        limit = _Timespec(ends_ns // 1_000_000_000, ends_ns % 1_000_000_000)
+        found = _libc.syscall(
+            _FUTEX_WAITV_CALL,
+            ctypes.byref(self._waiters),
+            ctypes.c_uint(len(self._flags)),
+            ctypes.c_uint(0),
+            ctypes.byref(limit),
+            ctypes.c_int(time.CLOCK_MONOTONIC),
+        )
+        if found < 0 and ctypes.get_errno() == _ENOSYS:
+            self._can_wait = False
 
 
 def wait_round(

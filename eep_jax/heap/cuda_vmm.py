@@ -100,6 +100,9 @@ class MappedCudaHeap:
             self._unmap(rank)
             self._map_dummy(rank)
 
+    def is_mapped(self, rank: int) -> bool:
+        return True
+
     def control(self) -> np.ndarray:
         return self._control.whole()
 

@@ -41,6 +41,13 @@ class SymmetricHeap(Protocol):
     def detach(self, rank: int) -> None:
         """Puts the dummy in the slot of `rank`; its memory is no longer reachable from here."""
 
+    def is_mapped(self, rank: int) -> bool:
+        """Whether the slot of `rank` is the slab itself, or staging for one on another host.
+
+        `read` of the latter goes over a network, within a deadline, and raises HeapError if it
+        cannot.
+        """
+
     def control(self) -> np.ndarray:
         """The control pages, uint8 `[R CONTROL_BYTES]`: host memory that all processes share."""
 

@@ -2,18 +2,29 @@
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
 from eep_jax.heap.posix_shm import PosixShmHeap
 
 
-def open_heap(rank: int, ranks: int, slab_bytes: int, platform: str) -> SymmetricHeap:
+def open_heap(
+    rank: int, ranks: int, slab_bytes: int, platform: str, mirror: MirrorOptions | None = None
+) -> SymmetricHeap:
     """The heap of one rank process. `platform` as `jax.default_backend()` says: cpu, gpu, cuda.
 
-    On a GPU it takes device 0 of CUDA_VISIBLE_DEVICES, which must be the one JAX uses. Raises
-    HeapError for other platforms and where memory cannot be had.
+    `mirror` is how ranks of other hosts are reached; None where there are none. On a GPU it takes
+    device 0 of CUDA_VISIBLE_DEVICES, which must be the one JAX uses. Raises HeapError for other
+    platforms, for a mirror on a GPU, and where memory cannot be had.
     """
     if platform == "cpu":
+        if mirror is not None:
+            return MirrorHeap(rank, ranks, slab_bytes, mirror)
         return PosixShmHeap(rank, ranks, slab_bytes)
     if platform in ("gpu", "cuda"):
+        if mirror is not None:
+            raise HeapError(
+                "GPU ranks must share one host: the mirror forwards host memory only; leave "
+                "--mirror_host away, or take a configuration of platform cpu"
+            )
         from eep_jax.heap.cuda_vmm import CudaVmmHeap
 
         return CudaVmmHeap(rank, ranks, slab_bytes)

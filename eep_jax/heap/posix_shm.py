@@ -46,14 +46,17 @@ class MappedHeap:
         self._closed = False
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, "reserve the range")
-        self.own_fd = _memory_file(f"eep-rank{rank}", slab_bytes)
-        self._dummy = _memory_file(f"eep-dummy{rank}", slab_bytes)
+        self.own_fd = memory_file(f"eep-rank{rank}", slab_bytes)
+        self._dummy = memory_file(f"eep-dummy{rank}", slab_bytes)
         for slot in range(ranks):
             self._map(slot, self.own_fd if slot == rank else self._dummy)
 
     def detach(self, rank: int) -> None:
         self._check_peer(rank)
         self._map(rank, self._dummy)
+
+    def is_mapped(self, rank: int) -> bool:
+        return True
 
     def control(self) -> np.ndarray:
         return self.whole()[:, :CONTROL_BYTES]
@@ -143,7 +146,7 @@ class PosixShmHeap(MappedHeap):
         super().close()
 
 
-def _memory_file(name: str, size: int) -> int:
+def memory_file(name: str, size: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
     return fd

@@ -123,6 +123,10 @@ class ExpertBank:
         """A copy of what an own slot holds, `[L 3 F D]` in the bank's dtype."""
         return self.read_peer(self._heap.rank, slot)
 
+    def is_mapped(self, rank: int) -> bool:
+        """Whether the bank of `rank` is memory of this host, or read over a network."""
+        return self._heap.is_mapped(rank)
+
     def read_peer(self, rank: int, slot: int) -> np.ndarray:
         """A copy of a slot of an attached peer, `[L 3 F D]`; of a detached one, bytes of no use."""
         region = self.layout.slot(slot)

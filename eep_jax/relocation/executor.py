@@ -125,8 +125,14 @@ class Executor:
         """What a source says the expert is; see `verify`. May hang."""
         return self._transports[source.kind].fetch(expert, source)
 
+    def is_in_memory(self, source: Source) -> bool:
+        """Whether fetching from it is a copy within this host, which takes no time to speak of."""
+        if source.kind is SourceKind.PEER:
+            return self._bank.is_mapped(source.rank)
+        return source.kind is SourceKind.LOCAL
+
     def _fetch(self, expert: int, source: Source) -> np.ndarray:
-        if source.kind in (SourceKind.LOCAL, SourceKind.PEER):
+        if self.is_in_memory(source):
             return self.fetch(expert, source)  # memory does not hang
         key = (source.kind.value, source.rank)
         return self._patience.run(key, lambda: self.fetch(expert, source))

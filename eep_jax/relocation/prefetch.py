@@ -13,13 +13,11 @@ from collections.abc import Callable
 import numpy as np
 
 from eep_jax.placement.planner import Move
-from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.placement.sources import Source
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.patience import Patience
 
 _log = logging.getLogger(__name__)
-
-IN_MEMORY = (SourceKind.LOCAL, SourceKind.PEER)
 
 
 @dataclasses.dataclass
@@ -68,7 +66,7 @@ class Prefetch:
     def _begin(self, expert: int, source: Source) -> None:
         read = self._read = _Read(source, time.monotonic())
         copied = None
-        if source.kind in IN_MEMORY:
+        if self._executor.is_in_memory(source):
             try:
                 copied = self._executor.fetch(expert, source)
             except Exception as error:  # any failure of a source means the next source

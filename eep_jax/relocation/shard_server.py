@@ -15,7 +15,7 @@ import time
 
 from orbax.checkpoint.experimental.emergency.p2p import protocol, service
 
-from eep_jax.relocation.handshake import admit, enter
+from eep_jax.handshake import admit, enter
 
 _log = logging.getLogger(__name__)
 

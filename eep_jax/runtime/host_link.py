@@ -66,7 +66,7 @@ class ProcessWatch:
 
     def report(self) -> messages.HostReport:
         for process, pidfd in self._pidfds.items():
-            if pidfd is not None and select.select([pidfd], [], [], 0)[0]:
+            if pidfd is not None and _has_ended(pidfd):
                 os.close(pidfd)
                 self._pidfds[process] = None
         alive = [p for p, pidfd in self._pidfds.items() if pidfd is not None]
@@ -82,6 +82,12 @@ class ProcessWatch:
         pidfd = self._pidfds.pop(process)
         if pidfd is not None:
             os.close(pidfd)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class HostLink:

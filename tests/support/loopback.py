@@ -79,9 +79,10 @@ class Outcome:
 class LoopbackRanks:
     """R ranks with a heap each. Every exchange is a new epoch, in windows full of stale garbage."""
 
-    def __init__(self, layout: WindowLayout, slots_per_rank: int):
+    def __init__(self, layout: WindowLayout, slots_per_rank: int, open_heaps=open_all):
+        """`open_heaps(ranks, slab_bytes)` are heaps attached to each other."""
         self.layout, self.slots_per_rank = layout, slots_per_rank
-        self.heaps = open_all(layout.ranks, round_up(layout.window_bytes, 4096))
+        self.heaps = open_heaps(layout.ranks, round_up(layout.window_bytes, 4096))
         self.arrays = [heap_array(heap) for heap in self.heaps]
         self.windows = [layout.views(heap.whole())[heap.rank] for heap in self.heaps]
         self.epoch, self.round = 0, first_round(0)

@@ -19,16 +19,28 @@ from eep_jax.heap.cuda_loopback import CudaLoopbackHeap
 from eep_jax.heap.cuda_vmm import CudaVmmHeap
 from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap
 from eep_jax.heap.loopback import LoopbackHeap
+from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
 from eep_jax.heap.open import open_heap as open_heap_for
 from eep_jax.heap.posix_shm import PosixShmHeap
+from pallas_kernels.window import WindowLayout
 from tests.support.fake_cuda import put_fake_driver
 
 SLAB_BYTES = 8192
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+class NearHeap(MirrorHeap):
+    """A heap of several hosts whose ranks happen to be on one: nothing may be different."""
+
+    def __init__(self, rank: int, ranks: int, slab_bytes: int):
+        layout = WindowLayout(ranks=3, tokens=1, choices=1, hidden=4)
+        options = MirrorOptions(host="127.0.0.1", host_id="here", token="x" * 16, layout=layout)
+        super().__init__(rank, ranks, slab_bytes, options)
+
+
 @pytest.fixture(
-    params=[LoopbackHeap, PosixShmHeap, CudaLoopbackHeap, CudaVmmHeap], ids=lambda c: c.__name__
+    params=[LoopbackHeap, PosixShmHeap, NearHeap, CudaLoopbackHeap, CudaVmmHeap],
+    ids=lambda c: c.__name__,
 )
 def open_heap(request, monkeypatch):
     """Opens heaps that are closed after the test; those of CUDA over a driver of host memory."""

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from orbax.checkpoint.experimental.emergency.p2p import protocol
 
+from eep_jax.handshake import admit, enter
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.planner import initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store, shard_server
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore, bytes_on_disk
 from eep_jax.relocation.checkpoint import Checkpoint, digest
-from eep_jax.relocation.handshake import admit, enter
 from eep_jax.relocation.rates import Rates
 from tests.support.models import a_model, rounded_weights
 

@@ -22,30 +22,33 @@ class NotAMember(ConnectionError):
     """The other end does not know the token, or is no end of such a connection."""
 
 
-def admit(connection: socket.socket, token: str, deadline_s: float) -> None:
-    """The server's part. Raises NotAMember, or OSError where the other end is gone or too slow."""
+def admit(connection: socket.socket, token: str, deadline_s: float, service: bytes = MAGIC) -> None:
+    """The server's part. Raises NotAMember, or OSError where the other end is gone or too slow.
+
+    `service` names what is served, so that no proof for one is of use for another.
+    """
     ends_s = time.monotonic() + deadline_s
     nonce = secrets.token_bytes(NONCE_BYTES)
     connection.settimeout(deadline_s)
-    connection.sendall(MAGIC + nonce)
+    connection.sendall(service + nonce)
     answer = _receive(connection, NONCE_BYTES + PROOF_BYTES, ends_s)
     theirs, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
-    if not hmac.compare_digest(proof, _proof(token, b"client", nonce, theirs)):
+    if not hmac.compare_digest(proof, _proof(token, service + b"client", nonce, theirs)):
         raise NotAMember("wrong token")
-    connection.sendall(_proof(token, b"server", nonce, theirs))
+    connection.sendall(_proof(token, service + b"server", nonce, theirs))
 
 
-def enter(connection: socket.socket, token: str, deadline_s: float) -> None:
+def enter(connection: socket.socket, token: str, deadline_s: float, service: bytes = MAGIC) -> None:
     """The client's part. Raises NotAMember where the server does not know the token, or OSError."""
     ends_s = time.monotonic() + deadline_s
     connection.settimeout(deadline_s)
-    greeting = _receive(connection, len(MAGIC) + NONCE_BYTES, ends_s)
-    if not greeting.startswith(MAGIC):
-        raise NotAMember(f"a server of something else: {greeting[: len(MAGIC)]!r}")
-    nonce, own = greeting[len(MAGIC) :], secrets.token_bytes(NONCE_BYTES)
-    connection.sendall(own + _proof(token, b"client", nonce, own))
+    greeting = _receive(connection, len(service) + NONCE_BYTES, ends_s)
+    if not greeting.startswith(service):
+        raise NotAMember(f"a server of something else: {greeting[: len(service)]!r}")
+    nonce, own = greeting[len(service) :], secrets.token_bytes(NONCE_BYTES)
+    connection.sendall(own + _proof(token, service + b"client", nonce, own))
     proof = _receive(connection, PROOF_BYTES, ends_s)
-    if not hmac.compare_digest(proof, _proof(token, b"server", nonce, own)):
+    if not hmac.compare_digest(proof, _proof(token, service + b"server", nonce, own)):
         raise NotAMember("the server does not know the token")
 
 

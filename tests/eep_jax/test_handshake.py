@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from eep_jax.relocation.handshake import MAGIC, NONCE_BYTES, PROOF_BYTES, NotAMember, admit, enter
+from eep_jax.handshake import MAGIC, NONCE_BYTES, PROOF_BYTES, NotAMember, admit, enter
 
 TOKEN = "a token of enough letters"
 

@@ -1,0 +1,219 @@
+"""The symmetric heap over several hosts: slabs of this host are mapped, others are mirrored.
+
+The slot of a rank on another host is staging memory of this process. Kernels write rows into it
+and post flags as they do anywhere; a thread sees a flag change, sends what it announces, and the
+peer's process stores the rows and then posts the flag itself. So kernels cannot tell, a rank is
+written by nobody but itself and its own host's ranks, and an evicted rank is kept out by refusing
+its frames.
+"""
+
+import dataclasses
+import hashlib
+import os
+import secrets
+import threading
+
+import numpy as np
+
+from eep_jax.errors import HeapError
+from eep_jax.heap.heap import check_bytes, check_copy
+from eep_jax.heap.mirror_frames import BadFrame, FrameCodec
+from eep_jax.heap.mirror_link import MirrorLink, MirrorReader
+from eep_jax.heap.mirror_server import READ_BYTES_MAX, MirrorServer
+from eep_jax.heap.mirror_wire import ID_BYTES, Introduction, Purpose, call
+from eep_jax.heap.posix_shm import ATTACH_DEADLINE_MS, PosixShmHeap, memory_file
+from pallas_kernels.window import WindowLayout
+
+SCHEME, SEPARATOR = "mirror", "|"
+READ_DEADLINE_S = 5.0
+READ_BYTES_PER_S_MIN = 10e6  # slower than this counts as broken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MirrorOptions:
+    """How ranks of other hosts and this one reach each other.
+
+    `host` is an address of this machine, `host_id` what `runtime.identity.host_id` says, `token`
+    the run's. Raises ValueError for an id that a handle cannot hold.
+    """
+
+    host: str
+    host_id: str
+    token: str
+    layout: WindowLayout
+
+    def __post_init__(self):
+        if SEPARATOR in self.host_id or not self.host_id:
+            raise ValueError(f"host_id={self.host_id!r} must not be empty or hold {SEPARATOR!r}")
+
+
+@dataclasses.dataclass
+class _Peer:
+    """A rank of another host while it is attached."""
+
+    heap: bytes  # id of its heap, by which its frames are known
+    link: MirrorLink
+    reader: MirrorReader
+    call: int = 0  # of its connection whose frames count: the newest that sent any
+
+
+class MirrorHeap(PosixShmHeap):
+    """A handle is `mirror:<host id>|<handle on that host>|<address>|<heap id>`."""
+
+    def __init__(self, rank: int, ranks: int, slab_bytes: int, options: MirrorOptions):
+        super().__init__(rank, ranks, slab_bytes)
+        self._options, self._id = options, secrets.token_bytes(ID_BYTES)
+        self._layout_digest = hashlib.sha256(repr(options.layout).encode()).digest()[:ID_BYTES]
+        self._codec = FrameCodec(options.layout, rank)
+        self._windows = options.layout.views(self.whole())
+        self._peers: dict[int, _Peer] = {}
+        self._lock = threading.Lock()  # of `_peers`; held while a frame is stored
+        self.frames_refused = 0
+        try:
+            self._mirror = MirrorServer(
+                options.host,
+                options.token,
+                ranks,
+                self._why_not,
+                self._codec.payload_bytes,
+                self._store,
+                self._own_bytes,
+            )
+        except HeapError:
+            super().close()
+            raise
+
+    def export(self) -> str:
+        fields = (self._options.host_id, super().export(), self._mirror.address, self._id.hex())
+        return f"{SCHEME}:{SEPARATOR.join(fields)}"
+
+    def attach(self, rank: int, handle: str) -> None:
+        self._check_peer(rank)
+        scheme, _, rest = handle.partition(":")
+        fields = rest.split(SEPARATOR)
+        if scheme != SCHEME or len(fields) != 4:
+            raise HeapError(
+                f"handle {handle!r} of rank {rank} is not of the form {SCHEME}:<host>|<handle>|"
+                "<address>|<heap>; start all ranks with --mirror_host"
+            )
+        host, local, address, heap = fields
+        if host == self._options.host_id:
+            super().attach(rank, local)
+            self._forget(rank)
+            return
+        try:
+            self._attach_remote(rank, address, bytes.fromhex(heap))
+        except (OSError, ValueError, HeapError) as error:
+            raise HeapError(
+                f"rank {rank} on host {host} cannot be reached at {address}: {error}"
+            ) from error
+
+    def detach(self, rank: int) -> None:
+        self._check_peer(rank)
+        self._forget(rank)
+        super().detach(rank)
+
+    def read(self, rank: int, offset: int, nbytes: int) -> np.ndarray:
+        peer = self._peers.get(rank)
+        if peer is None:
+            return super().read(rank, offset, nbytes)
+        check_bytes(self, rank, offset, nbytes)
+        if nbytes > READ_BYTES_MAX:
+            raise HeapError(f"{nbytes} bytes of rank {rank} at once, at most {READ_BYTES_MAX}")
+        return peer.reader.read(offset, nbytes, READ_DEADLINE_S + nbytes / READ_BYTES_PER_S_MIN)
+
+    def copy_in(self, offset: int, rank: int, source_offset: int, nbytes: int) -> None:
+        check_copy(self, offset, rank, source_offset, nbytes)
+        self.write(offset, self.read(rank, source_offset, nbytes))
+
+    def fill_zero(self, offset: int, nbytes: int) -> None:
+        """Also in the staging slabs: flags that are cleared at home are none elsewhere."""
+        super().fill_zero(offset, nbytes)
+        for rank in list(self._peers):
+            self._bytes(rank, offset, nbytes)[...] = 0
+
+    def is_mapped(self, rank: int) -> bool:
+        return rank not in self._peers
+
+    def close(self) -> None:
+        if not self._closed:
+            self._mirror.close()
+            for rank in list(self._peers):
+                self._forget(rank)
+        super().close()
+
+    def _attach_remote(self, rank: int, address: str, heap: bytes) -> None:
+        calls = {
+            purpose: lambda purpose=purpose: call(
+                address,
+                self._options.token,
+                self._introduction(purpose, heap),
+                ATTACH_DEADLINE_MS / 1000,
+            )
+            for purpose in Purpose
+        }
+        connection = calls[Purpose.WRITES]()
+        staging = memory_file(f"eep-staging{rank}", self.slab_bytes)
+        try:
+            self._forget(rank)  # an earlier process of that rank
+            self.attach_fd(rank, staging)
+        finally:
+            os.close(staging)
+        link = MirrorLink(
+            rank, self._codec, self._windows, self.rank, connection, calls[Purpose.WRITES]
+        )
+        reader = MirrorReader(rank, calls[Purpose.READS])
+        with self._lock:
+            self._peers[rank] = _Peer(heap, link, reader)
+
+    def _forget(self, rank: int) -> None:
+        """Takes no frame of that rank any more, and sends it none."""
+        with self._lock:
+            peer = self._peers.pop(rank, None)
+        if peer is not None:
+            peer.link.close()
+            peer.reader.close()
+
+    def _introduction(self, purpose: Purpose, wanted: bytes) -> Introduction:
+        return Introduction(
+            purpose=purpose,
+            rank=self.rank,
+            ranks=self.ranks,
+            slab_bytes=self.slab_bytes,
+            layout=self._layout_digest,
+            heap=self._id,
+            wanted=wanted,
+        )
+
+    def _why_not(self, caller: Introduction) -> str:
+        """Why a caller's frames and questions make no sense here, or ''."""
+        if caller.wanted != self._id:
+            return f"rank {self.rank} has another process here by now"
+        if caller.rank == self.rank or caller.rank >= self.ranks:
+            return f"rank {caller.rank} is not a peer of rank {self.rank} of {self.ranks}"
+        found = (caller.ranks, caller.slab_bytes, caller.layout)
+        if found != (self.ranks, self.slab_bytes, self._layout_digest):
+            return (
+                f"the slab of rank {self.rank} has {self.slab_bytes} bytes for {self.ranks} ranks, "
+                f"rank {caller.rank} expects {caller.slab_bytes} for {caller.ranks}, or another "
+                "layout; start all ranks with the same configuration"
+            )
+        return ""
+
+    def _store(
+        self, caller: Introduction, call: int, kind: int, number: int, items: int, payload
+    ) -> None:
+        """One frame of an attached peer. Others' are dropped: they may come from the evicted."""
+        with self._lock:
+            peer = self._peers.get(caller.rank)
+            if peer is None or peer.heap != caller.heap:
+                self.frames_refused += 1
+                return
+            if call < peer.call:
+                raise BadFrame("it called again since, and this frame is older")
+            peer.call = call
+            own = self._windows[self.rank]
+            self._codec.store(kind, number, items, payload, own, caller.rank)
+
+    def _own_bytes(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._bytes(self.rank, offset, nbytes))

@@ -1,0 +1,158 @@
+"""What travels for one use of a window: packed out of a staging slab, stored into a real one.
+
+A frame is everything that a flag announces, and then the flag: who stores a frame writes its data
+first. A flag holds its round, so a frame that comes late, or twice, satisfies no wait.
+
+    header    kind u8, 3 unused, round u32, items u32, payload bytes u32; little endian
+    SENT      the writer's wish, slots [T K], weights [T K], item numbers [N], rows [N]
+    RETURNED  item numbers [N], results [N]; an item is a token, or a choice of one (per_choice)
+    WAKE      nothing: the round at which the writer found work
+"""
+
+import enum
+import struct
+
+import numpy as np
+
+from pallas_kernels.signals import parity, post
+from pallas_kernels.window import WindowLayout
+
+HEADER = struct.Struct("<BxxxIII")
+ROUTING = ("header", "slots", "weights")  # of all tokens, before the rows
+_NUMBER = np.dtype("<u4")
+
+
+class Kind(enum.IntEnum):
+    """What a frame announces; those of one round in the order in which they are made."""
+
+    SENT = 1
+    RETURNED = 2
+    WAKE = 3
+
+
+class BadFrame(ValueError):
+    """A frame that no rank of this configuration sends."""
+
+
+class FrameCodec:
+    """Frames between the windows of one layout, for the rank whose process this is."""
+
+    def __init__(self, layout: WindowLayout, rank: int):
+        self._layout, self._rank = layout, rank
+        self._regions = layout.regions
+        tokens, choices = layout.tokens, layout.choices
+        self._results = tokens * choices if layout.combine == "per_choice" else tokens
+        routing = sum(self._bytes_of_one(name) for name in ROUTING)
+        self._fixed_bytes = {Kind.SENT: routing, Kind.RETURNED: 0, Kind.WAKE: 0}
+        self._items_max = {Kind.SENT: tokens, Kind.RETURNED: self._results, Kind.WAKE: 0}
+        result = self._regions["returns"]
+        self._item_bytes = {
+            Kind.SENT: layout.row_bytes,
+            Kind.RETURNED: layout.hidden * result.dtype.itemsize,
+            Kind.WAKE: 0,
+        }
+
+    @property
+    def payload_bytes_max(self) -> int:
+        """Of the longest frame that there is."""
+        return max(self.payload_bytes(kind, self._items_max[kind]) for kind in Kind)
+
+    def _bytes_of_one(self, name: str) -> int:
+        """What one writer has of a double-buffered region, for one parity."""
+        return self._regions[name].bytes // (2 * self._layout.ranks)
+
+    def flags(self, window: dict[str, np.ndarray]) -> list[tuple[Kind, np.ndarray]]:
+        """The words of this rank in a window: whoever changes one wants a frame sent."""
+        rank = self._rank
+        doubled = ((Kind.SENT, "sent"), (Kind.RETURNED, "returned"))
+        found = [
+            (kind, window[name][half, rank : rank + 1]) for kind, name in doubled for half in (0, 1)
+        ]
+        return [*found, (Kind.WAKE, window["wake"][rank : rank + 1])]
+
+    def payload_bytes(self, kind: int, items: int) -> int:
+        """The length that such a frame must have. Raises BadFrame where there is no such frame."""
+        if kind not in self._items_max:
+            raise BadFrame(f"kind {kind} is none of {[k.value for k in Kind]}")
+        if items > self._items_max[kind]:
+            raise BadFrame(
+                f"{items} items in a frame of kind {Kind(kind).name}, at most "
+                f"{self._items_max[kind]} fit into a window"
+            )
+        return self._fixed_bytes[kind] + items * (_NUMBER.itemsize + self._item_bytes[kind])
+
+    def pack(self, kind: Kind, number: int, staging: dict, own: dict, peer: int) -> list:
+        """The frame of round `number` for `peer`, as buffers of its own: nothing of it is shared.
+
+        `staging` is the window that this rank's kernels filled in the peer's place, `own` the own
+        one: what the peer sent of its tokens says which results it gets.
+        """
+        pieces = []
+        half, rank = parity(number), self._rank
+        if kind is Kind.SENT:
+            slots = staging["slots"][half, rank]
+            items = np.flatnonzero((slots >= 0).any(axis=1)).astype(_NUMBER)
+            rows = staging["rows"][half, rank][items]
+            routing = (staging[name][half, rank].tobytes() for name in ROUTING)
+            pieces = [*routing, items.tobytes(), _bytes_of(rows)]
+        elif kind is Kind.RETURNED:
+            wanted = own["slots"][half, peer] >= 0
+            if self._layout.combine != "per_choice":
+                wanted = wanted.any(axis=1)
+            items = np.flatnonzero(wanted.reshape(-1)).astype(_NUMBER)
+            results = staging["returns"][half, rank].reshape(self._results, -1)[items]
+            pieces = [items.tobytes(), _bytes_of(results)]
+        count = len(items) if pieces else 0
+        length = sum(map(len, pieces))
+        return [HEADER.pack(kind, number, count, length), *pieces]
+
+    def store(
+        self, kind: int, number: int, items: int, payload: memoryview, own: dict, writer: int
+    ):
+        """Puts what `writer` sent where it would have written it itself, then posts its flag.
+
+        Raises BadFrame, and then nothing was stored.
+        """
+        if len(payload) != self.payload_bytes(kind, items):
+            raise BadFrame(
+                f"{len(payload)} bytes for {items} items of kind {Kind(kind).name}, expected "
+                f"{self.payload_bytes(kind, items)}"
+            )
+        half = parity(number)
+        if kind == Kind.WAKE:
+            post(own["wake"][writer : writer + 1], number)
+            bell = own["bell"]
+            post(bell, (int(bell[0]) + 1) & 0xFFFFFFFF)
+            return
+        fixed = self._fixed_bytes[kind]
+        numbers_end = fixed + items * _NUMBER.itemsize
+        numbers = np.frombuffer(payload[fixed:numbers_end], _NUMBER)
+        if items and int(numbers.max()) >= self._items_max[kind]:
+            raise BadFrame(f"item {int(numbers.max())} is not below {self._items_max[kind]}")
+        data = np.frombuffer(payload[numbers_end:], np.uint8).reshape(items, -1 if items else 0)
+        if kind == Kind.SENT:
+            self._store_routing(payload[:fixed], {n: own[n][half, writer] for n in ROUTING})
+            target, flag = own["rows"][half, writer], own["sent"]
+        else:
+            target = own["returns"][half, writer].reshape(self._results, -1)
+            flag = own["returned"]
+        if items:
+            target.view(np.uint8)[numbers] = data
+        # All of the frame is stored; only now may a wait end.
+        post(flag[half, writer : writer + 1], number)
+
+    def _store_routing(self, routing: memoryview, targets: dict[str, np.ndarray]) -> None:
+        found, start = {}, 0
+        for name, target in targets.items():
+            piece = routing[start : start + target.nbytes]
+            found[name] = np.frombuffer(piece, target.dtype).reshape(target.shape)
+            start += target.nbytes
+        if int(found["slots"].min()) < -1:
+            raise BadFrame(f"slot {int(found['slots'].min())} is below -1")
+        for name, target in targets.items():
+            target[...] = found[name]
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """An array that nobody else holds, as bytes."""
+    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
