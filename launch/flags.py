@@ -80,8 +80,8 @@ SUPERVISOR = flags.DEFINE_string(
 MIRROR_HOST = flags.DEFINE_string(
     "mirror_host",
     None,
-    "Address of this host at which ranks of other hosts reach its ranks. Needed on every host, as "
-    "soon as there are two.",
+    "Address of this host at which ranks of other hosts reach its ranks; auto: the one from which "
+    "it reaches the supervisor. Needed on every host, as soon as there are two.",
 )
 HOST_ID = flags.DEFINE_string(
     "host_id",
@@ -134,6 +134,8 @@ def forwarded() -> list[str]:
         arguments.append(f"--checkpoint={pathlib.Path(CHECKPOINT.value).absolute()}")
     if RANDOM_WEIGHTS.value:
         arguments += ["--random_weights", f"--random_seed={RANDOM_SEED.value}"]
+    if ENVIRONMENT.value != "local":
+        arguments.append(f"--environment={ENVIRONMENT.value}")
     optional = (HOST, PORT, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]

@@ -1,10 +1,11 @@
 """Entry of a host's launcher: starts the ranks of this host, and brings dead ones back.
 
-    python -m launch.node --config=tiny_cpu --supervisor=10.0.0.1:7777 --mirror_host=10.0.0.2 \
+    python -m launch.node --config=tiny_cpu --supervisor=10.0.0.1:7777 --mirror_host=auto \\
         --ranks=2,3 --run_dir=DIR     # DIR, of this host, holds the token; or EEP_TOKEN does
 
 It also is the supervisor's eye and hand on this host: it says when a rank's process ends, within
 milliseconds, and ends those that were evicted. The ranks of a launcher that is killed die with it.
+Several launchers of one host are fine: in a SLURM step each task may be one, for its own rank.
 """
 
 import asyncio
@@ -19,15 +20,19 @@ import tempfile
 from absl import app
 from absl import flags as absl_flags
 
+from eep_jax.config import RunConfig
 from eep_jax.runtime.host_link import HostLink, HostLinkOptions
 from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.supervisor_files import ENDPOINT
 from launch import flags
 from launch.addresses import with_addresses
 from launch.cluster import LocalCluster, rank_name
+from launch.errors import UsageError
 from launch.processes import end_with_parent, set_up_logging
 
-RANKS = absl_flags.DEFINE_list("ranks", None, "The ranks of this host, such as 2,3.")
+RANKS = absl_flags.DEFINE_list(
+    "ranks", None, "The ranks of this host, such as 2,3. Default: --rank, or the task's in SLURM."
+)
 RESPAWN_DELAY = absl_flags.DEFINE_integer(
     "rank_respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
 )
@@ -55,12 +60,13 @@ class HostRanks(LocalCluster):
 def main() -> int:
     set_up_logging("node")
     end_with_parent(flags.PARENT_PID.value)
-    config, ranks = flags.run_config(), own_ranks(flags.run_config().cluster.ranks)
+    config = flags.run_config()
+    ranks, address = own_ranks(config), flags.supervisor_address(config)
     run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-node-")).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     token = flags.read_token(run_dir)
-    if not flags.SUPERVISOR.value and not flags.RUN_DIR.value:
-        raise flags.UsageError(
+    if address is None and not flags.RUN_DIR.value:
+        raise UsageError(
             "where is the supervisor? Give --supervisor=HOST:PORT, or --run_dir=DIR if this host "
             "shares the supervisor's run directory"
         )
@@ -70,7 +76,7 @@ def main() -> int:
     link = HostLink(
         HostLinkOptions(
             endpoint_file=run_dir / ENDPOINT,
-            address=flags.SUPERVISOR.value,
+            address=str(address or ""),
             token=token,
             host=host_id(flags.HOST_ID.value),
             run=config.name,
@@ -85,12 +91,14 @@ def main() -> int:
         host_ranks.stop()
 
 
-def own_ranks(ranks: int) -> tuple[int, ...]:
-    """--ranks as numbers. Raises UsageError for none, and for what is no rank."""
-    texts = RANKS.value or []
-    if not texts or not all(text.isdigit() and int(text) < ranks for text in texts):
-        raise flags.UsageError(f"--ranks={','.join(texts)} must name ranks of 0..{ranks - 1}: 2,3")
-    return tuple(sorted({int(text) for text in texts}))
+def own_ranks(config: RunConfig) -> tuple[int, ...]:
+    """--ranks as numbers, else the one rank of this process. Raises UsageError for none."""
+    ranks = config.cluster.ranks
+    if RANKS.value is None:
+        return (flags.identity(config).rank,)
+    if not all(text.isdecimal() and int(text) < ranks for text in RANKS.value):
+        raise UsageError(f"--ranks={','.join(RANKS.value)} must name ranks of 0..{ranks - 1}: 2,3")
+    return tuple(sorted({int(text) for text in RANKS.value}))
 
 
 async def _work(host_ranks: HostRanks, link: HostLink) -> int:

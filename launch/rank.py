@@ -46,7 +46,7 @@ def main() -> int:
             run=config.name,
             heartbeat_ms=config.cluster.heartbeat_ms,
             message_bytes_max=config.serve.message_bytes_max,
-            address=flags.SUPERVISOR.value,
+            address=str(flags.supervisor_address(config) or ""),
             host=flags.HOST_ID.value,
             mirrored=bool(config.serve.mirror_host),
         )
