@@ -4,6 +4,13 @@
     <directory>/weights/        Orbax: {"dense": {name: array}, "experts": {"e007": [L 3 F D]}}
 
 Orbax restores just the named leaves (`partial_restore`), so a repair reads only its orphans.
+
+One that is written piece by piece (`conversion.py`), of which no more than a piece is ever in
+memory, has `"layout": "pieces"` in its manifest, and an Orbax checkpoint for each of its pieces:
+
+    <directory>/weights/e007/        {"e007": [L 3 F D]}, which is one chunk
+    <directory>/weights/layers.12/   {name: array} of the dense weights of a layer
+    <directory>/weights/embed/ ...   and of each other part of the decoder
 """
 
 import dataclasses
@@ -22,6 +29,7 @@ from eep_jax.relocation.manifest import MANIFEST, read_manifest
 from eep_jax.relocation.shards import open_orbax
 
 WEIGHTS = "weights"
+PIECES = "pieces"  # value of "layout" in the manifest
 
 
 def digest(array: np.ndarray) -> str:
@@ -87,21 +95,12 @@ class Checkpoint:
         return {e: arrays[expert_name(e)] for e in experts}
 
     def _read(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
-        wanted = {part: {name: 0 for name in names}}
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         try:
-            with open_orbax() as checkpointer:
-                restored = checkpointer.restore(
-                    self.root / WEIGHTS,
-                    args=ocp.args.PyTreeRestore(
-                        item=wanted, restore_args=arguments, partial_restore=True
-                    ),
-                )
+            arrays = self._restore(part, names)
         except Exception as error:  # Orbax and TensorStore raise many types for unreadable storage
             raise CheckpointError(
                 f"cannot read {names} of {self.root / WEIGHTS}: {error}"
             ) from error
-        arrays = {name: np.asarray(array) for name, array in restored[part].items()}
         for name, array in arrays.items():
             found, expected = digest(array), self.manifest[part][name]
             if found != expected:
@@ -110,3 +109,41 @@ class Checkpoint:
                     f"{expected}; the stored bytes are damaged, restore them from a copy"
                 )
         return arrays
+
+    def _restore(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+        weights = self.root / WEIGHTS
+        if self.manifest.get("layout") != PIECES:
+            return restore(weights, {part: names})[part]
+        by_piece: dict[str, list[str]] = {}
+        for name in names:
+            by_piece.setdefault(piece_of(name), []).append(name)
+        found = {}
+        for piece, members in by_piece.items():
+            found |= restore(weights / piece, members)
+        return found
+
+
+def restore(directory: pathlib.Path, names) -> dict:
+    """Just these leaves of an Orbax checkpoint; `names` is a list, or a dict of lists.
+
+    Raises whatever Orbax and TensorStore raise.
+    """
+    wanted = _leaves(names)
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    restore_them = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+    with open_orbax() as checkpointer:
+        return jax.tree.map(np.asarray, checkpointer.restore(directory, args=restore_them))
+
+
+def _leaves(names) -> dict:
+    if isinstance(names, dict):
+        return {part: _leaves(inner) for part, inner in names.items()}
+    return dict.fromkeys(names, 0)
+
+
+def piece_of(name: str) -> str:
+    """The piece that a weight belongs to: `layers/12/router/kernel` to `layers.12`, `e007` to
+    itself, `embed/embedding` to `embed`.
+    """
+    first, *rest = name.split("/")
+    return f"{first}.{rest[0]}" if first == "layers" else first

@@ -27,5 +27,8 @@ def load_shard(directory: pathlib.Path) -> np.ndarray:
         )
 
 
-def open_orbax() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+def open_orbax(compressed: bool = True) -> ocp.Checkpointer:
+    """Weights that are converted are not compressed: bfloat16 shrinks little, and reads slower."""
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=compressed)
+    )

@@ -46,31 +46,32 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, after a BOS that no text may hold.
+    """One token per byte of UTF-8, after a BOS that no text may hold; a negative `bos_token`: none.
 
     For models without a tokenizer. One with a larger vocabulary, such as random weights in the
     shape of a real model, may answer with ids above 255, which become U+FFFD.
     """
 
-    has_bos = True
-
     def __init__(self, vocab_size: int = 256, bos_token: int = 0):
         self.vocab_size, self.bos_token = vocab_size, bos_token
+        self.has_bos = bos_token >= 0
 
     def encode(self, text: str) -> tuple[int, ...]:
         tokens = text.encode()
-        if self.bos_token < 256 and (at := tokens.find(self.bos_token)) >= 0:
+        if 0 <= self.bos_token < 256 and (at := tokens.find(self.bos_token)) >= 0:
             raise ValueError(
                 f"has byte {self.bos_token} at byte {at}, which marks the beginning of a text; "
                 "remove it, or send token ids"
             )
-        return (self.bos_token, *tokens)
+        return self.complete(tuple(tokens))
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
     def complete(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        return ids if ids and ids[0] == self.bos_token else (self.bos_token, *ids)
+        if not self.has_bos or ids[:1] == (self.bos_token,):
+            return ids
+        return (self.bos_token, *ids)
 
     def decoder(self, after: tuple[int, ...] = ()) -> "PieceDecoder":
         return PieceDecoder(_byte)

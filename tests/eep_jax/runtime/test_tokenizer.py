@@ -121,6 +121,8 @@ class TestPrompts:
     def test_ids_are_taken_as_they_are(self, byte_level):
         assert byte_level[0].complete((5, 6)) == (5, 6)
         assert ByteTokenizer(256, 0).complete((5, 6)) == (0, 5, 6)
+        assert ByteTokenizer(256, -1).complete((5, 6)) == (5, 6)
+        assert ByteTokenizer(256, -1).encode("\0a") == (0, 97)
 
     def test_settings_of_training_cut_nothing(self, tmp_path):
         inner = hf_tokenizers.byte_level()

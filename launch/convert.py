@@ -1,0 +1,67 @@
+"""Turns a Hugging Face directory into a checkpoint of which any expert is read alone.
+
+    python -m launch.convert --hf=Qwen3-30B-A3B --out=/weights/qwen3-30b [--dtype=bfloat16]
+
+It may be killed at any moment: the same command goes on where it stopped. Every piece is read back
+and compared before it counts. Tokenizer, chat template and config.json are copied along, so
+
+    python -m launch.local --config=qwen3_30b_a3b_h100x4 --checkpoint=/weights/qwen3-30b
+
+serves it.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+from eep_jax.config import DTYPES
+from launch.console import progress, say
+from launch.flags import main_with_usage
+
+HF = flags.DEFINE_string(
+    "hf", None, "Directory with config.json and safetensors files.", required=True
+)
+OUT = flags.DEFINE_string(
+    "out", None, "Directory of the checkpoint: new, empty, or begun before.", required=True
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", *DTYPES], "Of the experts; empty: as they are stored, bfloat16 if quantized."
+)
+
+
+def main() -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU may be serving meanwhile
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every piece at length
+    from eep_jax.relocation.conversion import Conversion
+    from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+
+    started_s = time.monotonic()
+    source = HuggingFaceCheckpoint(HF.value, DTYPE.value)
+    conversion = Conversion(source, OUT.value)
+    if conversion.is_finished:
+        say(f"{conversion.root} is that checkpoint already")
+        return 0
+    say(
+        f"{source.model.name}: {source.model.parameters / 1e9:.3g} G parameters, "
+        f"{source.model.experts} experts, as {source.manifest['dtype']}"
+    )
+    kept = 0
+    with progress("pieces", conversion.total) as show:
+        for step in conversion.run():
+            kept += not step.fresh
+            show(step.done)
+    size = sum(p.stat().st_size for p in pathlib.Path(conversion.root).rglob("*") if p.is_file())
+    say(
+        f"wrote {conversion.root}: {size / 2**30:.3g} GiB in {time.monotonic() - started_s:.1f} s"
+        + (f", {kept} of {conversion.total} pieces from before" if kept else ""),
+        "bold green",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main_with_usage(main)))
