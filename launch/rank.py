@@ -21,6 +21,7 @@ from launch.processes import end_with_parent, set_up_logging
 
 # In the run directory: what a rank compiled, for the process that returns as that rank.
 EXECUTABLES = "executables"  # whole steps; where one cannot be loaded:
+FINGERPRINTS = "fingerprints"  # of experts that were found right: see relocation/slot_check.py
 COMPILE_CACHE = "compile_cache"  # XLA's own
 
 _log = logging.getLogger("launch.rank")
@@ -97,6 +98,7 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     # Small steps: handing them to another thread costs more than it hides.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     from eep_jax.engine.engine import Engine
+    from eep_jax.engine.executables import ExecutableStore, step_facts
     from eep_jax.heap.open import open_heap
     from eep_jax.models.expert_bank import slab_layout
     from eep_jax.relocation.executor import Executor
@@ -115,8 +117,11 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     watch.phase("heap")
     dense = checkpoint.read_dense()
     watch.phase("weights")
-    engine = Engine(config, rank, heap, layout, dense, run_dir / EXECUTABLES)
+    store = ExecutableStore(run_dir / EXECUTABLES, step_facts(config, rank))
+    engine = Engine(config, rank, heap, layout, dense, store)
     watch.phase("engine")
+    check = open_check(engine, store, checkpoint, run_dir / FINGERPRINTS)
+    watch.phase("check")
     rates = Rates()
     backups = open_backups(config, rank, checkpoint, rates)
     executor = Executor(
@@ -126,6 +131,7 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
         beat=link.beat,
         rates=rates,
         fetch_deadline_ms=cluster.fetch_deadline_ms,
+        check=check,
     )
     _log.info("loaded after %.1f s", time.monotonic() - started)
     watch.phase("sources")
@@ -145,6 +151,20 @@ def mirror_options(config: RunConfig, layout):
         token=flags.read_token(flags.required_run_dir()),
         layout=layout,
     )
+
+
+def open_check(engine, store, checkpoint, directory: pathlib.Path):
+    """What checks slots of the engine's bank on its device; compiled before anybody serves."""
+    import jax
+    import numpy as np
+
+    from eep_jax.relocation.slot_check import SlotCheck, fingerprint
+
+    arguments = (engine.bank_array, np.int32(0))
+    lower = lambda: jax.jit(fingerprint).lower(*arguments)
+    compiled = store.obtain(f"rank{engine.rank}-fingerprint", lower, arguments, 0)
+    np.asarray(compiled(*arguments))  # the first run of an executable takes longer
+    return SlotCheck(compiled, engine.bank_array, checkpoint.content_name, directory)
 
 
 def open_backups(config, rank: int, checkpoint, rates):

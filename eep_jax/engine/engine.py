@@ -5,7 +5,6 @@ recompile; failure, repair and return only change the values they are called wit
 """
 
 import dataclasses
-import pathlib
 import time
 
 import jax
@@ -68,11 +67,11 @@ class Engine:
         heap: SymmetricHeap,
         layout: SlabLayout,
         dense,
-        executables: pathlib.Path | None = None,
+        store: ExecutableStore | None = None,
     ):
         """`dense` are the weights outside the experts by name, as the checkpoint has them.
 
-        `executables` is the directory where steps are kept for the next process of this rank.
+        `store` keeps the steps for the next process of this rank.
         """
         self.config, self.rank, self.heap = config, rank, heap
         self.compilations = CompileCounter()
@@ -93,7 +92,7 @@ class Engine:
         self._step, dtypes = make_step(config, spread)
         # `device_put` compiles nothing, as `asarray` would for each shape.
         self._dense = [jax.device_put(dense[name].astype(dtype)) for name, dtype in dtypes.items()]
-        self._bank_array = device_array(heap, layout.bank)
+        self.bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
         self._cache = empty_cache(config.model, config.engine)
         cluster = config.cluster
@@ -104,7 +103,7 @@ class Engine:
         self._next = StepKind.DECODE
         self._executables = {}
         self._warm_compilations = 0
-        self._store = ExecutableStore(executables, step_facts(config, rank))
+        self._store = store or ExecutableStore(None, step_facts(config, rank))
 
     def warm_up(self) -> WarmUp:
         """Loads or compiles all executables and runs each once, alone: no peer takes part."""
@@ -219,7 +218,7 @@ class Engine:
     def _arguments(self, batch, wish: StepKind):
         tables, call = self._of_epoch
         call = dataclasses.replace(call, round=self._round, wish=np.uint32(wish))
-        return self._dense, self._bank_array, self._cache, self._heap_array, tables, batch, call
+        return self._dense, self.bank_array, self._cache, self._heap_array, tables, batch, call
 
     def _take_tables(self, tables: Tables) -> None:
         """Puts what stays the same for an epoch onto the device, once."""

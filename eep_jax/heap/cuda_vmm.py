@@ -5,6 +5,7 @@ control page, which hosts watch, is host memory beside it; the slab's first page
 """
 
 import contextlib
+import logging
 import threading
 
 import numpy as np
@@ -22,11 +23,15 @@ from eep_jax.heap.heap import (
 )
 from eep_jax.heap.libcuda import Device
 from eep_jax.heap.posix_shm import ATTACH_DEADLINE_MS, MappedHeap
+from eep_jax.heap.staging import PinnedUpload
 from pallas_kernels.window import round_up
 
 # One dummy of this size stands, repeatedly, for every page of every dead peer: small enough to
 # cost nothing, large enough that a slab of 10 GB is refilled with 320 calls.
 DUMMY_BYTES_MAX = 32 << 20
+STAGED_BYTES_MIN = 4 << 20  # smaller arrays go to the GPU at once
+
+_log = logging.getLogger(__name__)
 
 
 class MappedCudaHeap:
@@ -44,6 +49,8 @@ class MappedCudaHeap:
             raise HeapError(f"{slab_bytes=} must be positive")
         self.rank, self.ranks, self.device_ordinal = rank, ranks, device
         self._closed = self._released = False
+        self._pinned: PinnedUpload | None = None
+        self._staging_tried, self._staging_lock = False, threading.Lock()
         self._abort_word: int | None = None  # in device memory, if hosts' pages are out of reach
         self._aborted_epoch, self._abort_lock = 0, threading.Lock()
         with contextlib.ExitStack() as range_, contextlib.ExitStack() as service:
@@ -131,10 +138,24 @@ class MappedCudaHeap:
         return found
 
     def write(self, offset: int, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array)
-        address = self._address(self.rank, offset, data.nbytes)
-        if data.nbytes:
-            self._gpu.upload(address, data, self._what(self.rank, offset, data.nbytes))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        address, what = self._address(self.rank, offset, data.nbytes), self._what
+        if data.nbytes >= STAGED_BYTES_MIN and (staging := self._staging()) is not None:
+            staging.upload(address, data, what(self.rank, offset, data.nbytes))
+        elif data.nbytes:
+            self._gpu.upload(address, data, what(self.rank, offset, data.nbytes))
+
+    def _staging(self) -> PinnedUpload | None:
+        """Pinned buffers, made at the first use; None where the driver pins none."""
+        with self._staging_lock:
+            if not self._staging_tried:
+                self._staging_tried = True
+                try:
+                    self._pinned = PinnedUpload(self._gpu, f"the uploads of rank {self.rank}")
+                    self._range.callback(self._pinned.close)
+                except HeapError as error:
+                    _log.warning("experts go to the GPU through pageable memory: %s", error)
+            return self._pinned
 
     def fill_zero(self, offset: int, nbytes: int) -> None:
         address = self._address(self.rank, offset, nbytes)
@@ -142,10 +163,15 @@ class MappedCudaHeap:
             self._gpu.zero(address, nbytes, self._what(self.rank, offset, nbytes))
 
     def copy_in(self, offset: int, rank: int, source_offset: int, nbytes: int) -> None:
+        self.copy_in_all([(offset, rank, source_offset, nbytes)])
+
+    def copy_in_all(self, copies) -> None:
         self._check_open_range()
-        target, source = check_copy(self, offset, rank, source_offset, nbytes)
-        if nbytes:
-            self._gpu.copy(target, source, nbytes, self._what(rank, source_offset, nbytes))
+        checked = [(*check_copy(self, *copy), copy[3]) for copy in copies]
+        if checked:
+            more = f" and {len(checked) - 1} copies more" if len(checked) > 1 else ""
+            _, rank, source_offset, nbytes = copies[0]
+            self._gpu.copy(checked, self._what(rank, source_offset, nbytes) + more)
 
     def whole(self) -> np.ndarray:
         raise HeapError(

@@ -1,5 +1,6 @@
 """The symmetric heap: every rank's slab of memory at a fixed address in every process."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -71,6 +72,9 @@ class SymmetricHeap(Protocol):
 
     def copy_in(self, offset: int, rank: int, source_offset: int, nbytes: int) -> None:
         """Copies from any rank's slab into the own one at `offset`; the two must not overlap."""
+
+    def copy_in_all(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
+        """`copy_in` of each (offset, rank, source_offset, nbytes); a device does all together."""
 
     def whole(self) -> np.ndarray:
         """The range as host memory, uint8 `[R slab_bytes]`. Raises HeapError where it is none."""

@@ -3,6 +3,8 @@
 `cuda.bindings` is loaded with the first device, so the heap imports on machines without a GPU.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from eep_jax.errors import HeapError
@@ -116,10 +118,39 @@ class Device:
         )
         self._finish(what)
 
-    def copy(self, target: int, source: int, nbytes: int, what: str) -> None:
-        """Copies between two addresses of device memory, of this GPU or of a mapped peer."""
-        self._enter("cuMemcpyDtoDAsync", target, source, nbytes, self._stream, what=what)
+    def begin_upload(self, address: int, host_address: int, nbytes: int, what: str) -> None:
+        """Begins a copy from pinned host memory; `record` says when it is done."""
+        self._enter("cuMemcpyHtoDAsync", address, host_address, nbytes, self._stream, what=what)
+
+    def copy(self, copies: Sequence[tuple[int, int, int]], what: str) -> None:
+        """Copies (target, source, bytes) of device memory, of this GPU or of a mapped peer.
+
+        All are on their way before the first is waited for.
+        """
+        for target, source, nbytes in copies:
+            self._enter("cuMemcpyDtoDAsync", target, source, nbytes, self._stream, what=what)
         self._finish(what)
+
+    def new_event(self, what: str):
+        flags = self._cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        return self._enter("cuEventCreate", flags, what=what)
+
+    def record(self, event, what: str) -> None:
+        """The event happens once all that was begun so far is done."""
+        self._enter("cuEventRecord", event, self._stream, what=what)
+
+    def wait(self, event, what: str) -> None:
+        self._enter("cuEventSynchronize", event, what=what)
+
+    def free_event(self, event, what: str) -> None:
+        self._enter("cuEventDestroy", event, what=what)
+
+    def allocate_pinned(self, nbytes: int, what: str) -> int:
+        """Host memory that the GPU copies from by itself."""
+        return int(self._enter("cuMemHostAlloc", nbytes, 0, what=what))
+
+    def free_pinned(self, host_address: int, what: str) -> None:
+        self._enter("cuMemFreeHost", host_address, what=what)
 
     def zero(self, address: int, nbytes: int, what: str) -> None:
         self._enter("cuMemsetD8Async", address, 0, nbytes, self._stream, what=what)

@@ -82,6 +82,12 @@ class MappedHeap:
         source = self._bytes(rank, source_offset, nbytes)
         self._bytes(self.rank, offset, nbytes)[...] = source
 
+    def copy_in_all(self, copies) -> None:
+        for copy in copies:
+            check_copy(self, *copy)
+        for copy in copies:
+            self.copy_in(*copy)
+
     def whole(self) -> np.ndarray:
         flat = (ctypes.c_uint8 * (self.ranks * self.slab_bytes)).from_address(self.base)
         return np.ctypeslib.as_array(flat).reshape(self.ranks, self.slab_bytes)

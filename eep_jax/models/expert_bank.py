@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -114,6 +115,22 @@ class ExpertBank:
             missing = [(0, full - own) for full, own in zip(region.shape, shape, strict=True)]
             values = np.pad(values, missing)
         self._heap.write(region.offset, values)
+        self._contents[slot] = expert
+
+    def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copies whole slots inside the heap, each (own slot, rank, slot of that rank).
+
+        The own slots hold no expert until `holds` says what they were found to hold.
+        """
+        nbytes, moves = self.layout.slot(0).bytes, []
+        for slot, rank, source in copies:
+            self._contents[slot] = EMPTY
+            offset, source_offset = (self.layout.slot(s).offset for s in (slot, source))
+            moves.append((offset, rank, source_offset, nbytes))
+        self._heap.copy_in_all(moves)
+
+    def holds(self, slot: int, expert: int) -> None:
+        """The slot was written by `copy_all`, and holds this expert whole."""
         self._contents[slot] = expert
 
     def clear(self, slot: int) -> None:

@@ -18,8 +18,8 @@ from eep_jax.placement.placement import Placement
 from eep_jax.placement.sources import Backup, Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.rates import Rates
-from eep_jax.relocation.shard_server import ShardServer, fetch_shard
-from eep_jax.relocation.shards import load_shard, save_shard
+from eep_jax.relocation.shard_server import ShardServer, fetch_shard, receive_file
+from eep_jax.relocation.shards import chunk_name, load_shard, map_shard, save_shard
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class BackupStore:
     def __init__(self, checkpoint: Checkpoint, options: BackupOptions, rates: Rates | None = None):
         self._checkpoint, self._options = checkpoint, options
         self._rates = rates or Rates()
+        self._shape = checkpoint.model.expert_shape
+        self._dtype = np.dtype(checkpoint.manifest["dtype"])
         self._served, self._filling, self._fetched = (
             options.directory / name for name in ("served", "filling", "fetched")
         )
@@ -81,7 +83,7 @@ class BackupStore:
     def fetch(self, expert: int, source: Source) -> np.ndarray:
         """The expert in the stored dtype, as a Transport says."""
         if source.rank == self._options.rank:
-            return load_shard(self._served / str(expert))
+            return map_shard(self._served / str(expert), self._shape, self._dtype)
         return self._fetch_from(source.address, expert)
 
     def close(self) -> None:
@@ -94,15 +96,24 @@ class BackupStore:
 
     @property
     def _expert_bytes(self) -> int:
-        itemsize = np.dtype(self._checkpoint.manifest["dtype"]).itemsize
-        return math.prod(self._checkpoint.model.expert_shape) * itemsize
+        return math.prod(self._shape) * self._dtype.itemsize
 
     def _fetch_from(self, address: str, expert: int) -> np.ndarray:
-        into, options = self._fetched / str(next(self._numbers)), self._options
-        ends_s = time.monotonic() + options.fetch_deadline_ms / 1000
+        """The shard's one chunk, received into memory; of another layout, all of it."""
+        ends_s = time.monotonic() + self._options.fetch_deadline_ms / 1000
+        weights, name = np.empty(self._shape, self._dtype), chunk_name(len(self._shape))
+        try:
+            receive_file(address, f"{expert}/{name}", weights, self._options.token, ends_s)
+            return weights
+        except ValueError as error:
+            _log.info("expert %d of %s is fetched as a whole shard: %s", expert, address, error)
+            return self._fetch_whole(address, expert, ends_s)
+
+    def _fetch_whole(self, address: str, expert: int, ends_s: float) -> np.ndarray:
+        into, token = self._fetched / str(next(self._numbers)), self._options.token
         bytes_max = 2 * self._expert_bytes + FETCH_EXTRA_BYTES
         try:
-            return load_shard(fetch_shard(address, expert, into, options.token, ends_s, bytes_max))
+            return load_shard(fetch_shard(address, expert, into, token, ends_s, bytes_max))
         finally:
             shutil.rmtree(into, ignore_errors=True)
 

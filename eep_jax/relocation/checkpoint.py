@@ -80,6 +80,10 @@ class Checkpoint:
         """Raises CheckpointError if the checkpoint is of another model than the configuration."""
         require_same_model(self.root, self.model, model)
 
+    def content_name(self, expert: int) -> str:
+        """The same for experts of the same bits, whoever reads them; at no cost."""
+        return self.manifest["experts"][expert_name(expert)]
+
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, in the stored dtype."""
         return self._read("dense", list(self.manifest["dense"]))

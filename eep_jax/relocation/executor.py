@@ -1,5 +1,6 @@
 """Carries out a Plan's moves on one rank: fetch, check the digest, write, or try the next."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint, digest
 from eep_jax.relocation.patience import Patience
 from eep_jax.relocation.rates import Rates
+from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import Transport, all_transports
 
 _log = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ class Executor:
         beat: Callable[[], None] = lambda: None,
         rates: Rates | None = None,
         fetch_deadline_ms: int = FETCH_DEADLINE_MS,
+        check: SlotCheck | None = None,
     ):
         """`beat` is called between experts, and while it waits for a backup or the checkpoint, so
-        that a long repair is not taken for a stuck engine. `rates` learn from every fetch.
+        that a long repair is not taken for a stuck engine. `rates` learn from every fetch. With a
+        `check`, what a slot holds is found out on the device, and slots are copied inside the heap.
 
         Raises ValueError if the bank's dtype cannot hold all values of the checkpoint's: digests
         are of stored bytes, and could never be compared.
@@ -50,7 +54,7 @@ class Executor:
         self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
         self._transports = transports or all_transports(bank, checkpoint)
         self.rates = rates or Rates()
-        self._patience = Patience(fetch_deadline_ms, beat)
+        self._patience, self._check = Patience(fetch_deadline_ms, beat), check
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
         self.bytes_moved: dict[str, int] = {}
 
@@ -63,51 +67,124 @@ class Executor:
         written before stays.
         """
         planned = {move.slot: move for move in moves}
+        wanted = []
         for slot, expert in enumerate(slots):
             if expert == EMPTY or self._bank.contents[slot] == expert:
                 continue
             move = planned.get(slot)
             usable = move is not None and move.expert == expert
-            self._fill(slot, expert, move.sources if usable else (CHECKPOINT_SOURCE,))
-            self._beat()
+            sources = move.sources if usable else (CHECKPOINT_SOURCE,)
+            wanted.append(Move(self._bank.rank, slot, expert, sources))
+        failed = self._place_together([m for m in wanted if self._can_place(m)])
+        for move in wanted:
+            if self._bank.contents[move.slot] != move.expert:
+                self._fill(move, failed.get(move.slot))
+                self._beat()
         for slot, expert in enumerate(slots):
             if expert == EMPTY:
                 self._bank.clear(slot)
         return self._bank.contents
 
-    def _fill(self, slot: int, expert: int, sources: tuple[Source, ...]) -> None:
-        failures = []
-        for source in sources:
+    def place(self, move: Move, source: Source) -> bool:
+        """Copies an expert inside the heap, where that can be checked; False where it cannot.
+
+        Raises RelocationFailed where the copy is not what it should be.
+        """
+        only = dataclasses.replace(move, sources=(source,))
+        if not self._can_place(only):
+            return False
+        if failures := self._place_together([only]):
+            raise RelocationFailed(failures[move.slot])
+        return True
+
+    def _can_place(self, move: Move) -> bool:
+        """Whether the first source is a slot, and its copy can be checked where it lands."""
+        if self._check is None or not move.sources or not self.is_in_memory(move.sources[0]):
+            return False
+        source, contents = move.sources[0], self._bank.contents
+        is_there = source.kind is SourceKind.PEER or contents[source.slot] == move.expert
+        return is_there and self._check.known(move.expert) is not None
+
+    def _place_together(self, moves: list[Move]) -> dict[int, str]:
+        """Copies from first sources, all at once; why not, by slot, where one is not right.
+
+        A slot that is not right holds nothing.
+        """
+        if not moves:
+            return {}
+        started, failures = time.monotonic(), {}
+        self._bank.copy_all([(m.slot, m.sources[0].rank, m.sources[0].slot) for m in moves])
+        found = self._check.of([move.slot for move in moves])
+        share_s = (time.monotonic() - started) / len(moves)
+        for move, fingerprint in zip(moves, found, strict=True):
+            source, expected = move.sources[0], self._check.known(move.expert)
+            if fingerprint == expected:
+                self._bank.holds(move.slot, move.expert)
+                self._note(move, source, self._bank.expert_bytes, share_s)
+                continue
+            failures[move.slot] = (
+                f"fingerprint {fingerprint} of expert {move.expert}, expected {expected}"
+            )
+        self._beat()
+        return failures
+
+    def _fill(self, move: Move, failed: str | None) -> None:
+        """From one source after the other; `failed` says why the first one is not tried again."""
+        failures = [] if failed is None else [f"{_name(move.sources[0])}: {failed}"]
+        if failures:
+            _log.warning("expert %d from %s", move.expert, failures[0])
+        for source in move.sources[len(failures) :]:
             started = time.monotonic()
             try:
-                weights = self._fetch(expert, source)
-                fetched = time.monotonic()
-                self.verify(expert, weights)
+                if self.place(move, source):
+                    return
+                weights = self._fetch(move.expert, source)
+                self._write_checked(move, weights)
             except Exception as error:  # any failure of a source means the next source
                 failures.append(f"{_name(source)}: {error}")
-                _log.warning("expert %d from %s failed: %s", expert, _name(source), error)
+                _log.warning("expert %d from %s failed: %s", move.expert, _name(source), error)
                 continue
-            self.keep(Move(-1, slot, expert, ()), source, weights, fetched - started)
+            self._note(move, source, weights.nbytes, time.monotonic() - started)
             return
         raise RelocationFailed(
-            f"no source has expert {expert} for slot {slot}: "
+            f"no source has expert {move.expert} for slot {move.slot}: "
             + ("; ".join(failures) or "the plan names none; see cluster.sources")
         )
 
-    def keep(self, move: Move, source: Source, weights: np.ndarray, seconds: float) -> None:
-        """Writes what `source` supplied in so many seconds into the move's slot."""
-        started, kind = time.monotonic(), source.kind.value
+    def _write_checked(self, move: Move, weights: np.ndarray) -> None:
+        """Writes what a source supplied. Where the slot can be checked, the host reads nothing."""
+        known = None if self._check is None else self._check.known(move.expert)
+        if known is None:
+            self.verify(move.expert, weights)
         self._bank.write(move.slot, move.expert, weights)
-        self.rates.note(source.kind, weights.nbytes, seconds)
+        if known is None:
+            self._learn(move)
+        elif (found := self._check.of([move.slot])[0]) != known:
+            self._bank.clear(move.slot)
+            raise RelocationFailed(f"fingerprint {found} of expert {move.expert}, expected {known}")
+
+    def _learn(self, move: Move) -> None:
+        if self._check is not None:
+            self._check.learn(move.expert, move.slot)
+
+    def keep(self, move: Move, source: Source, weights: np.ndarray, seconds: float) -> None:
+        """Writes what `source` supplied in so many seconds, and `verify` found right."""
+        self._bank.write(move.slot, move.expert, weights)
+        self._learn(move)
+        self._note(move, source, weights.nbytes, seconds)
+
+    def _note(self, move: Move, source: Source, nbytes: int, seconds: float) -> None:
+        """An expert is in its slot, and it took so long to bring, check and write it."""
+        kind = source.kind.value
+        self.rates.note(source.kind, nbytes, seconds)
         self.moved[kind] = self.moved.get(kind, 0) + 1
-        self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + weights.nbytes
+        self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + nbytes
         _log.info(
-            "expert %d into slot %d from %s, read in %.1f ms, written in %.1f ms",
+            "expert %d into slot %d from %s in %.1f ms",
             move.expert,
             move.slot,
             _name(source),
             seconds * 1e3,
-            (time.monotonic() - started) * 1e3,
         )
 
     def measure_memory(self, peers) -> None:

@@ -1,7 +1,8 @@
 """Brings experts while steps go on: what takes long happens in a thread, the rest between two.
 
-A source in memory is copied out between two steps; storage and networks are read in a thread, as
-every digest is computed in one. So a step waits for one copy of an expert at a time, and no longer.
+A slot whose copy the device can check is copied inside the heap, between two steps. Else a source
+in memory is copied out between two steps; storage and networks are read in a thread, as every
+digest is computed in one. So a step waits for one copy of an expert at a time, and no longer.
 """
 
 import dataclasses
@@ -57,8 +58,16 @@ class Prefetch:
                 self._move = None
                 self._executor.keep(move, read.source, read.weights, read.seconds)
                 return True
-        if self._sources:
-            self._begin(move.expert, self._sources.pop(0))
+        while self._sources:
+            source = self._sources.pop(0)
+            try:
+                if self._executor.place(move, source):
+                    self._move = None
+                    return True
+            except Exception as error:  # any failure of a source means the next source
+                _log.warning("expert %d from %s failed: %s", move.expert, source, error)
+                continue
+            self._begin(move.expert, source)
             return None
         self._move = None
         return False

@@ -46,6 +46,10 @@ class RandomCheckpoint:
         if self.model != model:
             raise CheckpointError(f"random weights of {self.model} are not those of {model}")
 
+    def content_name(self, expert: int) -> str:
+        """As of a Checkpoint; nothing is drawn for it."""
+        return f"{POOL} normal numbers of {self.model}, seed {self.seed}, expert {expert}"
+
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, bfloat16.
 

@@ -13,9 +13,11 @@ import socketserver
 import threading
 import time
 
+import numpy as np
 from orbax.checkpoint.experimental.emergency.p2p import protocol, service
 
 from eep_jax.handshake import admit, enter
+from eep_jax.relocation.shards import PROCESS
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +25,6 @@ HANDSHAKE_S = 2.0
 IDLE_S = 30.0  # for the other end to take or send the next bytes
 CONNECTIONS_MAX = 64
 FILES_MAX = 64  # of a shard, which has about ten
-PROCESS = 0  # Orbax's process index: every shard is written by one process
 
 
 class ShardServer:
@@ -75,6 +76,26 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request, client_address):
         _log.warning("serving a shard to %s failed", client_address, exc_info=True)
+
+
+def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: float) -> None:
+    """Receives the file `name`, as `<expert>/...`, from the ShardServer at `address` into memory.
+
+    Raises ValueError unless it has just the bytes of `into`; else as `fetch_shard`.
+    """
+    view, done = memoryview(into.reshape(-1).view(np.uint8)), 0
+    with _connection(address, token, ends_s) as connection:
+        protocol.TCPMessage.send_json(connection, protocol.OP_DOWNLOAD_FILE, {"rel_path": name})
+        opcode, found = protocol.TCPMessage.recv(connection)
+        if opcode != protocol.OP_FILE_STREAM or found != into.nbytes:
+            raise ValueError(f"{address} has {found} bytes as {name}, expected {into.nbytes}")
+        while done < into.nbytes:
+            connection.settimeout(_remaining(ends_s))
+            received = connection.recv_into(view[done:])
+            if not received:
+                left = into.nbytes - done
+                raise ConnectionError(f"the server closed with {left} bytes of {name} to come")
+            done += received
 
 
 def fetch_shard(

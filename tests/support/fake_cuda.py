@@ -55,6 +55,7 @@ class FakeCuda:
     CUmemAllocationHandleType = SimpleNamespace(CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR=1)
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_RECOMMENDED=1)
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP = 1, 2
 
@@ -67,6 +68,9 @@ class FakeCuda:
         self.ranges: dict[int, int] = {}
         self.registered: dict[int, int] = {}
         self.allocated: dict[int, ctypes.Array] = {}
+        self.pinned: dict[int, ctypes.Array] = {}
+        self.events: dict[int, list] = {}  # copies that were begun and are seen after a wait
+        self.begun: list[tuple[int, int, int]] = []
         self.streams: set[int] = set()
         self.contexts = 0
         self._current = threading.local()
@@ -86,6 +90,8 @@ class FakeCuda:
             "ranges": len(self.ranges),
             "registered": len(self.registered),
             "allocated": len(self.allocated),
+            "pinned": len(self.pinned),
+            "events": len(self.events),
             "streams": len(self.streams),
             "contexts": self.contexts,
         }
@@ -145,7 +151,44 @@ class FakeCuda:
         return OK
 
     def cuStreamSynchronize(self, stream):
+        self._finish()
         return OK if stream in self.streams else INVALID
+
+    def cuEventCreate(self, flags):
+        event = max(self.events, default=0) + 1
+        self.events[event] = []
+        return *OK, event
+
+    def cuEventDestroy(self, event):
+        return OK if self.events.pop(event, None) is not None else INVALID
+
+    def cuEventRecord(self, event, stream):
+        if event not in self.events or stream not in self.streams:
+            return INVALID
+        self.events[event] = list(self.begun)
+        return OK
+
+    def cuEventSynchronize(self, event):
+        if event not in self.events:
+            return INVALID
+        for copy in self.events[event]:
+            if copy in self.begun:
+                self.begun.remove(copy)
+                ctypes.memmove(*copy)
+        return OK
+
+    def cuMemHostAlloc(self, nbytes, flags):
+        block = (ctypes.c_uint8 * nbytes)()
+        self.pinned[ctypes.addressof(block)] = block
+        return *OK, ctypes.addressof(block)
+
+    def cuMemFreeHost(self, address):
+        return OK if self.pinned.pop(address, None) is not None else INVALID
+
+    def _finish(self):
+        for copy in self.begun:
+            ctypes.memmove(*copy)
+        self.begun = []
 
     def cuMemGetInfo(self):
         return *OK, self._free_bytes(), self.total_bytes
@@ -235,7 +278,13 @@ class FakeCuda:
         return self._move(host, source, nbytes, stream, source)
 
     def cuMemcpyHtoDAsync(self, target, host, nbytes, stream):
-        return self._move(target, host, nbytes, stream, target)
+        """From pinned memory it is done as late as it may be; other memory is read at once."""
+        if not any(a <= host and host + nbytes <= a + len(b) for a, b in self.pinned.items()):
+            return self._move(target, host, nbytes, stream, target)
+        if not self._accessible(target, nbytes) or stream not in self.streams:
+            return INVALID
+        self.begun.append((target, host, nbytes))
+        return OK
 
     def cuMemcpyDtoDAsync(self, target, source, nbytes, stream):
         return self._move(target, source, nbytes, stream, target, source)

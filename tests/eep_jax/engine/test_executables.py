@@ -23,7 +23,8 @@ def an_engine(directory) -> Engine:
     dense, experts = some_weights(config.model)
     layout = slab_layout(config.model, config.engine, 1, config.model.experts)
     heap = LoopbackHeap(0, 1, layout.slab_bytes)
-    engine = Engine(config, 0, heap, layout, dense, directory)
+    store = ExecutableStore(directory, step_facts(config, 0))
+    engine = Engine(config, 0, heap, layout, dense, store)
     for expert in range(config.model.experts):
         engine.bank.write(expert, expert, experts[expert])
     return engine

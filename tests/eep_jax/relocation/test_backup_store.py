@@ -1,6 +1,5 @@
 """Promises of backups: bounded, right to the bit, for members alone, within a deadline."""
 
-import json
 import logging
 import os
 import pathlib
@@ -22,6 +21,8 @@ from eep_jax.relocation import backup_store, shard_server
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore, bytes_on_disk
 from eep_jax.relocation.checkpoint import Checkpoint, digest
 from eep_jax.relocation.rates import Rates
+from eep_jax.relocation.shard_server import fetch_shard
+from eep_jax.relocation.shards import chunk_name, load_shard
 from tests.support.models import a_model, rounded_weights
 
 TOKEN = "a token of enough letters"
@@ -361,13 +362,33 @@ def test_a_peer_that_is_gone_is_an_error_at_once(open_store):
         other.fetch(0, source)
 
 
-@pytest.mark.parametrize("part", ["_METADATA", "manifest.ocdbt"])
-def test_a_damaged_shard_is_an_error(open_store, part):
+@pytest.mark.parametrize("left", [None, 0, 100])
+def test_a_shard_whose_bytes_are_missing_never_passes_the_digest(open_store, left):
     store, other = filled(open_store()), open_store(rank=1)
-    (store.root / "served/0/state" / part).write_bytes(json.dumps({}).encode())
-    for reader in (store, other):
-        with pytest.raises(Exception):  # noqa: B017 - Orbax and TensorStore raise many types
-            reader.fetch(0, of(store))
+    chunk = store.root / "served/0" / chunk_name(4)
+    chunk.unlink() if left is None else os.truncate(chunk, left)
+    with pytest.raises((OSError, ValueError)):
+        store.fetch(0, of(store))
+    try:  # as a whole shard: Orbax takes zeros for what is missing
+        assert digest(other.fetch(0, of(store))) != digest(RIGHT[0])
+    except Exception as error:
+        assert not isinstance(error, AssertionError)
+
+
+def test_a_shard_is_a_checkpoint_that_orbax_reads_and_serves(open_store, tmp_path):
+    store = filled(open_store())
+    found = load_shard(store.root / "served/3")
+    assert digest(found) == digest(RIGHT[3])
+    ends_s = time.monotonic() + 10
+    path = fetch_shard(store.offer.address, 3, tmp_path / "copy", TOKEN, ends_s, 1 << 20)
+    assert digest(load_shard(path)) == digest(RIGHT[3])
+
+
+def test_a_shard_of_another_layout_is_fetched_whole(open_store, monkeypatch):
+    monkeypatch.setattr(backup_store, "chunk_name", lambda dimensions: "state/weights/elsewhere")
+    store, other = filled(open_store()), open_store(rank=1)
+    assert digest(other.fetch(2, of(store))) == digest(RIGHT[2])
+    assert list((other.root / "fetched").iterdir()) == []
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])  # of a file that is nearly all weights

@@ -4,10 +4,12 @@ import threading
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from eep_jax.errors import RelocationFailed
+from eep_jax.heap.arrays import device_array
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.placement import EMPTY
@@ -15,6 +17,7 @@ from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.slot_check import SlotCheck, fingerprint
 from eep_jax.relocation.transports import all_transports
 from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.factories import a_placement
@@ -39,14 +42,31 @@ class CountingCheckpoint(Checkpoint):
 class World:
     """Rank 0 with an executor; the banks of both ranks; the right weights."""
 
-    def __init__(self, directory, bank_dtype="float32"):
+    def __init__(self, directory, bank_dtype="float32", checks=False):
         config = a_run(2, slots_per_rank=SLOTS)
         layout = slab_layout(config.model, config.engine, 2, SLOTS, bank_dtype=bank_dtype)
         self.heaps = open_all(2, layout.slab_bytes)
         self.bank, self.peer = (ExpertBank(layout, heap) for heap in self.heaps)
         self.checkpoint, self.beats = CountingCheckpoint(directory), []
-        self.executor = Executor(self.bank, self.checkpoint, beat=lambda: self.beats.append(1))
         self.right = rounded_weights(a_model())[1].astype(bank_dtype)
+        self.slot_check = self.a_check() if checks else None
+        self.executor = Executor(
+            self.bank,
+            self.checkpoint,
+            beat=lambda: self.beats.append(1),
+            check=self.slot_check,
+        )
+
+    def a_check(self, directory=None) -> SlotCheck:
+        """One that has learned all experts, as ranks have once the first epoch began."""
+        array = device_array(self.heaps[0], self.bank.layout.bank)
+        compiled = jax.jit(fingerprint).lower(array, np.int32(0)).compile()
+        check = SlotCheck(compiled, array, self.checkpoint.content_name, directory)
+        for expert in range(len(self.right)):
+            self.bank.write(0, expert, self.right[expert])
+            check.learn(expert, 0)
+        self.bank.clear(0)
+        return check
 
     def check(self, contents) -> None:
         assert self.bank.contents == tuple(contents)
@@ -55,10 +75,11 @@ class World:
                 np.testing.assert_array_equal(self.bank.read(slot), self.right[expert])
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "float32 checks", "bfloat16 checks"])
 def world(pristine_checkpoint, request):
-    """Banks wider than the checkpoint, and of its own dtype."""
-    return World(pristine_checkpoint, request.param)
+    """Banks wider than the checkpoint, and of its own dtype; whose slots are checked, or not."""
+    dtype, *checks = request.param.split()
+    return World(pristine_checkpoint, dtype, bool(checks))
 
 
 def bring(expert: int, slot: int, *sources) -> Move:
@@ -146,7 +167,8 @@ def test_a_plan_after_an_abandoned_one_moves_only_what_is_missing(world):
     world.checkpoint.read.clear()
     world.executor.carry_out((5, 3, 2, EMPTY), (bring(2, 2, (LOCAL, 0, 1), CHECKPOINT),))
     world.check((5, 3, 2, EMPTY))
-    assert world.checkpoint.read == [3, 2], "slot 1 was written before slot 2 could copy it"
+    # Without checks slot 1 is written before slot 2 could copy it; with them copies come first.
+    assert world.checkpoint.read == ([3, 2] if world.slot_check is None else [3])
 
 
 def test_slots_without_a_move_come_from_the_checkpoint(world):
@@ -170,7 +192,8 @@ def test_when_all_sources_fail_each_is_named_with_its_reason(world):
     said = str(raised.value)
     assert "no source has expert 5 for slot 0" in said
     assert "local rank 0 slot 1: slot 1 holds" in said
-    assert "peer rank 1 slot 2: digest" in said and "checkpoint: cannot read" in said
+    found = "digest" if world.slot_check is None else "fingerprint"
+    assert f"peer rank 1 slot 2: {found}" in said and "checkpoint: cannot read" in said
     assert world.bank.contents[0] == EMPTY, "a slot that failed must not pass for the expert"
 
 

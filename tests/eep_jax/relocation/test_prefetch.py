@@ -13,9 +13,9 @@ from tests.support.models import fill_bank
 DEADLINE_S = 20.0
 
 
-@pytest.fixture
-def world(pristine_checkpoint):
-    made = World(pristine_checkpoint)
+@pytest.fixture(params=[False, True], ids=["digests", "slots are checked"])
+def world(pristine_checkpoint, request):
+    made = World(pristine_checkpoint, checks=request.param)
     made.done = threading.Event()
     made.prefetch = Prefetch(made.executor, 1_000, made.done.set)
     return made
@@ -68,6 +68,8 @@ def test_the_caller_never_waits_for_storage(world, monkeypatch):
 
 def test_a_move_that_was_given_up_writes_nothing(world):
     attach(world, (0, EMPTY, 3, EMPTY))
+    if world.slot_check is not None:
+        return  # its copy is done at once
     assert world.prefetch.advance(bring(3, 1, (PEER, 1, 2))) is None
     assert world.done.wait(DEADLINE_S)
     assert finish(world, bring(0, 2, (PEER, 1, 0)))

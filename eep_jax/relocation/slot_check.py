@@ -1,0 +1,103 @@
+"""Whether a slot holds its expert, found out where the slot is: no byte goes to the host for it.
+
+Whoever brings an expert for the first time compares its bytes with the manifest's digest, and then
+learns a fingerprint of them: 64 bits that the device computes of a slot while it reads it once.
+From then on a copy of that expert is right if its slot has the same fingerprint.
+"""
+
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt32
+
+_log = logging.getLogger(__name__)
+
+VERSION = 1  # of what `fingerprint` computes
+
+
+def fingerprint(bank: Float[Array, "S *_"], slot: Int32[Array, ""]) -> UInt32[Array, "2"]:
+    """Two sums over all words of a slot, each word mixed with its position.
+
+    A word that changes alone always changes the first sum: mixing is one to one in the word. That
+    other damage keeps both is as likely as guessing 64 bits. The order of the sums does not matter,
+    so every device and every compilation finds the same.
+    """
+    weights = lax.dynamic_index_in_dim(bank, slot, keepdims=False)
+    width = {2: jnp.uint16, 4: jnp.uint32}[weights.dtype.itemsize]
+    words = lax.bitcast_convert_type(weights, width).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    mixed = words * jnp.uint32(0x9E3779B1) ^ position * jnp.uint32(0x85EBCA6B)
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+    mixed = mixed ^ mixed >> 15
+    second = mixed * (2 * position + 1) ^ mixed >> 7
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+
+
+class SlotCheck:
+    """The fingerprints that slots should have, and those that they have. Of the engine's thread.
+
+    What one rank learns others read from `directory`; None keeps it in this process alone.
+    """
+
+    def __init__(
+        self,
+        compiled,
+        bank: jax.Array,
+        name_of: Callable[[int], str],
+        directory: pathlib.Path | None = None,
+    ):
+        """`compiled` is `fingerprint` for `bank`; `name_of` names the content of an expert.
+
+        Call it while no step runs: JAX must not read a slot that is being written.
+        """
+        self._compiled, self._bank, self._directory = compiled, bank, directory
+        self._name_of = name_of
+        self._layout = f"{VERSION} {bank.dtype} {bank.shape[1:]}"
+        self._known: dict[int, str] = {}
+
+    def of(self, slots: Sequence[int]) -> list[str]:
+        """The fingerprints of what these slots hold; all are on their way before one is read."""
+        found = [self._compiled(self._bank, np.int32(slot)) for slot in slots]
+        return ["".join(f"{int(word):08x}" for word in np.asarray(words)) for words in found]
+
+    def known(self, expert: int) -> str | None:
+        """What a slot with this expert must have, if anybody has learned it."""
+        if expert not in self._known and (path := self._path(expert)) is not None:
+            try:
+                said = path.read_text()
+            except OSError:
+                return None
+            if len(said) == 16:
+                self._known[expert] = said
+        return self._known.get(expert)
+
+    def learn(self, expert: int, slot: int) -> None:
+        """The slot holds the expert, as its digest said."""
+        if self.known(expert) is not None:
+            return
+        (self._known[expert],) = self.of([slot])
+        if (path := self._path(expert)) is None:
+            return
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft.write_text(self._known[expert])
+            os.replace(draft, path)
+        except OSError as error:  # another process learns it for itself
+            _log.warning("the fingerprint of expert %d is not kept: %s", expert, error)
+
+    def _path(self, expert: int) -> pathlib.Path | None:
+        if self._directory is None:
+            return None
+        name = f"{self._layout} {self._name_of(expert)}"
+        return self._directory / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()

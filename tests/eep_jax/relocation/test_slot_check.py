@@ -1,0 +1,107 @@
+"""A fingerprint names what is in a slot, is the same wherever it is computed, misses no damage."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eep_jax.placement.placement import EMPTY
+from eep_jax.relocation.slot_check import fingerprint
+from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, World, bring
+
+SHAPE = (3, 2, 3, 4, 8)  # slots, and an expert
+compiled = jax.jit(fingerprint)
+
+
+def of(bank: np.ndarray, slot: int = 1) -> tuple[int, ...]:
+    return tuple(int(word) for word in compiled(bank, np.int32(slot)))
+
+
+def a_bank(seed: int, dtype) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(SHAPE).astype(dtype)
+
+
+def by_hand(weights: np.ndarray) -> tuple[int, int]:
+    """The same in integers of any size."""
+    words = weights.reshape(-1).view({2: np.uint16, 4: np.uint32}[weights.dtype.itemsize])
+    first = second = 0
+    for position, word in enumerate(words.tolist()):
+        x = (word * 0x9E3779B1 ^ position * 0x85EBCA6B) & 0xFFFFFFFF
+        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+            x = (x ^ x >> shift) * factor & 0xFFFFFFFF
+        x ^= x >> 15
+        first, second = first + x, second + (x * (2 * position + 1) & 0xFFFFFFFF ^ x >> 7)
+    return first & 0xFFFFFFFF, second & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_it_is_what_it_says(dtype):
+    bank = a_bank(0, dtype)
+    assert [of(bank, slot) for slot in range(3)] == [by_hand(bank[slot]) for slot in range(3)]
+
+
+@given(st.integers(0, 2**32), st.integers(0, 191), st.integers(0, 15))
+@settings(max_examples=200, deadline=None)
+def test_any_flipped_bit_changes_both_sums(seed, word, bit):
+    bank = a_bank(seed, ml_dtypes.bfloat16)
+    damaged = bank.copy()
+    damaged[1].reshape(-1).view(np.uint16)[word] ^= 1 << bit
+    before, after = of(bank), of(damaged)
+    assert before[0] != after[0] and before != after
+
+
+@given(st.integers(0, 2**32), st.data())
+@settings(max_examples=100, deadline=None)
+def test_words_that_changed_places_change_it(seed, data):
+    bank = a_bank(seed, np.float32)
+    words = bank[1].reshape(-1).view(np.uint32)
+    i, j = data.draw(st.integers(0, 190)), data.draw(st.integers(0, 191))
+    before, same = of(bank), words[i] == words[j]
+    words[[i, j]] = words[[j, i]]
+    assert (of(bank) == before) == bool(same)
+
+
+def test_what_one_rank_learned_others_know(pristine_checkpoint, tmp_path):
+    first, second = World(pristine_checkpoint), World(pristine_checkpoint)
+    learned = first.a_check(tmp_path / "fingerprints")
+    other = World(pristine_checkpoint, "bfloat16").a_check(tmp_path / "fingerprints")
+    for expert in range(len(first.right)):
+        assert second.a_check(tmp_path / "fingerprints").known(expert) == learned.known(expert)
+        assert other.known(expert) != learned.known(expert), "of another dtype"
+    (tmp_path / "fingerprints").chmod(0o500)
+    for path in (tmp_path / "fingerprints").iterdir():
+        path.write_text("half")
+    assert World(pristine_checkpoint).a_check(tmp_path / "fingerprints").known(0) is not None
+
+
+def test_what_nobody_learned_is_compared_with_the_digest_once(pristine_checkpoint, monkeypatch):
+    world = World(pristine_checkpoint, checks=True)
+    world.slot_check._known.clear()
+    verified, real = [], world.executor.verify
+    monkeypatch.setattr(world.executor, "verify", lambda e, w: (verified.append(e), real(e, w)))
+    world.peer.write(2, 5, world.right[5])
+    for _ in range(3):
+        world.bank.clear(0)
+        world.executor.carry_out((5, *[EMPTY] * 3), (bring(5, 0, (PEER, 1, 2)),))
+        world.check((5, *[EMPTY] * 3))
+    assert verified == [5]
+
+
+def test_many_experts_are_copied_before_one_is_waited_for(pristine_checkpoint, monkeypatch):
+    world = World(pristine_checkpoint, checks=True)
+    calls, real = [], world.heaps[0].copy_in_all
+    monkeypatch.setattr(
+        world.heaps[0], "copy_in_all", lambda copies: (calls.append(len(copies)), real(copies))
+    )
+    for slot in range(4):
+        world.peer.write(slot, slot, world.right[slot])
+    world.peer.write(2, 2, world.right[7])  # one of them is not what it should be
+    slots = (0, 1, 2, 3)
+    moves = [bring(s, s, (PEER, 1, s)) for s in slots]
+    moves[2] = bring(2, 2, (PEER, 1, 2), (PEER, 1, 1), CHECKPOINT)
+    world.executor.carry_out(slots, tuple(moves))
+    world.check(slots)
+    assert calls == [4, 1], "all at once, then the second source of the one that was wrong"
+    assert world.executor.moved == {"peer": 3, "checkpoint": 1}
