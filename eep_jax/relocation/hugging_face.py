@@ -64,6 +64,12 @@ class HuggingFaceCheckpoint:
         """Raises CheckpointError if it is of another model, whatever that is called."""
         require_same_model(self.root, self.model, model, but=("name",))
 
+    def content_name(self, expert: int) -> str:
+        """As of a Checkpoint: the files as they are now, without reading them."""
+        stats = [(str(path), path.stat()) for path in self.source_files()]
+        files = [(path, found.st_size, found.st_mtime_ns) for path, found in stats]
+        return f"expert {expert} in {self.dtype} of {files}"
+
     def source_files(self) -> list[pathlib.Path]:
         """config.json and the files of weights."""
         return [self.root / registry.CONFIG, *self._files.paths]
