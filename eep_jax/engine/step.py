@@ -73,17 +73,19 @@ def result_like(cache: KVCache) -> StepResult:
     return StepResult(**{name: cache if name == "cache" else 0 for name in names})
 
 
-def make_step(config: RunConfig, spread: ExpertSpread):
+def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
     """Returns (step, dense): the function to compile, and its dense weights in order, by name.
 
     Each is to be given in the dtype that `dense` has for it.
 
     Everything that can change while serving is an argument; nothing of the cluster is closed over.
+    `run_experts` takes the place of `elastic_experts`, same arguments and results: the benchmarks
+    compare this step with one whose experts are spread over a fixed mesh.
     """
     graph, dtypes = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
     tile = config.engine.row_tile
     on_gpu = config.platform == "gpu"
-    run_experts = shared_elastic_experts if on_gpu else elastic_experts
+    run_experts = run_experts or (shared_elastic_experts if on_gpu else elastic_experts)
     number = jnp.int32 if on_gpu else int
 
     def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:

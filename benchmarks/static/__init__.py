@@ -1,0 +1,1 @@
+"""What elastic serving is compared with: the same model on a fixed mesh, by XLA collectives."""

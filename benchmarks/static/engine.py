@@ -1,0 +1,162 @@
+"""One rank of static sharding: the decoder of `eep_jax`, with its experts spread over a mesh.
+
+Same scheduler, same decoder and batches as `eep_jax/engine/engine.py`. Each step is one program of
+all ranks (`jax.distributed`, `shard_map`); it ends when all have taken part, and hangs or fails
+when one died. What is passed each step is one array; the cache is donated.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.static.exchanges import AXIS, as_run_experts, slots_of
+from eep_jax.config import RunConfig
+from eep_jax.engine.request import Progress
+from eep_jax.engine.scheduler import Scheduler
+from eep_jax.engine.step import COMPILER_OPTIONS, Batch, StepKind, empty_batch, make_step
+from eep_jax.models.expert_bank import slab_layout
+from eep_jax.models.kv_cache import empty_cache
+from pallas_kernels.call import Call
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The model in host memory: dense by name, experts `[L 3 F D]` by number."""
+
+    dense: dict[str, np.ndarray]
+    experts: dict[int, np.ndarray]
+
+
+def mesh_of(devices) -> Mesh:
+    """A mesh of one device per rank."""
+    return jax.make_mesh(
+        (len(devices),), (AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def pack_batch(batch: Batch, wish: StepKind) -> np.ndarray:
+    """All of a batch as one row of 32-bit words, `[1 W]`: one transfer instead of eight."""
+    parts = [
+        np.ascontiguousarray(getattr(batch, f.name))
+        .astype(_word(f.name), copy=False)
+        .view(np.int32)
+        for f in dataclasses.fields(Batch)
+    ]
+    words = [part.reshape(-1) for part in parts]
+    return np.concatenate([*words, np.array([wish], np.int32)])[None]
+
+
+def unpack_batch(words, like: Batch) -> tuple[Batch, jax.Array]:
+    """The batch inside a step, and the wish."""
+    start, found = 0, {}
+    for field in dataclasses.fields(Batch):
+        model = getattr(like, field.name)
+        part = words[start : start + model.size].reshape(model.shape)
+        start += model.size
+        if model.dtype == np.bool_:
+            found[field.name] = part.astype(jnp.bool_)
+        else:
+            found[field.name] = lax.bitcast_convert_type(part, model.dtype)
+    return Batch(**found), words[start].astype(jnp.uint32)
+
+
+def _word(name: str):
+    return (
+        np.float32
+        if name in ("temperature", "top_p")
+        else (np.uint32 if name == "seeds" else np.int32)
+    )
+
+
+class StaticEngine:
+    """A rank of a mesh that never changes. `exchange` is one of `exchanges.EXCHANGES`."""
+
+    def __init__(self, config: RunConfig, devices, exchange: str, weights: Weights, *, agree: bool):
+        """`agree`: each step also finds the kind of the next one, which serving needs."""
+        self.config, self.exchange, self._agree = config, exchange, agree
+        self.mesh = mesh_of(devices)
+        self.scheduler = Scheduler(config)
+        self._here = jax.local_devices()[0]
+        self._index = list(devices).index(self._here)
+        ranks, engine = len(devices), config.engine
+        self._split, self._same = NamedSharding(self.mesh, P(AXIS)), NamedSharding(self.mesh, P())
+        run = as_run_experts(exchange, ranks, engine.row_tile)
+        self._step, names = make_step(config, None, run)
+        dtype = jnp.dtype(engine.dtype)
+        self._dense = [self._everywhere(weights.dense[name].astype(dtype)) for name in names]
+        self._bank = self._own(self._bank_rows(weights, ranks))
+        self._cache = jax.tree.map(self._own, jax.device_get(empty_cache(config.model, engine)))
+        self._compiled = {kind: self._jitted(kind) for kind in (StepKind.DECODE, StepKind.MIXED)}
+        self.next = StepKind.DECODE
+
+    def advance(self, kind: StepKind | None = None) -> tuple[Progress, ...]:
+        """One step of all ranks, of the kind they agreed on unless one is given."""
+        plan = self.scheduler.plan(kind or self.next)
+        wish = self.scheduler.wish_after(plan)
+        words = self._own(pack_batch(plan.batch, wish))
+        tokens, agreed, self._cache = self._compiled[plan.kind](
+            self._dense, self._bank, self._cache, words
+        )
+        tokens = np.asarray(tokens.addressable_data(0))
+        if self._agree:
+            found = StepKind(int(np.asarray(agreed.addressable_data(0))[0]))
+            # Nobody has work: what is run meanwhile is the cheapest step.
+            self.next = max(found, StepKind.DECODE)
+        return tuple(self.scheduler.commit(plan, tokens, np.zeros(len(tokens), np.int32)))
+
+    def _jitted(self, kind: StepKind):
+        like = empty_batch(self.config, kind)
+        step, agree = self._step, self._agree
+
+        def local(dense, bank, cache, words):
+            batch, wish = unpack_batch(words[0], like)
+            result = step(dense, bank, cache, None, None, batch, _no_call(wish))
+            agreed = lax.pmax(wish, AXIS) if agree else wish
+            return result.tokens, agreed[None], result.cache
+
+        spread = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(P(), P(AXIS), P(AXIS), P(AXIS)),
+            out_specs=(P(AXIS), P(AXIS), P(AXIS)),
+            check_vma=False,
+        )
+        return jax.jit(spread, donate_argnums=2, compiler_options=COMPILER_OPTIONS)
+
+    def _bank_rows(self, weights: Weights, ranks: int) -> np.ndarray:
+        """The experts of this rank, `[S L 3 F D]`, padded as the kernels need them."""
+        model, count = self.config.model, slots_of(self.config.model.experts, ranks)
+        layout = slab_layout(model, self.config.engine, ranks, count)
+        rows = np.zeros((count, *layout.padded_shape), layout.bank.dtype)
+        for slot in range(count):
+            expert = self._index * count + slot
+            if expert < model.experts:
+                rows[slot, :, :, : model.expert_hidden] = weights.experts[expert]
+        return rows
+
+    def _own(self, array: np.ndarray) -> jax.Array:
+        """This rank's part of an array that is split along its first axis."""
+        shape = (array.shape[0] * self.mesh.size, *array.shape[1:])
+        here = jax.device_put(array, self._here)
+        return jax.make_array_from_single_device_arrays(shape, self._split, [here])
+
+    def _everywhere(self, array: np.ndarray) -> jax.Array:
+        here = jax.device_put(array, self._here)
+        return jax.make_array_from_single_device_arrays(array.shape, self._same, [here])
+
+
+def _no_call(wish) -> Call:
+    zero = jnp.uint32(0)
+    return Call(
+        active=jnp.zeros(1, jnp.int32),
+        epoch=zero,
+        round=zero,
+        deadline_ms=zero,
+        wish=wish,
+        suspicion=jnp.zeros(1, jnp.int32),
+    )

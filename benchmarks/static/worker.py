@@ -1,0 +1,200 @@
+"""One rank of `bench_static`: elastic and static engines in one process, timed in turn.
+
+Started by `benchmarks.bench_static`. All engines get the same requests; each is checked against the
+dense model before it is timed, and blocks of steps of all engines alternate, so that what disturbs
+the machine disturbs them all.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+from absl import app
+from absl import flags as absl_flags
+
+from benchmarks.serving.workload import TEXT
+from launch import flags
+from launch.processes import end_with_parent
+
+PROMPT_TOKENS = 24
+CHECKED_TOKENS = 16
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}  # of logits: sums in another order
+
+
+def define() -> None:
+    absl_flags.DEFINE_string("job", None, "JSON that bench_static wrote.")
+    absl_flags.DEFINE_string("coordinator", None, "Address of jax.distributed.")
+
+
+def main() -> int:
+    rank, values = flags.RANK.value, absl_flags.FLAGS
+    end_with_parent(flags.PARENT_PID.value)
+    job = json.loads(pathlib.Path(values.job).read_text())
+    from benchmarks.static.processes import rank_environment, read_config
+
+    config = read_config(job)
+    os.environ.update(rank_environment(config, rank, pathlib.Path(values.job).parent))
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        values.coordinator, config.cluster.ranks, rank, initialization_timeout=120
+    )
+    report = _measure(config, rank, job, pathlib.Path(values.job).parent)
+    if rank == 0:
+        pathlib.Path(job["report"]).write_text(json.dumps(report))
+    os._exit(0)  # threads of XLA may be inside a callback
+
+
+def _measure(config, rank: int, job: dict, directory: pathlib.Path) -> dict:
+    import numpy as np
+
+    from benchmarks.static.elastic import arrive
+
+    weights = load_weights(config)
+    engines = {
+        name: make_engine(name, config, rank, weights, directory / name) for name in job["systems"]
+    }
+    requests = some_requests(config, rank)
+    produced: dict[str, dict[str, list[int]]] = {}
+    for name, engine in engines.items():
+        arrive(directory / f"{name}.ready", rank, config.cluster.ranks)
+        for request in requests:
+            engine.scheduler.add(request)
+        produced[name] = prefill(engine, len(requests))
+    wrong = check(config, weights, requests, produced)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for block in range(job["blocks"] + 1):
+        for name in rotated(list(engines), block):
+            engine = engines[name]
+            step_once(engine)  # everybody is there when the clock starts
+            begin_s = time.perf_counter()
+            for _ in range(job["steps"]):
+                step_once(engine)
+            if block:  # the first one is warming up
+                seconds[name].append(time.perf_counter() - begin_s)
+    import jax
+    from jax.experimental import multihost_utils
+
+    everyone = multihost_utils.process_allgather(np.array([len(wrong)]))
+    return {
+        "seconds": seconds,
+        "wrong": wrong,
+        "ranks_wrong": np.asarray(everyone).reshape(-1).tolist(),
+        "equal_to_elastic": {
+            name: produced[name] == produced[job["systems"][0]] for name in engines
+        },
+        "device": jax.local_devices()[0].device_kind,
+    }
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Each takes its turn at being first."""
+    turn %= len(names)
+    return names[turn:] + names[:turn]
+
+
+def load_weights(config):
+    from benchmarks.static.engine import Weights
+    from eep_jax.relocation.random_checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(config)
+    return Weights(
+        checkpoint.read_dense(), checkpoint.read_experts(list(range(config.model.experts)))
+    )
+
+
+def make_engine(name: str, config, rank: int, weights, meeting: pathlib.Path):
+    """`elastic`, `elastic_once`, `elastic_fixed`, or the name of an exchange."""
+    import jax
+
+    from benchmarks.static.elastic import open_engine
+    from benchmarks.static.engine import StaticEngine
+
+    if name.startswith("elastic"):
+        redundancy = config.cluster.redundancy if name == "elastic" else 1
+        fixed = name == "elastic_fixed"
+        return open_engine(config, rank, weights, meeting, redundancy=redundancy, fixed=fixed)
+    return StaticEngine(config, jax.devices(), name, weights, agree=False)
+
+
+def some_requests(config, rank: int) -> list:
+    """One greedy request for each batch slot, which does not end while anything is measured."""
+    from eep_jax.engine.request import Request
+
+    text, slots = TEXT.read_bytes(), config.engine.batch_slots
+    requests = []
+    for slot in range(slots):
+        start = (rank * slots + slot) * 101 % (len(text) - PROMPT_TOKENS)
+        prompt = tuple(b % config.model.vocab_size for b in text[start : start + PROMPT_TOKENS])
+        requests.append(
+            Request(
+                id=str(slot),
+                prompt=prompt,
+                max_tokens=config.engine.context_tokens - PROMPT_TOKENS,
+                temperature=0.0,
+                top_p=1.0,
+                seed=slot,
+            )
+        )
+    return requests
+
+
+def step_once(engine):
+    """The progress of one step. Raises RuntimeError where an elastic step was discarded."""
+    from benchmarks.static.engine import StaticEngine
+
+    if isinstance(engine, StaticEngine):
+        return engine.advance()
+    outcome = engine.advance()
+    if not outcome.committed:
+        raise RuntimeError(f"a step was discarded, accused are {outcome.accused}")
+    return outcome.progress
+
+
+def prefill(engine, requests: int) -> dict[str, list[int]]:
+    """Steps until every request has CHECKED_TOKENS; returns these by request.
+
+    All ranks have equally many prompts of equal length, so they need the same kinds of steps.
+    """
+    from benchmarks.static.engine import StaticEngine
+
+    found: dict[str, list[int]] = {str(number): [] for number in range(requests)}
+    while min(map(len, found.values())) < CHECKED_TOKENS:
+        if isinstance(engine, StaticEngine):
+            engine.next = max(engine.scheduler.wish(), type(engine.next).DECODE)
+        for part in step_once(engine):
+            found[part.id].extend(part.tokens)
+    return {name: tokens[:CHECKED_TOKENS] for name, tokens in found.items()}
+
+
+def check(config, weights, requests, produced) -> list[str]:
+    """What the dense model, all experts in one process, says against the tokens; empty is good.
+
+    A token is right if its logit is the largest, up to what sums in another order may change.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from eep_jax.models.weights import build_dense_model, expert_name
+
+    named = {expert_name(e): array for e, array in weights.experts.items()}
+    dtype = jnp.dtype(config.engine.dtype)
+    model = build_dense_model(config.model, weights.dense, named, dtype)
+    wrong = []
+    for name, tokens in produced.items():
+        rows = [[*r.prompt, *tokens[r.id]] for r in requests]
+        logits, _ = model(jnp.array(rows, jnp.int32))
+        said = np.asarray(logits)[:, PROMPT_TOKENS - 1 : -1]
+        chosen = np.array([tokens[r.id] for r in requests])
+        short = said.max(axis=-1) - np.take_along_axis(said, chosen[..., None], -1)[..., 0]
+        if not short.max() <= TOLERANCE[config.engine.dtype]:
+            wrong.append(f"{name}: a token's logit is {short.max():.4f} below the largest")
+    return wrong
+
+
+if __name__ == "__main__":
+    define()
+    app.run(flags.main_with_usage(main))
