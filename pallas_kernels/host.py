@@ -21,6 +21,7 @@ class HostExchange:
     def __init__(self, layout: WindowLayout, rank: int, slots_per_rank: int):
         self.layout, self.rank, self.slots_per_rank = layout, rank, slots_per_rank
         self._views = HeapViews(layout)
+        self._ranks = np.arange(layout.ranks)[:, None, None]
 
     def __reduce__(self):
         """Pickled without its views: they are of this process's memory."""
@@ -28,7 +29,7 @@ class HostExchange:
 
     def begin(self, heap, active, scalars, suspicion) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
-        epoch, current, deadline_ms, wish = (int(v) for v in np.asarray(scalars)[:4])
+        epoch, current, deadline_ms, wish = np.asarray(scalars)[:4].tolist()
         return Turn(
             windows=self._views.of(heap),
             round=current,
@@ -87,9 +88,10 @@ class HeapViews:
 
     def of(self, heap) -> list[dict[str, np.ndarray]]:
         memory = np.asarray(heap)
-        if memory.ctypes.data != self._address:
+        address = memory.__array_interface__["data"][0]
+        if address != self._address:
             # The heap is an input of the step, so numpy sees it as read-only; its pages are not.
-            self._address, self._windows = memory.ctypes.data, self._layout.views(writable(memory))
+            self._address, self._windows = address, self._layout.views(writable(memory))
         return self._windows
 
 
@@ -101,4 +103,9 @@ def writable(memory: np.ndarray) -> np.ndarray:
 
 def partners(active: np.ndarray, suspicion: np.ndarray) -> list[int]:
     """The ranks an exchange talks to: those of the epoch that did not time out in this step."""
-    return [int(r) for r in np.flatnonzero((active > 0) & (suspicion == 0))]
+    return np.flatnonzero((active > 0) & (suspicion == 0)).tolist()
+
+
+def every_or(ranks: list[int], count: int) -> slice | list[int]:
+    """An index for these of `count` ranks: a slice, which copies nothing, where it is all."""
+    return slice(None) if len(ranks) == count else ranks

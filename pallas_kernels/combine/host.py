@@ -34,11 +34,13 @@ class HostCombine(HostExchange):
 
         # Send home. Invariant: all that a window holds of this rank is written before its flag.
         for home in turn.peers:
-            returns, mine = turn.windows[home]["returns"][turn.half, self.rank], received[home] >= 0
+            returns = turn.windows[home]["returns"][turn.half, self.rank]
             if self.layout.combine == "per_choice":
-                token, choice = np.nonzero(mine)
-                returns[token, choice] = results[home, token, choice]
+                # Rows of choices that lie elsewhere go along, and nobody reads them there: picking
+                # the others costs more than their bytes.
+                returns[: results.shape[1]] = results[home]
             else:
+                mine = received[home] >= 0
                 token = np.flatnonzero(mine.any(axis=1))
                 share = np.where(mine, np.asarray(sent_weights)[home], 0)[token]
                 returns[token] = ordered_sum(share, results[home, token])
@@ -52,14 +54,22 @@ class HostCombine(HostExchange):
         self._reduce(y, returns, np.asarray(slots), np.asarray(weights), heard)
 
     def _reduce(self, y, returns, slots, weights, heard) -> None:
+        # The last entry is for choices without a slot, whose owner is -1.
+        is_heard = np.zeros(self.layout.ranks + 1, np.bool_)
+        is_heard[heard] = True
         owner = np.where(slots >= 0, slots // self.slots_per_rank, -1)
-        valid = np.isin(owner, heard)
+        valid = is_heard[owner]
         if self.layout.combine == "per_choice":
-            token, choice = np.indices(owner.shape)
+            _, places, choices, hidden = returns.shape
+            token, choice = np.arange(len(slots))[:, None], np.arange(choices)
+            at = (np.maximum(owner, 0) * places + token) * choices + choice
+            home = returns.reshape(-1, hidden)[at]
             # Windows keep rows of earlier rounds, which must not be read even with weight zero:
             # they may hold NaN.
-            home = np.where(valid[..., None], returns[np.maximum(owner, 0), token, choice], 0)
-            y[...] = ordered_sum(np.where(valid, weights, 0), home)
+            if not valid.all():
+                home[~valid] = 0
+                weights = np.where(valid, weights, 0)
+            y[...] = ordered_sum(weights, home)
             return
         for rank in heard:
             token = np.flatnonzero((owner == rank).any(axis=1))
@@ -68,7 +78,8 @@ class HostCombine(HostExchange):
 
 def ordered_sum(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """`sum_k weights[n, k] * rows[n, k]` in the order of k: same bits wherever rows came from."""
-    total = weights[:, 0, None] * rows[:, 0]
+    products = weights[..., None] * rows
+    total = products[:, 0]
     for k in range(1, rows.shape[1]):
-        total += weights[:, k, None] * rows[:, k]
+        total += products[:, k]
     return total

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pallas_kernels.host import HostExchange
+from pallas_kernels.host import HostExchange, every_or
 
 
 class HostDispatch(HostExchange):
@@ -23,12 +23,12 @@ class HostDispatch(HostExchange):
 
         # Send. Invariant: all that a window holds of this rank is written before its flag.
         owner = np.where(slots >= 0, slots // self.slots_per_rank, -1)
-        local = slots % self.slots_per_rank
+        theirs = np.where(owner == self._ranks, slots % self.slots_per_rank, -1)  # [R T K]
         for peer in turn.peers:
-            window, here = turn.windows[peer], owner == peer
-            chosen = np.flatnonzero(here.any(axis=1))
-            window["rows"][half, self.rank, chosen] = x[chosen]
-            window["slots"][half, self.rank, :tokens] = np.where(here, local, -1)
+            window = turn.windows[peer]
+            # Whole rows in one copy: picking those that go there costs more than their bytes.
+            window["rows"][half, self.rank, :tokens] = x
+            window["slots"][half, self.rank, :tokens] = theirs[peer]
             window["weights"][half, self.rank, :tokens] = weights
             window["header"][half, self.rank, 0] = turn.wish
             self.signal(turn, peer)
@@ -38,10 +38,11 @@ class HostDispatch(HostExchange):
         if heard is None:
             return
         own = turn.windows[self.rank]
-        for source in heard:
-            received = own["slots"][half, source, :tokens]
-            slots_out[source] = received
-            weights_out[source] = own["weights"][half, source, :tokens]
-            chosen = np.flatnonzero((received >= 0).any(axis=1))
-            rows_out[source, chosen] = own["rows"][half, source, chosen]
-            wish_out[...] = max(int(wish_out), int(own["header"][half, source, 0]))
+        sources = every_or(heard, len(slots_out))
+        received = own["slots"][half, sources, :tokens]
+        slots_out[sources] = received
+        weights_out[sources] = own["weights"][half, sources, :tokens]
+        here = (received >= 0).any(axis=2)[..., None]
+        rows_out[sources] = np.where(here, own["rows"][half, sources, :tokens], 0)
+        if heard:
+            wish_out[...] = max(turn.wish, int(own["header"][half, sources, 0].max()))
