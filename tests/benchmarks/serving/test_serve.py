@@ -1,33 +1,14 @@
 """`python -m benchmarks.serve` as a user starts it: on any server, and on a cluster of its own."""
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 
-from benchmarks.harness import ROOT, read
+from benchmarks.harness import read
+from tests.benchmarks.processes import run_module
 from tests.benchmarks.serving.fake_server import fake_server
 
 
-def serve(*arguments: str, deadline_s: float) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.serve", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=deadline_s)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+def serve(*arguments: str, deadline_s: float):
+    return run_module("benchmarks.serve", *arguments, deadline_s=deadline_s)
 
 
 @pytest.mark.timeout(120)

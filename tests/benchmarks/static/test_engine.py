@@ -1,0 +1,42 @@
+"""What a static rank is given: batches as words, and configurations for any number of ranks."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.static.engine import pack_batch, unpack_batch
+from benchmarks.static.processes import with_ranks
+from eep_jax.engine.step import StepKind, empty_batch
+from launch.flags import UsageError, load_config
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_a_batch_comes_out_of_its_words_as_it_went_in(kind):
+    like, rng = empty_batch(load_config("tiny_cpu"), kind), np.random.default_rng(int(kind))
+    given = {}
+    for field in dataclasses.fields(like):
+        model = getattr(like, field.name)
+        bits = rng.integers(0, 2**32, model.shape, np.uint32)
+        given[field.name] = bits > 2**31 if model.dtype == np.bool_ else bits.view(model.dtype)
+    given["temperature"], given["top_p"] = (rng.random(8, np.float32) for _ in range(2))
+    batch = dataclasses.replace(like, **given)
+    found, wish = jax.jit(lambda words: unpack_batch(words, like))(
+        pack_batch(batch, StepKind.HOLD)[0]
+    )
+    assert int(wish) == StepKind.HOLD
+    for name, value in given.items():
+        assert getattr(found, name).dtype == value.dtype
+        np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+
+
+@pytest.mark.parametrize("ranks, slots, redundancy", [(1, 16, 1), (2, 16, 2), (4, 8, 2), (8, 8, 2)])
+def test_any_number_of_ranks_has_slots_for_all_replicas(ranks, slots, redundancy):
+    cluster = with_ranks(load_config("tiny_cpu"), ranks).cluster
+    assert (cluster.ranks, cluster.slots_per_rank, cluster.redundancy) == (ranks, slots, redundancy)
+
+
+def test_no_rank_is_refused():
+    with pytest.raises(UsageError, match="at least 1"):
+        with_ranks(load_config("tiny_cpu"), -1)
