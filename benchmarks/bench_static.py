@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.harness import Record, append, commit, compared, cpu_device, now, percentile
 from benchmarks.static.exchanges import EXCHANGES, GPU_ONLY
-from benchmarks.static.processes import free_port, job_of, start, with_ranks
+from benchmarks.static.processes import free_port, start, with_ranks
 from benchmarks.static.worker import CHECKED_TOKENS, PROMPT_TOKENS
 from eep_jax.config import RunConfig
 from launch import flags
@@ -106,9 +106,8 @@ def _check_room(config: RunConfig) -> None:
 def _run(config: RunConfig, systems: list[str], directory: pathlib.Path) -> dict:
     """Starts the ranks and waits for what rank 0 reports. Raises RuntimeError with a log's end."""
     values, report = absl_flags.FLAGS, directory / "report.json"
-    job = job_of(
-        config, systems=systems, blocks=values.blocks, steps=values.steps, report=str(report)
-    )
+    job = {"ranks": config.cluster.ranks, "systems": systems, "report": str(report)}
+    job |= {"blocks": values.blocks, "steps": values.steps}
     path = directory / "job.json"
     path.write_text(json.dumps(job))
     say(f"{config.cluster.ranks} ranks of {config.name}: {', '.join(systems)}; {directory}")

@@ -21,6 +21,7 @@ from eep_jax.engine.scheduler import Scheduler
 from eep_jax.engine.step import COMPILER_OPTIONS, Batch, StepKind, empty_batch, make_step
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.moe_block import expert_mlp
 from pallas_kernels.call import Call
 
 
@@ -85,10 +86,10 @@ class StaticEngine:
         self._index = list(devices).index(self._here)
         ranks, engine = len(devices), config.engine
         self._split, self._same = NamedSharding(self.mesh, P(AXIS)), NamedSharding(self.mesh, P())
-        run = as_run_experts(exchange, ranks, engine.row_tile)
-        self._step, names = make_step(config, None, run)
-        dtype = jnp.dtype(engine.dtype)
-        self._dense = [self._everywhere(weights.dense[name].astype(dtype)) for name in names]
+        run = as_run_experts(exchange, ranks, engine.row_tile, expert_mlp(config.model))
+        self._step, dtypes = make_step(config, None, run)
+        dense = (weights.dense[name].astype(dtype) for name, dtype in dtypes.items())
+        self._dense = [self._everywhere(array) for array in dense]
         self._bank = self._own(self._bank_rows(weights, ranks))
         self._cache = jax.tree.map(self._own, jax.device_get(empty_cache(config.model, engine)))
         self._compiled = {kind: self._jitted(kind) for kind in (StepKind.DECODE, StepKind.MIXED)}
@@ -136,7 +137,7 @@ class StaticEngine:
         for slot in range(count):
             expert = self._index * count + slot
             if expert < model.experts:
-                rows[slot, :, :, : model.expert_hidden] = weights.experts[expert]
+                rows[slot, :, :, : model.expert_shape[2]] = weights.experts[expert]
         return rows
 
     def _own(self, array: np.ndarray) -> jax.Array:

@@ -11,12 +11,12 @@ Raises, at compilation, what XLA says where a platform lacks a collective: XLA:C
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.expert_gemm.api import expert_gemm
+from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 
 AXIS = "ranks"
 EXCHANGES = ("psum", "all_to_all", "ring", "ragged_all_to_all")
@@ -32,6 +32,7 @@ class Experts:
     layer: int
     ranks: int
     tile_rows: int
+    mlp: ExpertMlp = SWIGLU
 
     @property
     def slots(self) -> int:
@@ -44,7 +45,9 @@ class Experts:
         weights: Float32[Array, "N T K"],
     ) -> Float32[Array, "N T D"]:
         """What this rank adds to each row: the weighted sum of the choices in its own slots."""
-        results = expert_gemm(rows, slots, self.bank, layer=self.layer, tile_rows=self.tile_rows)
+        results = expert_gemm(
+            rows, slots, self.bank, layer=self.layer, tile_rows=self.tile_rows, mlp=self.mlp
+        )
         # Results of choices that lie elsewhere may be anything on a GPU, NaN included.
         mine = jnp.where((slots >= 0)[..., None], results.astype(jnp.float32), 0)
         return jnp.sum(weights[..., None] * mine, axis=2)
@@ -167,12 +170,12 @@ def slots_of(experts: int, ranks: int) -> int:
     return -(-experts // ranks)
 
 
-def as_run_experts(name: str, ranks: int, tile_rows: int):
+def as_run_experts(name: str, ranks: int, tile_rows: int, mlp: ExpertMlp = SWIGLU):
     """The exchange as `make_step` takes it. Nothing is dropped and nobody is suspected."""
     run = exchange(name)
 
     def run_experts(spread, layer, x, ids, weights, bank, heap, tables, call):
-        y = run(x, ids, weights, Experts(bank, layer, ranks, tile_rows))
-        return y, jax.numpy.zeros(len(x), jnp.int32), call
+        y = run(x, ids, weights, Experts(bank, layer, ranks, tile_rows, mlp))
+        return y, jnp.zeros(len(x), jnp.int32), call
 
     return run_experts

@@ -6,7 +6,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 
 from eep_jax.config import RunConfig
 from launch import flags
@@ -36,23 +35,6 @@ def with_ranks(config: RunConfig, ranks: int | None) -> RunConfig:
     return dataclasses.replace(config, cluster=changed, engine=engine)
 
 
-def job_of(config: RunConfig, **more) -> dict:
-    """What `read_config` needs in another process, and `more`."""
-    name, overrides = flags.CONFIG.value, list(flags.OVERRIDE.value)
-    gpus = list(flags.gpus()) if config.platform == "gpu" else []
-    ranks = config.cluster.ranks
-    return {"config": name, "overrides": overrides, "ranks": ranks, "gpus": gpus, **more}
-
-
-def read_config(job: Mapping) -> RunConfig:
-    config = flags.load_config(job["config"])
-    for text in job["overrides"]:
-        config = flags.override(config, text)
-    if job["gpus"]:
-        flags.GPUS.value = ",".join(job["gpus"])
-    return with_ranks(config, job["ranks"])
-
-
 def rank_environment(config: RunConfig, rank: int, directory: pathlib.Path) -> dict[str, str]:
     """As a rank of `launch` has it: the same threads, the same flags of XLA."""
     if config.platform == "cpu":
@@ -70,10 +52,11 @@ def free_port() -> int:
 
 
 def start(module: str, rank: int, log: pathlib.Path, *arguments: str, **pipes) -> subprocess.Popen:
-    """A Python process of this project, that ends with this one."""
+    """A Python process of this project with the same flags, that ends with this one."""
     root = str(pathlib.Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", module, f"--rank={rank}", f"--parent_pid={os.getpid()}"]
+    command += flags.forwarded()
     with log.open("ab") as file:
         return subprocess.Popen(
             [*command, *arguments],

@@ -31,9 +31,9 @@ def main() -> int:
     rank, values = flags.RANK.value, absl_flags.FLAGS
     end_with_parent(flags.PARENT_PID.value)
     job = json.loads(pathlib.Path(values.job).read_text())
-    from benchmarks.static.processes import rank_environment, read_config
+    from benchmarks.static.processes import rank_environment
 
-    config = read_config(job)
+    config = with_ranks(flags.run_config(), job["ranks"])
     os.environ.update(rank_environment(config, rank, pathlib.Path(values.job).parent))
     import jax
 
