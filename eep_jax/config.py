@@ -169,8 +169,8 @@ class RunConfig:
     tokenizer: str = ""  # directory of tokenizer.json; "": the checkpoint's, else bytes
 
     def __post_init__(self):
-        if self.random_weights is not None and self.random_weights < 0:
-            raise ValueError(f"{self.random_weights=} is a seed, must not be negative")
+        if self.random_weights is not None and not 0 <= self.random_weights < 1 << 32:
+            raise ValueError(f"{self.random_weights=} is a seed, must be in 0..{(1 << 32) - 1}")
         self._check_room()
         self._check_dtypes()
 

@@ -1,13 +1,16 @@
-"""Weights drawn from a seed instead of read: for models without a checkpoint, of any size.
+"""Weights drawn on the device from a seed instead of read: for models without a checkpoint.
 
 Each weight depends on (seed, its name) alone, so any rank can make any single expert again, and all
-get the same bits. Drawing gigabytes would take minutes; a weight draws one pool of normal numbers
-and goes around it. The matrices of an expert begin at offsets of their own.
+ranks on devices of one kind get the same bits: digests hold over repair and return. A device draws
+one matrix at a time, so that it needs room for no more than that.
 """
 
 import collections.abc
 import functools
+import zlib
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -17,9 +20,17 @@ from eep_jax.models.weights import dense_names, expert_name
 from eep_jax.relocation.checkpoint import Checkpoint, digest
 from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
-POOL = 1_048_583  # prime, so that rows of a matrix do not repeat with the pool
 STORED = np.dtype(ml_dtypes.bfloat16)
 _DENSE, _EXPERT = 0, 1  # kinds of weights, each with streams of its own
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def draw_normal(seed, kind, name, number, scale, *, shape: tuple[int, ...]):
+    """Normal numbers times `scale`, bfloat16, that depend on (seed, kind, name, number) alone."""
+    key = jax.random.key(seed)
+    for part in (kind, name, number):
+        key = jax.random.fold_in(key, part)
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(STORED)
 
 
 class RandomCheckpoint:
@@ -33,13 +44,18 @@ class RandomCheckpoint:
         # An expert that was read is compared with its digest next.
         self._draw_expert = functools.lru_cache(maxsize=1)(self._draw_expert)
         self._dense_shapes = {name: leaf.shape for name, leaf in dense_names(model).items()}
+        self._dense = _Lazy(self._dense_shapes, self._draw_dense)
         experts = {expert_name(e): e for e in range(model.experts)}
         self.manifest = {
             "dtype": STORED.name,
             "facts": {"random_weights": seed},
-            "dense": _Digests(self._dense_shapes, self._draw_dense),
-            "experts": _Digests(experts, lambda name: self._draw_expert(experts[name])),
+            "dense": _Lazy(self._dense_shapes, functools.cache(lambda n: digest(self._dense[n]))),
+            "experts": _Lazy(
+                experts, functools.cache(lambda n: digest(self._draw_expert(experts[n])))
+            ),
         }
+        # While it serves, a rank may have to draw an expert, but must compile nothing any more.
+        self._draw_matrix = self._compile_draw((model.expert_hidden, model.hidden))
 
     def require_model(self, model: ModelConfig) -> None:
         """Raises CheckpointError if these weights were made for another model."""
@@ -48,21 +64,22 @@ class RandomCheckpoint:
 
     def content_name(self, expert: int) -> str:
         """As of a Checkpoint; nothing is drawn for it."""
-        return f"{POOL} normal numbers of {self.model}, seed {self.seed}, expert {expert}"
+        drawn = f"normal numbers of JAX {jax.__version__} on {jax.default_backend()}"
+        return f"{drawn} for {self.model}, seed {self.seed}, expert {expert}"
 
-    def read_dense(self) -> dict[str, np.ndarray]:
-        """All weights outside the experts, by name, bfloat16.
+    def read_dense(self) -> collections.abc.Mapping[str, np.ndarray]:
+        """All weights outside the experts, by name, bfloat16, each drawn when it is looked up.
 
         Norms are ones, the embedding is normal, a kernel `[i, o]` is normal times `i ** -0.5`.
         Biases are zeros.
         """
-        return {name: self._draw_dense(name) for name in self._dense_shapes}
+        return self._dense
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """Just these experts, each bfloat16 `[L 3 F D]`, not to be written to.
 
-        Gate and up are normal times `D ** -0.5`, down is normal times `F ** -0.5`. Raises
-        CheckpointError for experts that the model does not have.
+        Gate and up are normal times `D ** -0.5`, down is normal times `F ** -0.5`; biases, in the
+        rows below them, are zeros. Raises CheckpointError for experts that the model does not have.
         """
         unknown = [e for e in experts if not 0 <= e < self.model.experts]
         if unknown:
@@ -76,43 +93,41 @@ class RandomCheckpoint:
         if name.endswith(("/bias", "/sinks", "/router_correction")):
             return np.zeros(shape, STORED)
         scale = 1.0 if name.endswith("/embedding") else shape[-2] ** -0.5
-        pool = self._stream(_DENSE, *name.encode()).standard_normal(POOL, np.float32)
-        return np.resize(_bits(pool * np.float32(scale)), shape).view(STORED)
+        return self._draw(draw_normal, _DENSE, zlib.crc32(name.encode()), 0, scale, shape=shape)
 
     def _draw_expert(self, expert: int) -> np.ndarray:
-        layers, matrices, rows, columns = shape = self.model.expert_shape
-        stream, size = self._stream(_EXPERT, expert), rows * columns
-        normal = stream.standard_normal(POOL, np.float32)
-        offsets = stream.choice(POOL, (layers, matrices), replace=False)
-        weights = np.empty((layers, matrices, size), np.uint16)
-        for width, which in ((columns, (0, 1)), (rows, (2,))):
-            around = np.resize(_bits(normal * np.float32(width**-0.5)), POOL + size)
-            for matrix in which:
-                for layer, offset in enumerate(offsets[:, matrix]):
-                    weights[layer, matrix] = around[offset : offset + size]
+        model = self.model
+        layers, matrices, _, _ = model.expert_shape
+        weights = np.zeros(model.expert_shape, STORED)
+        for number in range(layers * matrices):
+            layer, matrix = divmod(number, matrices)
+            width = model.expert_hidden if matrix == matrices - 1 else model.hidden
+            found = self._draw(self._draw_matrix, _EXPERT, expert, number, width**-0.5)
+            weights[layer, matrix, : model.expert_hidden] = found
         weights.flags.writeable = False
-        return weights.view(STORED).reshape(shape)
+        return weights
 
-    def _stream(self, *name: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, *name])))
+    def _draw(self, draw, kind: int, name: int, number: int, scale: float, **shape) -> np.ndarray:
+        return np.asarray(draw(*_arguments(self.seed, kind, name, number, scale), **shape))
 
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    """Rounded to the stored dtype, as uint16: NumPy copies that several times as fast."""
-    return values.astype(STORED).view(np.uint16)
+    def _compile_draw(self, shape: tuple[int, ...]):
+        return draw_normal.lower(*_arguments(self.seed, 0, 0, 0, 1.0), shape=shape).compile()
 
 
-class _Digests(collections.abc.Mapping):
-    """Digest by name of weight; computed at the first look, then remembered."""
+def _arguments(seed: int, kind: int, name: int, number: int, scale: float) -> tuple:
+    return (np.uint32(seed), *map(np.uint32, (kind, name, number)), np.float32(scale))
 
-    def __init__(self, names, draw):
-        self._names = tuple(names)
-        self._digest = functools.cache(lambda name: digest(draw(name)))
 
-    def __getitem__(self, name: str) -> str:
+class _Lazy(collections.abc.Mapping):
+    """Values by name, each made when it is looked up."""
+
+    def __init__(self, names, make):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str):
         if name not in self._names:
             raise KeyError(name)
-        return self._digest(name)
+        return self._make(name)
 
     def __contains__(self, name) -> bool:
         return name in self._names

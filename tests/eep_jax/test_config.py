@@ -108,6 +108,8 @@ def test_jax_takes_a_part_of_the_memory_of_a_gpu(fraction):
 def test_a_seed_of_weights_is_not_negative():
     with pytest.raises(ValueError, match="random_weights=-1 is a seed"):
         dataclasses.replace(a_run(), random_weights=-1)
+    with pytest.raises(ValueError, match=r"must be in 0\.\.4294967295"):
+        dataclasses.replace(a_run(), random_weights=1 << 32)
 
 
 def configurations() -> dict[str, RunConfig]:

@@ -1,17 +1,20 @@
 """Promises of drawn weights: the same everywhere from a seed, and one expert without the others."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from eep_jax.engine.engine import CompileCounter
 from eep_jax.errors import CheckpointError
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import dense_names, expert_name
 from eep_jax.relocation.checkpoint import Checkpoint, digest
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.random_checkpoint import POOL, STORED, RandomCheckpoint, open_checkpoint
+from eep_jax.relocation.random_checkpoint import STORED, RandomCheckpoint, open_checkpoint
 from tests.support.models import a_model, a_run
 
 MODEL = a_model()
@@ -43,13 +46,20 @@ def test_weights_have_the_names_shapes_and_dtype_of_a_checkpoint():
     assert {w.dtype for w in (*dense.values(), experts[2])} == {STORED}
 
 
-def test_an_expert_needs_no_other_expert_to_be_drawn(monkeypatch):
+def test_an_expert_needs_no_other_expert_to_be_drawn_and_nothing_compiled(monkeypatch):
     checkpoint, drawn = RandomCheckpoint(MODEL, 1), []
-    draw = checkpoint._stream
-    monkeypatch.setattr(checkpoint, "_stream", lambda *name: drawn.append(name) or draw(*name))
+    draw, counter = checkpoint._draw, CompileCounter()
+
+    def noted(function, kind, name, *rest, **shape):
+        drawn.append((kind, name))
+        return draw(function, kind, name, *rest, **shape)
+
+    monkeypatch.setattr(checkpoint, "_draw", noted)
     checkpoint.read_experts([6])
-    assert drawn == [(1, 6)]
-    assert checkpoint.manifest["experts"]["e006"] and drawn == [(1, 6)], "it was just read"
+    assert set(drawn) == {(1, 6)}
+    count = len(drawn)
+    assert checkpoint.manifest["experts"]["e006"] and len(drawn) == count, "it was just read"
+    assert counter.total == 0
 
 
 def test_seeds_experts_layers_and_matrices_differ():
@@ -73,11 +83,26 @@ def test_weights_have_the_scale_of_the_width_they_sum_over():
     np.testing.assert_array_equal(dense["final_norm/scale"], np.ones(256))
 
 
-def test_rows_of_a_matrix_larger_than_the_pool_differ():
-    large = a_model(hidden=2048, expert_hidden=1024, layers=1, experts=2)
-    assert large.hidden * large.expert_hidden > POOL
-    gate = bits(RandomCheckpoint(large, 0).read_experts([1])[1][0, 0])
-    assert len(np.unique(gate, axis=0)) == len(gate)
+def test_another_process_draws_the_same_bits():
+    code = (
+        "from eep_jax.relocation.random_checkpoint import RandomCheckpoint\n"
+        "from tests.support.models import a_model\n"
+        "found = RandomCheckpoint(a_model(), 4)\n"
+        "print(found.manifest['experts']['e003'], found.manifest['dense']['head/kernel'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    own = RandomCheckpoint(MODEL, 4).manifest
+    assert done.stdout.split() == [own["experts"]["e003"], own["dense"]["head/kernel"]]
+
+
+def test_biases_of_experts_are_zeros():
+    model = a_model(expert_biases=True, activation="clamped_swiglu")
+    (expert,) = RandomCheckpoint(model, 0).read_experts([1]).values()
+    assert expert.shape == model.expert_shape and model.bias_rows
+    assert not expert[:, :, model.expert_hidden :].any()
+    assert expert[:, :, : model.expert_hidden].any(axis=-1).all()
 
 
 def test_digests_are_those_of_the_bytes():
