@@ -16,17 +16,18 @@ from pallas_kernels.combine import mosaic_gpu as combine_gpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch import mosaic_gpu as dispatch_gpu
 from pallas_kernels.dispatch.config import config_for
-from pallas_kernels.gpu import Place, post_round
+from pallas_kernels.gpu import Place
 from pallas_kernels.signals import first_round
 from pallas_kernels.window import WindowLayout
 
 
 @dataclasses.dataclass
 class Loopback:
-    """Windows of R ranks on this GPU, and the four phases of an exchange, one rank at a time.
+    """Windows of R ranks on this GPU, and the phases of an exchange, one rank at a time.
 
-    The rank is an argument of the compiled phases, so all ranks share four executables. Memory is
-    made at its first use.
+    No rank may wait before all have posted: all `send`, then all run `dispatch`, the kernel of
+    serving, which finds the flags there. The rank is an argument of the compiled phases, so all
+    ranks share their executables. Memory is made at its first use.
     """
 
     layout: WindowLayout
@@ -72,17 +73,22 @@ class Loopback:
     @functools.cached_property
     def send(self):
         """`(x [T D], slots [T K], weights [T K], heap, call, rank) -> sent`; posts the flags."""
+        return jax.jit(functools.partial(self._exchange, dispatch_gpu.send))
 
-        def run(x, slots, weights, heap, call, rank):
-            config = self.dispatch_config
-            sent = dispatch_gpu.send(x, slots, weights, heap, call, rank, self.place, config)
-            return post_round("sent", self.place, heap, call, rank, sent)
+    @functools.cached_property
+    def dispatch(self):
+        """As `send`, and then `-> (rows, slots, weights, suspicion, wish)`."""
+        return jax.jit(functools.partial(self._exchange, dispatch_gpu.dispatch_mosaic))
 
-        return jax.jit(run)
+    @functools.cached_property
+    def dispatch_alone(self):
+        """As `dispatch` without anybody's `send`: the rank posts the others' flags, too."""
+        alone = functools.partial(dispatch_gpu.dispatch_mosaic, stand_in=True)
+        return jax.jit(functools.partial(self._exchange, alone))
 
     @functools.cached_property
     def receive(self):
-        """`(heap, call, rank, sent, tokens) -> (rows, slots, weights, suspicion, wish)`."""
+        """`(heap, call, rank, sent, tokens)`: what `dispatch` does after it has sent."""
 
         def run(heap, call, rank, sent, tokens):
             shape = (tokens, self.layout.choices)
@@ -92,16 +98,22 @@ class Loopback:
 
         return jax.jit(run, static_argnames="tokens")
 
+    def _exchange(self, function, *arguments):
+        return function(*arguments, self.place, self.dispatch_config)
+
     @functools.cached_property
     def send_home(self):
         """`(results [R T K D], slots, weights [R T K], heap, call, rank) -> sent`; posts flags."""
+        return jax.jit(functools.partial(self._send_home, stand_in=False))
 
-        def run(results, slots, weights, heap, call, rank):
-            data, config = (results, slots, weights), self.combine_config
-            sent = combine_gpu.send_home(*data, heap, call, rank, self.place, config)
-            return post_round("returned", self.place, heap, call, rank, sent)
+    @functools.cached_property
+    def send_home_alone(self):
+        """As `send_home`; the rank posts the others' flags, too."""
+        return jax.jit(functools.partial(self._send_home, stand_in=True))
 
-        return jax.jit(run)
+    def _send_home(self, *arguments, stand_in: bool):
+        config = self.combine_config
+        return combine_gpu.send_home(*arguments, self.place, config, stand_in=stand_in)
 
     @functools.cached_property
     def receive_home(self):
@@ -111,31 +123,6 @@ class Loopback:
                 slots, weights, heap, call, rank, sent, self.place, self.combine_config
             )
         )
-
-    def dispatch(self, x, slots, weights, call: Call, ranks=None) -> list:
-        """What each of `ranks` (all) receives; those left out neither send nor receive."""
-        ranks = range(self.layout.ranks) if ranks is None else ranks
-        numbers = {r: np.int32(r) for r in ranks}
-        sent = [
-            self.send(x[r], slots[r], weights[r], self.heap, call, n) for r, n in numbers.items()
-        ]
-        jax.block_until_ready(sent)
-        tokens = x.shape[1]
-        return {
-            r: self.receive(self.heap, call, n, sent[0], tokens=tokens) for r, n in numbers.items()
-        }
-
-    def combine(self, results, received, slots, weights, calls) -> dict:
-        """y and suspicion of each rank in `received`, which is what `dispatch` gave."""
-        sent = [
-            self.send_home(results[r], got[1], got[2], self.heap, calls[r], np.int32(r))
-            for r, got in received.items()
-        ]
-        jax.block_until_ready(sent)
-        return {
-            r: self.receive_home(slots[r], weights[r], self.heap, calls[r], np.int32(r), sent[0])
-            for r in received
-        }
 
 
 def random_routing(rng: np.random.Generator, ranks, tokens, choices, experts, skew=0.0):

@@ -1,28 +1,34 @@
 """What both exchanges share on a GPU: addresses in the heap, posting and waiting, reading windows.
 
-An exchange is three kernels on one stream. The *send* kernel writes rows into peers' windows. The
-*arrive* kernel, one block, starts when those writes are done: it posts the round to every partner
-and waits for theirs. What follows reads the own window. Nothing of them is compiled for one
-membership: partners, round, deadline and abort word's address are read from arrays at each run.
+A rank's exchange is: write into the partners' windows, post the round to each of them, wait for
+theirs, read the own window. *Dispatch* does the first three in one kernel: the block that is the
+last to have written posts and waits for all. *Combine* posts when the results are written; the
+first block of the kernel that sums them waits, and the others for it. Nothing of them is compiled
+for one membership: partners, round, deadline and abort word's address are read from arrays at each
+run.
 """
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int32, UInt8, UInt32
+from jaxtyping import Array, UInt8
 
 from pallas_kernels import peers
 from pallas_kernels.call import Call
 from pallas_kernels.peers import Word
 from pallas_kernels.window import DOUBLE_BUFFERED, WindowLayout
 
-# Words that every kernel is given: those of Call.scalars, then the rank.
-EPOCH, ROUND, DEADLINE_MS, WISH, ABORT, ABORT_HIGH, RANK = range(7)
 GROUP_THREADS = 128  # threads of one warpgroup
+# Entries of the region `ticket`.
+DISPATCH_DONE, COMBINE_DONE, HOME = range(3)
+# Beyond the deadline, for what a block waits for from the block that keeps the deadline.
+UNROLLED_SLOTS = 64  # up to which a sum over slots is no loop
+GRACE_NS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,30 +71,50 @@ class Heap:
         return self.base + offset + slab
 
 
-def open_heap(place: Place, heap_ref, scalars_ref) -> Heap:
-    half, rank = scalar_at(scalars_ref, ROUND) & 1, scalar_at(scalars_ref, RANK)
+class Told(typing.NamedTuple):
+    """What every kernel of an exchange is told: 32-bit words, each an array of its own.
+
+    So nothing is computed to bring them together; within kernels these are references.
+    """
+
+    epoch: Array  # [1]
+    round: Array  # [1]
+    deadline_ms: Array  # [1]
+    wish: Array  # [1]
+    abort: Array  # [2]
+    rank: Array  # [1]
+    active: Array  # [R]
+    suspicion: Array  # [R]
+
+
+def told(call: Call, rank) -> Told:
+    """`rank` is a number, or an int32 scalar."""
+    one = lambda scalar, dtype=jnp.uint32: jnp.asarray(scalar, dtype).reshape(1)
+    return Told(
+        epoch=one(call.epoch),
+        round=one(call.round),
+        deadline_ms=one(call.deadline_ms),
+        wish=one(call.wish),
+        abort=jnp.asarray(call.abort_address),
+        rank=one(rank, jnp.int32),
+        active=jnp.asarray(call.active),
+        suspicion=jnp.asarray(call.suspicion),
+    )
+
+
+def open_heap(place: Place, heap_ref, round_ref, rank_ref) -> Heap:
+    half, rank = word_at(round_ref) & 1, word_at(rank_ref)
     slab_bytes = place.slab_bytes or heap_ref.type.shape[1]
     return Heap(place, peers.address(heap_ref), slab_bytes, half, rank)
 
 
-def words_of(call: Call, rank) -> UInt32[Array, "7"]:
-    """The words that every kernel is given. `rank` is a number, or an int32 scalar."""
-    return jnp.concatenate([call.scalars(), jnp.asarray(rank, jnp.uint32)[None]])
-
-
-def scalar_at(scalars_ref, index: int) -> Word:
-    return peers.load(peers.address(scalars_ref, 4 * index))
+def word_at(reference, index: int = 0) -> Word:
+    return peers.load(peers.address(reference, 4 * index))
 
 
 def entry(reference, index: Word) -> Word:
     """Address of a 32-bit entry of a flat array."""
     return peers.address(reference, index.wide() * 4)
-
-
-def partners_of(call: Call, rank) -> Int32[Array, "R"]:
-    """1 for the ranks this exchange talks to: none, once the step was aborted."""
-    heard = (call.active > 0) & (call.suspicion == 0) & (call.suspicion[rank] == 0)
-    return heard.astype(jnp.int32)
 
 
 def simt(
@@ -124,86 +150,11 @@ def simt(
     return dict(zip(out, run(*operands), strict=True))
 
 
-def arrive(
-    flag: str, place: Place, heap, call: Call, rank, sent, *, members: "MemberLists | None" = None
-) -> dict:
-    """Posts the round to every partner, waits for theirs, and reports.
-
-    `sent` is the output of the send kernel: what it wrote is there before any flag is. `flag` names
-    the region. Returns `suspicion` int32 [R] and `wish` int32 [1], the largest heard; with
-    `members` also `slots` int32 [R T K] (-1 of ranks not heard) and the lists, see MemberLists.
-
-    Nothing off the GPU is touched unless a rank is late: reading the abort word costs microseconds.
-    """
-    ranks = place.ranks
-    out = {"suspicion": ((ranks,), jnp.int32), "wish": ((1,), jnp.int32)}
-    if members is not None:
-        out |= members.out
-    groups = 1 if members is None else members.groups
-    threads = GROUP_THREADS * groups
-    shared = (ranks, 2) if members is None else (ranks, 2, members.slots)
-
-    def body(heap_ref, scalars, active, before, _, suspicion, loudest_out, *rest):
-        *lists, heard, words, counts = rest if members is not None else (*rest, None)
-        thread, heap = peers.thread(), open_heap(place, heap_ref, scalars)
-        rank, start = heap.rank, peers.now_ns()
-        epoch, current = scalar_at(scalars, EPOCH), scalar_at(scalars, ROUND)
-        limit_ns = scalar_at(scalars, DEADLINE_MS).wide() * 1_000_000
-        low, high = scalar_at(scalars, ABORT), scalar_at(scalars, ABORT_HIGH)
-        abort = low.wide() | (high.wide() << 32)
-        is_partner, ended = partner_test(active, before, rank)
-        loudest, failed = peers.address(words, 0), peers.address(words, 4)
-
-        def hear(peer: Word) -> None:
-            peers.store(entry(suspicion, peer), peers.load(entry(before, peer)))
-            peers.store(entry(heard, peer), peers.word(0))
-            with peers.when(is_partner(peer)):
-                at = heap.region(flag, rank, peer)
-                came = peers.wait_for(at, current, abort, epoch, start, limit_ns)
-                peers.store(entry(heard, peer), came)
-                with peers.when(came != 0):
-                    wish = peers.look(heap.region("header", rank, peer))
-                    peers.max_shared(loudest, wish)
-                with peers.when(came == 0):
-                    # An aborted wait blames nobody.
-                    late = epoch.below(peers.look(abort)) ^ 1
-                    peers.store(entry(suspicion, peer), late.narrow())
-                    peers.store(failed, peers.word(1))
-
-        with peers.when(thread == 0):
-            peers.store(loudest, scalar_at(scalars, WISH))
-            peers.store(failed, ended.narrow())
-        tell_partners(flag, heap, scalars, is_partner, threads)
-        peers.barrier()
-        peers.each(thread, ranks, threads, hear)
-        peers.barrier()
-        with peers.when(thread == 0):
-            peers.store(peers.address(loudest_out), peers.load(loudest))
-            # After all waits: what ended one of them is seen here too.
-            with peers.when(peers.load(failed) != 0):
-                aborted = ended | epoch.below(peers.look(abort))
-                peers.store(entry(suspicion, rank), aborted.narrow())
-        if members is not None:
-            members.collect(heap, heard, counts, lists, thread)
-
-    run = simt(
-        body,
-        heap,
-        words_of(call, rank),
-        call.active,
-        call.suspicion,
-        sent,
-        out=out,
-        grid=1,
-        name=f"arrive_{flag}",
-        groups=groups,
-        shared=shared,
-    )
-    return run
-
-
 def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word], Word]:
-    """Part of a kernel: (whether this exchange talks to a rank, whether the step was aborted)."""
+    """Part of a kernel: (whether this exchange talks to a rank, whether the step was aborted).
+
+    It talks to those that are active and not suspected; to nobody once the step was aborted.
+    """
     ended = peers.load(entry(suspicion, rank)) != 0
 
     def is_partner(peer: Word) -> Word:
@@ -213,41 +164,123 @@ def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word],
     return is_partner, ended
 
 
-def tell_partners(flag: str, heap: Heap, scalars, is_partner, threads: int) -> None:
-    """Part of a kernel: the wish and then the round into each partner's window."""
-    wish, current = scalar_at(scalars, WISH), scalar_at(scalars, ROUND)
+def is_last_block(heap: Heap, ticket: int, blocks: int, shared) -> Word:
+    """Part of a kernel, called by all threads of every block: whether all others got here before.
+
+    Then all that they wrote before can be announced to any GPU.
+    """
+    seen = peers.address(shared)
+    peers.barrier()
+    with peers.when(peers.thread() == 0):
+        peers.fence()
+        at = heap.region("ticket", heap.rank, ticket)
+        peers.store(seen, peers.count_up(at, blocks - 1))
+    peers.barrier()
+    return peers.load(seen) == blocks - 1
+
+
+def forget_home(heap: Heap) -> None:
+    """Part of a kernel: no block of this exchange's last kernel begins to sum before it is told.
+
+    A round that is run again, by a rank that is alone, would find its own word of the time before.
+    """
+    with peers.when(peers.thread() == 0):
+        peers.store(heap.region("ticket", heap.rank, HOME), peers.word(0))
+
+
+def tell_partners(
+    flag: str, heap: Heap, refs: Told, is_partner, threads: int, stand_in: bool = False
+) -> None:
+    """Part of a kernel: the wish and then the round into each partner's window.
+
+    With `stand_in` also into the own window what the partners would write there.
+    """
+    wish, current = word_at(refs.wish), word_at(refs.round)
 
     def tell(peer: Word) -> None:
         with peers.when(is_partner(peer)):
-            peers.store(heap.region("header", peer, heap.rank), wish)
-            peers.post(heap.region(flag, peer, heap.rank), current)
+            for to, by in ((peer, heap.rank), (heap.rank, peer))[: 2 if stand_in else 1]:
+                peers.store(heap.region("header", to, by), wish)
+                peers.post(heap.region(flag, to, by), current)
 
     peers.each(peers.thread(), heap.place.ranks, threads, tell)
 
 
-def post_round(flag: str, place: Place, heap, call: Call, rank, sent):
-    """Only the first half of `arrive`, for ranks that take turns on one GPU.
+class Heard(typing.NamedTuple):
+    """Part of a kernel: what a block that waits for the partners writes, by reference."""
 
-    There no rank may wait before all have posted; `arrive` posts the same round once more.
+    suspicion: Array  # int32 [R], an output
+    wish: Array  # uint32 [1], an output: the largest heard
+    heard: Array  # int32 [R] in shared memory: 1 where the flag came
+    words: Array  # int32 [2] in shared memory
+
+
+def await_partners(
+    flag: str,
+    heap: Heap,
+    refs: Told,
+    out: Heard,
+    threads: int,
+    stand_in: bool = False,
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    """Part of a kernel, called by all threads of one block: posts the round, waits for the others'.
+
+    `then` is done while the wishes of those that came are under way. Nothing off the GPU is touched
+    unless a rank is late: reading the abort word costs microseconds.
     """
+    thread, ranks, rank = peers.thread(), heap.place.ranks, heap.rank
+    start = peers.now_ns()
+    epoch, current = word_at(refs.epoch), word_at(refs.round)
+    limit_ns = word_at(refs.deadline_ms).wide() * 1_000_000
+    abort = word_at(refs.abort).wide() | (word_at(refs.abort, 1).wide() << 32)
+    is_partner, ended = partner_test(refs.active, refs.suspicion, rank)
+    loudest, failed = peers.address(out.words, 0), peers.address(out.words, 4)
 
-    def body(heap_ref, scalars, active, before, sent, done):
-        heap = open_heap(place, heap_ref, scalars)
-        is_partner, _ = partner_test(active, before, heap.rank)
-        tell_partners(flag, heap, scalars, is_partner, GROUP_THREADS)
-        with peers.when(peers.thread() == 0):
-            peers.store(peers.address(done), peers.word(1))
+    def hear(peer: Word) -> None:
+        peers.store(entry(out.suspicion, peer), peers.load(entry(refs.suspicion, peer)))
+        peers.store(entry(out.heard, peer), peers.word(0))
+        with peers.when(is_partner(peer)):
+            at = heap.region(flag, rank, peer)
+            came = peers.wait_for(at, current, start, limit_ns, abort, epoch)
+            peers.store(entry(out.heard, peer), came)
+            with peers.when(came == 0):
+                # An aborted wait blames nobody.
+                late = epoch.below(peers.look(abort)) ^ 1
+                peers.store(entry(out.suspicion, peer), late.narrow())
+                peers.store(failed, peers.word(1))
 
-    operands = (heap, words_of(call, rank), call.active, call.suspicion, sent)
-    done = {"done": ((1,), jnp.int32)}
-    return simt(body, *operands, out=done, grid=1, name=f"post_{flag}")["done"]
+    with peers.when(thread == 0):
+        peers.store(loudest, word_at(refs.wish))
+        peers.store(failed, ended.narrow())
+    tell_partners(flag, heap, refs, is_partner, threads, stand_in)
+    peers.barrier()
+    peers.each(thread, ranks, threads, hear)
+    peers.barrier()
+    wishes = []
+    for first in range(0, ranks, threads):
+        inside = thread + first < ranks
+        peer = peers.select(inside, thread + first, 0)
+        came = inside & (peers.load(entry(out.heard, peer)) != 0)
+        wishes.append((came, peers.load_if(came, heap.region("header", rank, peer))))
+    then()
+    for came, wish in wishes:
+        with peers.when(came):
+            peers.max_shared(loudest, wish)
+    peers.barrier()
+    with peers.when(thread == 0):
+        peers.store(peers.address(out.wish), peers.load(loudest))
+        # After all waits: what ended one of them is seen here too.
+        with peers.when(peers.load(failed) != 0):
+            aborted = ended | epoch.below(peers.look(abort))
+            peers.store(entry(out.suspicion, rank), aborted.narrow())
 
 
 @dataclasses.dataclass(frozen=True)
 class MemberLists:
     """Which received choices belong to which slot, gathered by the block that waited for them.
 
-    Outputs of `arrive`, all int32:
+    Outputs of dispatch, all int32:
         slots    [R T K]     slot on this rank of each received choice, -1: none
         members  [S R*T]     the first counts[s] entries of row s: choices (index into R T K)
         counts   [S]
@@ -278,8 +311,9 @@ class MemberLists:
 
     @property
     def groups(self) -> int:
-        """Warpgroups of the block: few choices need few threads."""
-        return max(1, min(8, self.pairs // (4 * GROUP_THREADS)))
+        """Warpgroups of a block, a power of two: few choices need few threads."""
+        wanted = self.pairs // (4 * GROUP_THREADS)
+        return max(groups for groups in (1, 2, 4, 8) if groups <= max(1, wanted))
 
     @property
     def out(self) -> dict:
@@ -290,13 +324,15 @@ class MemberLists:
             "tiles": ((1 + 2 * self.tiles_max,), jnp.int32),
         }
 
-    def collect(self, heap: Heap, heard, counts_shared, outs, thread: Word) -> None:
+    def clear(self, counts_shared, threads: int) -> None:
+        """Part of a kernel: what `collect` counts in is zero, after the next barrier."""
+        zero = lambda slot: peers.store(entry(counts_shared, slot), peers.word(0))
+        peers.each(peers.thread(), self.slots, threads, zero)
+
+    def collect(self, heap: Heap, heard, counts_shared, outs, threads: int) -> None:
         """Part of a kernel; called by all threads of the block, after `heard` is written."""
         slots_out, members, counts, tiles = outs
-        threads, per_source = GROUP_THREADS * self.groups, self.tokens * self.choices
-        clear = lambda slot: peers.store(entry(counts_shared, slot), peers.word(0))
-        peers.each(thread, self.slots, threads, clear)
-        peers.barrier()
+        thread, per_source = peers.thread(), self.tokens * self.choices
 
         def four(index: Word) -> None:
             pair = index * 4
@@ -317,13 +353,22 @@ class MemberLists:
         peers.each(thread, self.pairs // 4, threads, four)
         peers.barrier()
 
-        def list_tiles(slot: Word) -> None:
-            in_tiles = lambda s: (
-                (peers.load(entry(counts_shared, s)) + (self.tile_rows - 1)) // self.tile_rows
-            )
+        def in_tiles(slot: Word) -> Word:
+            count = peers.load(entry(counts_shared, slot))
+            return (count + (self.tile_rows - 1)) // self.tile_rows
+
+        def before(slot: Word) -> Word:
+            """Tiles of all lower slots."""
             zero = peers.word(0)
-            first = peers.fold(zero, slot, 1, zero, lambda s, total: total + in_tiles(s))
-            mine = in_tiles(slot)
+            if self.slots > UNROLLED_SLOTS:
+                return peers.fold(zero, slot, 1, zero, lambda s, total: total + in_tiles(s))
+            total = zero
+            for lower in map(peers.word, range(self.slots - 1)):
+                total = total + peers.select(lower < slot, in_tiles(lower), 0)
+            return total
+
+        def list_tiles(slot: Word) -> None:
+            first, mine, zero = before(slot), in_tiles(slot), peers.word(0)
             peers.store(entry(counts, slot), peers.load(entry(counts_shared, slot)))
 
             def one(tile: Word) -> None:
@@ -349,8 +394,8 @@ def read_region(
     words = math.prod(region.shape[1:]) * region.dtype.itemsize // 4
     blocks = max(1, min(1024, words // (4 * GROUP_THREADS)))
 
-    def body(heap_ref, scalars, _, out):
-        heap = open_heap(place, heap_ref, scalars)
+    def body(heap_ref, current, number, _, out):
+        heap = open_heap(place, heap_ref, current, number)
         first = peers.block() * GROUP_THREADS + peers.thread()
 
         def four(index: Word) -> None:
@@ -361,7 +406,9 @@ def read_region(
         peers.each(first, words // 4, blocks * GROUP_THREADS, four)
 
     shape = {"copy": ((words,), jnp.uint32)}
-    run = simt(body, heap, words_of(call, rank), after, out=shape, grid=blocks, name=f"read_{name}")
+    refs = told(call, rank)
+    operands = (heap, refs.round, refs.rank, after)
+    run = simt(body, *operands, out=shape, grid=blocks, name=f"read_{name}")
     kept = jax.lax.bitcast_convert_type(
         run["copy"].reshape(-1, 1) if region.dtype.itemsize == 4 else run["copy"],
         jnp.dtype(region.dtype),

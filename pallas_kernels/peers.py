@@ -205,6 +205,16 @@ def load(at: Word) -> Word:
     return Word(llvm.load(_i32(), _pointer(at), alignment=4))
 
 
+def load_if(wanted: Word, at: Word) -> Word:
+    """A 32-bit word where wanted; else 0, and memory is not touched."""
+    branch = scf.IfOp(wanted.value, [_i32()], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_([load(at).value])
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_([mgpu.c(0, _i32())])
+    return Word(branch.results[0])
+
+
 def store(at: Word, value: Word) -> None:
     """A 32-bit word."""
     llvm.store(value.value, _pointer(at), alignment=4)
@@ -254,6 +264,27 @@ def add_shared(at: Word, amount: int) -> Word:
             has_side_effects=True,
         )
     )
+
+
+def count_up(at: Word, last: int) -> Word:
+    """Adds one to a word in this GPU's memory and returns what it was; after `last` comes 0.
+
+    Who sees a number also sees all that was written before those that counted below it.
+    """
+    return Word(
+        mgpu.inline_ptx(
+            "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;",
+            at.value,
+            mgpu.c(last, _i32()),
+            result_types=_i32(),
+            has_side_effects=True,
+        )
+    )
+
+
+def fence() -> None:
+    """What this thread wrote or saw before is seen, by any GPU, before what it writes after."""
+    mgpu.inline_ptx("fence.acq_rel.sys;", result_types=None)
 
 
 def max_shared(at: Word, value: Word) -> None:
@@ -321,26 +352,36 @@ def scaled_add(total: ir.Value, weight: Word, values: ir.Value, valid: Word) -> 
 
 
 def copy_row(
-    source: Word, targets: Sequence[tuple[Word, Word]], row_bytes: int, threads: int = 128
+    source: Word,
+    targets: Callable[[], Sequence[tuple[Word, Word]]],
+    row_bytes: int,
+    threads: int = 128,
 ) -> None:
-    """A row to every `(address, wanted)` target: read once, all accesses 16 bytes wide."""
-    chunks, index = row_bytes // VECTOR_BYTES, lane(threads)
+    """A row to every `(address, wanted)` target: read once, all accesses 16 bytes wide.
 
-    def some(firsts: Sequence[int]) -> None:
-        offsets = [((index + first) * VECTOR_BYTES).wide() for first in firsts]
+    `threads`, a power of two, share the work. The targets are worked out while the row is under
+    way.
+    """
+    chunks, index = row_bytes // VECTOR_BYTES, lane(threads)
+    full, known = chunks // threads, []
+
+    def some(places: Sequence[Word], inside: Word | None = None) -> None:
+        offsets = [(place * VECTOR_BYTES).wide() for place in places]
         # All loads are under way before the first store waits for one.
         loaded = [load_wide(source + offset) for offset in offsets]
-        for target, wanted in targets:
-            with when(wanted):
+        if not known:
+            known.extend(targets())
+        for target, wanted in known:
+            with when(wanted if inside is None else wanted & inside):
                 for offset, values in zip(offsets, loaded, strict=True):
                     store_wide(target + offset, values)
 
-    full = chunks // threads
     for first in range(0, full, 8):
-        some([threads * j for j in range(first, min(first + 8, full))])
+        some([index + threads * j for j in range(first, min(first + 8, full))])
     if chunks % threads:
-        with when(index + threads * full < chunks):
-            some([threads * full])
+        last = index + threads * full
+        inside = last < chunks
+        some([select(inside, last, 0)], inside)
 
 
 # Words that other processes write or read.
@@ -367,25 +408,27 @@ def now_ns() -> Word:
     return Word(mgpu.globaltimer())
 
 
-def wait_for(at: Word, wanted: Word, abort: Word, epoch: Word, start: Word, limit_ns: Word) -> Word:
+def wait_for(
+    at: Word, wanted: Word, start: Word, limit_ns: Word, abort: Word | None, epoch: Word
+) -> Word:
     """Waits until the word at `at` is `wanted`; 1 if it came, 0 if not.
 
-    Gives up `limit_ns` after `start`, or once the word at `abort` is above `epoch`. Acquires: what
-    was written before the flag was posted may be read after it.
+    Gives up `limit_ns` after `start`, or once the word at `abort`, where one is given, is above
+    `epoch`. Acquires: what was written before the flag was posted may be read after it.
     """
     loop = scf.WhileOp([_i32()] * 3, [mgpu.c(0, _i32())] * 3)
     before = loop.before.blocks.append(_i32(), _i32(), _i32())
     with ir.InsertionPoint.at_block_begin(before):
         turn, aborted = Word(before.arguments[0]), Word(before.arguments[1])
         came = (_look(at, "acquire") == wanted).narrow()
-        polls = scf.IfOp(
-            (turn % ABORT_POLL_ROUNDS == ABORT_POLL_ROUNDS - 1).value, [_i32()], has_else=True
-        )
-        with ir.InsertionPoint(polls.then_block):
-            scf.yield_([(epoch.below(look(abort))).narrow().value])
-        with ir.InsertionPoint(polls.else_block):
-            scf.yield_([aborted.value])
-        aborted = Word(polls.results[0])
+        if abort is not None:
+            asks = turn % ABORT_POLL_ROUNDS == ABORT_POLL_ROUNDS - 1
+            polls = scf.IfOp(asks.value, [_i32()], has_else=True)
+            with ir.InsertionPoint(polls.then_block):
+                scf.yield_([(epoch.below(look(abort))).narrow().value])
+            with ir.InsertionPoint(polls.else_block):
+                scf.yield_([aborted.value])
+            aborted = Word(polls.results[0])
         in_time = (now_ns() - start).below(limit_ns)
         goes_on = (came == 0) & (aborted == 0) & in_time
         scf.condition(goes_on.value, [(turn + 1).value, aborted.value, came.value])

@@ -7,6 +7,8 @@ number, which nobody reads while that rank is inactive. Data regions exist twice
     abort       uint32 [1]            highest epoch in preparation; steps of lower ones end waits
     bell        uint32 [1]            changes whenever there may be something new; sleepers watch it
     wake        uint32 [R]            the round at which writer s found work while all were paused
+    ticket      uint32 [3]            of the rank's own kernels: blocks of dispatch and of combine
+                                      that are done, and the round whose results have come home
     sent        uint32 [2 R]          flags of dispatch: the round that writer s has sent whole
     returned    uint32 [2 R]          flags of combine
     header      int32  [2 R 1]        the writer's wish for the next step
@@ -95,6 +97,7 @@ class WindowLayout:
             ("abort", "uint32", (1,)),
             ("bell", "uint32", (1,)),
             ("wake", "uint32", (ranks,)),
+            ("ticket", "uint32", (3,)),
             ("sent", "uint32", (2, ranks)),
             ("returned", "uint32", (2, ranks)),
             ("header", "int32", (2, ranks, 1)),

@@ -12,7 +12,7 @@ from pallas_kernels.signals import post, sleep_on
 from pallas_kernels.window import WindowLayout, view
 
 CONTROL_REGIONS = ("abort", "bell", "wake")
-FLAG_REGIONS = ("sent", "returned")
+FLAG_REGIONS = ("ticket", "sent", "returned")
 
 
 class Lockstep:

@@ -98,7 +98,8 @@ def elastic_experts(
     slots = assign(expert_ids, tables)
     rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
     call = call.after(suspicion)
-    results = expert_gemm(rows, here, bank, layer=layer, tile_rows=spread.tile_rows, mlp=spread.mlp)
+    options = {"layer": layer, "tile_rows": spread.tile_rows, "mlp": spread.mlp}
+    results = expert_gemm(rows, here, bank, **options, send_home=True)
     y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
     dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
     return y, dropped, dataclasses.replace(call.after(suspicion).next(), wish=wish)

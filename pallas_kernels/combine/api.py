@@ -13,7 +13,7 @@ from pallas_kernels.window import WindowLayout
 
 
 def combine(
-    results: Float[Array, "R T K D"],
+    results: "Float[Array, 'R T K D'] | ResultsAtHome",
     received: Int32[Array, "R T K"],
     sent_weights: Float32[Array, "R T K"],
     slots: Int32[Array, "T K"],

@@ -12,17 +12,23 @@ from pallas_kernels.call import Call
 from pallas_kernels.dispatch.config import DispatchConfig
 from pallas_kernels.fp8 import pack_rows, unpack_rows
 from pallas_kernels.gpu import (
+    DISPATCH_DONE,
     GROUP_THREADS,
+    Heap,
+    Heard,
     MemberLists,
     Place,
-    arrive,
+    Told,
+    await_partners,
     entry,
+    forget_home,
+    is_last_block,
     open_heap,
     partner_test,
-    partners_of,
     read_region,
     simt,
-    words_of,
+    tell_partners,
+    told,
 )
 from pallas_kernels.peers import Word
 
@@ -75,19 +81,116 @@ def dispatch_mosaic(
     rank,
     place: Place,
     config: DispatchConfig,
+    *,
+    stand_in: bool = False,
 ):
-    """As `dispatch.api.dispatch`, but the rows are a RowsInWindow."""
-    sent = send(x, slots, weights, heap, call, rank, place, config)
-    return receive(slots.shape, heap, call, rank, sent, place, config)
+    """As `dispatch.api.dispatch`, but the rows are a RowsInWindow: one kernel.
+
+    With `stand_in`, for measuring one rank of a loopback, it also posts the others' flags.
+    """
+    lists = MemberLists(place, *slots.shape, config.tile_rows)
+    sending = Sending.of(slots.shape, place, config, lists.groups)
+
+    def body(rows, slots, weights, heap_ref, *rest):
+        refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
+        suspicion, wish, *listed, ticket, heard, words, counts = rest
+        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        sending.write(rows, slots, weights, world, refs)
+        with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
+            forget_home(world)
+            lists.clear(counts, sending.threads)
+            await_partners(
+                "sent",
+                world,
+                refs,
+                Heard(suspicion, wish, heard, words),
+                sending.threads,
+                stand_in,
+                then=lambda: lists.collect(world, heard, counts, listed, sending.threads),
+            )
+
+    found = simt(
+        body,
+        *sending.operands(x, slots, weights),
+        heap,
+        *told(call, rank),
+        out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
+        grid=sending.blocks,
+        name="dispatch",
+        groups=sending.groups,
+        shared=(1, place.ranks, 2, lists.slots),
+    )
+    return _received(found, slots.shape, heap, call, rank, lists)
+
+
+def send(x, slots, weights, heap, call: Call, rank, place: Place, config: DispatchConfig):
+    """The first half of `dispatch_mosaic`, for ranks that take turns: writes, and posts the round.
+
+    There no rank may wait before all have posted. Returns an array that is there once it is done.
+    """
+    sending = Sending.of(slots.shape, place, config, 1)
+
+    def body(rows, slots, weights, heap_ref, *rest):
+        *rest, done, ticket = rest
+        refs = Told(*rest)
+        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        sending.write(rows, slots, weights, world, refs)
+        with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
+            is_partner, _ = partner_test(refs.active, refs.suspicion, world.rank)
+            tell_partners("sent", world, refs, is_partner, sending.threads)
+            with peers.when(peers.thread() == 0):
+                peers.store(peers.address(done), peers.word(1))
+
+    return simt(
+        body,
+        *sending.operands(x, slots, weights),
+        heap,
+        *told(call, rank),
+        out={"done": ((1,), jnp.int32)},
+        grid=sending.blocks,
+        name="dispatch_send",
+        groups=sending.groups,
+        shared=(1,),
+    )["done"]
 
 
 def receive(
     shape: tuple[int, int], heap, call: Call, rank, sent, place: Place, config: DispatchConfig
 ):
-    """Posts, waits, and lists what came by slot. `sent` is the output of `send`, shape (T, K)."""
+    """The second half: posts once more, waits, and lists what came by slot.
+
+    `sent` is the output of `send`, shape (T, K).
+    """
     lists = MemberLists(place, *shape, config.tile_rows)
-    found = arrive("sent", place, heap, call, rank, sent, members=lists)
-    received = found["slots"].reshape(place.ranks, *shape)
+    threads = GROUP_THREADS * lists.groups
+
+    def body(heap_ref, *rest):
+        refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
+        _, suspicion, wish, *listed, heard, words, counts = rest
+        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        forget_home(world)
+        lists.clear(counts, threads)
+        collect = lambda: lists.collect(world, heard, counts, listed, threads)
+        out = Heard(suspicion, wish, heard, words)
+        await_partners("sent", world, refs, out, threads, then=collect)
+
+    found = simt(
+        body,
+        heap,
+        *told(call, rank),
+        sent,
+        out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
+        grid=1,
+        name="dispatch_receive",
+        groups=lists.groups,
+        shared=(place.ranks, 2, lists.slots),
+    )
+    return _received(found, shape, heap, call, rank, lists)
+
+
+def _received(found: dict, shape: tuple[int, int], heap, call: Call, rank, lists: MemberLists):
+    """What dispatch returns, of a kernel's outputs."""
+    received = found["slots"].reshape(lists.place.ranks, *shape)
     rows = RowsInWindow(
         heap=heap,
         call=call,
@@ -98,76 +201,103 @@ def receive(
         slots=received,
         lists=lists,
     )
-    wish = found["wish"][0].astype(jnp.uint32)
-    return rows, received, rows.weights(), found["suspicion"], wish
+    return rows, received, rows.weights(), found["suspicion"], found["wish"].reshape(())
 
 
-def targets_of(
-    slots: Int32[Array, "T K"], partners: Int32[Array, "R"], slots_per_rank: int
-) -> Int32[Array, "T K"]:
-    """The rank that choice k makes a row travel to, -1 where none does.
+@dataclasses.dataclass(frozen=True)
+class Sending:
+    """The part of a kernel that writes rows, slots and weights into the partners' windows.
 
-    A row travels once per rank, for the first of its choices that lies there: slots `[3 19 5]` with
-    S=8 travel to `[0 2 -1]`.
+    `groups` warpgroups make a block; `parts` tokens share it.
     """
-    owner = jnp.where(slots >= 0, slots // slots_per_rank, -1)
-    earlier = jnp.tril(jnp.ones((slots.shape[1],) * 2, bool), -1)
-    repeated = (owner[:, :, None] == owner[:, None, :]) & earlier
-    wanted = (owner >= 0) & ~repeated.any(-1) & (partners[jnp.maximum(owner, 0)] > 0)
-    return jnp.where(wanted, owner, -1)
 
+    place: Place
+    tokens: int
+    choices: int
+    blocks: int
+    groups: int
+    parts: int
 
-def send(x, slots, weights, heap, call: Call, rank, place: Place, config: DispatchConfig):
-    """Writes rows, slots and weights into the partners' windows; the flags are `arrive`'s.
+    @classmethod
+    def of(cls, shape: tuple[int, int], place: Place, config: DispatchConfig, groups: int):
+        """For (T, K). Threads that a row has no use for take another token."""
+        tokens, choices = shape
+        chunks = place.layout.row_bytes // peers.VECTOR_BYTES
+        parts = max(1, min(groups, groups * GROUP_THREADS // (1 << (chunks - 1).bit_length())))
+        blocks = max(place.ranks, min(-(-tokens // parts), config.blocks // groups))
+        return cls(place, tokens, choices, blocks, groups, parts)
 
-    Returns an array that is there once all is written.
-    """
-    layout, (tokens, choices) = place.layout, slots.shape
-    rows = pack_rows(x) if layout.dispatch_dtype else x.astype(layout.row_dtype)
-    targets = targets_of(slots, partners_of(call, rank), place.slots_per_rank)
-    blocks = max(place.ranks, min(tokens, config.blocks))
-    entries = tokens * choices
+    @property
+    def threads(self) -> int:
+        return self.groups * GROUP_THREADS
 
-    def body(rows, targets, slots, weights, active, suspicion, scalars, heap_ref, done):
-        heap, thread, block = open_heap(place, heap_ref, scalars), peers.thread(), peers.block()
-        is_partner, _ = partner_test(active, suspicion, heap.rank)
+    def operands(self, x, slots, weights) -> tuple[Array, Array, Array]:
+        layout = self.place.layout
+        rows = pack_rows(x) if layout.dispatch_dtype else x.astype(layout.row_dtype)
+        return rows, slots.reshape(-1), weights.reshape(-1)
+
+    def write(self, rows, slots, weights, heap: Heap, refs: Told) -> None:
+        thread, block, row_bytes = peers.thread(), peers.block(), self.place.layout.row_bytes
+        is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
+        row_threads = self.threads // self.parts
 
         def send_token(token: Word) -> None:
-            ranks = [peers.load(entry(targets, token * choices + k)) for k in range(choices)]
-            to = [(heap.region("rows", r, heap.rank, token), r >= 0) for r in ranks]
-            offset = token.wide() * layout.row_bytes
-            peers.copy_row(peers.address(rows, offset), to, layout.row_bytes)
+            def targets():
+                ranks = self._ranks(slots, token, heap, is_partner)
+                return [(heap.region("rows", r, heap.rank, token), wanted) for r, wanted in ranks]
+
+            source = peers.address(rows, token.wide() * row_bytes)
+            peers.copy_row(source, targets, row_bytes, row_threads)
 
         def send_metadata(peer: Word) -> None:
             def four(index: Word) -> None:
                 offset = index.wide() * 16
                 found = peers.load_words(peers.address(slots, offset), 4)
-                here = [(s >= 0) & (s // place.slots_per_rank == peer) for s in found]
+                shares = peers.load_wide(peers.address(weights, offset))
+                per_rank = self.place.slots_per_rank
+                here = [(s >= 0) & (s // per_rank == peer) for s in found]
                 local = [
-                    peers.select(h, s % place.slots_per_rank, peers.word(-1))
+                    peers.select(h, s % per_rank, peers.word(-1))
                     for h, s in zip(here, found, strict=True)
                 ]
                 peers.store_words(heap.region("slots", peer, heap.rank) + offset, local)
-                shares = peers.load_wide(peers.address(weights, offset))
                 peers.store_wide(heap.region("weights", peer, heap.rank) + offset, shares)
 
             with peers.when(is_partner(peer)):
-                peers.each(thread, entries // 4, GROUP_THREADS, four)
+                peers.each(thread, self.tokens * self.choices // 4, self.threads, four)
 
-        peers.each(block, tokens, blocks, send_token)
+        first = block * self.parts + thread // row_threads
+        peers.each(first, self.tokens, self.blocks * self.parts, send_token)
         # The last blocks have the fewest tokens.
-        peers.each(peers.word(blocks - 1) - block, place.ranks, blocks, send_metadata)
-        with peers.when((block == 0) & (thread == 0)):
-            peers.store(peers.address(done), peers.word(1))
+        last = peers.word(self.blocks - 1) - block
+        peers.each(last, self.place.ranks, self.blocks, send_metadata)
 
-    operands = (
-        rows,
-        targets,
-        slots.reshape(-1),
-        weights.reshape(-1),
-        call.active,
-        call.suspicion,
-        words_of(call, rank),
-    )
-    done = {"done": ((1,), jnp.int32)}
-    return simt(body, *operands, heap, out=done, grid=blocks, name="dispatch_send")["done"]
+    def _ranks(self, slots, token: Word, heap: Heap, is_partner) -> list[tuple[Word, Word]]:
+        """Of each choice the rank that it makes the row travel to, and whether it does.
+
+        A row travels once per rank, for the first of its choices that lies there: slots `[3 19 5]`
+        with S=8 travel to ranks 0 and 2.
+        """
+        found = [peers.load(entry(slots, token * self.choices + k)) for k in range(self.choices)]
+        there = [slot >= 0 for slot in found]
+        owners = [
+            peers.select(real, slot // self.place.slots_per_rank, heap.rank)
+            for real, slot in zip(there, found, strict=True)
+        ]
+        heard = [real & is_partner(owner) for real, owner in zip(there, owners, strict=True)]
+        return list(zip(owners, first_of_each(there, owners, heard), strict=True))
+
+
+def first_of_each(there, owners, heard) -> list:
+    """`heard`, less the choices whose owner is that of an earlier choice that is there.
+
+    Lists over k, of Words or of whatever has their operators: owners `[0 2 0]` of choices that are
+    all there and heard give `[1 1 0]`.
+    """
+    fresh = []
+    for k, owner in enumerate(owners):
+        found = heard[k]
+        for earlier in range(k):
+            found = found & ((there[earlier] & (owners[earlier] == owner)) ^ 1)
+        fresh.append(found)
+    return fresh

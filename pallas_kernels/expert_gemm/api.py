@@ -18,7 +18,8 @@ def expert_gemm(
     tile_rows: int = 8,
     config: GemmConfig | None = None,
     mlp: ExpertMlp = SWIGLU,
-) -> Float[Array, "R T K D"]:
+    send_home: bool = False,
+) -> "Float[Array, 'R T K D'] | ResultsAtHome":
     """The expert of every received choice: `y[s, t, k] = down(silu(gate(x)) * up(x))`,
     x = rows[s, t], or what `mlp` says instead.
 
@@ -28,7 +29,10 @@ def expert_gemm(
     On CPU products run over tiles of `tile_rows` rows, and results of other choices are zero. On a
     GPU the bank is bfloat16, rows may be what dispatch left in the window, `config` says how the
     kernels are launched, and results of other choices are not written: they may hold anything.
-    There the layer may be an int32 scalar, which must be in range.
+    There the layer may be an int32 scalar, which must be in range. With `send_home` rows that
+    dispatch left in the window are answered at once, where the mode is `per_choice`: results go
+    straight into the windows of their sources, and what is returned, a
+    `combine.mosaic_gpu.ResultsAtHome`, is for `combine` only, which posts the flags.
     Raises NotImplementedError there unless F and D are multiples of 64, and for another `mlp`.
     """
     if rows.shape[:2] != slots.shape[:2] or rows.shape[-1] != bank.shape[-1]:
@@ -41,11 +45,11 @@ def expert_gemm(
                 f"{mlp}: the GPU kernels compute silu(gate) * up without biases; run experts of "
                 "another kind on CPU"
             )
-        return _on_gpu(rows, slots, bank, layer, config)
+        return _on_gpu(rows, slots, bank, layer, config, send_home)
     return expert_gemm_tiles(rows, slots, bank, layer, tile_rows, mlp)
 
 
-def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None):
+def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool):
     # Imported here: the CPU path needs nothing of Mosaic GPU.
     from pallas_kernels.dispatch.mosaic_gpu import RowsInWindow
     from pallas_kernels.expert_gemm import mosaic_gpu
@@ -53,9 +57,11 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None):
     num_slots, _, _, width, hidden = bank.shape
     if bank.dtype != jnp.bfloat16:
         raise NotImplementedError(f"a bank of {bank.dtype}: the GPU kernels take bfloat16")
+    homes = None
     if isinstance(rows, RowsInWindow):
         tile_rows = rows.lists.tile_rows
         source, lists = mosaic_gpu.members_of(rows)
+        homes = mosaic_gpu.homes_of(rows) if send_home else None
     else:
         tile_rows = config.tile_rows if config else tile_rows_for(slots.size / num_slots)
         source = mosaic_gpu.InArray(rows.astype(jnp.bfloat16))
@@ -63,4 +69,4 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None):
     config = config or config_for(tile_rows, num_slots, width, hidden)
     if config.tile_rows != tile_rows:
         raise ValueError(f"{config.tile_rows=}, but dispatch listed tiles of {tile_rows} rows")
-    return mosaic_gpu.expert_gemm_mosaic(source, slots.shape, lists, bank, layer, config)
+    return mosaic_gpu.expert_gemm_mosaic(source, slots.shape, lists, bank, layer, config, homes)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Int32, UInt32
 
 from pallas_kernels import peers
+from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
-from pallas_kernels.gpu import GROUP_THREADS, MemberLists, Place, entry, open_heap, words_of
+from pallas_kernels.gpu import GROUP_THREADS, MemberLists, Place, entry, open_heap, told
 from pallas_kernels.peers import Word
 
 DEPTH = 64  # channels of one stage: 128 bytes, the copy engine's widest swizzle
@@ -40,16 +41,39 @@ class InWindow(typing.NamedTuple):
 
     place: Place
     heap: Array
-    words: Array
+    round: UInt32[Array, "1"]
+    rank: Int32[Array, "1"]
 
     @property
     def operands(self):
-        return (self.heap, self.words)
+        return (self.heap, self.round, self.rank)
 
     def start(self, refs, row: Word, tokens: int) -> Word:
         """Address of row `s * tokens + t`."""
         heap = open_heap(self.place, *refs)
         return heap.region("rows", heap.rank, row // tokens, row % tokens)
+
+
+class Homes(typing.NamedTuple):
+    """The windows of the rows' sources: there `returns[this rank, t, k]` takes a result."""
+
+    place: Place
+    heap: Array
+    round: UInt32[Array, "1"]
+    rank: Int32[Array, "1"]
+    tokens: int
+    choices: int
+
+    @property
+    def operands(self):
+        return (self.heap, self.round, self.rank)
+
+    def start(self, refs, pair: Word) -> Word:
+        """Address for the result of choice `(s * tokens + t) * choices + k`."""
+        heap, of_source = open_heap(self.place, *refs), self.tokens * self.choices
+        inside = pair % of_source
+        token, choice = inside // self.choices, inside % self.choices
+        return heap.region("returns", pair // of_source, heap.rank, token, choice)
 
 
 class InArray(typing.NamedTuple):
@@ -73,10 +97,14 @@ def expert_gemm_mosaic(
     bank: BFloat16[Array, "S L 3 F D"],
     layer,
     config: GemmConfig,
-) -> BFloat16[Array, "R T K D"]:
-    """As `expert_gemm.api.expert_gemm` for shape (R, T, K); other choices' rows stay unwritten."""
+    homes: Homes | None = None,
+) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
+    """As `expert_gemm.api.expert_gemm` for shape (R, T, K); other choices' rows stay unwritten.
+
+    With `homes` results are written there, and nothing else is.
+    """
     h = gate_up(source, shape, lists, bank, layer, config)
-    return down(h, shape, lists, bank, layer, config)
+    return down(h, shape, lists, bank, layer, config, homes)
 
 
 def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> Members:
@@ -296,8 +324,13 @@ def gate_up(
     return _launch(body, "expert_gate_up", config, out, scratch, operands)
 
 
-def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
-    """`h` through the down projection, each row to its choice's place in `[R T K D]`."""
+def down(
+    h, shape, lists: Members, bank, layer, config: GemmConfig, homes: Homes | None = None
+) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
+    """`h` through the down projection, each row to its choice's place in `[R T K D]`.
+
+    Or in the window of its source, where `homes` says so.
+    """
     (ranks, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
     rows, columns, stages, groups = (
         config.tile_rows,
@@ -308,7 +341,11 @@ def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
     column_blocks, steps = hidden // columns, width // DEPTH
     cap = lists.members.shape[0] // lists.counts.shape[0]
 
-    def body(h, layer, bank, members, counts, tiles, results, *scratch):
+    windows = homes.operands if homes else ()
+
+    def body(*refs):
+        refs, scratch = refs[: len(windows) + 7], refs[len(windows) + 7 :]
+        *given, h, layer, bank, members, counts, tiles, results = refs
         h_smem, weight_smem, out_smem, there, free = scratch
         group = lax.axis_index("group")
         mine, unit_at = _units(tiles, column_blocks, config.blocks)
@@ -365,8 +402,11 @@ def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
                 def _():
                     value = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, columns)))
                     out_smem[pl.ds(start, GROUP_ROWS)] = value.astype(out_smem.dtype)
-                    part, members_at = out_smem.at[pl.ds(start, GROUP_ROWS)], slot * cap + first
-                    _store_rows(part, results, members, members_at + start, here, column * columns)
+                    part = out_smem.at[pl.ds(start, GROUP_ROWS)]
+                    rows_at = slot * cap + first + start
+                    _store_rows(
+                        part, results, members, rows_at, here, column * columns, homes, given
+                    )
 
                 _pass_by(here > 0, steps, step, stages, await_stage, free)
                 return step + steps
@@ -380,8 +420,15 @@ def down(h, shape, lists: Members, bank, layer, config: GemmConfig):
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     ]
-    out = jax.ShapeDtypeStruct((ranks, tokens, choices, hidden), jnp.bfloat16)
-    return _launch(body, "expert_down", config, out, scratch, (h, _as_data(layer), bank, *lists))
+    operands = (*windows, h, _as_data(layer), bank, *lists)
+    full = (ranks, tokens, choices, hidden)
+    if homes:
+        # Nothing is written to this array; what comes after the kernel is given it.
+        out = jax.ShapeDtypeStruct((1,), jnp.bfloat16)
+        written = _launch(body, "expert_down_home", config, out, scratch, operands)
+        return ResultsAtHome(written=written, shape=full)
+    out = jax.ShapeDtypeStruct(full, jnp.bfloat16)
+    return _launch(body, "expert_down", config, out, scratch, operands)
 
 
 def _find_rows(source, given, members, offsets, first, here, tokens, choices, rows: int) -> None:
@@ -441,19 +488,20 @@ def _await_rows(groups_left: int) -> None:
     wait()
 
 
-def _store_rows(tile, out, members, first, here, column) -> None:
+def _store_rows(tile, out, members, first, here, column, homes=None, windows=()) -> None:
     """Copies the first `here` rows of a warpgroup's tile in shared memory to rows of `out`.
 
-    Row i goes to row `members[first + i]`, or `first + i` where there is no list, from `column` on.
+    Row i goes to row `members[first + i]`, or `first + i` where there is no list, from `column` on;
+    with `homes` to the place it has there.
     """
-    width, out_width = tile.shape[-1], out.shape[-1]
+    width = tile.shape[-1]
     chunks = width * 2 // peers.VECTOR_BYTES
     lists = () if members is None else (members,)
     swizzled = plgpu.RefType(SWIZZLED)
-    types = (swizzled, peers.ref, (peers.ref,) * len(lists), *(peers.scalar,) * 3)
+    types = (swizzled, peers.ref, (peers.ref,) * len(lists), (peers.ref,) * len(windows))
 
-    @plgpu.inline_mgpu(arg_types=types)
-    def store(_, tile, out, lists, first, here, column):
+    @plgpu.inline_mgpu(arg_types=(*types, *(peers.scalar,) * 3))
+    def store(_, tile, out, lists, windows, first, here, column):
         index, here, first = peers.lane(), peers.splat(here), peers.splat(first)
         chunk = index % chunks
         peers.meet()
@@ -461,14 +509,17 @@ def _store_rows(tile, out, members, first, here, column) -> None:
             row = index // chunks + start
             with peers.when(row < here):
                 to = peers.load(entry(lists[0], first + row)) if lists else first + row
+                if homes:
+                    target = homes.start(windows, to)
+                else:
+                    target = peers.address(out, to.wide() * (out.type.shape[-1] * 2))
                 inside = (peers.splat(column) * 2).wide() + (chunk * peers.VECTOR_BYTES).wide()
-                target = peers.address(out, to.wide() * (out_width * 2)) + inside
                 block = row // 8 * (width // DEPTH) + chunk // CHUNKS
                 at = peers.address(tile, block * (8 * DEPTH * 2) + _swizzle(row & 7, chunk & 7))
-                peers.store_wide(target, peers.load_wide(at))
+                peers.store_wide(target + inside, peers.load_wide(at))
         peers.meet()
 
-    store(tile, out, lists, first, here, column)
+    store(tile, out, lists, tuple(windows), first, here, column)
 
 
 def members_of(rows) -> tuple[InWindow | InArray, Members]:
@@ -480,5 +531,16 @@ def members_of(rows) -> tuple[InWindow | InArray, Members]:
     if lists.place.layout.dispatch_dtype:
         source = InArray(rows.array())
     else:
-        source = InWindow(lists.place, rows.heap, words_of(rows.call, rows.rank))
+        refs = told(rows.call, rows.rank)
+        source = InWindow(lists.place, rows.heap, refs.round, refs.rank)
     return source, Members(rows.members, rows.counts, rows.tiles)
+
+
+def homes_of(rows) -> Homes | None:
+    """Where results may be written at once; None if they are summed before they travel."""
+    lists: MemberLists = rows.lists
+    if lists.place.layout.combine != "per_choice":
+        return None
+    refs = told(rows.call, rows.rank)
+    at = (lists.place, rows.heap, refs.round, refs.rank)
+    return Homes(*at, lists.tokens, lists.choices)

@@ -149,22 +149,22 @@ class Ranks:
 
     def send(self, work: Exchange, rank: int, call: Call | None = None):
         """The first phase of dispatch of one rank."""
-        mine = (_narrow(work.x[rank]), work.slots[rank], work.weights[rank])
-        call = call or self.calls[rank]
-        return jax.block_until_ready(
-            self.loopback.send(*mine, self.loopback.heap, call, np.int32(rank))
-        )
+        mine = (*self._mine(work, rank), call or self.calls[rank], np.int32(rank))
+        return jax.block_until_ready(self.loopback.send(*mine))
+
+    def _mine(self, work: Exchange, rank: int) -> tuple:
+        own = (_narrow(work.x[rank]), work.slots[rank], work.weights[rank])
+        return (*own, self.loopback.heap)
 
     def dispatch(self, work: Exchange, ranks=None) -> dict:
         """What each of `ranks` (all members) receives; the others do not come."""
         ranks = self.members if ranks is None else list(ranks)
-        sent = {r: self.send(work, r) for r in ranks}
+        for rank in ranks:
+            self.send(work, rank)
         received = {}
         for rank in ranks:
-            receive = functools.partial(self.loopback.receive, tokens=work.slots.shape[1])
-            received[rank] = self._timed(
-                rank, receive, self.loopback.heap, self.calls[rank], np.int32(rank), sent[rank]
-            )
+            mine = (*self._mine(work, rank), self.calls[rank], np.int32(rank))
+            received[rank] = self._timed(rank, self.loopback.dispatch, *mine)
             self._learn(rank, received[rank][3])
         return received
 

@@ -6,28 +6,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.call import Call
-from pallas_kernels.dispatch.mosaic_gpu import targets_of
+from pallas_kernels.dispatch.mosaic_gpu import first_of_each
 from pallas_kernels.expert_gemm.mosaic_gpu import list_members
-from pallas_kernels.gpu import MemberLists, Place, partners_of
+from pallas_kernels.gpu import MemberLists, Place
 from tests.support.kernels import check_lists, naive_targets
-from tests.support.lowering import a_call, a_layout
+from tests.support.lowering import a_layout
 
 seeds = st.integers(0, 2**32 - 1)
 SLOTS = 5
-targets = jax.jit(targets_of, static_argnums=2)
+
+
+def targets(slots: np.ndarray, partners, per_rank: int) -> np.ndarray:
+    """The rank that each choice makes its row travel to, -1 where none does; `[T K]`."""
+    there = slots >= 0
+    owners = np.where(there, slots // per_rank, 0)
+    heard = there & np.array(partners, bool)[owners]
+    columns = [list(array.T) for array in (there, owners, heard)]
+    fresh = np.stack(first_of_each(*columns), axis=1)
+    return np.where(fresh, owners, -1)
+
+
 lists_of = jax.jit(list_members, static_argnums=(1, 2))
 
 
 @given(seeds, st.lists(st.booleans(), min_size=4, max_size=4))
 def test_a_row_travels_once_to_each_partner_that_has_one_of_its_slots(seed, partners):
     slots = np.random.default_rng(seed).integers(-1, 4 * SLOTS, (6, 4)).astype(np.int32)
-    found = targets(slots, np.array(partners, np.int32), SLOTS)
+    found = targets(slots, partners, SLOTS)
     np.testing.assert_array_equal(found, naive_targets(slots, partners, SLOTS))
 
 
 def test_the_example_of_the_docstring():
-    found = targets(np.array([[3, 19, 5]], np.int32), np.ones(3, np.int32), 8)
+    found = targets(np.array([[3, 19, 5]], np.int32), [True] * 3, 8)
     assert found.tolist() == [[0, 2, -1]]
 
 
@@ -75,15 +85,3 @@ def test_all_rows_in_one_slot_fill_its_list():
     found = lists_of(slots, 8, 64)
     assert np.asarray(found.counts).tolist() == [0] * 6 + [128, 0]
     check_lists(found, slots, 8, 64)
-
-
-@given(
-    st.lists(st.booleans(), min_size=4, max_size=4),
-    st.lists(st.booleans(), min_size=4, max_size=4),
-    st.integers(0, 3),
-)
-def test_partners_are_the_active_and_unsuspected_and_nobody_after_an_abort(active, late, rank):
-    call: Call = a_call(4, active=active).after(np.array(late, np.int32))
-    found = np.asarray(partners_of(call, rank)).astype(bool).tolist()
-    wanted = [a and not s and not late[rank] for a, s in zip(active, late, strict=True)]
-    assert found == wanted

@@ -66,7 +66,10 @@ def test_clearing_flags_leaves_rows_and_peers_alone(heaps):
             page = heaps[0].control()[0, region.offset : region.offset + region.bytes]
             cleared, found = name == "wake", page
         else:
-            cleared, found = name in ("sent", "returned"), heaps[0].read(0, *_span(region))
+            cleared, found = (
+                name in ("ticket", "sent", "returned"),
+                heaps[0].read(0, *_span(region)),
+            )
             assert set(heaps[1].read(1, *_span(region))) == {255}
         assert set(found) == ({0} if cleared else {255}), name
 
