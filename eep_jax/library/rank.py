@@ -8,12 +8,14 @@ import logging
 import pathlib
 import queue
 import threading
+import time
 
 import jax
 
 from eep_jax.errors import EepError
 from eep_jax.heap.open import open_heap
 from eep_jax.library.given_experts import open_experts
+from eep_jax.library.operator import Operator
 from eep_jax.library.stepper import Stepper
 from eep_jax.library.supervise import read_run
 from eep_jax.models.expert_bank import slab_layout
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 120.0
 RUN_TIMEOUT_S = 120.0
 LEAVE_TIMEOUT_S = 10.0
+DRAIN_TIMEOUT_S = 30.0
+ASK_BACK_S = 0.5  # how often a rank that waits to be a member asks whether it was drained
 
 
 class RankEnded(EepError):
@@ -57,8 +61,9 @@ class _LibraryLink(Link):
 class ElasticRank:
     """A member of a run; made by `join`. `run` may be called from any thread."""
 
-    def __init__(self, agent: Agent, stepper: Stepper, link: _LibraryLink):
+    def __init__(self, agent: Agent, stepper: Stepper, link: _LibraryLink, operator: Operator):
         self._agent, self._stepper, self._link = agent, stepper, link
+        self._operator = operator
         self._thread = threading.Thread(target=self._work, name="agent", daemon=True)
         self._thread.start()
 
@@ -106,17 +111,21 @@ class ElasticRank:
         """Choices without a live expert in committed calls; 0 unless the policy is `degrade`."""
         return self._stepper.dropped
 
-    def leave(self) -> None:
-        """Ends this rank's part between two steps. End the process soon.
+    def leave(self, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> bool:
+        """Ends this rank's part between two steps. End the process soon; `join` comes back.
 
-        To the others it is as if the process had died, noticed as soon as it ends: one repair. A
-        process that goes on is killed after `fenced_grace_ms`, since nobody may write to memory of
-        a run that it left. `scale_down` of the supervisor's HTTP API, asked before, spares the
-        others the discarded step.
+        First the run is asked to let the rank go (a drain): experts that only it has are brought to
+        others, and no step of anybody is discarded. Returns whether that was done. Where it cannot
+        be, since the others have too few slots or do not answer within `drain_timeout_s`, the rank
+        leaves all the same, which to the others is as if the process had died: one repair. 0 does
+        not ask. A process that goes on is killed after `fenced_grace_ms`, since nobody may write to
+        memory of a run that it left.
         """
+        drained = drain_timeout_s > 0 and self._operator.drain(drain_timeout_s)
         self._link.tell(Shutdown())
         self._thread.join(LEAVE_TIMEOUT_S)
         self._link.stop()
+        return drained
 
     def _work(self) -> None:
         error: Exception = RankEnded("this rank left, or the supervisor ended the run")
@@ -130,7 +139,11 @@ class ElasticRank:
         self._link.stop()
 
     def _wait_until_member(self, timeout_s: float) -> None:
-        if not self._stepper.resumed.wait(timeout_s):
+        ends_s = time.monotonic() + timeout_s
+        while not self._stepper.resumed.wait(min(ASK_BACK_S, max(0.0, ends_s - time.monotonic()))):
+            if time.monotonic() < ends_s:
+                self._operator.come_back()
+                continue
             raise TimeoutError(
                 f"the run did not begin within {timeout_s} s: the first epoch waits for all ranks "
                 "of the configuration, a return for the survivors; see supervisor.log in its "
@@ -143,6 +156,8 @@ def join(
     run_dir, rank: int, step, example: tuple, experts, *, timeout_s: float = JOIN_TIMEOUT_S
 ) -> ElasticRank:
     """Joins the run of `run_dir` as `rank`, for the first time or again, and waits to be a member.
+
+    A rank that left, or was drained by `scale_down`, is thereby wanted again.
 
     `step(place, *arguments) -> (result, place)` is compiled once, for the shapes of `example`, and
     may be jitted or not; all ranks give their expert layers the same number of rows, in the same
@@ -185,6 +200,7 @@ def join(
     )
     agent = Agent(rank, stepper, heap, executor, link)
     link.start()
-    member = ElasticRank(agent, stepper, link)
+    operator = Operator(pathlib.Path(run_dir) / ENDPOINT, rank)
+    member = ElasticRank(agent, stepper, link, operator)
     member._wait_until_member(timeout_s)
     return member

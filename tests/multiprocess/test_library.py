@@ -24,6 +24,10 @@ DEADLINE_S = 300.0  # a process loads JAX and compiles in seconds; a loaded mach
 STOP = "stop"
 
 
+def leave_file(rank: int) -> str:
+    return f"leave{rank}"
+
+
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "NPROC"}
     return kept | cpu_rank_environment() | {"PYTHONPATH": str(ROOT)}
@@ -112,7 +116,7 @@ class Run:
         return f"rank {rank}:\n" + (self.run_dir / f"rank{rank}.log").read_text()[-3000:]
 
 
-def test_a_rank_dies_and_returns_and_every_call_has_the_same_bits(tmp_path):
+def test_ranks_die_leave_and_return_and_every_call_has_the_same_bits(tmp_path):
     with Run(tmp_path) as run:
         for rank in range(RANKS):
             run.start(rank)
@@ -122,12 +126,24 @@ def test_a_rank_dies_and_returns_and_every_call_has_the_same_bits(tmp_path):
         run.wait_for([0, 2])
         run.start(VICTIM)
         run.wait_for([0, 1, 2])
+        discarded = {rank: run.said(rank)["discarded"] for rank in (0, VICTIM)}
+        (tmp_path / leave_file(2)).touch()
+        assert run.ranks[2].wait(DEADLINE_S) == 0, run.log(2)
+        assert run.said(2)["drained"]
+        run.wait_for([0, VICTIM])
+        # It was let go between two steps, with all it had brought to others before.
+        assert {rank: run.said(rank)["discarded"] for rank in (0, VICTIM)} == discarded
+        (tmp_path / leave_file(2)).unlink()
+        run.start(2)
+        run.wait_for([0, 1, 2])
         (tmp_path / STOP).touch()
         for rank, process in run.ranks.items():
             assert process.wait(DEADLINE_S) == 0, run.log(rank)
         for rank in range(RANKS):
             said = run.said(rank)
             assert said["left"] and said["compilations"] == said["dropped"] == 0
+        # Whoever left last had nobody to leave its experts to.
+        assert not all(run.said(rank)["drained"] for rank in range(RANKS))
         log = (tmp_path / "supervisor.log").read_text()
         assert "'change': 'repair'" in log and "Traceback" not in log
 
@@ -151,19 +167,20 @@ def one_rank(run_dir: pathlib.Path, rank: int) -> None:
 
     def say(**more) -> None:
         facts = {"calls": calls, "active": me.active, "epoch": me.epoch, **more}
+        facts["discarded"] = me.discarded
         fresh = run_dir / f"rank{rank}.new"
         fresh.write_text(json.dumps(facts | {"dropped": me.dropped}))
         fresh.replace(run_dir / f"rank{rank}.json")
 
-    while not (run_dir / STOP).exists():
+    while not (run_dir / STOP).exists() and not (run_dir / leave_file(rank)).exists():
         assert np.array_equal(me.run(weights, x), first), f"call {calls} has other bits"
         calls += 1
         say()
-    me.leave()
+    drained = me.leave()
     try:
         me.run(weights, x)
     except RankEnded:
-        say(left=True, compilations=me.compilations)
+        say(left=True, drained=drained, compilations=me.compilations)
 
 
 if __name__ == "__main__":
