@@ -119,7 +119,7 @@ def _run(config: RunConfig, systems: list[str], directory: pathlib.Path) -> dict
     ]
     ends_s = time.monotonic() + values.deadline_s
     try:
-        while any(process.poll() is None for process in ranks):
+        while not report.exists() or any(process.poll() is None for process in ranks):
             failed = next((r for r, p in enumerate(ranks) if p.poll()), None)
             if failed is not None or time.monotonic() > ends_s:
                 rank = failed or 0

@@ -31,7 +31,7 @@ def main() -> int:
     rank, values = flags.RANK.value, absl_flags.FLAGS
     end_with_parent(flags.PARENT_PID.value)
     job = json.loads(pathlib.Path(values.job).read_text())
-    from benchmarks.static.processes import rank_environment
+    from benchmarks.static.processes import rank_environment, with_ranks
 
     config = with_ranks(flags.run_config(), job["ranks"])
     os.environ.update(rank_environment(config, rank, pathlib.Path(values.job).parent))
