@@ -10,8 +10,15 @@ from eep_jax.config import (
     RunConfig,
     ServeConfig,
 )
+from eep_jax.model_config import RouterConfig
 
-ROUTERS = ("softmax_topk", "sigmoid_topk")
+# Name -> score of eep_jax.models.router.choose.
+_SCORES = {
+    "softmax_topk": "softmax",
+    "sigmoid_topk": "sigmoid",
+    "softmax_of_topk": "softmax_of_chosen",
+}
+ROUTERS = tuple(_SCORES)
 _ROW_TILE = {"cpu": 8, "gpu": 16}
 _DEADLINE_MS = {"cpu": 2_000, "gpu": 10_000}
 # A program that left the run has results to write; a new process of its rank need not wait for it.
@@ -20,9 +27,12 @@ _LEFT_GRACE_MS = 60_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """One expert layer: E SwiGLU experts of width F on D channels, K of them for each token.
+    """One expert layer: E experts of width F on D channels, K of them for each token.
 
-    Raises ValueError for sizes below one, more choices than experts, or an unknown router.
+    `softmax_topk` is the router of Qwen and OLMoE, `sigmoid_topk` that of DeepSeek-V3 (with
+    `router_correction`, groups and scaling), `softmax_of_topk` that of Mixtral and gpt-oss (with
+    `router_bias`). Experts are SwiGLU, or with `clamped_swiglu` and `expert_biases` gpt-oss's, for
+    which there are no GPU kernels. Raises ValueError for values that contradict each other.
     """
 
     hidden: int  # D
@@ -31,6 +41,16 @@ class MoEConfig:
     experts_per_token: int  # K
     router: str = "softmax_topk"  # see ROUTERS
     norm_topk_prob: bool = True  # divide the K weights of a token by their sum
+    router_bias: bool = False  # added to the logits
+    router_correction: bool = False  # a bias for choosing, not for weighing; gradients leave it
+    router_groups: int = 1  # experts outside the best groups are not chosen
+    router_groups_kept: int = 1
+    router_group_score: str = "max"  # a group is as good as its best, "top2": its two best together
+    router_scaling: float = 1.0  # of the weights
+    activation: str = "swiglu"  # or "clamped_swiglu"
+    activation_limit: float = 7.0
+    activation_slope: float = 1.702
+    expert_biases: bool = False
 
     def __post_init__(self):
         for name in ("hidden", "expert_hidden", "experts", "experts_per_token"):
@@ -43,11 +63,45 @@ class MoEConfig:
             )
         if self.router not in ROUTERS:
             raise ValueError(f"{self.router=} must be one of {ROUTERS}")
+        self.model()
 
     @property
     def weights_shape(self) -> tuple[int, int, int, int]:
-        """Of all experts of the layer: [E, 3 (gate, up, down transposed), F, D]."""
-        return (self.experts, 3, self.expert_hidden, self.hidden)
+        """Of all experts of the layer: [E, 3 (gate, up, down transposed), F, D].
+
+        With biases there are rows below F that hold them, see `ModelConfig.expert_shape`.
+        """
+        return (self.experts, *self.model().expert_shape[1:])
+
+    def model(self, name: str = "library", layers: int = 1) -> ModelConfig:
+        """A model of nothing but such layers, as the runtime sees it."""
+        return ModelConfig(
+            name=name,
+            hidden=self.hidden,
+            layers=layers,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
+            expert_hidden=self.expert_hidden,
+            norm_topk_prob=self.norm_topk_prob,
+            router=RouterConfig(
+                score=_SCORES[self.router],
+                bias=self.router_bias,
+                correction=self.router_correction,
+                groups=self.router_groups,
+                groups_kept=self.router_groups_kept,
+                group_score=self.router_group_score,
+                scaling=self.router_scaling,
+            ),
+            activation=self.activation,
+            activation_limit=self.activation_limit,
+            activation_slope=self.activation_slope,
+            expert_biases=self.expert_biases,
+            # What follows is the user's own affair: the runtime sees expert layers alone.
+            vocab_size=1,
+            query_heads=1,
+            kv_heads=1,
+            head_dim=2,
+        )
 
 
 def run_config(
@@ -77,20 +131,6 @@ def run_config(
         raise ValueError(f"{platform=} must be one of {tuple(_ROW_TILE)}")
     tile = _ROW_TILE[platform]
     cluster = {"fenced_grace_ms": _LEFT_GRACE_MS} | cluster
-    model = ModelConfig(
-        name=name,
-        hidden=moe.hidden,
-        layers=layers,
-        experts=moe.experts,
-        experts_per_token=moe.experts_per_token,
-        expert_hidden=moe.expert_hidden,
-        norm_topk_prob=moe.norm_topk_prob,
-        # What follows is the user's own affair: the runtime sees expert layers alone.
-        vocab_size=1,
-        query_heads=1,
-        kv_heads=1,
-        head_dim=2,
-    )
     engine = EngineConfig(
         batch_slots=tile,
         prefill_tokens=max(1, -(-(tokens_max - tile) // tile)) * tile,
@@ -101,7 +141,7 @@ def run_config(
     )
     return RunConfig(
         name=name,
-        model=model,
+        model=moe.model(name, layers),
         cluster=ClusterConfig(ranks=ranks, slots_per_rank=slots_per_rank, **cluster),
         engine=engine,
         # The supervisor's HTTP side tells status and metrics; it has no completions to give.

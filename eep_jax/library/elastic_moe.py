@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from eep_jax.library.config import MoEConfig
 from eep_jax.models.moe_block import (
     ExpertSpread,
     dense_experts,
     elastic_experts,
+    expert_mlp,
     shared_elastic_experts,
 )
-from eep_jax.models.router import route
+from eep_jax.models.router import choose
 from eep_jax.models.weights import expert_name
 from eep_jax.tables import Tables
 from pallas_kernels.call import Call
@@ -45,26 +46,12 @@ class Place:
     spread: ExpertSpread = dataclasses.field(metadata={"static": True})
 
 
-def sigmoid_topk(
-    logits: Float[Array, "*T E"], experts_per_token: int, norm_topk_prob: bool
-) -> tuple[Int32[Array, "*T K"], Float32[Array, "*T K"]]:
-    """Each expert scored alone, then the best K: `s = sigmoid(logits)`, `weights = top_k(s)`.
-
-    With `norm_topk_prob` the K weights are divided by their sum: scores `[.8 .2 | .4 .1]` and K=2
-    give ids `[0 2]` and weights `[.67 .33]`, without it `[.8 .4]`. Ties go to the lower id.
-    """
-    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-    weights, expert_ids = jax.lax.top_k(scores, experts_per_token)
-    if norm_topk_prob:
-        weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-20)
-    return expert_ids.astype(jnp.int32), weights
-
-
-_ROUTERS = {"softmax_topk": route, "sigmoid_topk": sigmoid_topk}
+class Correction(nnx.Variable):
+    """A bias of the router that balances load; it is set, not learned by gradients."""
 
 
 class ElasticMoE(nnx.Module):
-    """Router and SwiGLU experts of one layer: `y[t] = sum_k w[t, k] * expert[ids[t, k]](x[t])`.
+    """Router and experts of one layer: `y[t] = sum_k w[t, k] * expert[ids[t, k]](x[t])`.
 
     `layer` is its place in the bank: the ElasticMoE modules of a model are numbered 0..L-1, and are
     of one MoEConfig but for the router. `param_dtype` is that of the router's kernel and of the
@@ -78,14 +65,18 @@ class ElasticMoE(nnx.Module):
         self.router = nnx.Linear(
             config.hidden,
             config.experts,
-            use_bias=False,
+            use_bias=config.router_bias,
             param_dtype=param_dtype,
             preferred_element_type=jnp.float32,
             rngs=rngs,
         )
+        if config.router_correction:
+            self.correction = Correction(jnp.zeros(config.experts, jnp.float32))
         scale = jnp.array([config.hidden, config.hidden, config.expert_hidden]) ** -0.5
         normal = jax.random.normal(rngs.params(), config.weights_shape, jnp.float32)
-        self.experts = nnx.Param((normal * scale[None, :, None, None]).astype(param_dtype))
+        is_bias = jnp.arange(config.weights_shape[2])[:, None] >= config.expert_hidden
+        drawn = jnp.where(is_bias, 0, normal * scale[None, :, None, None])
+        self.experts = nnx.Param(drawn.astype(param_dtype))
 
     def __call__(
         self, x: Float[Array, "*T D"], place: Place | None = None
@@ -100,8 +91,8 @@ class ElasticMoE(nnx.Module):
         config = self.config
         if x.shape[-1] != config.hidden:
             raise ValueError(f"x is {x.shape}, expected {config.hidden} channels in its last axis")
-        choose = _ROUTERS[config.router]
-        ids, weights = choose(self.router(x), config.experts_per_token, config.norm_topk_prob)
+        correction = self.correction[...] if config.router_correction else None
+        ids, weights = choose(self.router(x), config.model(), correction)
         if place is None:
             return self._all_here(x, ids, weights), None
         return self._spread(x, ids, weights, place)
@@ -113,7 +104,8 @@ class ElasticMoE(nnx.Module):
                 "without a place; pass the place that the step was given"
             )
         stacked = self.experts[...][:, None]
-        return dense_experts(stacked, 0, x, ids, weights).astype(x.dtype)
+        mlp = expert_mlp(self.config.model())
+        return dense_experts(stacked, 0, x, ids, weights, mlp).astype(x.dtype)
 
     def _spread(self, x, ids, weights, place: Place):
         config, bank = self.config, place.bank
@@ -148,6 +140,8 @@ def expert_layers(model: nnx.Module) -> list[ElasticMoE]:
             "0, 1, 2, ... each once; give every ElasticMoE its own layer="
         )
     sizes = {(*m.config.weights_shape, m.config.experts_per_token) for m in found}
+    if len({expert_mlp(m.config.model()) for m in found}) != 1:
+        raise ValueError("expert layers have different activations or biases; one bank has one")
     if len(sizes) != 1:
         raise ValueError(
             f"expert layers have different (E, 3, F, D, K): {sorted(sizes)}; the layers of one "

@@ -22,7 +22,7 @@ from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.library.elastic_moe import Place
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
-from eep_jax.models.moe_block import ExpertSpread
+from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
 
@@ -98,6 +98,7 @@ class Stepper:
             rank=rank,
             slots_per_rank=layout.slots,
             tile_rows=config.engine.row_tile,
+            mlp=expert_mlp(config.model),
             slab_bytes=heap.slab_bytes,
         )
         self._bank_array = device_array(heap, layout.bank)

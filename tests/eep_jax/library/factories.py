@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from eep_jax.heap.loopback import open_all
-from eep_jax.library.config import MoEConfig, run_config
+from eep_jax.library.config import ROUTERS, MoEConfig, run_config
 from eep_jax.library.elastic_moe import ElasticMoE, expert_arrays, without_experts
 from eep_jax.library.stepper import Stepper
 from eep_jax.models.expert_bank import slab_layout
@@ -27,6 +27,38 @@ def a_moe(**changes) -> MoEConfig:
     return MoEConfig(**sizes | changes)
 
 
+# Layers as families of models have them; a plain name of a router is a kind, too.
+KINDS = {name: {"router": name} for name in ROUTERS} | {
+    "deepseek": {
+        "router": "sigmoid_topk",
+        "router_correction": True,
+        "router_groups": 4,
+        "router_groups_kept": 2,
+        "router_group_score": "top2",
+        "router_scaling": 2.5,
+    },
+    "gpt_oss": {
+        "router": "softmax_of_topk",
+        "router_bias": True,
+        "activation": "clamped_swiglu",
+        "expert_biases": True,
+    },
+}
+
+
+def filled(moe: ElasticMoE, seed: int = 0) -> ElasticMoE:
+    """With biases and corrections that are not zero."""
+    random = np.random.default_rng(seed)
+    drawn = lambda value: jnp.asarray(random.standard_normal(value.shape) * 0.3, value.dtype)
+    width = moe.config.expert_hidden
+    moe.experts[...] = moe.experts[...].at[:, :, width:].set(drawn(moe.experts[:, :, width:]))
+    if moe.config.router_bias:
+        moe.router.bias[...] = drawn(moe.router.bias[...])
+    if moe.config.router_correction:
+        moe.correction[...] = drawn(moe.correction[...])
+    return moe
+
+
 class TwoLayers(nnx.Module):
     """`x + moe(norm(x))`, twice; x is `[*T D]`."""
 
@@ -42,8 +74,11 @@ class TwoLayers(nnx.Module):
 
 
 @functools.cache
-def a_model(router: str = "softmax_topk") -> TwoLayers:
-    return TwoLayers(a_moe(router=router), nnx.Rngs(0))
+def a_model(kind: str = "softmax_topk") -> TwoLayers:
+    model = TwoLayers(a_moe(**KINDS[kind]), nnx.Rngs(0))
+    for layer, moe in enumerate(model.experts):
+        filled(moe, layer)
+    return model
 
 
 def some_rows(seed: int = 0, shape=(TOKENS,)) -> jax.Array:
@@ -53,11 +88,11 @@ def some_rows(seed: int = 0, shape=(TOKENS,)) -> jax.Array:
 class StepperCluster:
     """R ranks that run one model's step in lockstep, all within this process."""
 
-    def __init__(self, ranks: int, router: str = "softmax_topk", **cluster):
-        model = a_model(router)
+    def __init__(self, ranks: int, kind: str = "softmax_topk", **cluster):
+        model = a_model(kind)
         options = {"slots_per_rank": 8, "step_deadline_ms": DEADLINE_MS} | cluster
         config = run_config(
-            a_moe(router=router), layers=LAYERS, ranks=ranks, tokens_max=TOKENS, **options
+            a_moe(**KINDS[kind]), layers=LAYERS, ranks=ranks, tokens_max=TOKENS, **options
         )
         layout = slab_layout(config.model, config.engine, ranks, config.cluster.slots_per_rank)
         self.heaps = open_all(ranks, layout.slab_bytes)

@@ -29,7 +29,10 @@ RUN = {"layers": 2, "ranks": 2, "slots_per_rank": 8, "tokens_max": 20}
         ({"hidden": 0}, "MoEConfig.hidden=0 must be positive"),
         ({"expert_hidden": -1}, "MoEConfig.expert_hidden=-1"),
         ({"experts_per_token": 9}, r"experts_per_token=9 must be between 1 and self.experts=8; .*"),
-        ({"router": "best"}, r"router='best' must be one of \('softmax_topk', 'sigmoid_topk'\)"),
+        ({"router_groups": 3}, "experts=8 must be a multiple"),
+        ({"router_groups": 8}, "experts_per_token=2 must fit into"),
+        ({"activation": "relu"}, "activation='relu' must be one of"),
+        ({"router": "best"}, r"router='best' must be one of \('softmax_topk', 'sigmoid_topk', "),
     ],
 )
 def test_wrong_sizes_of_a_layer_are_refused(changes, message):

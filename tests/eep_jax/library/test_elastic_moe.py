@@ -7,46 +7,81 @@ import optax
 import pytest
 from flax import nnx
 
-from eep_jax.library.config import ROUTERS
+from eep_jax.library.config import MoEConfig
 from eep_jax.library.elastic_moe import (
     ElasticMoE,
     expert_arrays,
     expert_layers,
-    sigmoid_topk,
     without_experts,
 )
+from eep_jax.models.router import choose
 from eep_jax.models.weights import expert_name
-from tests.eep_jax.library.factories import LAYERS, TwoLayers, a_model, a_moe, some_rows
+from tests.eep_jax.library.factories import (
+    KINDS,
+    LAYERS,
+    TwoLayers,
+    a_model,
+    a_moe,
+    filled,
+    some_rows,
+)
 
 # Sums of 16 and 12 float32 products in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def by_hand(moe: ElasticMoE, x: np.ndarray, router: str, norm: bool) -> np.ndarray:
+def by_hand(moe: ElasticMoE, x: np.ndarray) -> np.ndarray:
     """A loop over tokens and choices in float64."""
-    x, kernel = np.asarray(x, np.float64), np.asarray(moe.router.kernel[...], np.float64)
-    experts, y = np.asarray(moe.experts[...], np.float64), np.zeros(x.shape)
+    x, y = np.asarray(x, np.float64), np.zeros(x.shape)
     for t, row in enumerate(x):
-        logits = row @ kernel
-        exp = np.exp(logits - logits.max())
-        scores = exp / exp.sum() if router == "softmax_topk" else 1 / (1 + np.exp(-logits))
-        best = np.argsort(-scores, kind="stable")[: moe.config.experts_per_token]
-        weights = scores[best] / (scores[best].sum() if norm else 1)
-        for weight, expert in zip(weights, best, strict=True):
-            gate, up, down = experts[expert]
-            hidden = gate @ row
-            y[t] += weight * ((hidden / (1 + np.exp(-hidden)) * (up @ row)) @ down)
+        for expert, weight in choices_by_hand(moe, row):
+            y[t] += weight * expert_by_hand(moe, expert, row)
     return y
 
 
+def choices_by_hand(moe: ElasticMoE, row: np.ndarray) -> list[tuple[int, float]]:
+    config, count = moe.config, moe.config.experts_per_token
+    logits = row @ np.asarray(moe.router.kernel[...], np.float64)
+    if config.router_bias:
+        logits = logits + np.asarray(moe.router.bias[...], np.float64)
+    exp = np.exp(logits - logits.max())
+    softmax, sigmoid = exp / exp.sum(), 1 / (1 + np.exp(-logits))
+    scores = {"softmax_topk": softmax, "sigmoid_topk": sigmoid, "softmax_of_topk": exp}
+    scores = scores[config.router]
+    wanted = scores + np.asarray(moe.correction[...]) if config.router_correction else scores
+    members = wanted.reshape(config.router_groups, -1)
+    worth = np.sort(members, axis=1)[:, -2:].sum(axis=1)  # "top2"
+    kept = np.argsort(-worth)[: config.router_groups_kept]
+    outside = [g for g in range(config.router_groups) if g not in kept]
+    members[outside] = -np.inf
+    best = np.argsort(-members.reshape(-1), kind="stable")[:count]
+    normed = config.norm_topk_prob or config.router == "softmax_of_topk"
+    weights = scores[best] / (scores[best].sum() if normed else 1) * config.router_scaling
+    return list(zip(best.tolist(), weights.tolist(), strict=True))
+
+
+def expert_by_hand(moe: ElasticMoE, expert: int, row: np.ndarray) -> np.ndarray:
+    width, size = moe.config.expert_hidden, moe.config.hidden
+    whole = np.asarray(moe.experts[...], np.float64)[expert]
+    (gate, up, down), rest = whole[:, :width], whole[:, width:].reshape(3, -1)
+    gate, up = gate @ row, up @ row
+    if moe.config.expert_biases:
+        gate, up = gate + rest[0, :width], up + rest[1, :width]
+    if moe.config.activation == "swiglu":
+        return (gate / (1 + np.exp(-gate)) * up) @ down
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return (gate / (1 + np.exp(-1.702 * gate)) * (up + 1)) @ down + rest[2, :size]
+
+
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("router", ROUTERS)
-def test_the_layer_is_the_loop_over_its_choices(router, norm):
-    moe = ElasticMoE(a_moe(router=router, norm_topk_prob=norm), 0, rngs=nnx.Rngs(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layer_is_the_loop_over_its_choices(kind, norm):
+    config = a_moe(**KINDS[kind], norm_topk_prob=norm)
+    moe = filled(ElasticMoE(config, 0, rngs=nnx.Rngs(3)))
     x = some_rows(1)
     y, place = moe(x)
     assert place is None and y.dtype == x.dtype
-    np.testing.assert_allclose(y, by_hand(moe, x, router, norm), **CLOSE)
+    np.testing.assert_allclose(y, by_hand(moe, x), **CLOSE)
 
 
 def test_rows_may_have_any_leading_axes():
@@ -56,27 +91,33 @@ def test_rows_may_have_any_leading_axes():
     np.testing.assert_allclose(moe(x[0, 0])[0], flat[0], **CLOSE)
 
 
+def sigmoid(logits, count: int, norm_topk_prob: bool):
+    sizes = {"hidden": 1, "expert_hidden": 1, "experts": logits.shape[-1]}
+    sizes |= {"experts_per_token": count, "norm_topk_prob": norm_topk_prob}
+    return choose(logits, MoEConfig(**sizes, router="sigmoid_topk").model())
+
+
 def test_sigmoid_scores_each_expert_alone():
     scores = jnp.array([0.8, 0.2, 0.4, 0.1])
     logits = jnp.log(scores / (1 - scores))
-    ids, weights = sigmoid_topk(logits, 2, norm_topk_prob=False)
+    ids, weights = sigmoid(logits, 2, norm_topk_prob=False)
     assert ids.tolist() == [0, 2] and ids.dtype == jnp.int32
     np.testing.assert_allclose(weights, [0.8, 0.4], rtol=1e-6)
-    ids, weights = sigmoid_topk(logits, 2, norm_topk_prob=True)
+    ids, weights = sigmoid(logits, 2, norm_topk_prob=True)
     np.testing.assert_allclose(weights, [2 / 3, 1 / 3], rtol=1e-6)
-    raised = sigmoid_topk(logits.at[1].set(9.0), 4, norm_topk_prob=False)
+    raised = sigmoid(logits.at[1].set(9.0), 4, norm_topk_prob=False)
     assert raised[0].tolist() == [1, 0, 2, 3], "another expert's logit changes no score"
     np.testing.assert_allclose(raised[1][1:], [0.8, 0.4, 0.1], rtol=1e-6)
 
 
 def test_sigmoid_ties_go_to_the_lower_id_and_scores_of_zero_stay_finite():
-    ids, weights = sigmoid_topk(jnp.full((2, 4), -1e4), 2, norm_topk_prob=True)
+    ids, weights = sigmoid(jnp.full((2, 4), -1e4), 2, norm_topk_prob=True)
     assert ids.tolist() == [[0, 1], [0, 1]] and np.isfinite(weights).all()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_gradients_are_those_of_finite_differences(router):
-    moe = ElasticMoE(a_moe(router=router), 0, rngs=nnx.Rngs(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_finite_differences(kind):
+    moe = filled(ElasticMoE(a_moe(**KINDS[kind]), 0, rngs=nnx.Rngs(4)))
     x = some_rows(5)
 
     def loss(moe):
@@ -147,6 +188,8 @@ def test_layers_must_be_numbered_and_alike():
         expert_layers(of((a_moe(), 1)))
     with pytest.raises(ValueError, match=r"numbered \[\]"):
         expert_layers(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="different activations"):
+        expert_layers(of((a_moe(), 0), (a_moe(activation="clamped_swiglu"), 1)))
     with pytest.raises(ValueError, match=r"different .E, 3, F, D, K"):
         expert_layers(of((a_moe(), 0), (a_moe(expert_hidden=8), 1)))
     assert [m.layer for m in expert_layers(of((a_moe(), 1), (a_moe(), 0)))] == [0, 1]

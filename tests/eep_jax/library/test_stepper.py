@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from eep_jax.library.config import ROUTERS
 from eep_jax.library.stepper import CALLS_MAX, StepCompilations
 from eep_jax.placement.planner import plan_admission, plan_repair
-from tests.eep_jax.library.factories import StepperCluster, a_model, some_rows
+from tests.eep_jax.library.factories import KINDS, StepperCluster, a_model, some_rows
 from tests.support.loopback import in_threads, waits_that_know
 
 RANKS = 4
@@ -19,13 +18,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @functools.cache
-def compiled(ranks: int, router: str = "softmax_topk") -> StepperCluster:
-    return StepperCluster(ranks, router, redundancy=min(2, ranks))
+def compiled(ranks: int, kind: str = "softmax_topk") -> StepperCluster:
+    return StepperCluster(ranks, kind, redundancy=min(2, ranks))
 
 
-def a_cluster(ranks: int = RANKS, router: str = "softmax_topk") -> StepperCluster:
+def a_cluster(ranks: int = RANKS, kind: str = "softmax_topk") -> StepperCluster:
     """All ranks serve the whole placement in a new epoch."""
-    cluster = compiled(ranks, router)
+    cluster = compiled(ranks, kind)
     cluster.change(cluster.ranks, cluster.whole)
     return cluster
 
@@ -34,18 +33,19 @@ def rows_of(ranks, seed: int = 0) -> dict:
     return {rank: some_rows(100 * seed + rank) for rank in ranks}
 
 
-def assert_as_in_one_process(found: dict, rows: dict, router: str = "softmax_topk") -> None:
+def assert_as_in_one_process(found: dict, rows: dict, kind: str = "softmax_topk") -> None:
     for rank, x in rows.items():
-        np.testing.assert_allclose(found[rank], a_model(router)(x)[0], **CLOSE)
+        np.testing.assert_allclose(found[rank], a_model(kind)(x)[0], **CLOSE)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("ranks", [1, RANKS])
-def test_ranks_together_compute_what_one_process_computes(ranks, router):
-    cluster = a_cluster(ranks, router)
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [(1, "softmax_topk"), *((RANKS, kind) for kind in KINDS)]
+)
+def test_ranks_together_compute_what_one_process_computes(ranks, kind):
+    cluster = a_cluster(ranks, kind)
     for seed in range(3):
         rows = rows_of(cluster.ranks, seed)
-        assert_as_in_one_process(cluster.call(rows), rows, router)
+        assert_as_in_one_process(cluster.call(rows), rows, kind)
 
 
 def test_no_membership_changes_a_bit_and_nothing_is_compiled():
