@@ -1,325 +1,70 @@
-"""What a dead rank costs and what its return costs, over many cycles on one cluster under load.
+"""What the death of a rank costs, over many cycles on one cluster under load; and what moves.
 
     python -m benchmarks.bench_recovery --cycles=20 --out=benchmarks/results/recovery.jsonl
 
-1. Every prompt once, unharmed: these completions are the truth.
-2. The whole cluster is ended and started again, until it gives a token: the baseline.
-3. Under load, each rank in turn is killed with SIGKILL, and after a while started again.
-4. Every completion of 3 is compared with 1. Only if all are equal is any number shown or written.
+Beside it, a full restart of the same cluster; what the planner would move in a cluster of another
+size; and how fast each source brings experts, in a process of its own (`bench_sources`).
 """
 
-import asyncio
-import contextlib
-import dataclasses
-import pathlib
-import re
-import shutil
-import signal
+import subprocess
 import sys
-import tempfile
-import time
 
-import aiohttp
 from absl import app
 from absl import flags as absl_flags
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, compared, cpu_device, now, percentile
-from eep_jax.config import RunConfig
+from benchmarks import rank_cycles
+from benchmarks.rank_cycles import Measured, Rows
+from eep_jax.placement.placement import EMPTY
+from eep_jax.placement.planner import initial_placement, plan_repair
 from launch import flags
-from launch.cluster import ClusterFailed, LocalCluster, events_since, is_whole, rank_name
-from launch.console import say
-from launch.demo import prompts
-from launch.load import Result, run_load, run_once
-from launch.timeline import summarise
 
-CYCLES = absl_flags.DEFINE_integer("cycles", 20, "How many kills; ranks take turns.", 1)
-RESTARTS = absl_flags.DEFINE_integer("restarts", 3, "How many full restarts, the baseline.", 1)
-CONCURRENCY = absl_flags.DEFINE_integer("concurrency", 12, "Requests kept in flight.", 1)
-OUT = absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the table.")
-
-WHOLE_S, REDUCED_S, AFTER_S = 2.5, 4.0, 1.0  # how long each state is measured
-DEADLINE_S = 180.0
-PHASE_IN_LOG = re.compile(r" (loaded|warm) after ([0-9.]+) s$", re.MULTILINE)
-
-
-class Unfit(Exception):
-    """A promise was broken during the measurement, so its numbers mean nothing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cycle:
-    """One kill and return. Seconds, or tokens per second."""
-
-    detection: float  # kill to the supervisor's verdict
-    pause: float  # kill to the token that ends the stop
-    rate_whole: float  # before the kill
-    rate_reduced: float  # from the commit without the rank until its new process starts
-    steady_gap: float  # longest time without a token before the kill
-    return_pause: float  # longest time without a token while it is admitted
-    phases: dict[str, float]  # of the return, from process start to serving
-
-
-class Load:
-    """Completions in flight from `start` to `finish`, and when each token came."""
-
-    def __init__(self, url: str, jobs: list[dict], concurrency: int):
-        self.times: list[float] = []
-        self._enough = asyncio.Event()
-        note = lambda at_s, count: self.times.extend([at_s] * count)
-        self._running = asyncio.create_task(run_load(url, jobs, concurrency, self._enough, note))
-
-    async def finish(self) -> list[Result]:
-        self._enough.set()
-        return await self._running
+# On paper: 256 experts and as many spare slots on 32 ranks, of which one dies.
+PAPER_EXPERTS, PAPER_RANKS, PAPER_REDUNDANCY = 256, 32, 2
+PAPER_SHARE = 0.02  # of all slots that may move before resuming; EEP's own: 0.9
+SOURCES_S = 540.0
 
 
 def main() -> int:
-    config = flags.run_config()
-    arguments = flags.forwarded() + (["--port=0"] if flags.PORT.value is None else [])
-    run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-bench-"))
-    cluster = LocalCluster(arguments, config.cluster.ranks, str(run_dir), respawn_delay_ms=-1)
-    before = commit(), now()
-    try:
-        restarts, cycles = asyncio.run(_measure(cluster, config))
-    except (ClusterFailed, Unfit) as error:
-        say(f"no result: {error}", "bold red")
-        say(f"logs: {run_dir}/logs")
-        return 1
-    finally:
-        cluster.stop()
-    records = _records(config, restarts, cycles, *before)
-    _print(records)
-    if OUT.value:
-        append(pathlib.Path(OUT.value), records)
-        say(f"appended {len(records)} records to {OUT.value}")
-    if flags.RUN_DIR.value is None:
-        shutil.rmtree(run_dir, ignore_errors=True)
-    return 0
+    status = rank_cycles.run(rows)
+    return status or (_sources() if absl_flags.FLAGS.sources else 0)
 
 
-async def _measure(cluster: LocalCluster, config: RunConfig) -> tuple[list[float], list[Cycle]]:
-    jobs = prompts(config.model.name)
-    async with _started(cluster):
-        say(f"{len(jobs)} prompts, unharmed")
-        truth = await run_once(cluster.url, jobs, CONCURRENCY.value)
-        _verify(truth, truth)
-    restarts = []
-    for number in range(RESTARTS.value):
-        restarts.append(await _restart(cluster, jobs))
-        say(f"full restart {number + 1}/{RESTARTS.value}: {restarts[-1]:.2f} s until a token")
-    async with _started(cluster):
-        load = Load(cluster.url, jobs, CONCURRENCY.value)
-        cycles = []
-        try:
-            for number in range(CYCLES.value):
-                victim = number % config.cluster.ranks
-                cycles.append(await _cycle(cluster, load.times, victim))
-                say(
-                    f"cycle {number + 1}/{CYCLES.value}: rank {victim} detected after "
-                    f"{cycles[-1].detection * 1e3:.0f} ms, pause {cycles[-1].pause:.3f} s, "
-                    f"return pause {cycles[-1].return_pause:.3f} s"
-                )
-        finally:
-            results = await load.finish()
-        _verify(results, truth)
-        _require_no_compilation(await _status(cluster))
-    say(f"{len(results)} completions, all equal to the unharmed ones")
-    return restarts, cycles
+def rows(measured: Measured) -> Rows:
+    found, of = measured.rows(), measured.of
+    whole = rank_cycles.percentile(of("rate_whole"), 50)
+    found.add("recovery", "detection_s", of("detection"), "s")
+    found.add("recovery", "pause_s", of("pause"), "s", measured.restart)
+    found.add("recovery", "unharmed_gap_s", of("steady_gap"), "s")
+    found.add("recovery", "whole_tokens_per_s", of("rate_whole"), "tokens/s")
+    found.add("recovery", "reduced_tokens_per_s", of("rate_reduced"), "tokens/s", whole)
+    moved = [float(sum(repair["bytes"].values())) for repair in of("repair")]
+    found.add("recovery", "bytes_before_resuming", moved, "bytes", bound=0.0)
+    for phase in measured.cycles[0].repair["seconds"]:
+        if phase != "load":  # of a rank that comes in
+            seconds = [repair["seconds"][phase] or 0.0 for repair in of("repair")]
+            found.add("recovery", f"phase_{phase}_s", seconds, "s")
+    found.add("recovery", "paper_slots_moved_share", paper_shares(), "", bound=PAPER_SHARE)
+    return found
 
 
-@contextlib.asynccontextmanager
-async def _started(cluster: LocalCluster):
-    """The cluster, started and whole; all its processes end with the body."""
-    if not cluster.children or cluster.children["supervisor"].process.poll() is not None:
-        cluster.start()
-    watch = asyncio.create_task(cluster.watch())
-    try:
-        await cluster.wait_for(is_whole, DEADLINE_S, "the start of all ranks")
-        yield
-    finally:
-        watch.cancel()  # else it would bring the supervisor back
-        await asyncio.gather(watch, return_exceptions=True)
+def paper_shares() -> list[float]:
+    """The share of all slots that moves before resuming, for the death of each rank in turn."""
+    slots = PAPER_EXPERTS * PAPER_REDUNDANCY // PAPER_RANKS
+    whole = initial_placement(PAPER_EXPERTS, PAPER_RANKS, slots, PAPER_REDUNDANCY)
+    used = sum(expert != EMPTY for row in whole.slots for expert in row)
+    survivors = lambda dead: [rank for rank in range(PAPER_RANKS) if rank != dead]
+    plans = [plan_repair(whole, survivors(dead)) for dead in range(PAPER_RANKS)]
+    return [len(plan.moves) / used for plan in plans]
 
 
-async def _restart(cluster: LocalCluster, jobs: list[dict]) -> float:
-    """Ends all processes and starts them again; returns seconds from the end to the next token."""
-    url, served, begin_s = cluster.url, asyncio.Event(), time.monotonic()
-    await asyncio.to_thread(cluster.stop)
-    cluster.start()
-    first_s: list[float] = []
-
-    def note(at_s: float, count: int) -> None:
-        if count:
-            first_s.append(at_s)
-            served.set()
-
-    probe = asyncio.create_task(run_load(url, jobs[:1], 1, served, note))
-    async with _started(cluster):
-        await asyncio.wait_for(probe, DEADLINE_S)
-    return first_s[0] - begin_s
-
-
-async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycle:
-    """Kills a rank, serves without it, starts it again."""
-    first_s, name, ended_before = time.monotonic(), rank_name(victim), len(cluster.exits)
-
-    def killed(status: dict) -> bool:
-        _require_no_other_death(cluster, ended_before, name)
-        return status["ranks"][victim]["state"] == "absent" and status["state"] == "serving"
-
-    def returned(status: dict) -> bool:
-        _require_no_other_death(cluster, ended_before, name)
-        return is_whole(status)
-
-    await asyncio.sleep(WHOLE_S)
-    _require_no_compilation(await _status(cluster))
-    kill_s = cluster.kill(name)
-    await cluster.wait_for(killed, DEADLINE_S, f"an epoch without {name}", poll_ms=20)
-    await asyncio.sleep(REDUCED_S)
-    start_s, log_from = time.monotonic(), cluster.log_path(name).stat().st_size
-    cluster.start_rank(victim)
-    await cluster.wait_for(returned, DEADLINE_S, f"the return of {name}")
-    await asyncio.sleep(AFTER_S)
-    events = events_since(await _status(cluster), kill_s)
-    log = cluster.log_path(name).read_bytes()[log_from:].decode(errors="replace")
-    return _judge(sorted(t for t in times if t >= first_s), events, log, victim, kill_s, start_s)
-
-
-def _judge(
-    times: list[float], events: list[dict], log: str, victim: int, kill_s: float, start_s: float
-) -> Cycle:
-    of_victim = lambda e: e.get("rank") == victim
-    inside = lambda e: str(victim) in e["members"]
-    detected = _first(events, "dead", of_victim)
-    resumed = _first(events, "commit", lambda e: not inside(e))
-    returned = _first(events, "commit", inside)
-    # An admission that was given up is followed by another; the last one led to the commit.
-    asked = [e["at_s"] for e in events if e["kind"] == "prepare" and e["at_s"] <= returned]
-    marks = {"kill": kill_s, "detected": detected, "resumed": resumed, "return_start": asked[-1]}
-    summary = summarise(times, marks | {"returned": returned})
-    reduced = [t for t in times if resumed <= t < start_s]
-    new = [e for e in events if e["at_s"] >= start_s]
-    known, offered = _first(new, "incarnation", of_victim), _first(new, "offered", of_victim)
-    seconds = {name: float(text) for name, text in PHASE_IN_LOG.findall(log)}
-    phases = {
-        "known_s": known - start_s,
-        "offered_s": offered - known,
-        "offered_loading_s": seconds["loaded"],
-        "offered_compiling_s": seconds["warm"],
-        "experts_s": asked[-1] - offered,
-        "serving_s": returned - asked[-1],
-        "total_s": returned - start_s,
-    }
-    return Cycle(
-        detection=summary.detection_s,
-        pause=summary.recovery_pause_s,
-        rate_whole=summary.before_tokens_per_s,
-        rate_reduced=len(reduced) / (start_s - resumed),
-        steady_gap=summary.steady_gap_s,
-        return_pause=summary.return_gap_s,
-        phases=phases,
-    )
-
-
-def _first(events: list[dict], kind: str, wanted) -> float:
-    found = [e["at_s"] for e in events if e["kind"] == kind and wanted(e)]
-    if not found:
-        raise Unfit(f"no event {kind!r} of this cycle among {[e['kind'] for e in events]}")
-    return found[0]
-
-
-def _verify(results: list[Result], truth: list[Result]) -> None:
-    for result in results:
-        if result.error is not None:
-            raise Unfit(f"a request was lost: {result.error}")
-        if result.text != truth[result.job].text:
-            raise Unfit(f"prompt {result.job} gave another text: {result.text!r}")
-
-
-def _require_no_other_death(cluster: LocalCluster, ended_before: int, victim: str) -> None:
-    ended = [(name, status) for _, name, status in cluster.exits[ended_before:]]
-    if ended and ended != [(victim, -signal.SIGKILL)]:
-        raise Unfit(f"processes ended with these statuses, only {victim} was killed: {ended}")
-
-
-def _require_no_compilation(status: dict) -> None:
-    compiled = {r["rank"]: r["compilations_after_start"] for r in status["ranks"]}
-    if any(compiled.values()):
-        raise Unfit(f"ranks compiled while they served: {compiled}")
-
-
-async def _status(cluster: LocalCluster) -> dict:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
-        status = await cluster.status(session)
-    if status is None:
-        raise Unfit("the supervisor does not answer")
-    return status
-
-
-def _records(
-    config: RunConfig, restarts: list[float], cycles: list[Cycle], commit: str, time: str
-) -> list[Record]:
-    """All numbers of the run. Pauses are compared with the median full restart."""
-    model, restart = config.model, percentile(restarts, 50)
-    shape = {
-        "config": config.name,
-        "hidden": model.hidden,
-        "layers": model.layers,
-        "experts": model.experts,
-        "top_k": model.experts_per_token,
-        "redundancy": config.cluster.redundancy,
-        "requests": CONCURRENCY.value,
-    }
-    common = {"device": cpu_device(), "ranks": config.cluster.ranks, "commit": commit, "time": time}
-    records: list[Record] = []
-
-    def add(bench: str, name: str, values: list[float], unit: str, baseline: float | None) -> None:
-        for label, value in (
-            ("p50", percentile(values, 50)),
-            ("p90", percentile(values, 90)),
-            ("max", max(values)),
-        ):
-            records.append(
-                Record(
-                    bench=bench,
-                    metric=f"{name} {label}",
-                    value=value,
-                    unit=unit,
-                    shape=shape | {"samples": len(values)},
-                    **compared(baseline, value),
-                    **common,
-                )
-            )
-
-    of = lambda name: [getattr(cycle, name) for cycle in cycles]
-    whole = percentile(of("rate_whole"), 50)
-    add("restart", "first_token_s", restarts, "s", None)
-    add("recovery", "detection_s", of("detection"), "s", None)
-    add("recovery", "pause_s", of("pause"), "s", restart)
-    add("recovery", "unharmed_gap_s", of("steady_gap"), "s", None)
-    add("recovery", "whole_tokens_per_s", of("rate_whole"), "tokens/s", None)
-    add("recovery", "reduced_tokens_per_s", of("rate_reduced"), "tokens/s", whole)
-    add("rejoin", "pause_s", of("return_pause"), "s", restart)
-    for phase in cycles[0].phases:
-        values = [cycle.phases[phase] for cycle in cycles]
-        add("rejoin", phase, values, "s", restart if phase == "total_s" else None)
-    return records
-
-
-def _print(records: list[Record]) -> None:
-    first = records[0]
-    table = Table(title=f"{first.device}; {first.ranks} ranks", title_justify="left")
-    for name in ("bench", "metric", "p50", "p90", "max", "unit", "p50 / restart"):
-        table.add_column(name, justify="right" if name[0] == "p" or name == "max" else "left")
-    for p50, p90, most in zip(records[::3], records[1::3], records[2::3], strict=True):
-        name = p50.metric.removesuffix(" p50")
-        numbers = [f"{r.value:.4g}" for r in (p50, p90, most)]
-        ratio = f"{p50.ratio:.4g}" if p50.ratio is not None and p50.unit == "s" else ""
-        table.add_row(p50.bench, name, *numbers, p50.unit, ratio)
-    Console(highlight=False, width=110).print(table, markup=False)
+def _sources() -> int:
+    """After the ranks have ended, so that the device is free for it."""
+    command = [sys.executable, "-m", "benchmarks.bench_sources", *flags.forwarded()]
+    out = [f"--out={absl_flags.FLAGS.out}"] if absl_flags.FLAGS.out else []
+    return subprocess.run([*command, *out], timeout=SOURCES_S, check=False).returncode
 
 
 if __name__ == "__main__":
+    rank_cycles.define_flags()
+    absl_flags.DEFINE_bool("sources", True, "Also time each source of experts.")
     sys.exit(app.run(flags.main_with_usage(main)))

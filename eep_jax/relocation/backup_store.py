@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import mmap
 import os
 import pathlib
 import shutil
@@ -61,6 +62,7 @@ class BackupStore:
             directory.mkdir(parents=True)
         self._numbers = itertools.count()
         self._bytes: dict[int, int] = {}  # by expert held; changed by the thread alone
+        self._mapped: dict[int, np.ndarray] = {}  # the same, for this process to read
         self._held: tuple[int, ...] = ()
         self._followed: tuple[tuple[int, ...], Placement] | None = None
         self._news, self._stopping = threading.Event(), threading.Event()
@@ -83,7 +85,7 @@ class BackupStore:
     def fetch(self, expert: int, source: Source) -> np.ndarray:
         """The expert in the stored dtype, as a Transport says."""
         if source.rank == self._options.rank:
-            return map_shard(self._served / str(expert), self._shape, self._dtype)
+            return self._own(expert)
         return self._fetch_from(source.address, expert)
 
     def close(self) -> None:
@@ -93,6 +95,11 @@ class BackupStore:
         self._filled.set()
         self._server.close()
         self._thread.join(5.0)
+
+    def _own(self, expert: int) -> np.ndarray:
+        """What is kept here, without a copy. Its pages were looked up when it was written."""
+        fresh = map_shard(self._served / str(expert), self._shape, self._dtype)  # of the right size
+        return self._mapped.get(expert, fresh)
 
     @property
     def _expert_bytes(self) -> int:
@@ -161,7 +168,9 @@ class BackupStore:
             os.replace(draft, self._served / str(expert))  # peers see all of it or nothing
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        self._bytes[expert] = size
+        mapped = map_shard(self._served / str(expert), self._shape, self._dtype)
+        mapped.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()
+        self._mapped[expert], self._bytes[expert] = mapped, size
         self._held = tuple(sorted(self._bytes))
 
     def _make_room(self, nbytes: int, wanted: tuple[int, ...]) -> None:
@@ -169,6 +178,7 @@ class BackupStore:
             if sum(self._bytes.values()) + nbytes + FETCH_EXTRA_BYTES <= self._options.bytes_max:
                 return
             del self._bytes[expert]
+            self._mapped.pop(expert, None)
             self._held = tuple(sorted(self._bytes))
             shutil.rmtree(self._served / str(expert), ignore_errors=True)
 

@@ -91,6 +91,26 @@ class RepairLog:
         return [_record(pending) for pending in due]
 
 
+class ChangeTotals:
+    """Sums over all records since this supervisor started, for monitors.
+
+    Keys are (change,), (change, source) and (change, phase).
+    """
+
+    def __init__(self):
+        self.changes, self.moves = collections.Counter(), collections.Counter()
+        self.bytes, self.seconds = collections.Counter(), collections.Counter()
+
+    def add(self, record: dict) -> None:
+        change = record["change"]
+        self.changes[change,] += 1
+        for total, name in ((self.moves, "moves"), (self.bytes, "bytes")):
+            total.update({(change, source): n for source, n in record[name].items()})
+        # `total` is the sum of the others.
+        phases = {p: s for p, s in record["seconds"].items() if p != "total" and s is not None}
+        self.seconds.update({(change, phase): s for phase, s in phases.items()})
+
+
 def _record(pending: _Pending) -> dict:
     times = pending.times
     work_s = {rank: t.detach_s + t.fetch_s for rank, t in times.items()}

@@ -9,6 +9,7 @@ from eep_jax.coordination.coordinator import missing
 from eep_jax.errors import CoverageLost
 from eep_jax.membership.view import RankState
 from eep_jax.placement.placement import require_room
+from eep_jax.placement.sources import median_rates
 
 if typing.TYPE_CHECKING:
     from eep_jax.runtime.supervisor import Supervisor
@@ -154,3 +155,68 @@ class Reports:
         for kind, number in sorted(supervisor.event_counts.items()):
             family.add_metric([kind], number)
         yield family
+        yield from self._collect_changes()
+        yield from self._collect_sources()
+
+    def _collect_changes(self):
+        """Repairs, admissions, drains and background work: how many, what moved, and how long."""
+        totals = self._supervisor.change_totals
+        for name, text, labels, counts in (
+            ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
+            (
+                "eep_expert_moves",
+                "Experts brought to slots, by the source that supplied them.",
+                ("change", "source"),
+                totals.moves,
+            ),
+            (
+                "eep_expert_move_bytes",
+                "Bytes of these experts.",
+                ("change", "source"),
+                totals.bytes,
+            ),
+            (
+                "eep_change_seconds",
+                "Seconds of changes by phase; load is beside serving, the others are the pause.",
+                ("change", "phase"),
+                totals.seconds,
+            ),
+        ):
+            family = CounterMetricFamily(
+                name, f"{text} Since this supervisor started.", labels=labels
+            )
+            for values, number in sorted(counts.items()):
+                family.add_metric(values, number)
+            yield family
+
+    def _collect_sources(self):
+        """What could supply experts now, and what is being brought in the background."""
+        state = self._supervisor.state
+        statuses = {
+            rank: r.status for rank, r in enumerate(state.records) if r.status and r.believed
+        }
+        backups = GaugeMetricFamily(
+            "eep_backups", "Experts that a rank keeps in host memory.", labels=["rank"]
+        )
+        for rank, status in statuses.items():
+            backups.add_metric([str(rank)], len(status.backup.experts))
+        yield backups
+        rates = GaugeMetricFamily(
+            "eep_source_bytes_per_second",
+            "Median over ranks of what each source of experts was measured to give.",
+            labels=["source"],
+        )
+        for kind, rate in median_rates(s.rates for s in statuses.values()).items():
+            rates.add_metric([kind.value], rate)
+        yield rates
+        replicas = state.placement.replicas()
+        fewest = min(len(replicas.get(e, ())) for e in range(state.placement.experts))
+        yield GaugeMetricFamily(
+            "eep_replicas_min", "Replicas of the expert that has fewest.", value=fewest
+        )
+        task = state.background
+        yield GaugeMetricFamily(
+            "eep_background_moves",
+            "Experts that are being brought while serving.",
+            value=0 if task is None else len(task.plan.moves),
+        )

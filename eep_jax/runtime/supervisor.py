@@ -38,7 +38,7 @@ from eep_jax.runtime.identity import (
     start_ticks,
 )
 from eep_jax.runtime.journal import Journal, replay
-from eep_jax.runtime.repairs import RepairLog
+from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
 from eep_jax.runtime.restart import read_back, snapshot
@@ -92,7 +92,7 @@ class Supervisor:
         self._processes: dict[tuple[int, int], Process] = {}
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
-        self.event_counts = collections.Counter()
+        self.event_counts, self.change_totals = collections.Counter(), ChangeTotals()
         self._tokenizer = open_tokenizer(config)
         self._template = open_chat_template(tokenizer_directory(config))
         serve, engine = config.serve, config.engine
@@ -418,6 +418,7 @@ class Supervisor:
 
     def _record_repairs(self) -> None:
         for facts in self._repairs.take(self._clock.now_ms()):
+            self.change_totals.add(facts)
             self._note("repair", facts)
 
     def _silent_ms(self, rank: int, now_ms: int) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eep_jax.coordination import coordinator as c
+from eep_jax.placement.sources import Backup
 from eep_jax.runtime.supervisor import Supervisor
 from tests.support.control_world import TOKEN, a_config
 from tests.support.factories import ByHand
@@ -98,3 +99,38 @@ def test_gauges_follow_the_state(supervisor, cluster):
     supervisor.state = cluster.state
     metrics = supervisor.metrics().decode().splitlines()
     assert {"eep_active_ranks 1.0", "eep_missing_experts 2.0", "eep_epoch 1.0"} <= set(metrics)
+
+
+def test_what_changes_moved_and_took_is_counted_by_source_and_phase(supervisor):
+    record = {
+        "change": "repair",
+        "moves": {"backup": 3, "peer": 1},
+        "bytes": {"backup": 300, "peer": 100},
+        "seconds": {"detect": 0.5, "fetch": 0.25, "first_step": None, "total": 0.75},
+    }
+    for _ in range(2):
+        supervisor.change_totals.add(record)
+    metrics = supervisor.metrics().decode().splitlines()
+    assert {
+        'eep_changes_total{change="repair"} 2.0',
+        'eep_expert_moves_total{change="repair",source="backup"} 6.0',
+        'eep_expert_moves_total{change="repair",source="peer"} 2.0',
+        'eep_expert_move_bytes_total{change="repair",source="backup"} 600.0',
+        'eep_change_seconds_total{change="repair",phase="detect"} 1.0',
+        'eep_change_seconds_total{change="repair",phase="fetch"} 0.5',
+    } <= set(metrics)
+    assert not any('phase="total"' in line or 'phase="first_step"' in line for line in metrics)
+
+
+def test_backups_and_rates_of_ranks_are_gauges(supervisor, cluster):
+    backup, rates = Backup("127.0.0.1:5", (0, 2, 3)), {"peer": 4e9, "backup": 1e9}
+    cluster.feed(cluster.status(0, mode=c.Mode.SERVING, epoch=1, backup=backup, rates=rates))
+    supervisor.state = cluster.state
+    metrics = supervisor.metrics().decode().splitlines()
+    assert {
+        'eep_backups{rank="0"} 3.0',
+        'eep_backups{rank="1"} 0.0',
+        'eep_source_bytes_per_second{source="peer"} 4e+09',
+        "eep_replicas_min 1.0",
+        "eep_background_moves 0.0",
+    } <= set(metrics)

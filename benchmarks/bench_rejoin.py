@@ -1,0 +1,47 @@
+"""What the return of a rank costs the others, and where the new process spends its start.
+
+    python -m benchmarks.bench_rejoin --cycles=8 --out=benchmarks/results/rejoin.jsonl
+
+The same cycles as `bench_recovery`, looked at from the other side; beside it, a full restart of the
+same cluster.
+"""
+
+import sys
+
+from absl import app
+
+from benchmarks import rank_cycles
+from benchmarks.rank_cycles import Measured, Rows
+from launch import flags
+
+
+def main() -> int:
+    return rank_cycles.run(rows)
+
+
+def rows(measured: Measured) -> Rows:
+    found, of, cycles = measured.rows(), measured.of, measured.cycles
+    found.add("rejoin", "pause_s", of("return_pause"), "s", measured.restart)
+    found.add("rejoin", "unharmed_gap_s", of("steady_gap"), "s")
+    reduced = rank_cycles.percentile(of("rate_reduced"), 50)
+    found.add("rejoin", "preparing_tokens_per_s", of("rate_preparing"), "tokens/s", reduced)
+    shares = [cycle.rate_preparing / cycle.rate_reduced for cycle in cycles]
+    found.add("rejoin", "survivors_share", shares, "", bound=1.0)
+    for phase in cycles[0].phases:
+        values = [cycle.phases[phase] for cycle in cycles]
+        found.add("rejoin", phase, values, "s", measured.restart if phase == "total_s" else None)
+    bank = [float(sum(cycle.admission["bytes"].values())) for cycle in cycles]
+    found.add("rejoin", "bytes_brought", bank, "bytes")
+    compiled = [float(compilations(cycle.admission)) for cycle in cycles]
+    found.add("rejoin", "compilations", compiled, "", bound=0.0)
+    return found
+
+
+def compilations(admission: dict) -> int:
+    """Of all processes that came in with this change."""
+    return sum(start["compilations"] for start in admission["starts"].values())
+
+
+if __name__ == "__main__":
+    rank_cycles.define_flags()
+    sys.exit(app.run(flags.main_with_usage(main)))
