@@ -195,12 +195,10 @@ async def _measure(cluster: LocalCluster, config: RunConfig) -> "Measured":
         say(f"{len(jobs)} prompts, unharmed")
         truth = await run_once(cluster.url, jobs, absl_flags.FLAGS.concurrency)
         _verify(truth, truth)
-    restarts = []
-    for number in range(absl_flags.FLAGS.restarts):
+    restarts, wanted = [], absl_flags.FLAGS.restarts
+    for number in range(wanted):
         restarts.append(await _restart(cluster, jobs))
-        say(
-            f"full restart {number + 1}/{absl_flags.FLAGS.restarts}: {restarts[-1]:.2f} s until a token"
-        )
+        say(f"full restart {number + 1}/{wanted}: {restarts[-1]:.2f} s until a token")
     async with _started(cluster):
         load = Load(cluster.url, jobs, absl_flags.FLAGS.concurrency)
         cycles = []
