@@ -3,6 +3,9 @@
     python -m launch.node --config=tiny_cpu --supervisor=10.0.0.1:7777 --mirror_host=auto \\
         --ranks=2,3 --run_dir=DIR     # DIR, of this host, holds the token; or EEP_TOKEN does
 
+In a SLURM job every task is one, for the rank of its number: `srun python -m launch.node
+--environment=slurm --config=tiny_cpu --run_dir=DIR`.
+
 It also is the supervisor's eye and hand on this host: it says when a rank's process ends, within
 milliseconds, and ends those that were evicted. The ranks of a launcher that is killed die with it.
 Several launchers of one host are fine: in a SLURM step each task may be one, for its own rank.
@@ -10,12 +13,15 @@ Several launchers of one host are fine: in a SLURM step each task may be one, fo
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import pathlib
 import signal
+import socket
 import sys
 import tempfile
+import time
 
 from absl import app
 from absl import flags as absl_flags
@@ -26,7 +32,8 @@ from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.supervisor_files import ENDPOINT
 from launch import flags
 from launch.addresses import with_addresses
-from launch.cluster import LocalCluster, rank_name
+from launch.cluster import QUICK_DEATH_S, Child, LocalCluster, rank_name
+from launch.environments.environment import Identity
 from launch.errors import UsageError
 from launch.processes import end_with_parent, set_up_logging
 
@@ -43,13 +50,29 @@ _log = logging.getLogger("launch.node")
 class HostRanks(LocalCluster):
     """The ranks of one host as children of this process, without a supervisor."""
 
-    def __init__(self, arguments: list[str], ranks: tuple[int, ...], run_dir, delay_ms: int):
-        super().__init__(arguments, len(ranks), str(run_dir), delay_ms)
-        self._own_ranks = ranks
+    def __init__(
+        self,
+        arguments: list[str],
+        ranks: tuple[Identity, ...],
+        run_dir: pathlib.Path,
+        delay_ms: int,
+    ):
+        super().__init__(arguments, len(ranks), run_dir, delay_ms)
+        self._own_ranks = {rank_name(identity.rank): identity for identity in ranks}
 
     def start(self) -> None:
-        for rank in self._own_ranks:
-            self._spawn(rank_name(rank))
+        for name in self._own_ranks:
+            self._spawn(name)
+
+    def _command(self, name: str) -> list[str]:
+        identity = self._own_ranks[name]
+        place = f"--local_rank={identity.local_rank}", f"--local_ranks={identity.local_ranks}"
+        return [*super()._command(name), *place]
+
+    def _look_after(self, child: Child) -> None:
+        lived_s = time.monotonic() - child.started_s
+        self.was_healthy |= child.process.poll() is None and lived_s > QUICK_DEATH_S
+        super()._look_after(child)
 
     def let_in(self, processes) -> None:
         """The supervisor knows these: from now on a death is nothing that restarting cannot cure"""
@@ -71,8 +94,9 @@ def main() -> int:
             "shares the supervisor's run directory"
         )
     with_addresses(config, run_dir)  # refuses what its ranks would refuse
+    locks = [only_launcher(token, identity.rank) for identity in ranks]
     os.environ[flags.TOKEN_VARIABLE] = token  # for the ranks, which have no other way to it
-    host_ranks = HostRanks(flags.forwarded(), ranks, run_dir, RESPAWN_DELAY.value)
+    host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value)
     link = HostLink(
         HostLinkOptions(
             endpoint_file=run_dir / ENDPOINT,
@@ -89,16 +113,39 @@ def main() -> int:
         return asyncio.run(_work(host_ranks, link))
     finally:
         host_ranks.stop()
+        for lock in locks:
+            lock.close()
 
 
-def own_ranks(config: RunConfig) -> tuple[int, ...]:
-    """--ranks as numbers, else the one rank of this process. Raises UsageError for none."""
+def own_ranks(config: RunConfig) -> tuple[Identity, ...]:
+    """--ranks as identities, else that of this process. Raises UsageError for none."""
     ranks = config.cluster.ranks
     if RANKS.value is None:
-        return (flags.identity(config).rank,)
+        return (flags.identity(config),)
     if not all(text.isdecimal() and int(text) < ranks for text in RANKS.value):
         raise UsageError(f"--ranks={','.join(RANKS.value)} must name ranks of 0..{ranks - 1}: 2,3")
-    return tuple(sorted({int(text) for text in RANKS.value}))
+    own = sorted({int(text) for text in RANKS.value})
+    return tuple(
+        Identity(rank=rank, local_rank=place, local_ranks=len(own))
+        for place, rank in enumerate(own)
+    )
+
+
+def only_launcher(token: str, rank: int) -> socket.socket:
+    """Keeps others of this run and host from starting `rank`, too, until it is closed.
+
+    Raises UsageError where one does. Two launchers would start processes against each other.
+    """
+    run = hashlib.sha256(token.encode()).hexdigest()[:16]
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        lock.bind(f"\0eep-launcher-{run}-{rank}")
+    except OSError as error:
+        lock.close()
+        raise UsageError(
+            f"rank {rank} of this run has a launcher on this host already, which brings it back"
+        ) from error
+    return lock
 
 
 async def _work(host_ranks: HostRanks, link: HostLink) -> int:

@@ -3,6 +3,7 @@
 `cuda.bindings` is loaded with the first device, so the heap imports on machines without a GPU.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -242,3 +243,62 @@ def _text(described, error) -> str:
     """What cuGetErrorName or cuGetErrorString returned, or the number where they know none."""
     status, text = described
     return text.decode() if int(status) == 0 and text else f"error {int(error)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuFacts:
+    """What one GPU is and can do, without taking any of its memory."""
+
+    name: str
+    total_bytes: int
+    capability: tuple[int, int]  # (9, 0) is Hopper
+    maps_memory: bool  # cuMemCreate and cuMemMap
+    exports_fds: bool  # its memory travels as a file descriptor
+    peers: tuple[int, ...]  # ordinals of the GPUs whose memory it can reach
+
+
+def survey() -> tuple[int, tuple[GpuFacts, ...]]:
+    """The CUDA version of the driver (12080 is 12.8), and the facts of each visible GPU.
+
+    Creates no context. Raises HeapError where the bindings or the driver are missing.
+    """
+    cu = driver()
+    what = "a survey of the GPUs"
+    attribute = cu.CUdevice_attribute
+
+    def has(device, name: str) -> int:
+        wanted = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(_checked(cu, "cuDeviceGetAttribute", wanted, device, what=what))
+
+    _checked(cu, "cuInit", 0, what=what)
+    version = int(_checked(cu, "cuDriverGetVersion", what=what))
+    count = int(_checked(cu, "cuDeviceGetCount", what=what))
+    devices = [_checked(cu, "cuDeviceGet", ordinal, what=what) for ordinal in range(count)]
+    found = []
+    for device in devices:
+        peers = [
+            ordinal
+            for ordinal, peer in enumerate(devices)
+            if int(peer) != int(device)
+            and _checked(cu, "cuDeviceCanAccessPeer", device, peer, what=what)
+        ]
+        facts = GpuFacts(
+            name=_checked(cu, "cuDeviceGetName", 256, device, what=what)
+            .split(b"\0")[0]
+            .decode(errors="replace"),
+            total_bytes=int(_checked(cu, "cuDeviceTotalMem", device, what=what)),
+            capability=tuple(has(device, f"COMPUTE_CAPABILITY_{n}") for n in ("MAJOR", "MINOR")),
+            maps_memory=bool(has(device, "VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED")),
+            exports_fds=bool(has(device, "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED")),
+            peers=tuple(peers),
+        )
+        found.append(facts)
+    return version, tuple(found)
+
+
+def _checked(cu, name: str, *arguments, what: str):
+    error, *values = getattr(cu, name)(*arguments)
+    if error != cu.CUresult.CUDA_SUCCESS:
+        label = _text(cu.cuGetErrorName(error), error)
+        raise HeapError(f"{name} of {what} failed: {label}")
+    return values[0] if values else None

@@ -57,6 +57,13 @@ class FakeCuda:
     CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
     CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    # An attribute stands for what a device answers to it.
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=9,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=0,
+        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED=1,
+        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED=1,
+    )
     CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP = 1, 2
 
     def __init__(self, page_bytes: int = PAGE_BYTES, total_bytes: int = TOTAL_BYTES):
@@ -110,7 +117,7 @@ class FakeCuda:
                     return (error,)
                 if left:
                     self._failing[name] = (left - 1, error)
-                outside = name.startswith(("cuInit", "cuDevice", "cuCtxSetCurrent"))
+                outside = name.startswith(("cuInit", "cuD", "cuCtxSetCurrent"))
                 if not outside and getattr(self._current, "context", None) is None:
                     return (CUresult.CUDA_ERROR_INVALID_CONTEXT,)
                 return found(*arguments)
@@ -125,6 +132,21 @@ class FakeCuda:
 
     def cuInit(self, flags):
         return OK
+
+    def cuDriverGetVersion(self):
+        return *OK, 13_000
+
+    def cuDeviceGetCount(self):
+        return *OK, 1
+
+    def cuDeviceGetName(self, length, device):
+        return *OK, b"NVIDIA H100".ljust(length, b"\0")
+
+    def cuDeviceTotalMem(self, device):
+        return *OK, self.total_bytes
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return *OK, attribute
 
     def cuDeviceGet(self, ordinal):
         return (*OK, ordinal) if ordinal == 0 else (CUresult.CUDA_ERROR_INVALID_DEVICE,)

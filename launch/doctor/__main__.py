@@ -1,0 +1,68 @@
+"""Checks this machine for a configuration, and says what to fix. Exit status 1 if anything fails.
+
+python -m launch.doctor --config=tiny_cpu [--json]
+"""
+
+import dataclasses
+import json
+import sys
+
+from absl import app
+from absl import flags as absl_flags
+from rich.table import Table
+from rich.text import Text
+
+from launch import flags
+from launch.console import STDOUT
+from launch.doctor.checks import Finding, Level, check
+from launch.doctor.probe import look
+
+JSON = absl_flags.DEFINE_boolean("json", False, "Print findings and machine as one JSON object.")
+STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+
+
+def main() -> int:
+    config = flags.run_config()
+    machine = look(config)
+    named = 0 if flags.GPUS.value is None else len(flags.gpus())
+    findings = check(machine, config, named)
+    failed = any(finding.level is Level.FAIL for finding in findings)
+    if JSON.value:
+        print(
+            json.dumps(
+                {
+                    "config": config.name,
+                    "ok": not failed,
+                    "findings": [as_json(finding) for finding in findings],
+                    "machine": dataclasses.asdict(machine),
+                }
+            )
+        )
+    else:
+        show(findings, config.name)
+    return int(failed)
+
+
+def as_json(finding: Finding) -> dict:
+    return dataclasses.asdict(finding) | {"level": finding.level.value}
+
+
+def show(findings: tuple[Finding, ...], name: str) -> None:
+    """The table, and below it what to fix."""
+    table = Table(title=f"This machine for {name}", title_justify="left")
+    for column in ("", "what", "found"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        level = Text(finding.level.value, STYLES[finding.level])
+        table.add_row(level, Text(finding.subject), Text(finding.found))
+    STDOUT.print(table)
+    for finding in findings:
+        if finding.fix and finding.level is not Level.OK:
+            line = (Text(f"{finding.level.value} ", STYLES[finding.level]), finding.subject)
+            STDOUT.print(Text.assemble(*line, f": {finding.fix}"), soft_wrap=True)
+    counts = {level: sum(f.level is level for f in findings) for level in Level}
+    STDOUT.print(", ".join(f"{count} {level.value}" for level, count in counts.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(flags.main_with_usage(main)))

@@ -1,0 +1,198 @@
+"""Looks at this machine. Nothing that is missing or broken is an error here: it is a finding.
+
+JAX and the CUDA driver are asked in processes of their own, which may crash or hang.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+from eep_jax.config import RunConfig
+from eep_jax.heap.libcuda import GpuFacts
+from launch.doctor.machine import UNLIMITED, Machine
+
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml-dtypes", "aiohttp", "msgpack"),
+    *("absl-py", "jaxtyping", "optax", "prometheus-client", "rich", "matplotlib"),
+    *("cuda-bindings", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+)
+SLURM_COMMANDS = ("sbatch", "srun", "scontrol")
+JAX_DEADLINE_S, COMMAND_DEADLINE_S = 120.0, 20.0
+ERROR_CHARS = 400
+
+_ASK_JAX = """
+import json, jax
+print(json.dumps([jax.default_backend(), jax.local_device_count()]))
+"""
+_ASK_GPUS = """
+import dataclasses, json
+from eep_jax.heap.libcuda import survey
+version, gpus = survey()
+print(json.dumps([version, [dataclasses.asdict(gpu) for gpu in gpus]]))
+"""
+
+
+def look(config: RunConfig) -> Machine:
+    """This machine, as far as `config` needs it."""
+    return Machine(
+        python=tuple(sys.version_info[:3]),
+        kernel=_kernel(),
+        packages={name: _version(name) for name in PACKAGES},
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory("MemTotal"),
+        memory_free_bytes=_memory("MemAvailable"),
+        backup_free_bytes=_free(config.cluster.backup_dir),
+        open_files=_limit(resource.RLIMIT_NOFILE),
+        memlock_bytes=_limit(resource.RLIMIT_MEMLOCK),
+        memory_files=_works(lambda: os.close(os.memfd_create("eep-doctor"))),
+        pidfds=_works(lambda: os.close(os.pidfd_open(os.getpid()))),
+        ports=_ports(config),
+        **_jax(),
+        **_gpus(),
+        **_slurm(),
+    )
+
+
+def _jax() -> dict:
+    quiet = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    answer, error = ask(_ASK_JAX, JAX_DEADLINE_S, quiet)
+    if error:
+        return {"jax_error": error}
+    backend, devices = answer
+    return {"jax_backend": backend, "jax_devices": devices}
+
+
+def _gpus() -> dict:
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    answer, error = ask(_ASK_GPUS, COMMAND_DEADLINE_S)
+    found = {"driver": driver.partition("\n")[0], "gpu_error": error}
+    if not error:
+        version, gpus = answer
+        fields = [gpu | {k: tuple(gpu[k]) for k in ("capability", "peers")} for gpu in gpus]
+        found |= {"cuda": version, "gpus": tuple(GpuFacts(**gpu) for gpu in fields)}
+    return found
+
+
+def _slurm() -> dict:
+    found = {name: _output(name, "--version") for name in SLURM_COMMANDS if shutil.which(name)}
+    variables = {k: v for k, v in os.environ.items() if k.startswith("SLURM_")}
+    error = ""
+    if found:
+        answered = _run("scontrol", "ping")
+        error = "" if answered and answered.returncode == 0 else _said(answered)
+    return {"slurm": found, "slurm_error": error, "slurm_variables": variables}
+
+
+def ask(program: str, deadline_s: float, variables: dict[str, str] | None = None):
+    """What a Python program prints as its last line of JSON, and why it did not: (answer, error).
+
+    >>> ask("print([1])", 10.0)
+    ([1], '')
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (variables or {}),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=deadline_s,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {deadline_s:g} s"
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return None, f"the process ended by {name}: {done.stderr.strip()[-ERROR_CHARS:]}"
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        return None, last[-ERROR_CHARS:] or f"exit status {done.returncode}"
+    try:
+        return json.loads(done.stdout.strip().rpartition("\n")[2]), ""
+    except ValueError:
+        return None, f"no answer but {done.stdout[-ERROR_CHARS:]!r}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _kernel() -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(match[1]), int(match[2])) if match and sys.platform == "linux" else (0, 0)
+
+
+def _memory(field: str) -> int:
+    """A line of /proc/meminfo; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        match = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        return int(match[1]) * 1024 if match else 0
+    return 0
+
+
+def _free(directory: str) -> int | None:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
+
+
+def _limit(which: int) -> int:
+    soft, _ = resource.getrlimit(which)
+    return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
+def _works(attempt) -> bool:
+    try:
+        attempt()
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _ports(config: RunConfig) -> dict[str, str]:
+    """Whether the supervisor could listen where it is configured to."""
+    serve, found = config.serve, {}
+    for host, port in {(serve.host, serve.port), (serve.control_host, serve.control_port)}:
+        try:
+            kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(kind[0], kind[1]) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(kind[4])
+                probe.listen(1)
+            found[f"{host}:{port}"] = ""
+        except OSError as error:
+            found[f"{host}:{port}"] = error.strerror or str(error)
+    return found
+
+
+def _output(*command: str) -> str:
+    done = _run(*command)
+    return done.stdout.strip() if done and done.returncode == 0 else ""
+
+
+def _said(done: subprocess.CompletedProcess | None) -> str:
+    if done is None:
+        return "no answer"
+    return (done.stderr or done.stdout).strip().rpartition("\n")[2][-ERROR_CHARS:]
+
+
+def _run(*command: str) -> subprocess.CompletedProcess | None:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=COMMAND_DEADLINE_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
