@@ -53,10 +53,11 @@ class Book:
 class EngineCluster:
     """R engines that serve in lockstep. Each heap and engine is that of one imagined process."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, weights: tuple | None = None):
+        """`weights` are (dense by name, experts by number); drawn unless given."""
         self.config, cluster, engine = config, config.cluster, config.engine
         self.layout = slab_layout(config.model, engine, cluster.ranks, cluster.slots_per_rank)
-        self.dense, self.experts = some_weights(config.model)
+        self.dense, self.experts = weights or some_weights(config.model)
         self.heaps = open_all(cluster.ranks, self.layout.slab_bytes)
         self.engines = [self._engine(rank, heap) for rank, heap in enumerate(self.heaps)]
         self.epoch, self.placement = 0, placed(config)

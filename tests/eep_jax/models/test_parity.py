@@ -7,7 +7,11 @@ import pytest
 from flax import nnx
 
 from eep_jax.models.weights import build_dense_model, dense_names, expert_name
+from tests.support.engines import compiling_nothing
 from tests.support.parity import NAMES, reference
+from tests.support.parity_cluster import ParityCluster
+
+RANKS = 4
 
 
 def dense_model(checkpoint):
@@ -34,3 +38,24 @@ def test_a_checkpoint_has_just_the_weights_of_the_decoder(name):
     assert {key: dense[key].shape for key in dense} == shapes
     total = sum(weights.size for weights in dense.values())
     assert checkpoint.model.dense_parameters == total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
+    """One rank; four; and four of which one dies in mid-generation and comes back."""
+    wanted = reference(name)
+    alone = ParityCluster(wanted, 1, wanted.checkpoint.model.experts).begin()
+    alone.submit()
+    alone.assert_parity(alone.serve())
+
+    cluster = ParityCluster(wanted, RANKS, slots_per_rank=3).begin()
+    assert sorted(cluster.experts.read) == list(range(8)), "each is read by the rank that has it"
+    with compiling_nothing(cluster.engines):
+        cluster.submit()
+        unharmed = cluster.serve()
+        cluster.assert_parity(unharmed)
+        cluster.begin()
+        cluster.lose_one_and_take_it_back(2, cluster.submit())
+        assert cluster.serve() == unharmed
+        cluster.assert_parity(unharmed)
+    assert unharmed["whole0"] == alone.book.tokens["whole0"]

@@ -1,0 +1,110 @@
+"""Engines that serve a parity checkpoint and keep the logits of every token they sample."""
+
+import functools
+
+import numpy as np
+from jax.experimental import io_callback
+
+from eep_jax.config import ClusterConfig, EngineConfig, RunConfig
+from eep_jax.engine import step as step_module
+from eep_jax.placement.planner import plan_admission, plan_repair
+from tests.support.engines import EngineCluster, a_request
+from tests.support.loopback import waits_that_know
+from tests.support.parity import Reference
+
+WHOLE = "whole"  # name of the requests that decode
+_sample = step_module.sample
+
+
+class ExpertsOnDemand:
+    """Reads an expert from the checkpoint when a rank asks for it, as ranks do."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.read = checkpoint, []
+
+    def __getitem__(self, expert: int) -> np.ndarray:
+        self.read.append(expert)
+        return self.checkpoint.read_experts([expert])[expert]
+
+
+def parity_run(wanted: Reference, ranks: int, slots_per_rank: int) -> RunConfig:
+    return RunConfig(
+        name="parity",
+        model=wanted.checkpoint.model,
+        cluster=ClusterConfig(ranks=ranks, slots_per_rank=slots_per_rank),
+        engine=EngineConfig(
+            batch_slots=4,
+            prefill_tokens=4,
+            row_tile=4,
+            context_tokens=48,
+            step_deadline_ms=60_000,
+        ),
+    )
+
+
+class ParityCluster(EngineCluster):
+    """Serves `wanted.prompt`, and each beginning of it, and remembers logits by (request, place)."""
+
+    def __init__(self, wanted: Reference, ranks: int, slots_per_rank: int):
+        self.wanted, self.logits = wanted, {}
+        weights = wanted.checkpoint.read_dense(), ExpertsOnDemand(wanted.checkpoint)
+        super().__init__(parity_run(wanted, ranks, slots_per_rank), weights)
+
+    def submit(self) -> dict:
+        """One whole request for each rank, and the beginnings of the prompt one after the other."""
+        prompt, requests = self.wanted.prompt.tolist(), {}
+        for rank in self.ranks:
+            tokens = len(self.wanted.tokens) + 1  # whose last one's logits are the last we know
+            requests[f"{WHOLE}{rank}"] = a_request(f"{WHOLE}{rank}", prompt, tokens, seed=rank + 1)
+        for length in range(1, len(prompt)):
+            name = f"first{length}"
+            requests[name] = a_request(name, prompt[:length], 1, seed=100 + length)
+        for number, request in enumerate(requests.values()):
+            self.engines[number % len(self.ranks)].add(request)
+        self.logits.clear()
+        return requests
+
+    def lose_one_and_take_it_back(self, dead: int, requests: dict) -> None:
+        """In mid-generation `dead` is gone; the others repair, go on, and later it is back."""
+        survivors = [rank for rank in self.ranks if rank != dead]
+        self.step(self.ranks, 6)
+        with waits_that_know({dead}):
+            self.step_until_discarded(survivors)
+        self.change(survivors, plan_repair(self.placement, survivors).placement)
+        self.requeue(dead, survivors[0], requests)
+        self.step(survivors, 12)
+        self.renew(dead)
+        plan = plan_admission(self.placement, survivors, [dead], redundancy=1)
+        self.change(self.ranks, plan.placement)
+
+    def assert_parity(self, tokens: dict) -> None:
+        """All logits and tokens of the requests of `submit`."""
+        wanted = self.wanted
+        first = len(wanted.prompt) - 1
+        for rank in self.ranks:
+            assert tokens[f"{WHOLE}{rank}"][:-1] == tuple(wanted.tokens.tolist())
+            places = np.arange(first, len(wanted.logits))
+            found = np.stack([self.logits[rank + 1, place] for place in places])
+            wanted.assert_same(found, places)
+        places = np.arange(first)
+        found = np.stack([self.logits[101 + place, place] for place in places])
+        wanted.assert_same(found, places)
+
+    def _engine(self, rank: int, heap):
+        # The step is traced and compiled in here.
+        step_module.sample = functools.partial(_sample_and_keep, self.logits)
+        try:
+            return super()._engine(rank, heap)
+        finally:
+            step_module.sample = _sample
+
+
+def _sample_and_keep(logits_of: dict, logits, seeds, positions, temperature, top_p):
+    def keep(logits, seeds, positions):
+        for row, seed, position in zip(logits, seeds, positions, strict=True):
+            logits_of[int(seed[1]), int(position)] = np.array(row)
+
+    io_callback(keep, None, logits, seeds, positions)
+    return _sample(logits, seeds, positions, temperature, top_p)
+
+
