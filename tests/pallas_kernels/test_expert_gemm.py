@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.expert_gemm.api import expert_gemm
+from pallas_kernels.expert_gemm.mlp import ExpertMlp
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
 from tests.support.kernels import an_exchange, naive_dispatch, naive_experts, some_experts
 
@@ -97,3 +98,70 @@ def test_shapes_that_disagree_are_refused():
         call(rows, slots, some_experts(hidden=8), layer=0)
     with pytest.raises(ValueError, match=r"layer=1 is not in 0\.\.0"):
         call(rows, slots, some_experts(), layer=1)
+
+
+def biased_experts(width: int, layers: int = 2, seed: int = 5):
+    """A bank with biases below its F rows: `[S L 3 F+b D]`, and F."""
+    bank = some_experts(layers=layers)
+    rows = -(-max(bank.shape[-2], bank.shape[-1]) // bank.shape[-1]) if width else 0
+    below = np.random.default_rng(seed).normal(0, 1, (*bank.shape[:3], rows, bank.shape[-1]))
+    return np.concatenate([bank, below.astype(np.float32)], axis=3)
+
+
+def with_mlp(rows, slots, bank, mlp, layer=0):
+    run = jax.jit(functools.partial(expert_gemm, layer=layer, tile_rows=4, mlp=mlp))
+    return np.asarray(run(rows, slots, bank))
+
+
+def plain_expert(x, expert, width, mlp):
+    """One row through one expert, written out in float64."""
+    x, expert = x.astype(np.float64), expert.astype(np.float64)
+    below = expert[:, width:].reshape(3, -1)
+    gate = expert[0, :width] @ x + (below[0, :width] if mlp.bias_width else 0)
+    up = expert[1, :width] @ x + (below[1, :width] if mlp.bias_width else 0)
+    if mlp.activation == "swiglu":
+        hidden = gate / (1 + np.exp(-gate)) * up
+    else:
+        gate, up = np.minimum(gate, mlp.limit), np.clip(up, -mlp.limit, mlp.limit)
+        hidden = gate / (1 + np.exp(-mlp.slope * gate)) * (up + 1)
+    return hidden @ expert[2, :width] + (below[2, : len(x)] if mlp.bias_width else 0)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_biases_and_the_clamped_activation_are_those_of_the_formula(activation, biased):
+    rows, slots = received(1)
+    width = some_experts().shape[-2]
+    bank = biased_experts(width) if biased else some_experts(layers=2)
+    # A limit that many values reach.
+    mlp = ExpertMlp(activation, limit=0.5, slope=1.702, bias_width=width if biased else 0)
+    found = with_mlp(rows, slots, bank, mlp, layer=1)
+    wanted = np.zeros_like(found, np.float64)
+    for source, token, choice in zip(*np.nonzero(slots >= 0), strict=True):
+        expert = bank[slots[source, token, choice], 1]
+        wanted[source, token, choice] = plain_expert(rows[source, token], expert, width, mlp)
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+    oracle = np.asarray(expert_gemm_reference(rows, slots, bank[:, 1], mlp))
+    np.testing.assert_allclose(oracle, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_of_zeros_below_the_biases_change_no_bit():
+    """Padding, as the bank of a GPU has it."""
+    rows, slots = received(4)
+    width = some_experts().shape[-2]
+    bank, mlp = biased_experts(width), ExpertMlp("clamped_swiglu", bias_width=width)
+    padded = np.pad(bank, [(0, 0)] * 3 + [(0, 7), (0, 0)])
+    run = functools.partial(with_mlp, rows, slots, mlp=mlp)
+    np.testing.assert_array_equal(run(bank), run(padded))
+
+
+def test_a_bank_without_room_for_its_biases_is_refused():
+    rows, slots = received()
+    bank = some_experts()
+    with pytest.raises(ValueError, match="no room for biases"):
+        with_mlp(rows, slots, bank, ExpertMlp(bias_width=bank.shape[-2]))
+
+
+def test_an_mlp_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="activation='gelu' must be one of"):
+        ExpertMlp("gelu")

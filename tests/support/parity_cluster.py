@@ -43,7 +43,7 @@ def parity_run(wanted: Reference, ranks: int, slots_per_rank: int) -> RunConfig:
 
 
 class ParityCluster(EngineCluster):
-    """Serves `wanted.prompt`, and each beginning of it, and remembers logits by (request, place)."""
+    """Serves `wanted.prompt` and each beginning of it; keeps logits by (seed, position)."""
 
     def __init__(self, wanted: Reference, ranks: int, slots_per_rank: int):
         self.wanted, self.logits = wanted, {}
@@ -106,5 +106,3 @@ def _sample_and_keep(logits_of: dict, logits, seeds, positions, temperature, top
 
     io_callback(keep, None, logits, seeds, positions)
     return _sample(logits, seeds, positions, temperature, top_p)
-
-

@@ -40,13 +40,17 @@ class ClusterUnderTest:
         arguments=(),
         ranks: int = RANKS,
         truth: bool = True,
+        requests=None,
         respawn_delay_ms: int = 500,
     ):
-        """`truth`: whether completions are to be compared with those of an unharmed run."""
+        """`requests` are what `load` sends, `jobs()` unless given.
+
+        `truth`: whether completions are to be compared with those of an unharmed run.
+        """
         words = ["--config=tiny_cpu", "--port=0", *arguments]
         words += [f"--override={o}" for o in overrides]
         self.cluster = LocalCluster(words, ranks, str(run_dir), respawn_delay_ms)
-        self._wants_truth = truth
+        self._wants_truth, self.requests = truth, requests or jobs()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -58,7 +62,7 @@ class ClusterUnderTest:
             self.wait_whole()
             self.truth = []
             if self._wants_truth:
-                self.truth = self.run(run_once(self.cluster.url, jobs(), CONCURRENCY))
+                self.truth = self.run(run_once(self.cluster.url, self.requests, CONCURRENCY))
             assert [r.error for r in self.truth] == [None] * len(self.truth)
         except BaseException:
             self.__exit__()
@@ -95,7 +99,7 @@ class ClusterUnderTest:
         enough, results = asyncio.Event(), []
 
         async def generate() -> list[Result]:
-            return await run_load(self.cluster.url, jobs(), CONCURRENCY, enough)
+            return await run_load(self.cluster.url, self.requests, CONCURRENCY, enough)
 
         future = asyncio.run_coroutine_threadsafe(generate(), self._loop)
         try:

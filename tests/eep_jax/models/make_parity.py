@@ -11,12 +11,14 @@ prompt `[T]`, the logits of its positions `[T V]`, the tokens that greedy decodi
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 
 import numpy as np
 
-PROMPT_TOKENS, STEPS, SEED = 12, 32, 0
+PROMPT_TOKENS, STEPS = 12, 32
+GAP_MIN = 0.01  # between the best two logits, so that rounding changes no token
 EXPECTED = "expected.npz"
 SIZES = {
     "vocab_size": 96,
@@ -26,7 +28,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
-    "bos_token_id": None,
+    "bos_token_id": 0,
     "eos_token_id": None,
     "pad_token_id": None,
 }
@@ -112,20 +114,24 @@ def make_one(name: str, directory: pathlib.Path) -> None:
     config = getattr(transformers, class_name)(**SIZES | changes)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    _draw(model)
+    for seed in itertools.count():
+        _draw(model, seed)
+        expected = _expected(model, seed)
+        if _smallest_gap(expected) > GAP_MIN:
+            break
     shard = "60KB" if name == SHARDED else "100MB"
     model.save_pretrained(directory, max_shard_size=shard)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    np.savez_compressed(directory / EXPECTED, **_expected(model))
+    np.savez_compressed(directory / EXPECTED, **expected)
     facts = {"transformers": transformers.__version__, "torch": torch.__version__}
     (directory / "made_with.json").write_text(json.dumps(facts) + "\n")
 
 
-def _draw(model) -> None:
+def _draw(model, seed: int) -> None:
     """Weights of a size at which every part matters: no two experts or tokens are nearly alike."""
     import torch
 
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     normal = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -144,11 +150,13 @@ def _draw(model) -> None:
                 tensor.copy_(normal(tensor) * 1.5 * inputs**-0.5)
 
 
-def _expected(model) -> dict[str, np.ndarray]:
+def _expected(model, seed: int) -> dict[str, np.ndarray]:
     import torch
 
-    generator = torch.Generator().manual_seed(SEED + 1)
-    prompt = torch.randint(0, SIZES["vocab_size"], (1, PROMPT_TOKENS), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    # As the byte tokenizer makes prompts: BOS, then ASCII.
+    prompt = torch.randint(1, SIZES["vocab_size"], (1, PROMPT_TOKENS), generator=generator)
+    prompt[0, 0] = SIZES["bos_token_id"]
     with torch.no_grad():
         found = model(prompt, use_cache=True)
         prefill, logits, tokens, cache = found.logits[0], [], [], found.past_key_values
@@ -164,6 +172,12 @@ def _expected(model) -> dict[str, np.ndarray]:
         "tokens": np.asarray(tokens, np.int32),
         "decode": torch.stack(logits).numpy(),
     }
+
+
+def _smallest_gap(expected: dict[str, np.ndarray]) -> float:
+    logits = np.concatenate([expected["prefill"][-1:], expected["decode"]])
+    best = np.sort(logits, axis=-1)
+    return float((best[:, -1] - best[:, -2]).min())
 
 
 if __name__ == "__main__":

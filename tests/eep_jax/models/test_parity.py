@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from eep_jax.models.weights import build_dense_model, dense_names, expert_name
+from tests.eep_jax.models import make_parity
 from tests.support.engines import compiling_nothing
 from tests.support.parity import NAMES, reference
 from tests.support.parity_cluster import ParityCluster
@@ -59,3 +60,21 @@ def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
         assert cluster.serve() == unharmed
         cluster.assert_parity(unharmed)
     assert unharmed["whole0"] == alone.book.tokens["whole0"]
+
+
+@pytest.mark.torch
+def test_transformers_writes_the_same_checkpoints_anew(tmp_path):
+    """With torch at hand, what is kept here is made again and compared; else that is asserted."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError):
+            make_parity.make_one(NAMES[0], tmp_path / NAMES[0])
+        pytest.skip("torch or transformers cannot be imported")
+    for name in NAMES:
+        make_parity.make_one(name, tmp_path / name)
+        kept, made = reference(name), reference(name, tmp_path)
+        assert made.checkpoint.model == kept.checkpoint.model
+        np.testing.assert_array_equal(made.tokens, kept.tokens)
+        kept.assert_same(made.logits, slice(None))

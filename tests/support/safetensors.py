@@ -1,0 +1,32 @@
+"""Whole safetensors files in and out, for tests that damage them."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFile
+
+
+def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(path)
+    return {key: np.array(file.read(key)) for key in file.tensors}
+
+
+def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, at, data = {}, 0, []
+    for key, array in tensors.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        place = [at, at + len(raw)]
+        header[key] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": place,
+        }
+        data.append(raw)
+        at += len(raw)
+    text = json.dumps(header).encode()
+    # Another file under the old name: the old one may still be mapped.
+    path.unlink(missing_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
