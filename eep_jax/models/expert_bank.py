@@ -133,6 +133,36 @@ class ExpertBank:
         """The slot was written by `copy_all`, and holds this expert whole."""
         self._contents[slot] = expert
 
+    def write_parts(self, slot: int, expert: int, parts) -> int:
+        """`write` of an expert that comes as (layer, matrix, `[F D]`), one after the other.
+
+        Returns how many bytes came. Until the last part is written the slot holds no expert; raises
+        ValueError for a part of another shape, or where parts are missing.
+        """
+        slot_region, (layers, matrices, width, hidden) = (
+            self.layout.slot(slot),
+            self.layout.expert_shape,
+        )
+        self._contents[slot] = EMPTY
+        room = self.layout.padded_shape[2] * hidden * slot_region.dtype.itemsize
+        written, nbytes = set(), 0
+        for layer, matrix, values in parts:
+            if np.shape(values) != (width, hidden):
+                raise ValueError(
+                    f"a part of expert {expert} is {np.shape(values)}, not {(width, hidden)}"
+                )
+            narrow = np.asarray(values).astype(slot_region.dtype, copy=False)
+            offset = slot_region.offset + (layer * matrices + matrix) * room
+            self._heap.write(offset, narrow)
+            if narrow.nbytes < room:
+                self._heap.write(offset + narrow.nbytes, np.zeros(room - narrow.nbytes, np.uint8))
+            written.add((layer, matrix))
+            nbytes += values.nbytes
+        if len(written) != layers * matrices:
+            raise ValueError(f"expert {expert} has {layers * matrices} parts, {len(written)} came")
+        self._contents[slot] = expert
+        return nbytes
+
     def clear(self, slot: int) -> None:
         self._contents[slot] = EMPTY
 

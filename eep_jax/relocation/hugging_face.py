@@ -27,6 +27,7 @@ from eep_jax.relocation.checkpoint import MANIFEST, digest, require_same_model
 from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFiles
 
 NARROW = ("F8_E4M3", "U8")  # what quantized weights are stored as
+_AHEAD = 6  # matrices that are read ahead
 _COLUMNS = 64  # that are turned at once, so that both sides stay in the cache
 
 
@@ -97,8 +98,16 @@ class HuggingFaceCheckpoint:
         if not 0 <= expert < self.model.experts:
             raise CheckpointError(f"{self.root} has no expert {expert} of {self.model.experts}")
         parts = self._family.expert(self.model, expert)
-        for place, members in itertools.groupby(parts, lambda p: (p.layer, p.matrix)):
-            yield *place, self._matrix(list(members))
+        groups = [list(g) for _, g in itertools.groupby(parts, lambda p: (p.layer, p.matrix))]
+        for number, members in enumerate(groups):
+            # Storage is busy with what comes next while this is turned and written.
+            for part in itertools.chain(*groups[number + 1 : number + 1 + _AHEAD]):
+                self._announce(part.stored)
+            yield members[0].layer, members[0].matrix, self._matrix(members)
+
+    def _announce(self, stored: Stored) -> None:
+        for name in ("", "_blocks"):
+            self._files.announce(stored.key + name, stored.index)
 
     def _matrix(self, parts: list[ExpertPart]) -> np.ndarray:
         """One matrix `[F D]` of an expert, its bias in the rows below."""

@@ -93,7 +93,7 @@ class Prefetch:
                 key = (source.kind.value, source.rank)
                 copied = self._patience.run(key, lambda: self._executor.fetch(expert, source))
                 read.seconds = time.monotonic() - read.started_s
-            self._executor.verify(expert, copied)
+            self._executor.verify(expert, copied, source)
             read.weights = copied
         except Exception as error:
             _log.warning("expert %d from %s failed: %s", expert, source, error)

@@ -8,6 +8,7 @@ when a tensor of theirs is first asked for.
 import dataclasses
 import json
 import math
+import mmap
 import pathlib
 
 import ml_dtypes
@@ -44,7 +45,9 @@ class SafetensorsFile:
     def __init__(self, path: pathlib.Path):
         self.path = path
         try:
-            self._bytes = np.memmap(path, np.uint8, "r")
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
             self.tensors = _header(self._bytes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
@@ -57,6 +60,14 @@ class SafetensorsFile:
                 f"{self.path}: {key} has dtype {info.dtype}, supported are {sorted(DTYPES)}"
             )
         return self._bytes[info.start : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def announce(self, key: str, part: slice) -> None:
+        """This part of the tensor's first axis is wanted soon: the system reads ahead."""
+        info = self.tensors[key]
+        row = (info.end - info.start) // max(info.shape[0], 1)
+        start, end, _ = part.indices(info.shape[0])
+        first = (info.start + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, info.start + end * row - first)
 
 
 class SafetensorsFiles:
@@ -106,6 +117,12 @@ class SafetensorsFiles:
                 f"{file.path}: {key} has shape {list(found)}, expected {list(shape)}"
             )
         return file.read(key)
+
+    def announce(self, key: str, index: int | None) -> None:
+        """The tensor, or this part of its first axis, is wanted soon. Never fails."""
+        if (name := self._file_of.get(key)) is not None and key in self._opened(name).tensors:
+            part = slice(None) if index is None else slice(index, index + 1)
+            self._opened(name).announce(key, part)
 
     def _opened(self, name: str) -> SafetensorsFile:
         if name not in self._open:

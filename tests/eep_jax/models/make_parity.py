@@ -34,7 +34,6 @@ SIZES = {
 }
 EXPERTS = {"intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8}
 LATENT = {
-    "num_hidden_layers": 3,
     "num_key_value_heads": 4,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,

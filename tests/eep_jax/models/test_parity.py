@@ -41,7 +41,8 @@ def test_a_checkpoint_has_just_the_weights_of_the_decoder(name):
     assert checkpoint.model.dense_parameters == total
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The lite variant differs in projections alone, which the test of whole sequences has seen.
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_lite")])
 def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
     """One rank; four; and four of which one dies in mid-generation and comes back."""
     wanted = reference(name)
