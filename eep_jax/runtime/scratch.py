@@ -37,7 +37,8 @@ def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
     ours, life = os.pipe()
     try:
         subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r line; rm -rf -- "$0"', path],
+            # What asks all processes of a job to end (scancel) asks this one, too: it waits on.
+            ["/bin/sh", "-c", 'trap "" TERM INT HUP; read -r line; rm -rf -- "$0"', path],
             stdin=ours,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -60,7 +60,7 @@ def check(machine: Machine, config: RunConfig, gpus: int = 0) -> tuple[Finding, 
         _jax(machine, config),
         _system(machine, config),
         _ports(machine),
-        _gpus(machine, config),
+        _gpus(machine, config, gpus or len(machine.gpus)),
         _memory(machine, config, gpus or len(machine.gpus)),
         _slurm(machine, config),
     )
@@ -136,7 +136,8 @@ def _system(machine: Machine, config: RunConfig) -> Iterator[Finding]:
     yield _either(
         machine.memory_files,
         "shared memory",
-        "memfd_create " + ("works" if machine.memory_files else "is refused"),
+        f"memfd_create {'works' if machine.memory_files else 'is refused'}, "
+        f"{_size(machine.shm_free_bytes)} free in /dev/shm",
         "slabs of the heap are memory files: allow memfd_create (seccomp profile of the container)",
     )
     yield from _backups(machine, config)
@@ -174,7 +175,7 @@ def _ports(machine: Machine) -> Iterator[Finding]:
         yield _either(not problem, f"port {address}", problem or "free", fix)
 
 
-def _gpus(machine: Machine, config: RunConfig) -> Iterator[Finding]:
+def _gpus(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Finding]:
     if config.platform != "gpu":
         found = f"{len(machine.gpus)}, the configuration needs none"
         yield Finding(Level.OK, "GPUs", found)
@@ -187,7 +188,9 @@ def _gpus(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         yield Finding(Level.FAIL, "GPUs", found, fix)
         return
     names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
-    yield Finding(Level.OK, "GPUs", f"{len(machine.gpus)}: {names}")
+    found = f"{len(machine.gpus)}: {names}; {config.cluster.ranks} ranks on {gpus} of them"
+    fix = "ranks that share a GPU take turns: good for trying it out, not for speed"
+    yield _either(config.cluster.ranks <= gpus, "GPUs", found, fix, Level.WARN)
     plugin = CUDA_13 if machine.packages.get("jax-cuda13-plugin") else CUDA_12
     found = (
         f"{machine.driver or 'unknown'}, CUDA {machine.cuda // 1000}.{machine.cuda % 1000 // 10}"

@@ -19,7 +19,8 @@ class Machine:
     jax_devices: int = 0
     cpus: int = 1
     memory_bytes: int = 0
-    memory_free_bytes: int = 0
+    memory_free_bytes: int = 0  # of the machine, or of the container if it may have less
+    shm_free_bytes: int = 0  # in /dev/shm
     backup_free_bytes: int | None = None  # where backups of experts go; None: no such directory
     open_files: int = 0
     memlock_bytes: int = UNLIMITED

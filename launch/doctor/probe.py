@@ -50,7 +50,8 @@ def look(config: RunConfig) -> Machine:
         packages={name: _version(name) for name in PACKAGES},
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=_memory("MemTotal"),
-        memory_free_bytes=_memory("MemAvailable"),
+        memory_free_bytes=min(_memory("MemAvailable"), _container_free()),
+        shm_free_bytes=_free("/dev/shm") or 0,
         backup_free_bytes=_free(config.cluster.backup_dir),
         open_files=_limit(resource.RLIMIT_NOFILE),
         memlock_bytes=_limit(resource.RLIMIT_MEMLOCK),
@@ -140,6 +141,21 @@ def _memory(field: str) -> int:
         match = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
         return int(match[1]) * 1024 if match else 0
     return 0
+
+
+def _container_free(group: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
+    """What the control group (version 2) of this process leaves; `sys.maxsize` without a limit.
+
+    Files in the page cache count as free: they make room.
+    """
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no group, or the word "max"
+        return sys.maxsize
+    with contextlib.suppress(OSError):
+        text = (group / "memory.stat").read_text()
+        used -= sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", text, re.MULTILINE)))
+    return max(0, limit - used)
 
 
 def _free(directory: str) -> int | None:

@@ -15,7 +15,7 @@ from eep_jax.heap.libcuda import GpuFacts, survey
 from eep_jax.models.expert_bank import slab_layout
 from launch.doctor.checks import Level, check, needs, numbers
 from launch.doctor.machine import Machine
-from launch.doctor.probe import PACKAGES, ask
+from launch.doctor.probe import PACKAGES, _container_free, ask
 from tests.support.fake_cuda import put_fake_driver
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +26,7 @@ HOPPER = GpuFacts(
     capability=(9, 0),
     maps_memory=True,
     exports_fds=True,
-    peers=(1,),
+    peers=(),
 )
 JOB = {
     "SLURM_JOB_ID": "17",
@@ -36,13 +36,13 @@ JOB = {
 
 
 def a_machine(**changes) -> Machine:
-    """One without a fault, with two GPUs."""
+    """One without a fault, with four GPUs."""
     right = Machine(
         python=(3, 12, 1),
         kernel=(6, 1),
         packages=dict.fromkeys(PACKAGES, "13.0") | {"jax": "0.11.2", "jaxlib": "0.11.2"},
         jax_backend="gpu",
-        jax_devices=2,
+        jax_devices=4,
         cpus=64,
         memory_bytes=256 << 30,
         memory_free_bytes=200 << 30,
@@ -51,7 +51,7 @@ def a_machine(**changes) -> Machine:
         ports={"127.0.0.1:8000": ""},
         driver="580.65",
         cuda=13_000,
-        gpus=(HOPPER, dataclasses.replace(HOPPER, peers=(0,))),
+        gpus=gpus(),
         slurm={"sbatch": "slurm 23.11.4", "srun": "slurm 23.11.4", "scontrol": "slurm 23.11.4"},
         slurm_variables=JOB,
     )
@@ -65,7 +65,8 @@ def wrong(config=GPU, **changes) -> dict[str, Level]:
 
 
 def gpus(**changes) -> tuple[GpuFacts, ...]:
-    return tuple(dataclasses.replace(HOPPER, **{"peers": (1 - g,)} | changes) for g in range(2))
+    apart = (dataclasses.replace(HOPPER, peers=tuple({0, 1, 2, 3} - {g})) for g in range(4))
+    return tuple(dataclasses.replace(gpu, **changes) for gpu in apart)
 
 
 def packages(**versions) -> dict[str, str | None]:
@@ -140,7 +141,7 @@ class TestMemory:
 
     def test_a_gpu_that_is_too_small_for_the_model_or_the_heap(self):
         config = small_moe_h100x1.get_config()
-        small = tuple(dataclasses.replace(gpu, total_bytes=24 << 30) for gpu in gpus())
+        small = tuple(dataclasses.replace(gpu, total_bytes=12 << 30) for gpu in gpus())
         assert wrong(config, gpus=small) == {"GPU memory, heap": Level.FAIL}
         greedy = dataclasses.replace(
             config, device=dataclasses.replace(config.device, memory_fraction=0.01)
@@ -154,7 +155,19 @@ class TestMemory:
         )
         levels = {f.subject: f.level for f in check(a_machine(), config, gpus=1)}
         assert levels["GPU memory, heap"] is Level.FAIL
+        assert levels["GPUs"] is Level.WARN
         assert wrong(config) == {}
+
+
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path):
+    assert _container_free(tmp_path) == sys.maxsize
+    for name, text in (("current", "1000\n"), ("max", "max\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _container_free(tmp_path) == sys.maxsize
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert _container_free(tmp_path) == 4000
+    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 200\ninactive_file 500\n")
+    assert _container_free(tmp_path) == 4700  # files in the page cache make room
 
 
 class TestAsking:
@@ -180,7 +193,7 @@ class TestAsking:
 class TestSurvey:
     def test_gpus_are_described_without_a_context(self, monkeypatch):
         fake = put_fake_driver(monkeypatch, total_bytes=80 << 30)
-        assert survey() == (13_000, (dataclasses.replace(HOPPER, peers=()),))
+        assert survey() == (13_000, (HOPPER,))
         assert fake.contexts == 0
 
     def test_a_driver_that_refuses_says_which_call(self, monkeypatch):

@@ -1,6 +1,7 @@
 """Promises of scratch directories: private, and gone with their process, however that ends."""
 
 import os
+import pathlib
 import signal
 import stat
 import subprocess
@@ -52,6 +53,25 @@ def test_a_killed_process_leaves_nothing(child, number):
     process.send_signal(number)
     process.wait(10)
     wait_until_gone(path)
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_nothing_either(child):
+    process, path = child
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    (helper,) = map(int, children.read_text().split())
+    ends_s = time.monotonic() + 10.0
+    while not ignores(helper, signal.SIGTERM):  # it has only just begun
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+    for pid in (helper, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    process.wait(10)
+    wait_until_gone(path)
+
+
+def ignores(pid: int, number: int) -> bool:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def test_another_process_sweeps_only_what_the_dead_left(tmp_path, child, monkeypatch):
