@@ -18,9 +18,6 @@ class SourceKind(enum.Enum):
     CHECKPOINT = "checkpoint"  # Orbax on storage
 
 
-_TIER = {kind: tier for tier, kind in enumerate(SourceKind)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One place to read an expert from.
@@ -72,20 +69,24 @@ def rank_sources(
         for r in sorted(holders, key=nearness)
     ]
     found.append(Source(SourceKind.CHECKPOINT))
-    order = kind_order(supply.rates)
+    order = kind_order(supply.rates, supply.allowed)
     usable = [source for source in found if source.kind in supply.allowed]
     return tuple(sorted(usable, key=lambda source: order.index(source.kind)))
 
 
-def kind_order(rates: dict[SourceKind, float]) -> tuple[SourceKind, ...]:
-    """All kinds, best first: measured ones by bytes per second, the others stay in their tier.
+def kind_order(
+    rates: dict[SourceKind, float], listed: tuple[SourceKind, ...] = tuple(SourceKind)
+) -> tuple[SourceKind, ...]:
+    """Kinds of `listed`, best first: measured ones by bytes per second, the others stay in place.
 
     Rates within a power of two count as equal, so that noise changes no plan.
     Backups at 4 GB/s, the checkpoint at 9: local, peer, checkpoint, backup.
     """
-    measured = [kind for kind in SourceKind if rates.get(kind, 0.0) > 0.0]
-    faster = iter(sorted(measured, key=lambda kind: (-math.frexp(rates[kind])[1], _TIER[kind])))
-    return tuple(next(faster) if kind in measured else kind for kind in SourceKind)
+    measured = [kind for kind in listed if rates.get(kind, 0.0) > 0.0]
+    faster = iter(
+        sorted(measured, key=lambda kind: (-math.frexp(rates[kind])[1], listed.index(kind)))
+    )
+    return tuple(next(faster) if kind in measured else kind for kind in listed)
 
 
 def median_rates(measured) -> dict[SourceKind, float]:

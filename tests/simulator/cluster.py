@@ -7,6 +7,7 @@ import random
 
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.coordinator import CoordinatorOptions, Note
+from eep_jax.placement.sources import SourceKind
 from tests.simulator.checkers import Checkers
 from tests.simulator.network import Network
 from tests.simulator.rank_process import RankProcess, is_checkpoint
@@ -23,6 +24,8 @@ class Timing:
     respawn_range_ms: tuple[int, int] | None = None  # None: nobody starts a process anew
     peer_failure: float = 0.0
     checkpoint_failure: float = 0.0
+    backup_failure: float = 0.0  # gone, too slow, or refused by its digest
+    backup_experts: int = 0  # that a rank keeps in host memory
 
     def warm_up_ms(self) -> int:
         return self.random.randint(*self.warm_up_range_ms)
@@ -32,7 +35,7 @@ class Timing:
 
     def heal(self) -> None:
         self.move_range_ms = (50, 50)
-        self.peer_failure = self.checkpoint_failure = 0.0
+        self.peer_failure = self.checkpoint_failure = self.backup_failure = 0.0
 
 
 class Cluster:
@@ -50,6 +53,8 @@ class Cluster:
         self.processes: list[RankProcess] = []
         self.queue, self.order = [], itertools.count()
         self.pids = itertools.count(1)
+        self.holds = self.holds_given_up = 0  # for planned changes
+        self.from_backup = 0  # experts
         self.supervisor: SupervisorProcess | None = SupervisorProcess(self)
 
     def after(self, duration_ms: int, action) -> None:
@@ -125,7 +130,12 @@ class Cluster:
         """Whether `source` supplies the expert now."""
         if is_checkpoint(source):
             return self.random.random() >= self.timing.checkpoint_failure
-        peers = (p for p in self.living() if p.rank == source.rank)
+        peers = [p for p in self.living() if p.rank == source.rank]
+        if source.kind is SourceKind.BACKUP:
+            kept = any(expert in p.backups and not p.stopped for p in peers)
+            came = kept and self.random.random() >= self.timing.backup_failure
+            self.from_backup += came
+            return came
         there = any(peer.serves(source.slot, expert) for peer in peers)
         return there and self.random.random() >= self.timing.peer_failure
 

@@ -96,6 +96,13 @@ def fail_fetches(cluster: Cluster, dice: random.Random) -> None:
     cluster.timing.checkpoint_failure = dice.choice((0.0, 0.05))
 
 
+def fail_backups(cluster: Cluster, dice: random.Random) -> None:
+    """Shards that fail their digest, nodes that answer late; and memory that was lost."""
+    cluster.timing.backup_failure = dice.choice((0.3, 1.0))
+    if (living := cluster.living()) and dice.random() < 0.5:
+        dice.choice(living).backups.clear()
+
+
 def restart_supervisor(cluster: Cluster, dice: random.Random) -> None:
     """SIGKILL, at once or in the middle of its next commands; a new one comes a while later."""
     if cluster.supervisor is None:
@@ -156,6 +163,7 @@ FAULTS = {
     delay_messages: 3,
     slow_repair: 3,
     fail_fetches: 2,
+    fail_backups: 2,
     restart_supervisor: 5,
     stop_supervisor: 1,
 }

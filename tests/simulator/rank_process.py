@@ -5,14 +5,18 @@ import functools
 from eep_jax.coordination import participant
 from eep_jax.coordination.coordinator import Arrived
 from eep_jax.coordination.participant import ParticipantState
-from eep_jax.coordination.protocol import Mode, Refused, Status, Welcome
+from eep_jax.coordination.protocol import Mode, Prepare, Refused, Status, Welcome
+from eep_jax.placement.backups import SHARD_OVERHEAD_BYTES, plan_backups
 from eep_jax.placement.placement import EMPTY
-from eep_jax.placement.sources import SourceKind
+from eep_jax.placement.sources import Backup, SourceKind
 
 ASK_AGAIN_MS = 500
 HEARTBEAT_MS = 200
 STEP_MS = 100
 STEP_DEADLINE_MS = 500
+HOLD_TRIES_MS = 1_000  # as of the agent
+BACKUP_MS = 40  # to read one expert for it
+EXPERT_BYTES = 1 << 20
 
 
 class RankProcess:
@@ -29,6 +33,10 @@ class RankProcess:
         self.sequence = 0
         self.postponed = []  # what happened to a stopped process; it happens when it wakes
         self.task, self.next_task = None, None
+        self.planned: Prepare | None = None  # waits until all ranks hold
+        self.planned_ms = 0
+        self.wants_hold = self.held = False
+        self.backups: set[int] = set()
         self.ask()
 
     def __str__(self) -> str:
@@ -65,6 +73,8 @@ class RankProcess:
                     self.step()
             case Refused():
                 pass
+            case Prepare(planned=True) if self.state.mode is Mode.SERVING:
+                self.plan(message)
             case _ if self.incarnation:
                 self.feed(message)
 
@@ -79,8 +89,10 @@ class RankProcess:
                     self.next_task = action
                     if self.task is None:
                         self.start_task()
-                case participant.Resume():
+                case participant.Resume(view=view, placement=placement):
                     self.waiting_for_ms = None
+                    self.wants_hold = self.held = False
+                    self.back_up(view, placement)
                 case participant.End(reason=reason):
                     self.cluster.log(f"{self} ends: {reason}")
                     self.cluster.kill(self)
@@ -104,6 +116,7 @@ class RankProcess:
             stalled_ms=self.cluster.now_ms - self.stuck_since_ms if stalled else 0,
             handle=f"slab-{self.pid}",
             failure=self.state.failure,
+            backup=Backup(f"backups-{self.pid}", tuple(sorted(self.backups))),
         )
         self.cluster.to_supervisor(self, status)
 
@@ -114,15 +127,61 @@ class RankProcess:
     def step(self) -> None:
         """A step needs every peer of the epoch in it; it is discarded at the deadline."""
         self.after(STEP_MS, self.step)
-        if self.state.mode is not Mode.SERVING or self.stuck_since_ms is not None:
+        if self.stuck_since_ms is not None:
+            return
+        self.begin_planned()
+        if self.state.mode is not Mode.SERVING or self.held:
             return
         missing = tuple(r for r in self.state.view.in_epoch if not self.steps_with(r))
         if not missing:
             self.waiting_for_ms = None
+            self.agree()
         elif self.waiting_for_ms is None:
             self.waiting_for_ms = self.cluster.now_ms
         elif self.cluster.now_ms - self.waiting_for_ms >= STEP_DEADLINE_MS:
             self.feed(participant.StepAccused(self.state.epoch, missing))
+
+    def agree(self) -> None:
+        """The largest wish of all ranks holds for all of them, at one round."""
+        members = [self.cluster.process(r, m.incarnation) for r, m in self.members()]
+        if any(member.wants_hold for member in members):
+            self.cluster.holds += 1
+            for member in members:
+                member.held = True
+
+    def members(self):
+        view = self.state.view
+        return [(rank, view.members[rank]) for rank in view.in_epoch]
+
+    def plan(self, prepare: Prepare) -> None:
+        """Nobody died: first all ranks end their step, at a round that they agree on."""
+        if prepare.epoch <= self.state.epoch:
+            self.feed(prepare)
+            return
+        if self.planned is None:
+            self.planned_ms = self.cluster.now_ms
+        self.planned, self.wants_hold = prepare, True
+
+    def begin_planned(self) -> None:
+        """Takes part in a planned change once all ranks hold, or cannot."""
+        if self.planned is None:
+            return
+        if self.state.mode is Mode.SERVING and not self.held:
+            if self.cluster.now_ms - self.planned_ms < HOLD_TRIES_MS:
+                return
+            self.cluster.holds_given_up += 1
+        prepare, self.planned = self.planned, None
+        self.feed(prepare)
+
+    def back_up(self, view, placement) -> None:
+        """Fills what `plan_backups` says, one expert after the other; what was kept stays."""
+        room = self.cluster.timing.backup_experts * (EXPERT_BYTES + SHARD_OVERHEAD_BYTES)
+        if room:
+            experts = self.cluster.options.experts
+            wanted = plan_backups(experts, view.in_epoch, placement, EXPERT_BYTES, room)[self.rank]
+            self.backups &= set(wanted)
+            for number, expert in enumerate(wanted):
+                self.after(number * BACKUP_MS, functools.partial(self.backups.add, expert))
 
     def steps_with(self, rank: int) -> bool:
         peer = self.cluster.process(rank, self.state.view.members[rank].incarnation)

@@ -73,6 +73,7 @@ def _disturb(cluster: Cluster, dice: random.Random, duration_ms: int) -> None:
     cluster.timing.warm_up_range_ms = (50, 1_500)
     cluster.timing.move_range_ms = (10, 100)
     cluster.timing.respawn_range_ms = (100, 3_000)
+    cluster.timing.backup_experts = dice.choice((0, 1, cluster.options.experts))
     cluster.network.delay_ms = (1, 20)
     for rank in range(cluster.options.ranks):
         cluster.spawn(rank)

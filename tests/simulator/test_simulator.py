@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import Note, Send
+from eep_jax.coordination.coordinator import Note, ScaleTo, Send
 from eep_jax.coordination.protocol import Commit
 from tests.simulator import run
+from tests.simulator.checkers import is_well
+from tests.simulator.cluster import Cluster
+from tests.support.factories import some_options
 
 SEEDS = 60
 
@@ -17,6 +20,22 @@ def test_every_promise_is_kept_whatever_fails(ranks):
     clusters = [run.simulate(seed, ranks) for seed in range(SEEDS)]
     epochs = sum(len(cluster.checkers.committed) for cluster in clusters)
     assert epochs > 2 * SEEDS, "the faults hardly disturbed anyone"
+    assert sum(cluster.holds for cluster in clusters) > SEEDS, "hardly a change was planned"
+    assert sum(cluster.from_backup for cluster in clusters) > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_without_faults_every_planned_change_is_held_for(ranks):
+    """A rank is taken out and back, load shifts: no rank gives up, and no step is discarded."""
+    cluster = Cluster(some_options(ranks=ranks, slots_per_rank=8, redundancy=2), seed=ranks)
+    for rank in range(ranks):
+        cluster.spawn(rank)
+    assert cluster.run_for(5_000, until=lambda: is_well(cluster))
+    for out in ({ranks - 1}, set()):
+        cluster.supervisor.feed(ScaleTo(frozenset(out)))
+        cluster.run_for(5_000)
+        assert is_well(cluster) and cluster.supervisor.state.out == out
+    assert cluster.holds >= 2 and cluster.holds_given_up == 0
 
 
 def test_a_seed_repeats_itself_exactly():

@@ -120,7 +120,7 @@ class ClusterUnderTest:
     def assert_nothing_compiled(self) -> None:
         time.sleep(0.7)  # until every rank has sent its numbers once more
         counts = {r["rank"]: r["compilations_after_start"] for r in self.status()["ranks"]}
-        assert counts == dict.fromkeys(range(RANKS), 0)
+        assert counts == dict.fromkeys(range(self.cluster.ranks), 0)
 
     async def post(self, body: dict, key: str | None = None, timeout_s: float = 60.0):
         """One completion that is not streamed: (status, JSON)."""

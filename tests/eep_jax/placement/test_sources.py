@@ -51,6 +51,12 @@ def test_a_faster_source_comes_first():
     assert kinds(rank_sources(PLACEMENT, 2, 1, supply)) == [PEER, CHECKPOINT, BACKUP]
 
 
+def test_the_operator_may_list_them_in_another_order():
+    supply = Supply(backups=BACKUPS, allowed=(CHECKPOINT, BACKUP))
+    assert kinds(rank_sources(PLACEMENT, 2, 1, supply)) == [CHECKPOINT, BACKUP]
+    assert kind_order({BACKUP: 9e9, CHECKPOINT: 1e9}, (CHECKPOINT, BACKUP)) == (BACKUP, CHECKPOINT)
+
+
 def test_noise_does_not_change_the_order():
     assert kind_order({LOCAL: 1.1e9, PEER: 1.9e9}) == tuple(SourceKind)
 
