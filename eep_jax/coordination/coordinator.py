@@ -24,6 +24,7 @@ from eep_jax.coordination.protocol import (
     Status,
     Welcome,
 )
+from eep_jax.coordination.quiet import is_quiet, look
 from eep_jax.coordination.state import (
     Answer,
     Arrived,
@@ -122,16 +123,39 @@ def restored_state(
 
 def advance(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
     """Feeds one event and settles all that follows from it. A Tick comes several times a second."""
-    state = _excuse_own_pause(state, now_ms)
-    state, commands = _take(state, event, now_ms)
+    before = _excuse_own_pause(state, now_ms)
+    state, commands = _take(before, event, now_ms)
+    if is_quiet(before, state, event, now_ms) and _goes_on(state, event.rank, now_ms):
+        return _note_ready(state, event), commands
     state, more = _settle(state, now_ms)
+    state = dataclasses.replace(state, quiet=look(state))
     return state, (*commands, *more)
+
+
+def _goes_on(state: CoordinatorState, rank: int, now_ms: int) -> bool:
+    """Whether a rank that just reported is well, and can still prepare what is pending."""
+    if _verdict(state, rank, now_ms).dead:
+        return False
+    change, status = state.change, state.records[rank].status
+    return change is None or not _lost_preparation(status, change.view.epoch)
+
+
+def _note_ready(state: CoordinatorState, status: Status) -> CoordinatorState:
+    """One rank more is ready; another one is not."""
+    change = state.change
+    if change is None or status.rank in change.ready:
+        return state
+    if not _is_ready(state.records[status.rank], change):
+        return state
+    ready = change.ready | {status.rank}
+    return dataclasses.replace(state, change=dataclasses.replace(change, ready=ready))
 
 
 def _excuse_own_pause(state: CoordinatorState, now_ms: int) -> CoordinatorState:
     """A supervisor that slept heard nobody: no rank is to blame for the time of the sleep."""
     pause_ms = now_ms - (now_ms if state.advanced_ms is None else state.advanced_ms)
-    state = dataclasses.replace(state, advanced_ms=now_ms)
+    if pause_ms or state.advanced_ms is None:
+        state = dataclasses.replace(state, advanced_ms=now_ms)
     if pause_ms <= state.options.own_pause_ms:
         return state
     for rank, record in enumerate(state.records):
@@ -211,7 +235,8 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
     state = _with(state, rank, status=status, heard_ms=now_ms, channel_lost_ms=None)
     # A rank may know of an epoch that a supervisor which died had tried.
     tried = max(state.epoch_tried, status.epoch, status.prepared)
-    state = dataclasses.replace(state, epoch_tried=tried)
+    if tried != state.epoch_tried:
+        state = dataclasses.replace(state, epoch_tried=tried)
     inside = rank in state.view.in_epoch
     if status.mode is Mode.HOLDING and inside and status.epoch == state.view.epoch:
         for accused in status.accused:
@@ -436,7 +461,8 @@ def _propose(
         "admitted": list(admitted),
         "moves": len(change.plan.moves),
     }
-    sends = tuple(_prepare_for(state, rank) for rank in change.takes_part)
+    handles = _handles(state, change.view.in_epoch)  # one for all: it is encoded once
+    sends = tuple(_prepare_for(state, rank, handles) for rank in change.takes_part)
     # The record comes first: a restarted supervisor must not use this epoch for another change.
     return state, (Note("prepare", facts), *sends)
 
@@ -633,14 +659,14 @@ def _has_loaded(record: RankRecord) -> bool:
     )
 
 
-def _prepare_for(state: CoordinatorState, rank: int) -> Send:
+def _prepare_for(state: CoordinatorState, rank: int, handles: dict[int, str] | None = None) -> Send:
     change = state.change
     prepare = Prepare(
         epoch=change.view.epoch,
         view=change.view,
         placement=change.plan.placement,
         moves=change.plan.moves_of(rank),
-        handles=_handles(state, change.view.in_epoch),
+        handles=_handles(state, change.view.in_epoch) if handles is None else handles,
         reason=change.reason,
         planned=change.planned,
     )

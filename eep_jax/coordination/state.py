@@ -118,6 +118,7 @@ class CoordinatorState:
     rested: object = None  # what placement and aim left nothing to do
     first_offer_ms: int | None = None
     advanced_ms: int | None = None  # when the last event came
+    quiet: object = None  # see quiet.Quiet: what the last look at all ranks found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 
 from eep_jax.errors import InvalidMove
 
@@ -34,7 +35,7 @@ class View:
     def ranks(self) -> range:
         return range(len(self.members))
 
-    @property
+    @functools.cached_property  # asked for with every message of every rank
     def in_epoch(self) -> tuple[int, ...]:
         """Ranks that take part in the steps of this epoch, suspects included."""
         inside = (RankState.ACTIVE, RankState.SUSPECT)

@@ -1,5 +1,6 @@
 """Frozen dataclasses as bytes and back: msgpack, checked field by field against the annotations."""
 
+import collections
 import dataclasses
 import enum
 import functools
@@ -11,12 +12,21 @@ import msgpack
 from eep_jax.errors import ProtocolError
 
 DEPTH_MAX = 12
+SHARED_MAX = 8  # parts of messages that are kept encoded
 
 
 def encode(message) -> bytes:
-    """`[class name, {field: value}]` as msgpack. Raises ProtocolError for what cannot be sent."""
+    """`[class name, {field: value}]` as msgpack. Raises ProtocolError for what cannot be sent.
+
+    A View, Placement or table of handles that goes to many ranks is encoded once: what a field
+    holds is kept as bytes for the next message that holds the very same object.
+    """
     try:
-        return msgpack.packb([type(message).__name__, _plain(message)])
+        fields = dataclasses.fields(message)
+        parts = [_ARRAY_OF_TWO, msgpack.packb(type(message).__name__), _map_header(len(fields))]
+        for field in fields:
+            parts += msgpack.packb(field.name), _packed(getattr(message, field.name))
+        return b"".join(parts)
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"cannot encode {message!r:.200}: {error}") from error
 
@@ -42,6 +52,34 @@ def decode(data: bytes, allowed: dict[str, type], bytes_max: int):
     return _build(allowed[name], fields, name, 0)
 
 
+_ARRAY_OF_TWO = b"\x92"
+_SIMPLE = (int, float, str, bool, type(None))
+_shared: collections.OrderedDict[int, tuple[object, object, bytes]] = collections.OrderedDict()
+
+
+def _map_header(size: int) -> bytes:
+    return bytes([0x80 | size]) if size < 16 else b"\xde" + size.to_bytes(2, "big")
+
+
+def _packed(value) -> bytes:
+    """The value as msgpack; the last large ones are kept, by identity."""
+    if type(value) in _SIMPLE:
+        return msgpack.packb(value)
+    is_table = type(value) is dict and value
+    if not is_table and not dataclasses.is_dataclass(value):
+        return msgpack.packb(_plain(value))
+    kept = _shared.get(id(value))
+    # The object is kept too, so that no other one can have its id. A table might be changed in
+    # place, a frozen dataclass not.
+    if kept is not None and kept[0] is value and (not is_table or kept[1] == value):
+        return kept[2]
+    data = msgpack.packb(_plain(value))
+    _shared[id(value)] = value, dict(value) if is_table else None, data
+    while len(_shared) > SHARED_MAX:
+        _shared.popitem(last=False)
+    return data
+
+
 def _plain(value):
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -60,6 +98,11 @@ def _fields_of(kind: type) -> dict[str, tuple]:
     return {f.name: (hints[f.name], _is_required(f)) for f in dataclasses.fields(kind)}
 
 
+@functools.cache
+def _parts_of(kind) -> tuple:
+    return typing.get_origin(kind), typing.get_args(kind)
+
+
 def _is_required(field: dataclasses.Field) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
@@ -68,7 +111,9 @@ def _is_required(field: dataclasses.Field) -> bool:
 def _build(kind, raw, path: str, depth: int):
     if depth > DEPTH_MAX:
         raise ProtocolError(f"{path} is nested more than {DEPTH_MAX} deep")
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(raw) is kind and kind in _SIMPLE:
+        return raw
+    origin, arguments = _parts_of(kind)
     if origin in (typing.Union, types.UnionType):
         if raw is None and type(None) in arguments:
             return None
