@@ -109,12 +109,18 @@ async def _bring_back(cluster: LocalCluster, rank: int) -> None:
     cluster.start_rank(rank)
 
 
-def summary_of(
-    kill_s: float, rank: int, times: Sequence[float], status: dict, until_s: float
-) -> tuple[Summary, dict[str, float]]:
-    """What one kill cost, and its marks: kill, detected, resumed, return_start, returned."""
-    events = events_since(status, kill_s)
-    marks = {"kill": kill_s}
+def serves_again(victim: int):
+    """Whether a rank is no member and the others serve."""
+
+    def check(status: dict) -> bool:
+        return status["ranks"][victim]["state"] != "active" and status["state"] == "serving"
+
+    return check
+
+
+def marks_of(kill_s: float, rank: int, status: dict) -> dict[str, float]:
+    """When the supervisor noticed, let the others go on, and let the rank in again."""
+    events, marks = events_since(status, kill_s), {"kill": kill_s}
     inside = lambda e: str(rank) in e["members"]
     for name, kind, wanted in (
         ("detected", "dead", lambda e: e.get("rank") == rank),
@@ -122,7 +128,19 @@ def summary_of(
         ("return_start", "prepare", lambda e: rank in e["admitted"]),
         ("returned", "commit", inside),
     ):
-        found = next((e["at_s"] for e in events if e["kind"] == kind and wanted(e)), None)
+        after_s = marks.get("resumed", kill_s) if name == "returned" else kill_s
+        found = next(
+            (e["at_s"] for e in events if e["kind"] == kind and e["at_s"] >= after_s and wanted(e)),
+            None,
+        )
         if found is not None:
             marks[name] = max(found, *marks.values())
+    return marks
+
+
+def summary_of(
+    kill_s: float, rank: int, times: Sequence[float], status: dict, until_s: float
+) -> tuple[Summary, dict[str, float]]:
+    """What one kill cost, and its marks: kill, detected, resumed, return_start, returned."""
+    marks = marks_of(kill_s, rank, status)
     return summarise([t for t in times if t <= until_s], marks), marks
