@@ -5,6 +5,7 @@ import dataclasses
 from eep_jax.model_config import ModelConfig as ModelConfig  # re-exported
 
 COMBINE_MODES = ("per_choice", "per_rank")
+MIRROR_TRANSPORTS = ("auto", "nixl", "tcp")  # auto: NIXL between ranks that both have it
 POLICIES = ("fail_closed", "degrade")
 PLATFORMS = ("cpu", "gpu")
 SOURCES = ("local", "peer", "backup", "checkpoint")
@@ -122,9 +123,14 @@ class ServeConfig:
     control_port: int = 0  # 0: any free port; ranks read it from the run directory
     backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other
     mirror_host: str = ""  # address at which ranks of other hosts reach this rank; "": one host
+    mirror_transport: str = "auto"  # how rows travel between hosts, see MIRROR_TRANSPORTS
     queue_max: int = 256  # requests accepted and not finished, beyond which HTTP says 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     finished_max: int = 512  # finished requests kept for clients that ask again
+
+    def __post_init__(self):
+        if self.mirror_transport not in MIRROR_TRANSPORTS:
+            raise ValueError(f"{self.mirror_transport=} must be one of {MIRROR_TRANSPORTS}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

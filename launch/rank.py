@@ -150,6 +150,7 @@ def mirror_options(config: RunConfig, layout):
         host_id=host_id(flags.HOST_ID.value),
         token=flags.read_token(flags.required_run_dir()),
         layout=layout,
+        transport=config.serve.mirror_transport,
     )
 
 

@@ -8,21 +8,30 @@ its frames.
 """
 
 import dataclasses
+import functools
 import hashlib
+import logging
 import os
 import secrets
+import socket
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
+from eep_jax.config import MIRROR_TRANSPORTS
 from eep_jax.errors import HeapError
 from eep_jax.heap.heap import check_bytes, check_copy
 from eep_jax.heap.mirror_frames import BadFrame, FrameCodec
+from eep_jax.heap.mirror_lane import Lane, TcpLane
 from eep_jax.heap.mirror_link import MirrorLink, MirrorReader
-from eep_jax.heap.mirror_server import READ_BYTES_MAX, MirrorServer
+from eep_jax.heap.mirror_nixl import NixlInbox, NixlLane
+from eep_jax.heap.mirror_server import NO_NIXL, READ_BYTES_MAX, MirrorServer
 from eep_jax.heap.mirror_wire import ID_BYTES, Introduction, Purpose, call
 from eep_jax.heap.posix_shm import ATTACH_DEADLINE_MS, PosixShmHeap, memory_file
 from pallas_kernels.window import WindowLayout
+
+_log = logging.getLogger(__name__)
 
 SCHEME, SEPARATOR = "mirror", "|"
 READ_DEADLINE_S = 5.0
@@ -34,17 +43,21 @@ class MirrorOptions:
     """How ranks of other hosts and this one reach each other.
 
     `host` is an address of this machine, `host_id` what `runtime.identity.host_id` says, `token`
-    the run's. Raises ValueError for an id that a handle cannot hold.
+    the run's. `transport` of frames: nixl, tcp, or auto: NIXL between ranks that both have it.
+    Raises ValueError for an id that a handle cannot hold, and for other transports.
     """
 
     host: str
     host_id: str
     token: str
     layout: WindowLayout
+    transport: str = "tcp"
 
     def __post_init__(self):
         if SEPARATOR in self.host_id or not self.host_id:
             raise ValueError(f"host_id={self.host_id!r} must not be empty or hold {SEPARATOR!r}")
+        if self.transport not in MIRROR_TRANSPORTS:
+            raise ValueError(f"{self.transport=} must be one of {MIRROR_TRANSPORTS}")
 
 
 @dataclasses.dataclass
@@ -70,6 +83,7 @@ class MirrorHeap(PosixShmHeap):
         self._lock = threading.Lock()  # of `_peers`; held while a frame is stored
         self.frames_refused = 0
         try:
+            self._inbox = self._open_inbox()
             self._mirror = MirrorServer(
                 options.host,
                 options.token,
@@ -78,6 +92,7 @@ class MirrorHeap(PosixShmHeap):
                 self._codec.payload_bytes,
                 self._store,
                 self._own_bytes,
+                self._inbox,
             )
         except HeapError:
             super().close()
@@ -138,33 +153,54 @@ class MirrorHeap(PosixShmHeap):
     def close(self) -> None:
         if not self._closed:
             self._mirror.close()
+            if self._inbox is not None:
+                self._inbox.close()
             for rank in list(self._peers):
                 self._forget(rank)
         super().close()
 
+    def _open_inbox(self) -> NixlInbox | None:
+        """None where frames come over TCP. Raises HeapError where NIXL is wanted and cannot be."""
+        options, codec = self._options, self._codec
+        if options.transport == "tcp":
+            return None
+        try:
+            return NixlInbox(options.host, codec.payload_bytes, codec.payload_bytes_max)
+        except (ImportError, RuntimeError) as error:
+            if options.transport == "nixl":
+                raise HeapError(
+                    f"no mirror over NIXL: {error}; see serve.mirror_transport"
+                ) from error
+            _log.info("mirrors over TCP: %s", error)
+            return None
+
     def _attach_remote(self, rank: int, address: str, heap: bytes) -> None:
-        calls = {
-            purpose: lambda purpose=purpose: call(
-                address,
-                self._options.token,
-                self._introduction(purpose, heap),
-                ATTACH_DEADLINE_MS / 1000,
-            )
-            for purpose in Purpose
-        }
-        connection = calls[Purpose.WRITES]()
+        def connect(purpose: Purpose) -> socket.socket:
+            introduction = self._introduction(purpose, heap)
+            return call(address, self._options.token, introduction, ATTACH_DEADLINE_MS / 1000)
+
+        open_lane = functools.partial(self._open_lane, connect)
+        lane = open_lane()
         staging = memory_file(f"eep-staging{rank}", self.slab_bytes)
         try:
             self._forget(rank)  # an earlier process of that rank
             self.attach_fd(rank, staging)
         finally:
             os.close(staging)
-        link = MirrorLink(
-            rank, self._codec, self._windows, self.rank, connection, calls[Purpose.WRITES]
-        )
-        reader = MirrorReader(rank, calls[Purpose.READS])
+        link = MirrorLink(rank, self._codec, self._windows, self.rank, lane, open_lane)
+        reader = MirrorReader(rank, functools.partial(connect, Purpose.READS))
         with self._lock:
             self._peers[rank] = _Peer(heap, link, reader)
+
+    def _open_lane(self, connect: Callable[[Purpose], socket.socket]) -> Lane:
+        """NIXL where both ends have it, unless the operator chose. Raises OSError, HeapError."""
+        if self._inbox is not None:
+            try:
+                return NixlLane(connect(Purpose.NIXL), self._options.host)
+            except (HeapError, RuntimeError) as error:
+                if self._options.transport == "nixl" or NO_NIXL not in str(error):
+                    raise HeapError(f"no mirror over NIXL: {error}") from error
+        return TcpLane(connect(Purpose.WRITES))
 
     def _forget(self, rank: int) -> None:
         """Takes no frame of that rank any more, and sends it none."""

@@ -11,13 +11,13 @@ import numpy as np
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.mirror_frames import FrameCodec, Kind
+from eep_jax.heap.mirror_lane import Lane
 from eep_jax.heap.mirror_server import QUESTION
 from eep_jax.heap.mirror_wire import end_connection, receive, send
 from pallas_kernels.signals import AnyFlag, post
 
 _log = logging.getLogger(__name__)
 
-SEND_DEADLINE_S = 5.0  # for the peer to take a frame; its step has given up long before
 SLEEP_NS = 100_000_000  # then a look at the connection: what broke in silence lost a frame
 RETRY_S = 0.1
 
@@ -36,13 +36,13 @@ class MirrorLink:
         codec: FrameCodec,
         windows: list[dict[str, np.ndarray]],
         rank: int,
-        connection: socket.socket,
-        call: Callable[[], socket.socket],
+        lane: Lane,
+        call: Callable[[], Lane],
     ):
-        """`connection` stands; `call` makes another one, or raises OSError or HeapError."""
+        """`lane` stands; `call` makes another one, or raises OSError or HeapError."""
         self._peer, self._codec, self._rank = peer, codec, rank
         self._staging, self._own = windows[peer], windows[rank]
-        self._connection, self._call = connection, call
+        self._lane, self._call = lane, call
         flags = codec.flags(self._staging)
         self._kinds = [kind for kind, _ in flags]
         self._stop = np.zeros(1, np.uint32)
@@ -59,7 +59,7 @@ class MirrorLink:
         for. What is on its way may still arrive."""
         post(self._stop, 1)
         self._again.set()
-        end_connection(self._connection)
+        self._lane.end()
 
     def _run(self) -> None:
         while not self._stop[0]:
@@ -69,7 +69,7 @@ class MirrorLink:
                 if not self._stop[0]:
                     _log.warning("the mirror to rank %d broke: %s", self._peer, error)
                     self._reconnect()
-        self._connection.close()
+        self._lane.close()
 
     def _forward_changes(self) -> None:
         while not self._stop[0]:
@@ -87,28 +87,28 @@ class MirrorLink:
             # earlier is over, and its place may be written again.
             first = min(values[i] for i in due)
             for i in sorted(due, key=lambda i: (values[i] - first, self._kinds[i])):
+                self._done[i] = values[i]  # before it: what comes of it may clear the flag
                 self._forward(self._kinds[i], values[i])
-                self._done[i] = values[i]
 
     def _check_connection(self) -> None:
         """Raises ConnectionError where the peer closed it; it never sends anything."""
         poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
+        poll.register(self._lane.connection, select.POLLIN)
         if poll.poll(0):
             raise ConnectionError("the peer closed the connection")
 
     def _forward(self, kind: Kind, number: int) -> None:
         pieces = self._codec.pack(kind, number, self._staging, self._own, self._peer)
-        send(self._connection, pieces, SEND_DEADLINE_S)
+        self._lane.send(pieces)
         self.frames += 1
         self.bytes += sum(len(piece) for piece in pieces)
 
     def _reconnect(self) -> None:
         complained = False
-        self._connection.close()
+        self._lane.close()
         while not self._stop[0]:
             try:
-                self._connection = self._call()
+                self._lane = self._call()
             except (OSError, HeapError) as error:
                 if not complained:
                     _log.warning("cannot reach rank %d: %s; trying again", self._peer, error)

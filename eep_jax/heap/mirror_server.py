@@ -1,5 +1,6 @@
 """A rank's door for ranks of other hosts: it stores their frames, and lets them read its slab."""
 
+import functools
 import itertools
 import logging
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from eep_jax.errors import HeapError
 from eep_jax.handshake import admit
 from eep_jax.heap.mirror_frames import HEADER, BadFrame
+from eep_jax.heap.mirror_nixl import NixlInbox
 from eep_jax.heap.mirror_wire import (
     BODY_DEADLINE_S,
     HANDSHAKE_S,
@@ -30,6 +32,7 @@ _log = logging.getLogger(__name__)
 ACCEPT_PAUSE_S = 0.05
 QUESTION = struct.Struct("<QQ")  # offset and length of bytes of the slab
 READ_BYTES_MAX = 1 << 30
+NO_NIXL = "no NIXL here"
 STRANGERS_MAX = 16  # connections that have not proved themselves yet
 
 
@@ -39,7 +42,8 @@ class MirrorServer:
     `why_not(introduction)` is '' for a caller that is welcome. `payload_bytes(kind, items)` raises
     BadFrame for frames that there are none of; `store(introduction, call, kind, round, items,
     payload)` takes the others, and may raise it. `call` counts connections: what comes over an
-    older one is older, whenever it is read. `read(offset, nbytes)` answers questions.
+    older one is older, whenever it is read. `read(offset, nbytes)` answers questions. `inbox` takes
+    frames over NIXL, if there is one.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class MirrorServer:
         payload_bytes: Callable[[int, int], int],
         store: Callable[[Introduction, int, int, int, int, memoryview], None],
         read: Callable[[int, int], memoryview],
+        inbox: NixlInbox | None = None,
     ):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -64,6 +69,7 @@ class MirrorServer:
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
         self._token, self._why_not = token, why_not
         self._payload_bytes, self._store, self._read = payload_bytes, store, read
+        self._inbox = inbox
         self._strangers = threading.BoundedSemaphore(STRANGERS_MAX)
         # One for writes and a few for reads of each peer, and those that are just being replaced.
         self._places = threading.BoundedSemaphore(8 * ranks)
@@ -114,8 +120,12 @@ class MirrorServer:
             try:
                 if introduction.purpose is Purpose.WRITES:
                     self._take_frames(connection, introduction, call)
-                else:
+                elif introduction.purpose is Purpose.READS:
                     self._answer_questions(connection)
+                else:
+                    self._inbox.serve(
+                        connection, functools.partial(self._store, introduction, call)
+                    )
             except (BadFrame, HeapError) as error:
                 _log.error("closing the mirror of rank %d: %s", introduction.rank, error)
             except OSError as error:
@@ -130,10 +140,12 @@ class MirrorServer:
         admit(connection, self._token, HANDSHAKE_S, SERVICE)
         introduction = receive_introduction(connection)
         reason = self._why_not(introduction)
+        if not reason and introduction.purpose is Purpose.NIXL and self._inbox is None:
+            reason = NO_NIXL
         if not reason and not self._places.acquire(blocking=False):
             reason = "too many connections are open here"
         if reason:
-            _log.warning("refused rank %d: %s", introduction.rank, reason)
+            _log.info("refused rank %d: %s", introduction.rank, reason)
             answer(connection, reason)
             return None, 0
         # Counted before the caller may send: its next call can only come after this one.

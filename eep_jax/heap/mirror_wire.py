@@ -1,7 +1,8 @@
 """Connections between mirrors: TCP, one purpose each, only between processes that know the token.
 
 After the handshake the caller says who it is and what for; the answer is empty, or why not. Then
-a connection for WRITES carries frames one way, and one for READS questions and answers.
+a connection for WRITES carries frames one way, one for READS questions and answers, and one for
+NIXL an offer of memory to write frames into.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ class Purpose(enum.Enum):
 
     WRITES = b"W"
     READS = b"R"
+    NIXL = b"N"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import time
 from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
 from pallas_kernels.window import WindowLayout, round_up
 
+TRANSPORT = "tcp"  # of mirrors that do not say
 TOKEN = "a token of enough letters"
 LAYOUT = WindowLayout(ranks=3, tokens=4, choices=2, hidden=8)
 SLAB_BYTES = round_up(LAYOUT.window_bytes, 4096) + 8192
@@ -14,7 +15,9 @@ EVENT_S = 20.0
 
 def a_mirror(rank: int, host_id: str, layout: WindowLayout = LAYOUT, **changes) -> MirrorHeap:
     slab_bytes = changes.pop("slab_bytes", round_up(layout.window_bytes, 4096) + 8192)
-    options = MirrorOptions(host="127.0.0.1", host_id=host_id, token=TOKEN, layout=layout)
+    options = MirrorOptions(
+        host="127.0.0.1", host_id=host_id, token=TOKEN, layout=layout, transport=TRANSPORT
+    )
     return MirrorHeap(rank, layout.ranks, slab_bytes, dataclasses.replace(options, **changes))
 
 

@@ -10,13 +10,15 @@ import pytest
 
 from eep_jax.errors import HeapError
 from eep_jax.handshake import enter
-from eep_jax.heap import mirror_link, mirror_server
+from eep_jax.heap import mirror_lane, mirror_nixl, mirror_server
 from eep_jax.heap.mirror import MirrorOptions
 from eep_jax.heap.mirror_frames import HEADER, Kind
+from eep_jax.heap.mirror_nixl import NixlLane, load_nixl
 from eep_jax.heap.mirror_server import QUESTION, STRANGERS_MAX
 from eep_jax.heap.mirror_wire import SERVICE, Purpose, call, receive
 from eep_jax.heap.open import open_heap
 from pallas_kernels.signals import post
+from tests.support import mirrors
 from tests.support.kernels import an_exchange, naive_combine, some_results
 from tests.support.loopback import LoopbackRanks, some_ranks, waits_that_know
 from tests.support.mirrors import (
@@ -30,6 +32,19 @@ from tests.support.mirrors import (
 )
 
 BANK = SLAB_BYTES - 4096
+
+
+@pytest.fixture(params=["tcp", "nixl"], autouse=True)
+def transport(request, monkeypatch):
+    """Every promise, over both. NIXL runs on CPUs, where its package is installed."""
+    if request.param == "nixl":
+        try:
+            load_nixl()
+        except ImportError as error:
+            assert "pip install" in str(error)
+            pytest.skip(str(error))
+    monkeypatch.setattr(mirrors, "TRANSPORT", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -154,7 +169,7 @@ class TestRanksThatGo:
         near, far = pair
         write(far, 0, 2, 1.0)
         until(lambda: has_come(near, 1, 2))
-        connection = far._peers[0].link._connection
+        connection = far._peers[0].link._lane.connection
         connection.shutdown(socket.SHUT_RDWR)
         write(far, 0, 4, 2.0)
         until(lambda: has_come(near, 1, 4), "the frame over the new connection")
@@ -169,7 +184,7 @@ class TestRanksThatGo:
     def test_a_broken_connection_is_made_again_and_what_stands_is_sent(self, pair):
         near, far = pair
         for number in (2, 3, 4, 5):
-            near._peers[1].link._connection.shutdown(socket.SHUT_RDWR)
+            near._peers[1].link._lane.connection.shutdown(socket.SHUT_RDWR)
             write(near, 1, number, float(number))
             until(lambda n=number: has_come(far, 0, n), f"round {number}")
         assert near._peers[1].link.reconnections
@@ -185,7 +200,7 @@ class TestRanksThatGo:
 
         link = near._peers[1].link
         link._call = never
-        link._connection.shutdown(socket.SHUT_RDWR)
+        link._lane.connection.shutdown(socket.SHUT_RDWR)
         write(near, 1, 2, 1.0)
         assert calling.wait(20)
         near.detach(1)  # returns although the thread is still calling
@@ -196,7 +211,7 @@ class TestRanksThatGo:
 
     def test_a_peer_that_takes_nothing_fills_no_memory(self, keep, monkeypatch):
         """Flags are overwritten, not queued: after any number of rounds few frames were made."""
-        monkeypatch.setattr(mirror_link, "SEND_DEADLINE_S", 60.0)
+        monkeypatch.setattr(mirror_lane, "SEND_DEADLINE_S", 60.0)
         wide = dataclasses.replace(LAYOUT, hidden=1 << 20)  # 4 MB a row
         near, far = keep(a_mirror(0, "a", wide)), keep(a_mirror(1, "b", wide))
         attach_all([near, far])
@@ -296,6 +311,35 @@ class TestWhoIsLetIn:
     def from_rank_1(self, near):
         own = near._introduction(Purpose.WRITES, near._id)
         return dataclasses.replace(own, rank=1, heap=b"\2" * 16)
+
+
+class TestTransports:
+    def test_nixl_is_taken_where_both_ends_have_it(self, keep, transport):
+        wanted = "auto" if transport == "nixl" else "tcp"
+        near, far = keep(a_mirror(0, "a", transport="auto")), keep(a_mirror(1, "b"))
+        far_too = keep(a_mirror(2, "c", transport=wanted))
+        attach_all([near, far, far_too])
+        for heap, peer in ((near, 2), (far_too, 0), (near, 1)):
+            lane = heap._peers[peer].link._lane
+            assert isinstance(lane, NixlLane) == (transport == "nixl"), (heap.rank, peer)
+        write(near, 2, 2, 5.0)
+        until(lambda: has_come(far_too, 0, 2))
+
+    def test_one_that_must_be_nixl_says_why_it_is_not(self, keep, transport, monkeypatch):
+        near = keep(a_mirror(0, "a", transport="tcp"))
+        if transport == "nixl":
+            with pytest.raises(HeapError, match=r"rank 0 on host a .* no NIXL here"):
+                keep(a_mirror(1, "b", transport="nixl")).attach(0, near.export())
+        monkeypatch.setattr(mirror_nixl, "PACKAGES", ("no_such_package",))
+        with pytest.raises(HeapError, match=r"NIXL is not installed.*serve.mirror_transport"):
+            a_mirror(1, "b", transport="nixl")
+        far = keep(a_mirror(1, "b", transport="auto"))
+        far.attach(0, near.export())
+        assert not isinstance(far._peers[0].link._lane, NixlLane)
+
+    def test_another_transport_is_refused(self):
+        with pytest.raises(ValueError, match="must be one of"):
+            a_mirror(0, "a", transport="pigeon")
 
 
 class TestMisconfigured:
