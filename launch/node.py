@@ -51,11 +51,7 @@ class HostRanks(LocalCluster):
     """The ranks of one host as children of this process, without a supervisor."""
 
     def __init__(
-        self,
-        arguments: list[str],
-        ranks: tuple[Identity, ...],
-        run_dir: pathlib.Path,
-        delay_ms: int,
+        self, arguments: list[str], ranks: tuple[Identity, ...], run_dir: str, delay_ms: int
     ):
         super().__init__(arguments, len(ranks), run_dir, delay_ms)
         self._own_ranks = {rank_name(identity.rank): identity for identity in ranks}

@@ -284,6 +284,10 @@ def _job(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         tasks = environment.tasks
         fix = f"submit with --ntasks={ranks}, or add --override=cluster.ranks={tasks}"
         yield _either(tasks == ranks, "SLURM tasks", f"{tasks} for {ranks} ranks", fix, Level.WARN)
+        nodes = len(environment.nodes)
+        right = nodes == 1 or config.platform == "cpu"
+        fix = "GPU ranks must share one node: submit with --nodes=1"
+        yield _either(right, "SLURM nodes", f"{nodes} for platform {config.platform}", fix)
         found = str(environment.supervisor("", config.serve.control_port))
         yield Finding(Level.OK, "SLURM supervisor", found)
     except UsageError as error:

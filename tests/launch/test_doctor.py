@@ -109,15 +109,16 @@ def test_a_machine_without_a_fault_has_none(config):
         ({"slurm": {"sbatch": "slurm 23.11.4"}}, "SLURM", Level.WARN),
         ({"slurm_error": "down"}, "SLURM controller", Level.WARN),
         ({"slurm_variables": JOB | {"SLURM_NTASKS": "3"}}, "SLURM tasks", Level.WARN),
-        (
-            {"slurm_variables": JOB | {"SLURM_JOB_NODELIST": "127.0.0.5,n1"}},
-            "SLURM job",
-            Level.FAIL,
-        ),
     ],
 )
 def test_each_fault_is_found_alone_with_what_to_do(changes, subject, level):
     assert wrong(**changes) == {subject: level}
+
+
+def test_a_job_of_several_nodes_is_for_cpu_ranks_and_not_on_loopback():
+    several = {"slurm_variables": JOB | {"SLURM_JOB_NODELIST": "127.0.0.5,n1"}}
+    assert wrong(CPU, **several) == {"SLURM job": Level.FAIL}
+    assert wrong(GPU, **several) == {"SLURM job": Level.FAIL, "SLURM nodes": Level.FAIL}
 
 
 def test_gpus_of_a_cpu_configuration_may_have_any_fault():

@@ -48,9 +48,12 @@ class Job:
         )
         return said.partition(";")[0]
 
+    def endpoint(self) -> dict:
+        return json.loads((self.run_dir / "endpoint.json").read_text())
+
     @property
     def url(self) -> str:
-        at = json.loads((self.run_dir / "endpoint.json").read_text())
+        at = self.endpoint()
         return f"http://{at['http_host']}:{at['http_port']}"
 
     def status(self) -> dict | None:
@@ -191,6 +194,20 @@ def test_a_job_outlives_its_ranks_its_tasks_and_a_node(world, job):
             assert result.text == truth[result.job].text, act.__name__
 
 
+def test_a_supervisor_that_dies_is_started_again_by_the_batch_script(world, job):
+    """Runs after the story above, whose ranks go on meanwhile and are found again."""
+    job.wait_whole({1: 2, 2: 2, 3: 2})
+    before = world.do(run_once(job.url, jobs()[:2], 2), 120.0)
+    incarnations = {r["rank"]: r["incarnation"] for r in job.status()["ranks"]}
+    pid = job.endpoint()["pid"]
+    world.run("kill", "-KILL", str(pid))
+    world.wait(lambda: job.endpoint()["pid"] != pid, EVENT_S, "another supervisor")
+    job.wait_whole(incarnations)
+    after = world.do(run_once(job.url, jobs()[:2], 2), 120.0)
+    assert [r.error for r in after] == [None, None]
+    assert [r.text for r in after] == [r.text for r in before]
+
+
 def test_scancel_leaves_nothing_behind(world, job):
     """Runs after the story above: of the job, of what replaced its parts, and in memory."""
     world.run("scancel", job.number)
@@ -199,5 +216,7 @@ def test_scancel_leaves_nothing_behind(world, job):
     world.wait(lambda: not ours(), EVENT_S, f"end of {[slurm_world.command(p) for p in ours()]}")
     log = (world.directory / "log" / f"job-{job.number}.log").read_text()
     assert "Traceback" not in log
-    assert not re.search(r"supervisor ended with status", log)
+    assert re.findall(r"supervisor ended with status \d+", log) == [
+        "supervisor ended with status 137"  # as the test above killed it
+    ]
     world.wait(lambda: not world.run("ls", "/dev/shm"), EVENT_S, "empty shared memory")
