@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import tiny_cpu
+from eep_jax.runtime.messages import HostProcess
+from launch import flags as flags_of_launch
 from launch import node
 from launch.cluster import QUICK_DEATH_S, Child
 from launch.environments.environment import Identity
@@ -83,3 +86,35 @@ def test_a_rank_that_lived_long_is_brought_back_however_often_it_dies_then(tmp_p
     ranks.log_path("rank0").touch()
     ranks._look_after(child)
     assert ranks.failure is None
+
+
+def test_ranks_are_well_once_the_supervisor_has_one_of_them_watched(tmp_path):
+    class Sleepers(node.HostRanks):
+        def _command(self, name):
+            return [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+
+    ranks = Sleepers([], (identity(2, 0, 2), identity(3, 1, 2)), str(tmp_path), 100)
+    ranks.start()
+    try:
+        assert sorted(ranks.children) == ["rank2", "rank3"]
+        stranger = HostProcess(rank=2, incarnation=1, pid=1, ticks=1)
+        ranks.let_in((stranger,))
+        assert not ranks.was_healthy
+        own = dataclasses.replace(stranger, pid=ranks.children["rank2"].process.pid)
+        ranks.let_in((stranger, own))
+        assert ranks.was_healthy
+    finally:
+        ranks.stop(0.4)
+    assert all(child.process.poll() is not None for child in ranks.children.values())
+
+
+def test_without_a_supervisor_or_a_run_directory_it_says_what_to_give(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.node", "--ranks=2"],
+        env={"PYTHONPATH": str(ROOT), "EEP_TOKEN": "x" * 20, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == flags_of_launch.EXIT_USAGE
+    assert "where is the supervisor? Give --supervisor=HOST:PORT" in done.stderr
