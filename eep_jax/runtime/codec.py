@@ -19,16 +19,22 @@ def encode(message) -> bytes:
     """`[class name, {field: value}]` as msgpack. Raises ProtocolError for what cannot be sent.
 
     A View, Placement or table of handles that goes to many ranks is encoded once: what a field
-    holds is kept as bytes for the next message that holds the very same object.
+    holds is kept as bytes for the next message that holds the very same object. So is the last
+    message itself.
     """
+    kept, data = _last[0]  # one read: other threads encode, too
+    if kept is message:
+        return data
     try:
         fields = dataclasses.fields(message)
-        parts = [_ARRAY_OF_TWO, msgpack.packb(type(message).__name__), _map_header(len(fields))]
+        parts = [_ARRAY_OF_TWO, _name(type(message).__name__), _map_header(len(fields))]
         for field in fields:
-            parts += msgpack.packb(field.name), _packed(getattr(message, field.name))
-        return b"".join(parts)
+            parts += _name(field.name), _packed(getattr(message, field.name))
+        data = b"".join(parts)
     except (TypeError, ValueError, OverflowError) as error:
         raise ProtocolError(f"cannot encode {message!r:.200}: {error}") from error
+    _last[0] = message, data
+    return data
 
 
 def decode(data: bytes, allowed: dict[str, type], bytes_max: int):
@@ -55,6 +61,15 @@ def decode(data: bytes, allowed: dict[str, type], bytes_max: int):
 _ARRAY_OF_TWO = b"\x92"
 _SIMPLE = (int, float, str, bool, type(None))
 _shared: collections.OrderedDict[int, tuple[object, object, bytes]] = collections.OrderedDict()
+
+
+_last: list[tuple] = [(object(), b"")]  # message and bytes
+
+
+@functools.cache
+def _name(text: str) -> bytes:
+    """Of a class or a field: there are few."""
+    return msgpack.packb(text)
 
 
 def _map_header(size: int) -> bytes:

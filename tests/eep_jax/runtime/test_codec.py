@@ -191,3 +191,16 @@ class TestRefusals:
             encode(Commit(epoch=2**64))
         with pytest.raises(ProtocolError, match="cannot encode"):
             encode(Commit(epoch=object()))
+
+
+def test_what_many_messages_share_is_encoded_as_if_each_were_alone():
+    """Also a table that is changed in place between two messages, and the same message again."""
+    view, handles = a_view(), {0: "a", 1: "b"}
+    told = {"epoch": 2, "view": view, "placement": a_placement(), "moves": ()}
+    for changed in ("b", "c"):
+        handles[1] = changed
+        for reason in ("x", "y"):
+            message = Prepare(**told, handles=handles, reason=reason)
+            for data in (encode(message), encode(message)):
+                found = decode(data, {"Prepare": Prepare}, 1 << 20)
+                assert found == message and found.handles[1] == changed
