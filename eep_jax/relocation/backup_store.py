@@ -67,7 +67,7 @@ class BackupStore:
         self._followed: tuple[tuple[int, ...], Placement] | None = None
         self._news, self._stopping = threading.Event(), threading.Event()
         self._filled = threading.Event()
-        self._server = ShardServer(self._served, options.host, options.token)
+        self._server = ShardServer(self._served, options.host, options.token, self._mapped_file)
         self._thread = threading.Thread(target=self._run, name="backups", daemon=True)
         self._thread.start()
         threading.Thread(target=self._measure, name="rates", daemon=True).start()
@@ -100,6 +100,14 @@ class BackupStore:
         """What is kept here, without a copy. Its pages were looked up when it was written."""
         fresh = map_shard(self._served / str(expert), self._shape, self._dtype)  # of the right size
         return self._mapped.get(expert, fresh)
+
+    def _mapped_file(self, path: pathlib.Path) -> np.ndarray | None:
+        """The bytes of a shard's chunk as this process has mapped it; None for other files."""
+        expert, _, name = str(path.relative_to(self._served)).partition("/")
+        mapped = self._mapped.get(int(expert))
+        if name != chunk_name(len(self._shape)) or mapped is None:
+            return None
+        return mapped.reshape(-1).view(np.uint8) if path.stat().st_size == mapped.nbytes else None
 
     @property
     def _expert_bytes(self) -> int:

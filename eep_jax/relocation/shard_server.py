@@ -5,13 +5,16 @@ chosen interface, lets the other end prove that it knows the token, and only the
 connection to Orbax's handler.
 """
 
+import contextlib
 import functools
 import logging
 import pathlib
 import socket
 import socketserver
+import struct
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 from orbax.checkpoint.experimental.emergency.p2p import protocol, service
@@ -22,7 +25,9 @@ from eep_jax.relocation.shards import PROCESS
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 2.0
-IDLE_S = 30.0  # for the other end to take or send the next bytes
+SERVE_S = 120.0  # for the other end to ask for a file, and to take it
+RECEIVE_WAIT_S = 0.2  # between two looks at the deadline
+RECEIVE_BYTES = 8 << 20
 CONNECTIONS_MAX = 64
 FILES_MAX = 64  # of a shard, which has about ten
 
@@ -30,11 +35,18 @@ FILES_MAX = 64  # of a shard, which has about ten
 class ShardServer:
     """Serves `<directory>/<expert>/` to members. `address` is `host:port`."""
 
-    def __init__(self, directory: pathlib.Path, host: str, token: str):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        host: str,
+        token: str,
+        mapped: Callable[[pathlib.Path], np.ndarray | None] = lambda path: None,
+    ):
+        """`mapped` may know the bytes of a file, uint8: they are sent from there."""
         self._node = service.P2PNode(directory)
         # It was opened for all interfaces; nobody accepted on it yet.
         self._node.server.server_close()
-        self._node.server = _MembersOnly(host, token, self._node)
+        self._node.server = _MembersOnly(host, token, self._node, mapped)
         self._node.port = self._node.server.server_address[1]
         self._node.start()
         self.address = f"{host}:{self._node.port}"
@@ -47,9 +59,10 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, host: str, token: str, node: service.P2PNode):
+    def __init__(self, host: str, token: str, node: service.P2PNode, mapped):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._token, self._places = token, threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._mapped = mapped
         super().__init__((host, 0), functools.partial(service.NodeHandler, service=node))
 
     def process_request(self, request, client_address):
@@ -71,11 +84,39 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
         except OSError as error:
             _log.warning("refused a backup connection from %s: %s", client_address[0], error)
             return
-        request.settimeout(IDLE_S)
-        super().finish_request(request, client_address)
+        # Without a timeout of Python's own, a file is sent by one call of the kernel.
+        request.settimeout(None)
+        end = threading.Timer(SERVE_S, _end, (request,))
+        end.daemon = True
+        end.start()
+        try:
+            super().finish_request(_FromMemory(request, self._mapped), client_address)
+        finally:
+            end.cancel()
 
     def handle_error(self, request, client_address):
         _log.warning("serving a shard to %s failed", client_address, exc_info=True)
+
+
+class _FromMemory:
+    """A connection that sends a mapped file from where it is mapped.
+
+    The kernel's `sendfile` goes page by page over files in memory, which costs both ends twice the
+    time.
+    """
+
+    def __init__(self, connection: socket.socket, mapped):
+        self._connection, self._mapped = connection, mapped
+
+    def __getattr__(self, name: str):
+        return getattr(self._connection, name)
+
+    def sendfile(self, file) -> int:
+        found = self._mapped(pathlib.Path(file.name))
+        if found is None:
+            return self._connection.sendfile(file)
+        self._connection.sendall(found)
+        return found.nbytes
 
 
 def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: float) -> None:
@@ -89,9 +130,16 @@ def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: 
         opcode, found = protocol.TCPMessage.recv(connection)
         if opcode != protocol.OP_FILE_STREAM or found != into.nbytes:
             raise ValueError(f"{address} has {found} bytes as {name}, expected {into.nbytes}")
+        # Many bytes by one call of the kernel, which comes back now and then while there are none.
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(RECEIVE_WAIT_S))
         while done < into.nbytes:
-            connection.settimeout(_remaining(ends_s))
-            received = connection.recv_into(view[done:])
+            _remaining(ends_s)
+            part = view[done : done + RECEIVE_BYTES]
+            try:
+                received = connection.recv_into(part, len(part), socket.MSG_WAITALL)
+            except BlockingIOError:
+                continue
             if not received:
                 left = into.nbytes - done
                 raise ConnectionError(f"the server closed with {left} bytes of {name} to come")
@@ -167,6 +215,16 @@ def _connection(address: str, token: str, ends_s: float) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+def _timeval(seconds: float) -> bytes:
+    """As the kernel takes it: two longs, seconds and microseconds."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _remaining(ends_s: float) -> float:

@@ -2,10 +2,18 @@
 
 import collections
 import itertools
+import os
+import pathlib
+import shutil
+import signal
 
 import pytest
 
+from configs import tiny_cpu
+from eep_jax.models.weights import expert_name
+from eep_jax.relocation.shards import chunk_name
 from eep_jax.runtime.repairs import PAUSE_PHASES
+from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.processes import ClusterUnderTest, is_out
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
@@ -84,6 +92,106 @@ def test_orphans_come_from_the_one_source_that_is_allowed(tmp_path, source):
         assert all(0 <= seconds[phase] < 5 for phase in PAUSE_PHASES)
         assert sum(seconds[phase] for phase in PAUSE_PHASES) == pytest.approx(seconds["total"])
         assert status["experts"]["missing"] == []
+
+
+def test_peers_alone_supply_what_has_a_replica(tmp_path):
+    """Nothing moves for resuming, all that is restored afterwards comes from banks."""
+    peers = ("cluster.redundancy=2", "cluster.slots_per_rank=12", "cluster.sources=peer")
+    with ClusterUnderTest(tmp_path, *peers, respawn_delay_ms=STAY_DEAD) as cluster:
+        before = cluster.status()
+        with cluster.load():
+            cluster.signal(2)
+            cluster.wait(is_out(2), "the eviction of rank 2")
+            status = cluster.wait(
+                lambda s: (
+                    s["experts"]["replicas_min"] == 2 and s["state"] == "serving" and repairs(s)
+                ),
+                "two replicas of every expert",
+            )
+            status = cluster.wait(lambda s: moved(s, before), "the numbers of the ranks")
+        assert repairs(status)[0]["moves"] == repairs(status)[0]["bytes"] == {}
+        assert set(moved(status, before)) == {"peer"}
+        log = cluster.cluster.log_path("supervisor").read_text()
+        assert "Traceback" not in log
+
+
+def test_the_chosen_source_dies_while_it_is_waited_for(tmp_path):
+    """It is stopped first, so that a survivor is sure to wait for it, and then killed."""
+    with cluster_with(tmp_path, A_QUARTER_EACH, "cluster.source_order=tier") as cluster:
+        before = cluster.wait(backed_up(1), "one backup of each expert")
+        kept = lambda a, b: orphans(before, a) & set(before["ranks"][b]["backups"])
+        dead, chosen = max(
+            itertools.permutations(range(RANKS), 2), key=lambda pair: len(kept(*pair))
+        )
+        assert kept(dead, chosen)
+        lost = orphans(before, dead, chosen)
+        with cluster.load():
+            cluster.signal(chosen, signal.SIGSTOP)
+            cluster.signal(dead)
+            cluster.wait(lambda s: s["state"] == "changing", "the repair to begin")
+            waits = lambda _: any(f"backup rank {chosen}" in text(cluster, r) for r in range(RANKS))
+            cluster.wait(waits, "a survivor that gives the chosen source up")
+            cluster.signal(chosen)
+            status = cluster.wait(all_moved(before, len(lost), dead, chosen), "the repair")
+        assert "checkpoint" in moved(status, before)
+        assert status["experts"]["missing"] == []
+
+
+def text(cluster, rank: int) -> str:
+    return cluster.cluster.log_path(f"rank{rank}").read_text()
+
+
+def test_damaged_and_slow_storage_costs_time_and_no_token(tmp_path):
+    """A damaged chunk and damaged shards of one expert; then storage that answers nothing."""
+    checkpoint = shutil.copytree(tiny_cpu.get_config().checkpoint, tmp_path / "checkpoint")
+    order = ("cluster.sources=checkpoint,backup", "cluster.source_order=tier")
+    options = (*order, "cluster.fetch_deadline_ms=1000", f"checkpoint={checkpoint}")
+    run_dir = tmp_path / "run"
+    with cluster_with(run_dir, *options) as cluster:
+        before = cluster.wait(backed_up(RANKS), "backups of all experts")
+        lost = orphans(before, 1)
+        victim = min(lost)
+        damage(checkpoint, expert_name(victim))
+        assert flip_shards(cluster, victim, but=3) == 3
+        with cluster.load():
+            cluster.signal(1)
+            status = cluster.wait(all_moved(before, len(lost), 1), "the repair")
+        assert moved(status, before) == {"checkpoint": len(lost) - 1, "backup": 1}
+        logs = "".join(text(cluster, rank) for rank in range(RANKS))
+        assert f"expert {victim} from checkpoint failed" in logs
+        assert f"expert {victim} from backup rank 3" in logs or "backup rank 3" in logs
+
+        between = cluster.status()
+        lost = orphans(between, 2)
+        assert stall(checkpoint) > 0
+        with cluster.load():
+            cluster.signal(2)
+            status = cluster.wait(all_moved(between, len(lost), 2), "the second repair")
+        assert moved(status, between) == {"backup": len(lost)}
+        assert status["experts"]["missing"] == []
+
+
+def flip_shards(cluster, expert: int, but: int) -> int:
+    """Flips a bit in every backup of an expert but that of one rank; returns how many."""
+    flipped = 0
+    for rank in range(RANKS):
+        for store in pathlib.Path("/dev/shm").glob(f"eep-backup-*-{cluster.pid(rank)}-*"):
+            if rank != but:
+                with (store / "served" / str(expert) / chunk_name(4)).open("r+b") as file:
+                    byte = file.read(1)
+                    file.seek(0)
+                    file.write(bytes([byte[0] ^ 1]))
+                flipped += 1
+    return flipped
+
+
+def stall(checkpoint: pathlib.Path) -> int:
+    """Whoever opens a file of weights waits for ever, as on storage that hangs."""
+    files = [path for path in (checkpoint / "weights").rglob("d/*") if path.is_file()]
+    for path in files:
+        path.unlink()
+        os.mkfifo(path)
+    return len(files)
 
 
 def test_a_backup_that_dies_with_its_rank_is_replaced_by_the_next_source(tmp_path):
