@@ -5,7 +5,7 @@ import dataclasses
 from eep_jax.model_config import ModelConfig as ModelConfig  # re-exported
 
 COMBINE_MODES = ("per_choice", "per_rank")
-MIRROR_TRANSPORTS = ("auto", "nixl", "tcp")  # auto: NIXL between ranks that both have it
+MIRROR_TRANSPORTS = ("auto", "nixl", "tcp")  # auto: NIXL if both ends have it and RDMA
 POLICIES = ("fail_closed", "degrade")
 PLATFORMS = ("cpu", "gpu")
 SOURCES = ("local", "peer", "backup", "checkpoint")

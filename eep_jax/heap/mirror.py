@@ -25,7 +25,7 @@ from eep_jax.heap.heap import check_bytes, check_copy
 from eep_jax.heap.mirror_frames import BadFrame, FrameCodec
 from eep_jax.heap.mirror_lane import Lane, TcpLane
 from eep_jax.heap.mirror_link import MirrorLink, MirrorReader
-from eep_jax.heap.mirror_nixl import NixlInbox, NixlLane
+from eep_jax.heap.mirror_nixl import NixlInbox, NixlLane, rdma_devices
 from eep_jax.heap.mirror_server import NO_NIXL, READ_BYTES_MAX, MirrorServer
 from eep_jax.heap.mirror_wire import ID_BYTES, Introduction, Purpose, call
 from eep_jax.heap.posix_shm import ATTACH_DEADLINE_MS, PosixShmHeap, memory_file
@@ -43,7 +43,8 @@ class MirrorOptions:
     """How ranks of other hosts and this one reach each other.
 
     `host` is an address of this machine, `host_id` what `runtime.identity.host_id` says, `token`
-    the run's. `transport` of frames: nixl, tcp, or auto: NIXL between ranks that both have it.
+    the run's. `transport` of frames: nixl, tcp, or auto: NIXL between ranks that both have it and
+    RDMA, for over TCP it must poll, and gains nothing over sockets.
     Raises ValueError for an id that a handle cannot hold, and for other transports.
     """
 
@@ -162,7 +163,7 @@ class MirrorHeap(PosixShmHeap):
     def _open_inbox(self) -> NixlInbox | None:
         """None where frames come over TCP. Raises HeapError where NIXL is wanted and cannot be."""
         options, codec = self._options, self._codec
-        if options.transport == "tcp":
+        if options.transport == "tcp" or (options.transport == "auto" and not rdma_devices()):
             return None
         try:
             return NixlInbox(options.host, codec.payload_bytes, codec.payload_bytes_max)

@@ -85,9 +85,14 @@ def new_agent(host: str):
     return agent
 
 
+def rdma_devices() -> list[str]:
+    """The first port of each RDMA device of this host, as UCX names it."""
+    return sorted(f"{path.name}:1" for path in pathlib.Path("/sys/class/infiniband").glob("*"))
+
+
 def _devices(host: str) -> list[str]:
     """The network interface with this address, and all RDMA devices, as UCX names them."""
-    found = [f"{path.name}:1" for path in pathlib.Path("/sys/class/infiniband").glob("*")]
+    found = rdma_devices()
     for _, name in socket.if_nameindex():
         with contextlib.suppress(OSError):
             if _address_of(name) == host:

@@ -31,8 +31,8 @@ class MoEConfig:
 
     `softmax_topk` is the router of Qwen and OLMoE, `sigmoid_topk` that of DeepSeek-V3 (with
     `router_correction`, groups and scaling), `softmax_of_topk` that of Mixtral and gpt-oss (with
-    `router_bias`). Experts are SwiGLU, or with `clamped_swiglu` and `expert_biases` gpt-oss's, for
-    which there are no GPU kernels. Raises ValueError for values that contradict each other.
+    `router_bias`). Experts are SwiGLU, or with `clamped_swiglu` and `expert_biases` gpt-oss's.
+    Raises ValueError for values that contradict each other.
     """
 
     hidden: int  # D

@@ -27,6 +27,7 @@ from eep_jax.relocation.checkpoint import MANIFEST, digest, require_same_model
 from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFiles
 
 NARROW = ("F8_E4M3", "U8")  # what quantized weights are stored as
+_ENDS = ("", "_blocks", "_scales", "_scale_inv")  # of keys that belong together
 _AHEAD = 6  # matrices that are read ahead
 _COLUMNS = 64  # that are turned at once, so that both sides stay in the cache
 
@@ -94,32 +95,46 @@ class HuggingFaceCheckpoint:
         return found
 
     def iter_expert(self, expert: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(layer, matrix, `[F D]`) of one expert, one after the other; nothing else is read."""
+        """(layer, matrix, `[F D]`) of one expert, one after the other; nothing else is read.
+
+        A matrix is to be used before the next one is asked for, which may take its memory, and not
+        to be written to: it may be the file itself.
+        """
         if not 0 <= expert < self.model.experts:
             raise CheckpointError(f"{self.root} has no expert {expert} of {self.model.experts}")
         parts = self._family.expert(self.model, expert)
         groups = [list(g) for _, g in itertools.groupby(parts, lambda p: (p.layer, p.matrix))]
+        room = np.empty(self.model.expert_shape[2:], self.dtype)
         for number, members in enumerate(groups):
             # Storage is busy with what comes next while this is turned and written.
             for part in itertools.chain(*groups[number + 1 : number + 1 + _AHEAD]):
                 self._announce(part.stored)
-            yield members[0].layer, members[0].matrix, self._matrix(members)
+            yield members[0].layer, members[0].matrix, self._matrix(members, room)
+
+    def places(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
+        """(file, first byte, last byte + 1) of everything that is read for one expert."""
+        parts = (part.stored for part in self._family.expert(self.model, expert))
+        tensors = {(stored.key, stored.index) for stored in parts}
+        found = (self._files.place(key + end, index) for key, index in tensors for end in _ENDS)
+        return sorted(place for place in found if place is not None)
 
     def _announce(self, stored: Stored) -> None:
-        for name in ("", "_blocks"):
-            self._files.announce(stored.key + name, stored.index)
+        for end in _ENDS:
+            self._files.announce(stored.key + end, stored.index)
 
-    def _matrix(self, parts: list[ExpertPart]) -> np.ndarray:
-        """One matrix `[F D]` of an expert, its bias in the rows below."""
-        shape, width = self.model.expert_shape[2:], self.model.expert_hidden
-        out = np.zeros(shape, self.dtype) if self.model.bias_rows else np.empty(shape, self.dtype)
+    def _matrix(self, parts: list[ExpertPart], room: np.ndarray) -> np.ndarray:
+        """One matrix `[F D]` of an expert, its bias in the rows below; in `room` if need be."""
+        width = self.model.expert_hidden
         for part in parts:
             values = part.stored.form(self._tensor(part.stored))
             if part.bias:
-                out[width:].reshape(-1)[: values.size] = values
+                below = room[width:].reshape(-1)
+                below[: values.size], below[values.size :] = values, 0
+            elif len(parts) == 1 and values.dtype == room.dtype and values.flags.c_contiguous:
+                return values
             else:
-                _copy(out[:width], values)
-        return out
+                _copy(room[:width], values)
+        return room
 
     def _read(self, stored: Stored) -> np.ndarray:
         return np.array(stored.form(self._tensor(stored)), order="C")

@@ -61,13 +61,19 @@ class SafetensorsFile:
             )
         return self._bytes[info.start : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
 
-    def announce(self, key: str, part: slice) -> None:
-        """This part of the tensor's first axis is wanted soon: the system reads ahead."""
+    def place(self, key: str, index: int | None) -> tuple[int, int]:
+        """First byte, and the one after the last, of a tensor or of one part of its first axis."""
         info = self.tensors[key]
-        row = (info.end - info.start) // max(info.shape[0], 1)
-        start, end, _ = part.indices(info.shape[0])
-        first = (info.start + start * row) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, info.start + end * row - first)
+        if index is None:
+            return info.start, info.end
+        row = (info.end - info.start) // info.shape[0]
+        return info.start + index * row, info.start + (index + 1) * row
+
+    def announce(self, key: str, index: int | None) -> None:
+        """These bytes are wanted soon: the system reads ahead."""
+        start, end = self.place(key, index)
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, end - first)
 
 
 class SafetensorsFiles:
@@ -120,9 +126,15 @@ class SafetensorsFiles:
 
     def announce(self, key: str, index: int | None) -> None:
         """The tensor, or this part of its first axis, is wanted soon. Never fails."""
-        if (name := self._file_of.get(key)) is not None and key in self._opened(name).tensors:
-            part = slice(None) if index is None else slice(index, index + 1)
-            self._opened(name).announce(key, part)
+        if key in self._file_of and key in (file := self._opened(self._file_of[key])).tensors:
+            file.announce(key, index)
+
+    def place(self, key: str, index: int | None) -> tuple[pathlib.Path, int, int] | None:
+        """File, first byte, and the one after the last; None where there is no such tensor."""
+        if key not in self._file_of:
+            return None
+        file = self._opened(self._file_of[key])
+        return file.path, *file.place(key, index)
 
     def _opened(self, name: str) -> SafetensorsFile:
         if name not in self._open:

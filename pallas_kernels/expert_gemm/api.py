@@ -33,23 +33,18 @@ def expert_gemm(
     dispatch left in the window are answered at once, where the mode is `per_choice`: results go
     straight into the windows of their sources, and what is returned, a
     `combine.mosaic_gpu.ResultsAtHome`, is for `combine` only, which posts the flags.
-    Raises NotImplementedError there unless F and D are multiples of 64, and for another `mlp`.
+    Raises NotImplementedError there unless F and D are multiples of 64.
     """
     if rows.shape[:2] != slots.shape[:2] or rows.shape[-1] != bank.shape[-1]:
         raise ValueError(f"{rows.shape=}, {slots.shape=} and {bank.shape=} do not belong together")
     if isinstance(layer, int) and not 0 <= layer < bank.shape[1]:
         raise ValueError(f"{layer=} is not in 0..{bank.shape[1] - 1}")
     if platform() == "gpu":
-        if mlp != SWIGLU:
-            raise NotImplementedError(
-                f"{mlp}: the GPU kernels compute silu(gate) * up without biases; run experts of "
-                "another kind on CPU"
-            )
-        return _on_gpu(rows, slots, bank, layer, config, send_home)
+        return _on_gpu(rows, slots, bank, layer, config, send_home, mlp)
     return expert_gemm_tiles(rows, slots, bank, layer, tile_rows, mlp)
 
 
-def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool):
+def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool, mlp: ExpertMlp):
     # Imported here: the CPU path needs nothing of Mosaic GPU.
     from pallas_kernels.dispatch.mosaic_gpu import RowsInWindow
     from pallas_kernels.expert_gemm import mosaic_gpu
@@ -66,7 +61,15 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool
         tile_rows = config.tile_rows if config else tile_rows_for(slots.size / num_slots)
         source = mosaic_gpu.InArray(rows.astype(jnp.bfloat16))
         lists = mosaic_gpu.list_members(slots, num_slots, tile_rows)
+    width = mlp.bias_width or width
     config = config or config_for(tile_rows, num_slots, width, hidden)
+    if mlp.bias_width > hidden and hidden % config.tile_columns:
+        raise NotImplementedError(
+            f"biases of F={mlp.bias_width} in rows of D={hidden}, of which {config.tile_columns=} "
+            "is no divisor: a tile's biases would lie in two rows"
+        )
     if config.tile_rows != tile_rows:
         raise ValueError(f"{config.tile_rows=}, but dispatch listed tiles of {tile_rows} rows")
-    return mosaic_gpu.expert_gemm_mosaic(source, slots.shape, lists, bank, layer, config, homes)
+    return mosaic_gpu.expert_gemm_mosaic(
+        source, slots.shape, lists, bank, layer, config, homes, mlp
+    )

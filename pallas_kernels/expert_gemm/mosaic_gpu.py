@@ -18,6 +18,7 @@ from jaxtyping import Array, BFloat16, Int32, UInt32
 from pallas_kernels import peers
 from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
+from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 from pallas_kernels.gpu import GROUP_THREADS, MemberLists, Place, entry, open_heap, told
 from pallas_kernels.peers import Word
 
@@ -98,13 +99,14 @@ def expert_gemm_mosaic(
     layer,
     config: GemmConfig,
     homes: Homes | None = None,
+    mlp: ExpertMlp = SWIGLU,
 ) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
     """As `expert_gemm.api.expert_gemm` for shape (R, T, K); other choices' rows stay unwritten.
 
     With `homes` results are written there, and nothing else is.
     """
-    h = gate_up(source, shape, lists, bank, layer, config)
-    return down(h, shape, lists, bank, layer, config, homes)
+    h = gate_up(source, shape, lists, bank, layer, config, mlp)
+    return down(h, shape, lists, bank, layer, config, homes, mlp)
 
 
 def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> Members:
@@ -200,10 +202,14 @@ def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None
 
 
 def gate_up(
-    source, shape, lists: Members, bank, layer, config: GemmConfig
+    source, shape, lists: Members, bank, layer, config: GemmConfig, mlp: ExpertMlp = SWIGLU
 ) -> BFloat16[Array, "N F"]:
-    """`silu(gate(x)) * up(x)` of all members, tile by tile; N rows, `tile_rows` for each tile."""
+    """`silu(gate(x)) * up(x)` of all members, tile by tile; N rows, `tile_rows` for each tile.
+
+    Or what else `mlp` makes of gate and up.
+    """
     (_, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
+    width = mlp.bias_width or width  # below F are biases, and padding
     rows, columns, stages, groups = (
         config.tile_rows,
         config.tile_columns,
@@ -297,7 +303,10 @@ def gate_up(
                 def _():
                     accumulator = plgpu.ACC((GROUP_ROWS, columns))
                     gate, up = pl.run_scoped(scope, accumulator, accumulator)
-                    value = (gate * (1.0 / (1.0 + jnp.exp(-gate))) * up).astype(h.dtype)
+                    if mlp.bias_width:
+                        at = (slot, layer[0], column * columns, columns, width)
+                        gate, up = gate + _bias(bank, 0, *at), up + _bias(bank, 1, *at)
+                    value = _activate(mlp, gate, up).astype(h.dtype)
                     start = group * GROUP_ROWS
                     out_smem[pl.ds(start, GROUP_ROWS)] = value
                     part = out_smem.at[pl.ds(start, GROUP_ROWS)]
@@ -324,14 +333,38 @@ def gate_up(
     return _launch(body, "expert_gate_up", config, out, scratch, operands)
 
 
+def _activate(mlp: ExpertMlp, gate, up):
+    if mlp.activation == "swiglu":
+        return gate * (1.0 / (1.0 + jnp.exp(-gate))) * up
+    gate = jnp.minimum(gate, mlp.limit)
+    up = jnp.maximum(jnp.minimum(up, mlp.limit), -mlp.limit)
+    return gate * (1.0 / (1.0 + jnp.exp(-mlp.slope * gate))) * (up + 1.0)
+
+
+def _bias(bank, matrix: int, slot, layer, start, columns: int, width: int):
+    """Columns `start ...` of a matrix's bias, for all rows; it lies in the rows below `width`."""
+    hidden = bank.shape[-1]
+    row = bank.at[slot, layer, matrix, width + start // hidden, pl.ds(start % hidden, columns)]
+    values = plgpu.load(row, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values.astype(jnp.float32), (GROUP_ROWS, columns), (1,))
+
+
 def down(
-    h, shape, lists: Members, bank, layer, config: GemmConfig, homes: Homes | None = None
+    h,
+    shape,
+    lists: Members,
+    bank,
+    layer,
+    config: GemmConfig,
+    homes: Homes | None = None,
+    mlp: ExpertMlp = SWIGLU,
 ) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
     """`h` through the down projection, each row to its choice's place in `[R T K D]`.
 
     Or in the window of its source, where `homes` says so.
     """
     (ranks, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
+    width = mlp.bias_width or width
     rows, columns, stages, groups = (
         config.tile_rows,
         config.down_columns,
@@ -401,6 +434,9 @@ def down(
                 @pl.when(here > 0)
                 def _():
                     value = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, columns)))
+                    if mlp.bias_width:
+                        at = (slot, layer[0], column * columns, columns, width)
+                        value = value + _bias(bank, 2, *at)
                     out_smem[pl.ds(start, GROUP_ROWS)] = value.astype(out_smem.dtype)
                     part = out_smem.at[pl.ds(start, GROUP_ROWS)]
                     rows_at = slot * cap + first + start

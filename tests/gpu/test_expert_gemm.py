@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels.expert_gemm import mosaic_gpu as gemm
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.config import config_for
+from pallas_kernels.expert_gemm.mlp import ACTIVATIONS, SWIGLU, ExpertMlp
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
 from tests.gpu.exchanges import Ranks, a_work, rows_of, some_loopback
 
@@ -28,23 +29,24 @@ SIZES = [(128, 128), (768, 2048), (128, 2880)]  # F, D
 
 
 @functools.cache
-def compiled(width: int, hidden: int, tile_rows: int):
+def compiled(width: int, hidden: int, tile_rows: int, mlp: ExpertMlp = SWIGLU):
     config = config_for(tile_rows, SLOTS, width, hidden)
 
     def run(rows, slots, bank):
         lists = gemm.list_members(slots, SLOTS, tile_rows)
-        return gemm.expert_gemm_mosaic(gemm.InArray(rows), SHAPE, lists, bank, LAYER, config)
+        source = gemm.InArray(rows)
+        return gemm.expert_gemm_mosaic(source, SHAPE, lists, bank, LAYER, config, mlp=mlp)
 
     return jax.jit(run)
 
 
 @functools.cache
-def wanted_by():
+def wanted_by(mlp: ExpertMlp = SWIGLU):
     # TF32 products, XLA's choice on a GPU, would be less exact than what is tested.
     def run(rows, slots, bank):
         with jax.default_matmul_precision("highest"):
             wide = bank[:, LAYER].astype(jnp.float32)
-            return expert_gemm_reference(rows.astype(jnp.float32), slots, wide)
+            return expert_gemm_reference(rows.astype(jnp.float32), slots, wide, mlp)
 
     return jax.jit(run)
 
@@ -80,9 +82,9 @@ ROUTINGS = {
 }
 
 
-def check(rows, slots, bank, found) -> None:
+def check(rows, slots, bank, found, mlp: ExpertMlp = SWIGLU) -> None:
     found = np.asarray(found).astype(np.float32)
-    wanted = np.asarray(wanted_by()(rows, slots, bank))
+    wanted = np.asarray(wanted_by(mlp)(rows, slots, bank))
     here = np.asarray(slots) >= 0
     assert np.isfinite(found[here]).all()
     error = np.linalg.norm(found[here] - wanted[here], axis=-1)
@@ -111,6 +113,27 @@ class TestShapes:
         slots[1, ::3] = -1
         spoiled = rows.at[1, ::3].set(jnp.nan)
         check(rows, slots, bank, compiled(width, hidden, tile_rows)(spoiled, slots, bank))
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+@pytest.mark.parametrize(("width", "hidden"), [(128, 128), (256, 128), (2880, 2880)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_biases_are_added_and_the_activation_is_the_one_asked_for(
+    activation, width, hidden, tile_rows
+):
+    rows, bank = operands(width, hidden)
+    random = np.random.default_rng(1)
+    below = np.zeros((SLOTS, 2, 3, 64 * hidden), np.float32)  # biases, then the bank's padding
+    size = max(width, hidden)
+    below[..., :size] = random.standard_normal((SLOTS, 2, 3, size))
+    below[:, :, :2, width:] = below[:, :, 2:, hidden:] = 0
+    below = below.reshape(SLOTS, 2, 3, 64, hidden).astype(ml_dtypes.bfloat16)
+    # Some gates and ups must be clamped.
+    bank = jnp.concatenate([bank * 4, jnp.asarray(below)], axis=3)
+    mlp = ExpertMlp(activation, bias_width=width)
+    slots = with_counts(ROUTINGS["counts at the edges of tiles"], seed=6)
+    found = compiled(width, hidden, tile_rows, mlp)(rows, slots, bank)
+    check(rows, slots, bank, found, mlp)
 
 
 def bits(values, slots) -> np.ndarray:

@@ -21,7 +21,7 @@ from eep_jax.engine.step import StepKind, empty_batch, make_step
 from eep_jax.heap.heap import CONTROL_BYTES
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import KVCache
-from eep_jax.models.moe_block import ExpertSpread
+from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.models.weights import dense_names
 from eep_jax.tables import solo_tables
 from pallas_kernels.combine.api import combine
@@ -29,6 +29,7 @@ from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.expert_gemm import mosaic_gpu as gemm
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.config import GemmConfig, config_for
+from pallas_kernels.expert_gemm.mlp import ExpertMlp
 from pallas_kernels.window import WindowLayout
 from tests.support.lowering import a_call, a_layout, kernels, like, lowered, without_kernels
 
@@ -150,31 +151,33 @@ def test_all_ranks_share_their_kernels(mode, fp8):
 
 def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
     """One whole step of a rank, lowered; weights and heap are shapes only."""
-    cluster, dtype = config.cluster, jnp.dtype(config.engine.dtype)
+    cluster, model, dtype = config.cluster, config.model, jnp.dtype(config.engine.dtype)
     slab = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     spread = ExpertSpread(
         layout=slab.window,
         rank=rank,
         slots_per_rank=slab.slots,
         tile_rows=config.engine.row_tile,
+        mlp=expert_mlp(config.model),
         slab_bytes=slab.slab_bytes,
     )
     step, names = make_step(config, spread)
     shapes = dense_names(config.model)
-    dense = [like(shapes[name].shape, dtype) for name in names]
-    cache_shape = (
-        config.engine.batch_slots,
-        config.model.kv_heads,
-        config.engine.context_tokens,
-        config.model.head_dim,
+    dense = [
+        like(shapes[name].shape, np.float32 if name.endswith("correction") else dtype)
+        for name in names
+    ]
+    sequences, positions = config.engine.batch_slots, config.engine.context_tokens
+    keys, values = (
+        tuple(like((sequences, heads, positions, channels), dtype) for _ in range(model.layers))
+        for heads, channels in model.cache_channels
     )
-    side = tuple(like(cache_shape, dtype) for _ in range(config.model.layers))
     tables = solo_tables(cluster.ranks, config.model.experts, cluster.slots_per_rank, rank)
     return lowered(
         step,
         dense,
         like(slab.bank.shape, dtype),
-        KVCache(side, side),
+        KVCache(keys, values),
         like((cluster.ranks, CONTROL_BYTES), np.uint8),  # the head only, see `heap_argument`
         tables,
         empty_batch(config, kind),
@@ -185,7 +188,8 @@ def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
 def a_config(name: str, layers: int, **engine) -> RunConfig:
     """A configuration of this repository with fewer layers, which all lower alike."""
     config = importlib.import_module(f"configs.{name}").get_config()
-    model = dataclasses.replace(config.model, layers=layers)
+    windows = config.model.windows[:layers]
+    model = dataclasses.replace(config.model, layers=layers, windows=windows)
     engine = dataclasses.replace(config.engine, **engine)
     return dataclasses.replace(config, model=model, engine=engine)
 
@@ -194,6 +198,37 @@ def a_config(name: str, layers: int, **engine) -> RunConfig:
 @pytest.mark.parametrize("name", ["tiny_gpu", "small_moe_h100x1"])
 def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, kind):
     assert len(kernels(a_step(a_config(name, layers=2), 1, kind))) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("qwen3_30b_a3b_h100x1", 1),
+        ("qwen3_235b_a22b_h200x8", 1),
+        ("deepseek_v3_h200x32", 4),  # of which three have no experts
+        ("gpt_oss_120b_h100x8", 2),  # a window and the whole text
+        ("mixtral_8x7b_h100x4", 1),
+    ],
+)
+def test_a_decode_step_of_each_published_model_lowers(name, layers):
+    config = a_config(name, layers)
+    assert len(kernels(a_step(config, 1 % config.cluster.ranks, StepKind.DECODE))) >= 4
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+def test_experts_with_biases_and_a_clamped_activation_lower(tile_rows):
+    mlp = ExpertMlp("clamped_swiglu", bias_width=2880)
+    config = config_for(tile_rows, 8, 2880, 2880)
+    run = lambda *values: expert_gemm(*values, layer=1, config=config, mlp=mlp)
+    rows, slots = like((2, 8, 2880), jnp.bfloat16), like((2, 8, 4), np.int32)
+    bank = like((8, 2, 3, 2944, 2880), jnp.bfloat16)  # 2880, a row of biases, zeros
+    assert len(kernels(lowered(run, rows, slots, bank))) == 2
+    wide = ExpertMlp("swiglu", bias_width=384)
+    narrow = like((8, 2, 3, 448, 192), jnp.bfloat16)  # biases of 384 in rows of 192
+    with pytest.raises(NotImplementedError, match="would lie in two rows"):
+        config = GemmConfig(tile_rows=64, tile_columns=128, down_columns=64)
+        run = lambda *values: expert_gemm(*values, layer=1, config=config, mlp=wide)
+        lowered(run, like((2, 8, 192), jnp.bfloat16), slots, narrow)
 
 
 @pytest.mark.parametrize(

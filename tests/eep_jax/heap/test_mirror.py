@@ -10,7 +10,7 @@ import pytest
 
 from eep_jax.errors import HeapError
 from eep_jax.handshake import enter
-from eep_jax.heap import mirror_lane, mirror_nixl, mirror_server
+from eep_jax.heap import mirror, mirror_lane, mirror_nixl, mirror_server
 from eep_jax.heap.mirror import MirrorOptions
 from eep_jax.heap.mirror_frames import HEADER, Kind
 from eep_jax.heap.mirror_nixl import NixlLane, load_nixl
@@ -314,7 +314,10 @@ class TestWhoIsLetIn:
 
 
 class TestTransports:
-    def test_nixl_is_taken_where_both_ends_have_it(self, keep, transport):
+    def test_nixl_is_taken_where_both_ends_have_it_and_rdma(self, keep, transport, monkeypatch):
+        monkeypatch.setattr(mirror, "rdma_devices", lambda: [])
+        assert keep(a_mirror(0, "a", transport="auto"))._inbox is None
+        monkeypatch.setattr(mirror, "rdma_devices", lambda: ["mlx5_0:1"])
         wanted = "auto" if transport == "nixl" else "tcp"
         near, far = keep(a_mirror(0, "a", transport="auto")), keep(a_mirror(1, "b"))
         far_too = keep(a_mirror(2, "c", transport=wanted))
