@@ -52,6 +52,7 @@ def main() -> int:
             mirrored=bool(config.serve.mirror_host),
         )
     )
+    link.on_turned_away = _end_turned_away
     # The supervisor knows of this process from here on, while JAX is still loading.
     link.start()
     agent = build_agent(config, rank, link, run_dir)
@@ -61,6 +62,12 @@ def main() -> int:
     # Threads of XLA may be inside a callback; nothing here needs an orderly teardown.
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
+
+
+def _end_turned_away(reason: str) -> None:
+    """At once: there is no use in loading and compiling for this run, nor in another try."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(flags.EXIT_USAGE)
 
 
 def _environment(config: RunConfig, identity: Identity, run_dir: pathlib.Path) -> dict[str, str]:

@@ -53,7 +53,8 @@ class Link:
 
     `on_arrival` is called in the link's thread after a message was queued, `on_prepare` with the
     epoch at once when a Prepare comes in that was not planned: a step in flight should end now, not
-    after its deadline.
+    after its deadline; `on_turned_away`, which may be set, with the reason why this process can be
+    no rank of this run, as it was started.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Link:
     ):
         self._options = options
         self.on_arrival, self.on_prepare = on_arrival, on_prepare
+        self.on_turned_away: Callable[[str], None] = lambda reason: None
         self._incoming: queue.Queue = queue.Queue(INCOMING_MAX)
         self._status = Status(rank=options.rank, incarnation=0, sequence=0, mode=Mode.ALONE)
         self._incarnation = 0
@@ -186,6 +188,7 @@ class Link:
                     await asyncio.sleep(RETRY_MS / 1000)
                 case Fenced():
                     self._arrived(answer)
+                    self.on_turned_away(answer.reason)
                     raise ProtocolError(answer.reason)
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import threading
 import time
 
@@ -14,6 +15,7 @@ from eep_jax.runtime import link as link_module
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import decode, encode
 from eep_jax.runtime.control import ControlServer
+from eep_jax.runtime.identity import host_id, start_ticks
 from eep_jax.runtime.link import Connected, Link, LinkOptions
 from tests.support.factories import a_placement, a_view
 
@@ -127,7 +129,25 @@ class TestIntroduction:
 
     def test_one_that_is_fenced_learns_it(self, world):
         world.supervisor(*[Fenced(reason="too late")] * 50)
-        assert received(world.link(), Fenced).reason == "too late"
+        link, reasons = world.link(), []
+        link.on_turned_away = reasons.append
+        assert received(link, Fenced).reason == "too late"
+        until(lambda: "too late" in reasons)
+
+    def test_it_says_which_process_it_is_and_on_which_host(self, world):
+        supervisor = world.supervisor()
+        for options, host in (({}, host_id()), ({"host": "b", "mirrored": True}, "b")):
+            received(world.link(**options), Connected)
+            hello = supervisor.of(messages.Hello)[-1]
+            assert (hello.pid, hello.ticks) == (os.getpid(), start_ticks(os.getpid()))
+            assert (hello.host, hello.mirrored) == (host, bool(options))
+
+    def test_it_finds_a_supervisor_by_its_address(self, world, tmp_path):
+        supervisor = world.supervisor()
+        endpoint = json.loads((tmp_path / "endpoint.json").read_text())
+        address = f"{endpoint['host']}:{endpoint['port']}"
+        received(world.link(endpoint_file=tmp_path / "none", address=address), Connected)
+        assert supervisor.of(messages.Hello)
 
     def test_it_may_be_there_before_its_supervisor(self, world, caplog):
         link = world.link()
