@@ -135,7 +135,7 @@ class TestIntroduction:
         until(lambda: "too late" in reasons)
 
     def test_it_says_which_process_it_is_and_on_which_host(self, world):
-        supervisor = world.supervisor()
+        supervisor = world.supervisor(*[Welcome(incarnation=3)] * 2)
         for options, host in (({}, host_id()), ({"host": "b", "mirrored": True}, "b")):
             received(world.link(**options), Connected)
             hello = supervisor.of(messages.Hello)[-1]
