@@ -170,7 +170,7 @@ class RunConfig:
     serve: ServeConfig = ServeConfig()
     device: DeviceConfig = DeviceConfig()
     platform: str = "cpu"  # what a rank computes on, see PLATFORMS
-    checkpoint: str = ""  # directory written by launch.train_tiny
+    checkpoint: str = ""  # directory of launch.convert or launch.train_tiny, or of Hugging Face
     random_weights: int | None = None  # seed of weights drawn instead of read
     tokenizer: str = ""  # directory of tokenizer.json; "": the checkpoint's, else bytes
 

@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 
 TICK_MS = 50
 EVENTS_MAX = 500
+BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
+BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 PIDS_MAX = 4 << 20  # of Linux
 ENDING_POLL_MS = 10
 
@@ -124,6 +126,7 @@ class Supervisor:
             context_tokens=self.config.engine.context_tokens,
             tokenizer=self._tokenizer,
         )
+        body_bytes_max = max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * limits.context_tokens)
         before = self._endpoint_before()
         runners, endings = [], None
         try:
@@ -137,7 +140,12 @@ class Supervisor:
             )
             http_port = await self._open(
                 runners,
-                build_app(self, limits, template=self._template),
+                build_app(
+                    self,
+                    limits,
+                    template=self._template,
+                    body_bytes_max=body_bytes_max,
+                ),
                 serve.host,
                 serve.port,
                 http_port,
