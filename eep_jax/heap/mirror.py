@@ -186,6 +186,9 @@ class MirrorHeap(PosixShmHeap):
         try:
             self._forget(rank)  # an earlier process of that rank
             self.attach_fd(rank, staging)
+        except BaseException:
+            lane.close()
+            raise
         finally:
             os.close(staging)
         link = MirrorLink(rank, self._codec, self._windows, self.rank, lane, open_lane)

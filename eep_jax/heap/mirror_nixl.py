@@ -43,6 +43,7 @@ _OFFER = struct.Struct("<IQQQ")  # length of the metadata, secret, address, byte
 _SECRET = struct.Struct("<Q")
 
 
+_environment = threading.Lock()
 # A thread that Python ends inside of NIXL would take the process down with an error.
 _inside: "weakref.WeakSet[NixlInbox | NixlLane]" = weakref.WeakSet()
 
@@ -75,14 +76,29 @@ def new_agent(host: str):
     api = load_nixl()
     logging.getLogger("nixl").setLevel(logging.WARNING)
     # Hosts share no memory; and UCX would take namespaces of one machine for one host.
-    os.environ.setdefault("UCX_TLS", "^sm")
-    os.environ.setdefault("UCX_NET_DEVICES", ",".join(_devices(host)))
-    os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    wanted = {"UCX_TLS": "^sm", "UCX_NET_DEVICES": ",".join(_devices(host))}
     config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-    agent = api.nixl_agent(f"eep-{os.getpid()}-{secrets.token_hex(8)}", config)
+    try:
+        with _variables(wanted | {"UCX_LOG_LEVEL": "error"}):
+            agent = api.nixl_agent(f"eep-{os.getpid()}-{secrets.token_hex(8)}", config)
+    except Exception as error:  # NIXL has a class for each of its troubles
+        raise RuntimeError(f"NIXL does not start: {error!r}") from error
     if "UCX" not in agent.backends:
         raise RuntimeError("NIXL has no UCX backend here")
     return agent
+
+
+@contextlib.contextmanager
+def _variables(wanted: dict[str, str]):
+    """Sets those that are not set while UCX reads them, and not for other processes."""
+    with _environment:
+        missing = {name: value for name, value in wanted.items() if name not in os.environ}
+        os.environ.update(missing)
+        try:
+            yield
+        finally:
+            for name in missing:
+                del os.environ[name]
 
 
 def rdma_devices() -> list[str]:
@@ -211,6 +227,15 @@ class NixlLane:
         """Raises OSError where no offer comes, RuntimeError where NIXL cannot follow it."""
         self.connection, self._ended = connection, False
         self._using = threading.Lock()  # while a thread is inside of NIXL
+        try:
+            self._open(connection, host)
+        except BaseException:
+            connection.close()
+            raise
+        _inside.add(self)
+
+    def _open(self, connection: socket.socket, host: str) -> None:
+        """Takes the peer's offer."""
         ends_s = time.monotonic() + mirror_lane.SEND_DEADLINE_S
         head = receive(connection, _OFFER.size, ends_s)
         length, self._secret, self._remote, self._place_bytes = _OFFER.unpack(head)
@@ -219,13 +244,14 @@ class NixlLane:
         metadata = receive(connection, length, ends_s)
         connection.settimeout(None)
         self._agent = new_agent(host)
-        self._peer = self._agent.add_remote_agent(bytes(metadata))
-        if isinstance(self._peer, bytes):
-            self._peer = self._peer.decode()
         self._memory = np.zeros(PLACES * self._place_bytes, np.uint8)
         place = [(self._memory.ctypes.data, self._memory.nbytes, 0, "frames")]
-        self._registered = self._agent.register_memory(place, "DRAM")
-        _inside.add(self)
+        try:
+            peer = self._agent.add_remote_agent(bytes(metadata))
+            self._registered = self._agent.register_memory(place, "DRAM")
+        except Exception as error:
+            raise RuntimeError(f"NIXL does not take the peer's offer: {error!r}") from error
+        self._peer = peer.decode() if isinstance(peer, bytes) else peer
 
     def send(self, pieces: list) -> None:
         header, *payload = pieces
