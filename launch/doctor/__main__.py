@@ -14,7 +14,8 @@ from rich.text import Text
 
 from launch import flags
 from launch.console import STDOUT
-from launch.doctor.checks import Finding, Level, check
+from launch.doctor.checks import check
+from launch.doctor.finding import Finding, Level
 from launch.doctor.probe import look
 
 JSON = absl_flags.DEFINE_boolean("json", False, "Print findings and machine as one JSON object.")

@@ -5,6 +5,7 @@ import dataclasses
 from eep_jax.heap.libcuda import GpuFacts
 
 UNLIMITED = -1
+OPTIONAL = ("cuda-bindings", "jax-cuda12-plugin", "jax-cuda13-plugin")  # packages for GPUs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

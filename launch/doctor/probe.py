@@ -19,12 +19,27 @@ import sys
 
 from eep_jax.config import RunConfig
 from eep_jax.heap.libcuda import GpuFacts
-from launch.doctor.machine import UNLIMITED, Machine
+from launch.doctor.machine import OPTIONAL, UNLIMITED, Machine
 
-PACKAGES = (
-    *("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml-dtypes", "aiohttp", "msgpack"),
-    *("absl-py", "jaxtyping", "optax", "prometheus-client", "rich", "matplotlib"),
-    *("cuda-bindings", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
+    "jax",
+    "jaxlib",
+    "flax",
+    "orbax-checkpoint",
+    "optax",
+    "chex",
+    "absl-py",
+    "jaxtyping",
+    "numpy",
+    "ml-dtypes",
+    "aiohttp",
+    "msgpack",
+    "tokenizers",
+    "jinja2",
+    "prometheus-client",
+    "rich",
+    "matplotlib",
+    *OPTIONAL,
 )
 SLURM_COMMANDS = ("sbatch", "srun", "scontrol")
 JAX_DEADLINE_S, COMMAND_DEADLINE_S = 120.0, 20.0

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -13,8 +15,10 @@ from configs import small_moe_h100x1, tiny_cpu, tiny_gpu
 from eep_jax.errors import HeapError
 from eep_jax.heap.libcuda import GpuFacts, survey
 from eep_jax.models.expert_bank import slab_layout
-from launch.doctor.checks import Level, check, needs, numbers
-from launch.doctor.machine import Machine
+from launch.doctor.checks import check
+from launch.doctor.device_checks import needs
+from launch.doctor.finding import Level, numbers
+from launch.doctor.machine import OPTIONAL, Machine
 from launch.doctor.probe import PACKAGES, _container_free, ask
 from tests.support.fake_cuda import put_fake_driver
 
@@ -201,6 +205,12 @@ class TestSurvey:
         put_fake_driver(monkeypatch).fail("cuInit")
         with pytest.raises(HeapError, match="cuInit of a survey of the GPUs failed"):
             survey()
+
+
+def test_every_dependency_of_the_project_is_looked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}
+    assert set(PACKAGES) == names | set(OPTIONAL)
 
 
 def test_versions_are_numbers():

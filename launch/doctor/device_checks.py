@@ -1,0 +1,132 @@
+"""GPUs, and whether memory of GPU or host is enough for the ranks: `(machine, config)`, pure."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from eep_jax.config import RunConfig
+from launch.doctor.finding import Finding, Level, either, size
+from launch.doctor.machine import Machine
+from pallas_kernels.window import WindowLayout, round_up
+
+CUDA_12, CUDA_13 = 12_080, 13_000  # that cuda-bindings of the two extras need of a driver
+HOPPER = (9, 0)
+CONTEXT_BYTES = 600 << 20  # of CUDA, per rank on a GPU
+PROCESS_BYTES = 400 << 20  # of host memory: Python, JAX and its compiler
+WIDTH_MULTIPLE = 64  # channels that the bank of a GPU pads experts to
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes of one rank."""
+
+    window: int
+    bank: int
+    dense: int
+    cache: int
+
+    @property
+    def slab(self) -> int:
+        return self.window + self.bank
+
+
+def needs(config: RunConfig) -> Needs:
+    """What a rank of this configuration holds; what its steps compute with comes on top."""
+    model, engine, cluster = config.model, config.engine, config.cluster
+    item = ITEM_BYTES[engine.dtype]
+    window = WindowLayout(
+        ranks=cluster.ranks,
+        tokens=engine.tokens_max,
+        choices=model.experts_per_token,
+        hidden=model.hidden,
+        combine=engine.combine,
+        row_dtype=engine.dtype,
+        dispatch_dtype=engine.dispatch_dtype,
+    )
+    layers, matrices, width, hidden = model.expert_shape
+    width = round_up(width, WIDTH_MULTIPLE) if engine.dtype == "bfloat16" else width
+    return Needs(
+        window=window.window_bytes,
+        bank=cluster.slots_per_rank * math.prod((layers, matrices, width, hidden)) * item,
+        dense=model.dense_parameters * item,
+        cache=model.cache_elements * engine.batch_slots * engine.context_tokens * item,
+    )
+
+
+def check_gpus(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Finding]:
+    if config.platform != "gpu":
+        found = f"{len(machine.gpus)}, the configuration needs none"
+        yield Finding(Level.OK, "GPUs", found)
+        return
+    if machine.gpu_error or not machine.gpus:
+        found = machine.gpu_error or "none is visible"
+        fix = (
+            "install the driver of NVIDIA and the extra cuda13 or cuda12; see CUDA_VISIBLE_DEVICES"
+        )
+        yield Finding(Level.FAIL, "GPUs", found, fix)
+        return
+    names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
+    found = f"{len(machine.gpus)}: {names}; {config.cluster.ranks} ranks on {gpus} of them"
+    fix = "ranks that share a GPU take turns: good for trying it out, not for speed"
+    yield either(config.cluster.ranks <= gpus, "GPUs", found, fix, Level.WARN)
+    plugin = CUDA_13 if machine.packages.get("jax-cuda13-plugin") else CUDA_12
+    found = (
+        f"{machine.driver or 'unknown'}, CUDA {machine.cuda // 1000}.{machine.cuda % 1000 // 10}"
+    )
+    fix = "update the driver (580 or newer for cuda13), or install the extra cuda12 instead"
+    yield either(machine.cuda >= plugin, "GPU driver", found, fix)
+    wrong = {
+        "compute capability": [g for g, x in enumerate(machine.gpus) if x.capability != HOPPER],
+        "virtual memory": [g for g, x in enumerate(machine.gpus) if not x.maps_memory],
+        "file descriptors": [g for g, x in enumerate(machine.gpus) if not x.exports_fds],
+    }
+    fixes = {
+        "compute capability": "the kernels are for Hopper (9.0): H100, H200; choose with --gpus",
+        "virtual memory": "the heap needs cuMemMap: no vGPU or MIG slice without it",
+        "file descriptors": "slabs travel as file descriptors: a Linux driver that exports them",
+    }
+    for subject, which in wrong.items():
+        found = f"not on GPUs {which}" if which else "as needed on all"
+        yield either(not which, f"GPU {subject}", found, fixes[subject])
+    yield from _peers(machine)
+
+
+def _peers(machine: Machine) -> Iterator[Finding]:
+    everyone = set(range(len(machine.gpus)))
+    apart = [
+        (mine, peer)
+        for mine, gpu in enumerate(machine.gpus)
+        for peer in sorted(everyone - {mine} - set(gpu.peers))
+    ]
+    fix = "ranks write to each other's GPUs: see nvidia-smi topo -p2p r; or choose with --gpus"
+    found = f"none between {apart[:4]}" if apart else f"all of {len(everyone)} reach each other"
+    yield either(not apart, "GPU peer access", found, fix)
+
+
+def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Finding]:
+    needed, ranks = needs(config), config.cluster.ranks
+    if config.platform == "cpu":
+        backups = config.cluster.backup_bytes
+        rank = needed.slab + needed.dense + needed.cache + backups + PROCESS_BYTES
+        found = (
+            f"{size(rank)} x {ranks} ranks, {size(machine.memory_free_bytes)} of "
+            f"{size(machine.memory_bytes)} free"
+        )
+        fix = "fewer ranks on this machine, or lower cluster.slots_per_rank, engine.batch_slots"
+        yield either(rank * ranks <= machine.memory_free_bytes, "memory", found, fix)
+        return
+    if not machine.gpus:
+        return
+    total, sharing = min(gpu.total_bytes for gpu in machine.gpus), math.ceil(ranks / gpus)
+    fraction = config.device.memory_fraction
+    jax = int(total * fraction / sharing)
+    found = f"{size(needed.dense + needed.cache)} of {size(jax)} that JAX has per rank"
+    fix = "raise device.memory_fraction, or lower engine.batch_slots or engine.context_tokens"
+    yield either(needed.dense + needed.cache <= jax, "GPU memory, model", found, fix)
+    rest = int(total * (1 - fraction))
+    # Each rank has a slab, and one more stands for absent peers.
+    heap = sharing * (2 * needed.slab + CONTEXT_BYTES)
+    found = f"{size(heap)} of {size(rest)} that JAX leaves, {sharing} ranks on a GPU"
+    fix = "lower device.memory_fraction or cluster.slots_per_rank, or give the ranks more GPUs"
+    yield either(heap <= rest, "GPU memory, heap", found, fix)
