@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from eep_jax.placement.placement import EMPTY
 from eep_jax.relocation.slot_check import fingerprint
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, World, bring
+from tests.support.fingerprints import by_hand
 
 SHAPE = (3, 2, 3, 4, 8)  # slots, and an expert
 compiled = jax.jit(fingerprint)
@@ -21,19 +22,6 @@ def of(bank: np.ndarray, slot: int = 1) -> tuple[int, ...]:
 
 def a_bank(seed: int, dtype) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(SHAPE).astype(dtype)
-
-
-def by_hand(weights: np.ndarray) -> tuple[int, int]:
-    """The same in integers of any size."""
-    words = weights.reshape(-1).view({2: np.uint16, 4: np.uint32}[weights.dtype.itemsize])
-    first = second = 0
-    for position, word in enumerate(words.tolist()):
-        x = (word * 0x9E3779B1 ^ position * 0x85EBCA6B) & 0xFFFFFFFF
-        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
-            x = (x ^ x >> shift) * factor & 0xFFFFFFFF
-        x ^= x >> 15
-        first, second = first + x, second + (x * (2 * position + 1) & 0xFFFFFFFF ^ x >> 7)
-    return first & 0xFFFFFFFF, second & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -80,7 +68,9 @@ def test_what_nobody_learned_is_compared_with_the_digest_once(pristine_checkpoin
     world = World(pristine_checkpoint, checks=True)
     world.slot_check._known.clear()
     verified, real = [], world.executor.verify
-    monkeypatch.setattr(world.executor, "verify", lambda e, w: (verified.append(e), real(e, w)))
+    monkeypatch.setattr(
+        world.executor, "verify", lambda e, *rest: (verified.append(e), real(e, *rest))
+    )
     world.peer.write(2, 5, world.right[5])
     for _ in range(3):
         world.bank.clear(0)
