@@ -56,6 +56,7 @@ AIM = 1.01  # live membership over compiled-in
 SILENT_DEADLINE_MS = 20
 STEPS = 10  # of one run
 AGREEING = 0.5  # of the tokens at least; by chance it is one of the vocabulary
+AGREEING_MIN = 8  # tokens; of fewer, too many may be near a tie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +342,7 @@ def check(live: Live, reference, batch: Batch) -> list[int]:
             raise Unfit(f"{name} of layer {layer} differ from the reference by {error:.3g} of it")
     agreeing = float(np.mean(np.asarray(expected.tokens) == np.asarray(found.tokens)))
     print(f"tokens equal to the reference: {agreeing:.0%}", flush=True)
-    if agreeing < AGREEING:
+    if len(batch.slots) >= AGREEING_MIN and agreeing < AGREEING:
         raise Unfit(f"only {agreeing:.0%} of the tokens are those of the reference")
     return np.asarray(touched).tolist()
 

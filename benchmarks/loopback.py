@@ -118,11 +118,16 @@ class Loopback:
     @functools.cached_property
     def receive_home(self):
         """`(slots [T K], weights [T K], heap, call, rank, sent) -> (y [T D], suspicion)`."""
-        return jax.jit(
-            lambda slots, weights, heap, call, rank, sent: combine_gpu.receive_home(
-                slots, weights, heap, call, rank, sent, self.place, self.combine_config
-            )
-        )
+        return jax.jit(functools.partial(self._receive_home, stand_in=False))
+
+    @functools.cached_property
+    def receive_home_alone(self):
+        """As `receive_home` without anybody's `send_home`: the rank posts the others' flags."""
+        return jax.jit(functools.partial(self._receive_home, stand_in=True))
+
+    def _receive_home(self, *arguments, stand_in: bool):
+        config = self.combine_config
+        return combine_gpu.receive_home(*arguments, self.place, config, stand_in=stand_in)
 
 
 def random_routing(rng: np.random.Generator, ranks, tokens, choices, experts, skew=0.0):

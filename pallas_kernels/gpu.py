@@ -26,6 +26,9 @@ from pallas_kernels.window import DOUBLE_BUFFERED, WindowLayout
 GROUP_THREADS = 128  # threads of one warpgroup
 # Entries of the region `ticket`.
 DISPATCH_DONE, COMBINE_DONE, HOME = range(3)
+# HOME holds the round whose results have come home; with these bits turned it says that some have
+# not, or that it is not known yet. No round near this one looks like that.
+INCOMPLETE, NOT_HOME = 1 << 31, 1 << 30
 # Beyond the deadline, for what a block waits for from the block that keeps the deadline.
 UNROLLED_SLOTS = 64  # up to which a sum over slots is no loop
 GRACE_NS = 1_000_000_000
@@ -167,25 +170,25 @@ def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word],
 def is_last_block(heap: Heap, ticket: int, blocks: int, shared) -> Word:
     """Part of a kernel, called by all threads of every block: whether all others got here before.
 
-    Then all that they wrote before can be announced to any GPU.
+    Then all that they wrote before is announced by what this block posts.
     """
     seen = peers.address(shared)
     peers.barrier()
     with peers.when(peers.thread() == 0):
-        peers.fence()
         at = heap.region("ticket", heap.rank, ticket)
         peers.store(seen, peers.count_up(at, blocks - 1))
     peers.barrier()
     return peers.load(seen) == blocks - 1
 
 
-def forget_home(heap: Heap) -> None:
+def forget_home(heap: Heap, refs: Told) -> None:
     """Part of a kernel: no block of this exchange's last kernel begins to sum before it is told.
 
     A round that is run again, by a rank that is alone, would find its own word of the time before.
     """
     with peers.when(peers.thread() == 0):
-        peers.store(heap.region("ticket", heap.rank, HOME), peers.word(0))
+        at = heap.region("ticket", heap.rank, HOME)
+        peers.store(at, word_at(refs.round) ^ NOT_HOME)
 
 
 def tell_partners(
@@ -210,24 +213,16 @@ class Heard(typing.NamedTuple):
     """Part of a kernel: what a block that waits for the partners writes, by reference."""
 
     suspicion: Array  # int32 [R], an output
-    wish: Array  # uint32 [1], an output: the largest heard
     heard: Array  # int32 [R] in shared memory: 1 where the flag came
-    words: Array  # int32 [2] in shared memory
+    failed: Array  # int32 [1] in shared memory: 1 where one did not
 
 
 def await_partners(
-    flag: str,
-    heap: Heap,
-    refs: Told,
-    out: Heard,
-    threads: int,
-    stand_in: bool = False,
-    then: Callable[[], None] = lambda: None,
+    flag: str, heap: Heap, refs: Told, out: Heard, threads: int, stand_in: bool = False
 ) -> None:
     """Part of a kernel, called by all threads of one block: posts the round, waits for the others'.
 
-    `then` is done while the wishes of those that came are under way. Nothing off the GPU is touched
-    unless a rank is late: reading the abort word costs microseconds.
+    Nothing off the GPU is touched unless a rank is late: reading the abort word costs microseconds.
     """
     thread, ranks, rank = peers.thread(), heap.place.ranks, heap.rank
     start = peers.now_ns()
@@ -235,7 +230,7 @@ def await_partners(
     limit_ns = word_at(refs.deadline_ms).wide() * 1_000_000
     abort = word_at(refs.abort).wide() | (word_at(refs.abort, 1).wide() << 32)
     is_partner, ended = partner_test(refs.active, refs.suspicion, rank)
-    loudest, failed = peers.address(out.words, 0), peers.address(out.words, 4)
+    failed = peers.address(out.failed)
 
     def hear(peer: Word) -> None:
         peers.store(entry(out.suspicion, peer), peers.load(entry(refs.suspicion, peer)))
@@ -251,29 +246,41 @@ def await_partners(
                 peers.store(failed, peers.word(1))
 
     with peers.when(thread == 0):
-        peers.store(loudest, word_at(refs.wish))
         peers.store(failed, ended.narrow())
     tell_partners(flag, heap, refs, is_partner, threads, stand_in)
     peers.barrier()
     peers.each(thread, ranks, threads, hear)
     peers.barrier()
+    # After all waits: what ended one of them is seen here too.
+    with peers.when((thread == 0) & (peers.load(failed) != 0)):
+        aborted = ended | epoch.below(peers.look(abort))
+        peers.store(entry(out.suspicion, rank), aborted.narrow())
+
+
+def gather_wishes(
+    heap: Heap, refs: Told, heard, loudest, wish, threads: int, meanwhile: Callable[[], None]
+) -> None:
+    """Part of a kernel, after `await_partners`: the largest wish of those heard and of this rank.
+
+    `loudest` is an int32 [1] in shared memory, `wish` the output. While the wishes are under way
+    `meanwhile` is done, in which all threads meet at least once.
+    """
+    thread, ranks, at = peers.thread(), heap.place.ranks, peers.address(loudest)
+    with peers.when(thread == 0):
+        peers.store(at, word_at(refs.wish))
     wishes = []
     for first in range(0, ranks, threads):
         inside = thread + first < ranks
         peer = peers.select(inside, thread + first, 0)
-        came = inside & (peers.load(entry(out.heard, peer)) != 0)
-        wishes.append((came, peers.load_if(came, heap.region("header", rank, peer))))
-    then()
-    for came, wish in wishes:
+        came = inside & (peers.load(entry(heard, peer)) != 0)
+        wishes.append((came, peers.load_if(came, heap.region("header", heap.rank, peer))))
+    meanwhile()
+    for came, found in wishes:
         with peers.when(came):
-            peers.max_shared(loudest, wish)
+            peers.max_shared(at, found)
     peers.barrier()
     with peers.when(thread == 0):
-        peers.store(peers.address(out.wish), peers.load(loudest))
-        # After all waits: what ended one of them is seen here too.
-        with peers.when(peers.load(failed) != 0):
-            aborted = ended | epoch.below(peers.look(abort))
-            peers.store(entry(out.suspicion, rank), aborted.narrow())
+        peers.store(peers.address(wish), peers.load(at))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -282,11 +282,6 @@ def count_up(at: Word, last: int) -> Word:
     )
 
 
-def fence() -> None:
-    """What this thread wrote or saw before is seen, by any GPU, before what it writes after."""
-    mgpu.inline_ptx("fence.acq_rel.sys;", result_types=None)
-
-
 def max_shared(at: Word, value: Word) -> None:
     """Raises a word in shared memory to `value`, unsigned."""
     ptx = "red.shared.max.u32 [$0], $1;"
@@ -307,13 +302,23 @@ def load_bf16x8(at: Word) -> ir.Value:
 
 
 def load_bf16x8_if(wanted: Word, at: Word) -> ir.Value:
-    """As `load_bf16x8` where wanted; else zeros, and memory is not touched."""
-    branch = scf.IfOp(wanted.value, [_vector8(ir.F32Type.get())], has_else=True)
-    with ir.InsertionPoint(branch.then_block):
-        scf.yield_([load_bf16x8(at)])
-    with ir.InsertionPoint(branch.else_block):
-        scf.yield_([zero_f32x8()])
-    return branch.results[0]
+    """As `load_bf16x8` where wanted; else zeros, and memory is not touched.
+
+    No branch: neighbouring loads are under way together.
+    """
+    words = mgpu.inline_ptx(
+        "{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; "
+        "mov.u32 $3, 0; @p ld.global.v4.u32 {$0, $1, $2, $3}, [$4]; }",
+        at.value,
+        wanted.narrow().value,
+        result_types=(_i32(),) * 4,
+        has_side_effects=True,
+    )
+    vector = llvm.mlir_undef(ir.VectorType.get((4,), _i32()))
+    for index, value in enumerate(words):
+        vector = llvm.insertelement(vector, value, mgpu.c(index, _i32()))
+    narrow = llvm.bitcast(_vector8(ir.BF16Type.get()), vector)
+    return arith.extf(_vector8(ir.F32Type.get()), narrow)
 
 
 def store_bf16x8(at: Word, values: ir.Value) -> None:
@@ -393,6 +398,11 @@ def post(at: Word, value: Word) -> None:
     mgpu.inline_ptx("st.release.sys.global.u32 [$0], $1;", at.value, value.value, result_types=None)
 
 
+def post_near(at: Word, value: Word) -> None:
+    """As `post`, for who runs on this GPU."""
+    mgpu.inline_ptx("st.release.gpu.global.u32 [$0], $1;", at.value, value.value, result_types=None)
+
+
 def _look(at: Word, order: str) -> Word:
     ptx = f"ld.{order}.sys.global.u32 $0, [$1];"
     return Word(mgpu.inline_ptx(ptx, at.value, result_types=_i32(), has_side_effects=True))
@@ -416,19 +426,44 @@ def wait_for(
     Gives up `limit_ns` after `start`, or once the word at `abort`, where one is given, is above
     `epoch`. Acquires: what was written before the flag was posted may be read after it.
     """
+
+    def look_at(turn: Word, aborted: Word) -> tuple[Word, Word]:
+        came = (_look(at, "acquire") == wanted).narrow()
+        if abort is None:
+            return came, aborted
+        asks = turn % ABORT_POLL_ROUNDS == ABORT_POLL_ROUNDS - 1
+        polls = scf.IfOp(asks.value, [_i32()], has_else=True)
+        with ir.InsertionPoint(polls.then_block):
+            scf.yield_([(epoch.below(look(abort))).narrow().value])
+        with ir.InsertionPoint(polls.else_block):
+            scf.yield_([aborted.value])
+        return came, Word(polls.results[0])
+
+    return _poll(look_at, start, limit_ns)
+
+
+def wait_near(at: Word, wanted: Word, otherwise: Word, start: Word, limit_ns: Word) -> Word:
+    """Waits until the word at `at`, which this GPU writes, is `wanted` or `otherwise`.
+
+    Returns 1 for the first, 2 for the second, 0 if neither came within `limit_ns` of `start`.
+    Acquires.
+    """
+
+    def look_at(turn: Word, aborted: Word) -> tuple[Word, Word]:
+        ptx = "ld.acquire.gpu.global.u32 $0, [$1];"
+        seen = Word(mgpu.inline_ptx(ptx, at.value, result_types=_i32(), has_side_effects=True))
+        return (seen == wanted).narrow() + (seen == otherwise).narrow() * 2, aborted
+
+    return _poll(look_at, start, limit_ns)
+
+
+def _poll(look_at, start: Word, limit_ns: Word) -> Word:
+    """`look_at(turn, aborted) -> (came, aborted)` until either is not 0, or the time is over."""
     loop = scf.WhileOp([_i32()] * 3, [mgpu.c(0, _i32())] * 3)
     before = loop.before.blocks.append(_i32(), _i32(), _i32())
     with ir.InsertionPoint.at_block_begin(before):
         turn, aborted = Word(before.arguments[0]), Word(before.arguments[1])
-        came = (_look(at, "acquire") == wanted).narrow()
-        if abort is not None:
-            asks = turn % ABORT_POLL_ROUNDS == ABORT_POLL_ROUNDS - 1
-            polls = scf.IfOp(asks.value, [_i32()], has_else=True)
-            with ir.InsertionPoint(polls.then_block):
-                scf.yield_([(epoch.below(look(abort))).narrow().value])
-            with ir.InsertionPoint(polls.else_block):
-                scf.yield_([aborted.value])
-            aborted = Word(polls.results[0])
+        came, aborted = look_at(turn, aborted)
         in_time = (now_ns() - start).below(limit_ns)
         goes_on = (came == 0) & (aborted == 0) & in_time
         scf.condition(goes_on.value, [(turn + 1).value, aborted.value, came.value])

@@ -1,7 +1,6 @@
 """Combine on a GPU: results straight into their owner's window, summed there in float32."""
 
 import dataclasses
-import functools
 import typing
 
 import jax
@@ -16,6 +15,7 @@ from pallas_kernels.gpu import (
     GRACE_NS,
     GROUP_THREADS,
     HOME,
+    INCOMPLETE,
     Heap,
     Heard,
     Place,
@@ -97,7 +97,7 @@ def send_home(
         is_partner, _ = partner_test(refs.active, refs.suspicion, world.rank)
         write(results, received, weights, world, is_partner)
         with peers.when(is_last_block(world, COMBINE_DONE, blocks, ticket)):
-            forget_home(world)
+            forget_home(world, refs)
             tell_partners("returned", world, refs, is_partner, GROUP_THREADS, stand_in)
             with peers.when(peers.thread() == 0):
                 peers.store(peers.address(done), peers.word(1))
@@ -157,12 +157,12 @@ def send_sums(results, place: Place, config: CombineConfig):
             heard = is_partner(home)
             with peers.when(any_mine & heard & (chunk < chunks)):
                 offset, total = chunk.wide() * 16, peers.zero_f32x8()
-                for pair, valid in zip(pairs, mine, strict=True):
-                    at = peers.address(results, pair.wide() * row_bytes) + offset
-                    share = peers.load(entry(weights, pair))
-                    # Most choices of a token ran elsewhere: their rows here hold nothing.
-                    rows = peers.load_bf16x8_if(valid, at)
-                    total = peers.scaled_add(total, share, rows, valid)
+                shares = [peers.load(entry(weights, pair)) for pair in pairs]
+                start = [peers.address(results, pair.wide() * row_bytes) + offset for pair in pairs]
+                # Most choices of a token ran elsewhere: their rows here hold nothing.
+                rows = [peers.load_bf16x8_if(*at) for at in zip(mine, start, strict=True)]
+                for share, values, valid in zip(shares, rows, mine, strict=True):
+                    total = peers.scaled_add(total, share, values, valid)
                 target = heap.region("returns", home, heap.rank, token) + offset
                 peers.store_bf16x8(target, total)
 
@@ -171,38 +171,54 @@ def send_sums(results, place: Place, config: CombineConfig):
     return blocks, write
 
 
-def receive_home(slots, weights, heap, call: Call, rank, sent, place: Place, config: CombineConfig):
+def receive_home(
+    slots,
+    weights,
+    heap,
+    call: Call,
+    rank,
+    sent,
+    place: Place,
+    config: CombineConfig,
+    *,
+    stand_in: bool = False,
+):
     """Posts, waits and sums: returns y and suspicion. `sent` is there once results are written.
 
-    `y[t]` is made of the rows that came home; rows of ranks that were not heard are not read.
+    `y[t]` is made of the rows that came home; rows of ranks that were not heard are not read. With
+    `stand_in`, for measuring one rank of a loopback, it also posts the others' flags.
     """
     layout, (tokens, choices) = place.layout, slots.shape
-    chunks = layout.hidden // CHANNELS
-    parts = -(-chunks // GROUP_THREADS)
+    parts = -(-layout.hidden // CHANNELS // GROUP_THREADS)
     blocks = min(tokens * parts, config.sum_blocks)
 
     def body(slots, weights, heap_ref, *rest):
         refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
-        _, y, suspicion, wish, heard, words = rest
+        _, y, suspicion, heard, failed, news = rest
         world = open_heap(place, heap_ref, refs.round, refs.rank)
+        block, thread = peers.block(), peers.thread()
         home = world.region("ticket", world.rank, HOME)
         current = word_at(refs.round)
-        with peers.when(peers.block() == 0):
-            out = Heard(suspicion, wish, heard, words)
-            await_partners("returned", world, refs, out, GROUP_THREADS)
+        incomplete = current ^ INCOMPLETE
+        summing = Summing(place, slots, weights, world, refs, suspicion, choices, parts)
+        first = summing.prepare(block)  # under way while this block waits
+        with peers.when(block == 0):
+            out = Heard(suspicion, heard, failed)
+            await_partners("returned", world, refs, out, GROUP_THREADS, stand_in)
             peers.barrier()
-            with peers.when(peers.thread() == 0):
-                peers.post(home, current)
-        # A block that is not there yet keeps nobody waiting: the first one waits for partners only.
-        with peers.when((peers.block() != 0) & (peers.thread() == 0)):
+            with peers.when(thread == 0):
+                all_came = peers.load(peers.address(failed)) == 0
+                peers.post_near(home, peers.select(all_came, current, incomplete))
+        # The first block waits for partners only, so a block that has not begun keeps nobody.
+        with peers.when(thread == 0):
             limit_ns = word_at(refs.deadline_ms).wide() * 1_000_000 + GRACE_NS
-            epoch, start = word_at(refs.epoch), peers.now_ns()
-            peers.wait_for(home, current, start, limit_ns, None, epoch)
+            came = peers.wait_near(home, current, incomplete, peers.now_ns(), limit_ns)
+            peers.store(peers.address(news), came)
         peers.barrier()
-        is_partner, _ = partner_test(refs.active, suspicion, world.rank)
-        each_part = functools.partial(_sum_part, place, slots, weights, world, is_partner, y)
-        sum_part = lambda item: each_part(item, choices, parts)
-        peers.each(peers.block(), tokens * parts, blocks, sum_part)
+        all_came = peers.load(peers.address(news)) == 1
+        summing.run(first, all_came, y)
+        following = lambda item: summing.run(summing.prepare(item), all_came, y)
+        peers.each(block + blocks, tokens * parts, blocks, following)
 
     operands = (slots.reshape(-1), weights.reshape(-1), heap, *told(call, rank), sent)
     found = simt(
@@ -211,37 +227,76 @@ def receive_home(slots, weights, heap, call: Call, rank, sent, place: Place, con
         out={
             "y": ((tokens, layout.hidden), jnp.float32),
             "suspicion": ((place.ranks,), jnp.int32),
-            "wish": ((1,), jnp.uint32),
         },
         grid=blocks,
         name="combine",
-        shared=(place.ranks, 2),
+        shared=(place.ranks, 1, 1),
     )
     return found["y"], found["suspicion"]
 
 
-def _sum_part(
-    place: Place, slots, weights, heap: Heap, is_partner, y, item: Word, choices, parts
-) -> None:
-    """Part of a kernel: each thread sums CHANNELS channels of a token, choice after choice."""
-    layout, per_choice = place.layout, place.layout.combine == "per_choice"
-    chunks = layout.hidden // CHANNELS
-    token, chunk = item // parts, item % parts * GROUP_THREADS + peers.thread()
-    found = [peers.load(entry(slots, token * choices + k)) for k in range(choices)]
-    owners = [peers.select(s >= 0, s // place.slots_per_rank, 0) for s in found]
-    valid = [(s >= 0) & is_partner(owner) for s, owner in zip(found, owners, strict=True)]
-    with peers.when(chunk < chunks):
-        offset, total = chunk.wide() * 16, peers.zero_f32x8()
-        for k, (owner, good) in enumerate(zip(owners, valid, strict=True)):
-            if per_choice:
-                at = heap.region("returns", heap.rank, owner, token, k)
-                share = peers.load(entry(weights, token * choices + k))
-            else:
-                # A rank's sum is there once, however many of the choices it ran.
-                for earlier, known in zip(owners[:k], valid[:k], strict=True):
-                    good = good & ((known & (earlier == owner)) ^ 1)
-                at = heap.region("returns", heap.rank, owner, token)
-                share = peers.word(ONE)
-            total = peers.scaled_add(total, share, peers.load_bf16x8(at + offset), good)
-        row = peers.address(y, token.wide() * (layout.hidden * 4))
-        peers.store_f32x8(row + chunk.wide() * 32, total)
+class Item(typing.NamedTuple):
+    """What a thread sums: a part of a token's channels, and where its choices ran."""
+
+    token: Word
+    chunk: Word
+    owners: list[Word]
+    there: list[Word]  # whether the choice ran at a partner
+    shares: list[Word]
+
+
+class Summing(typing.NamedTuple):
+    """The part of a kernel that sums: each thread CHANNELS channels of a token, by choice."""
+
+    place: Place
+    slots: Array
+    weights: Array
+    heap: Heap
+    refs: Told
+    suspicion: Array  # the kernel's output; read only where not all partners came
+    choices: int
+    parts: int
+
+    def prepare(self, item: Word) -> Item:
+        """What may be read before the rows are there."""
+        token = item // self.parts
+        chunk = item % self.parts * GROUP_THREADS + peers.thread()
+        at = [token * self.choices + k for k in range(self.choices)]
+        found = [peers.load(entry(self.slots, choice)) for choice in at]
+        shares = [peers.load(entry(self.weights, choice)) for choice in at]
+        own = self.heap.rank
+        owners = [peers.select(s >= 0, s // self.place.slots_per_rank, own) for s in found]
+        is_partner, _ = partner_test(self.refs.active, self.refs.suspicion, own)
+        there = [(s >= 0) & is_partner(owner) for s, owner in zip(found, owners, strict=True)]
+        return Item(token, chunk, owners, there, shares)
+
+    def run(self, item: Item, all_came: Word, y) -> None:
+        """Sums and writes. A suspected rank's rows are left out, and all of an aborted step's."""
+        layout, heap = self.place.layout, self.heap
+        late = all_came ^ 1
+        ended = peers.load_if(late, entry(self.suspicion, heap.rank)) != 0
+        with peers.when(item.chunk < layout.hidden // CHANNELS):
+            offset, rows = item.chunk.wide() * 16, []
+            for k, (owner, good) in enumerate(zip(item.owners, item.there, strict=True)):
+                missing = peers.load_if(late, entry(self.suspicion, owner)) != 0
+                good = good & (missing ^ 1) & (ended ^ 1)
+                if layout.combine == "per_choice":
+                    at, share = (
+                        heap.region("returns", heap.rank, owner, item.token, k),
+                        item.shares[k],
+                    )
+                else:
+                    # A rank's sum is there once, however many of the choices it ran.
+                    for earlier in range(k):
+                        same = item.there[earlier] & (item.owners[earlier] == owner)
+                        good = good & (same ^ 1)
+                    at, share = (
+                        heap.region("returns", heap.rank, owner, item.token),
+                        peers.word(ONE),
+                    )
+                rows.append((good, share, peers.load_bf16x8_if(good, at + offset)))
+            total = peers.zero_f32x8()
+            for good, share, values in rows:
+                total = peers.scaled_add(total, share, values, good)
+            row = peers.address(y, item.token.wide() * (layout.hidden * 4))
+            peers.store_f32x8(row + item.chunk.wide() * 32, total)

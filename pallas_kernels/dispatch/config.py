@@ -10,11 +10,13 @@ BLOCKS_PER_SM = 8
 
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
-    """`blocks` at most, one token each at a time. Received rows are listed in tiles of `tile_rows`,
-    the expert GEMM's."""
+    """`blocks` warpgroups at most send. Received rows are listed in tiles of `tile_rows`, the
+    expert GEMM's. `groups` warpgroups make a block: 1, 2, 4 or 8, or 0 for as many as the lists
+    need."""
 
     blocks: int = SM_COUNT * BLOCKS_PER_SM
     tile_rows: int = 64
+    groups: int = 0
 
 
 def config_for(tokens: int, choices: int, slots_per_rank: int) -> DispatchConfig:

@@ -22,6 +22,7 @@ from pallas_kernels.gpu import (
     await_partners,
     entry,
     forget_home,
+    gather_wishes,
     is_last_block,
     open_heap,
     partner_test,
@@ -89,25 +90,17 @@ def dispatch_mosaic(
     With `stand_in`, for measuring one rank of a loopback, it also posts the others' flags.
     """
     lists = MemberLists(place, *slots.shape, config.tile_rows)
-    sending = Sending.of(slots.shape, place, config, lists.groups)
+    sending = Sending.of(slots.shape, place, config, config.groups or lists.groups)
+    threads = sending.threads
 
     def body(rows, slots, weights, heap_ref, *rest):
         refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
-        suspicion, wish, *listed, ticket, heard, words, counts = rest
+        suspicion, wish, *listed, ticket, heard, failed, loudest, counts = rest
         world = open_heap(place, heap_ref, refs.round, refs.rank)
         sending.write(rows, slots, weights, world, refs)
         with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
-            forget_home(world)
-            lists.clear(counts, sending.threads)
-            await_partners(
-                "sent",
-                world,
-                refs,
-                Heard(suspicion, wish, heard, words),
-                sending.threads,
-                stand_in,
-                then=lambda: lists.collect(world, heard, counts, listed, sending.threads),
-            )
+            out = Heard(suspicion, heard, failed)
+            _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads, stand_in)
 
     found = simt(
         body,
@@ -118,7 +111,7 @@ def dispatch_mosaic(
         grid=sending.blocks,
         name="dispatch",
         groups=sending.groups,
-        shared=(1, place.ranks, 2, lists.slots),
+        shared=(1, place.ranks, 1, 1, lists.slots),
     )
     return _received(found, slots.shape, heap, call, rank, lists)
 
@@ -166,13 +159,12 @@ def receive(
 
     def body(heap_ref, *rest):
         refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
-        _, suspicion, wish, *listed, heard, words, counts = rest
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
-        forget_home(world)
-        lists.clear(counts, threads)
-        collect = lambda: lists.collect(world, heard, counts, listed, threads)
-        out = Heard(suspicion, wish, heard, words)
-        await_partners("sent", world, refs, out, threads, then=collect)
+        _, suspicion, wish, *listed, heard, failed, loudest, counts = rest
+        world, out = (
+            open_heap(place, heap_ref, refs.round, refs.rank),
+            Heard(suspicion, heard, failed),
+        )
+        _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads)
 
     found = simt(
         body,
@@ -183,9 +175,29 @@ def receive(
         grid=1,
         name="dispatch_receive",
         groups=lists.groups,
-        shared=(place.ranks, 2, lists.slots),
+        shared=(place.ranks, 1, 1, lists.slots),
     )
     return _received(found, shape, heap, call, rank, lists)
+
+
+def _arrive(
+    heap: Heap,
+    refs: Told,
+    out: Heard,
+    loudest,
+    wish,
+    lists: MemberLists,
+    counts,
+    listed,
+    threads: int,
+    stand_in: bool = False,
+) -> None:
+    """Part of a kernel: one block posts and waits, and lists what came."""
+    forget_home(heap, refs)
+    lists.clear(counts, threads)
+    await_partners("sent", heap, refs, out, threads, stand_in)
+    collect = lambda: lists.collect(heap, out.heard, counts, listed, threads)
+    gather_wishes(heap, refs, out.heard, loudest, wish, threads, meanwhile=collect)
 
 
 def _received(found: dict, shape: tuple[int, int], heap, call: Call, rank, lists: MemberLists):

@@ -1,0 +1,231 @@
+"""Decode steps of a model of real size with random weights, whole on one GPU.
+
+    python -m benchmarks.bench_decode --out=benchmarks/results/decode.jsonl
+
+The step is the one that serving compiles. Before it is timed, the same step with CHECKED_LAYERS
+layers is compared with plain experts. The bound is the time to read, once, what a step must read:
+the experts that some token chose, the dense weights, and keys and values.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+from absl import flags as absl_flags
+
+from benchmarks import bench_step, options
+from benchmarks.bench_step import STEPS, Live, World
+from benchmarks.gpu_rates import rate_record, read_rate
+from benchmarks.gpu_timing import (
+    Chained,
+    Program,
+    Timing,
+    Unfit,
+    compile_all,
+    measure_one,
+    open_gpu,
+    time_records,
+)
+from benchmarks.gpu_trace import kernel_times, shares
+from benchmarks.harness import Record, append
+from eep_jax.engine import step as step_module
+from eep_jax.models.weights import dense_names
+from launch import flags
+
+CONFIG = "qwen3_30b_a3b_h100x1"
+BATCHES, FEW = (1, 16, 64, 256), (4,)
+CACHED_TOKENS = 65536  # of all sequences together, at most
+CONTEXT_TOKENS = 1024  # room of a sequence, at most; half of it is used
+CHECKED_LAYERS = 2
+AIM, AIM_BATCH = 0.7, 64  # of the bound
+MEMORY_FRACTION = "0.96"  # of the GPU, for JAX: there is no other process
+
+
+def world_of(layers: int, batch: int) -> World:
+    """The configuration with one rank that holds all experts, and sequences that fit beside it."""
+    name = flags.CONFIG.value if absl_flags.FLAGS["config"].present else CONFIG
+    config = flags.load_config(name)
+    for text in flags.OVERRIDE.value:
+        config = flags.override(config, text)
+    experts = config.model.experts
+    model = dataclasses.replace(config.model, layers=min(layers, config.model.layers))
+    cluster = dataclasses.replace(config.cluster, ranks=1, slots_per_rank=experts, redundancy=1)
+    engine = dataclasses.replace(
+        config.engine,
+        batch_slots=batch,
+        prefill_tokens=batch,
+        row_tile=batch,
+        context_tokens=min(CONTEXT_TOKENS, CACHED_TOKENS // batch),
+    )
+    return World(dataclasses.replace(config, model=model, cluster=cluster, engine=engine))
+
+
+def chosen_by_layer(ids, experts: int):
+    """Stands in for `step.count_chosen`: how often each expert was chosen in each layer, [L E]."""
+    return jax.vmap(lambda layer: _count(layer, experts))(ids)
+
+
+_count = step_module.count_chosen
+
+
+def program_of(world: World) -> Program:
+    """The step, which also says what each layer chose."""
+    program = bench_step.live_program(world)
+
+    @functools.wraps(program.function)  # whose argument names say what is donated
+    def run(*arguments):
+        with mock.patch.object(step_module, "count_chosen", chosen_by_layer):
+            return program.function(*arguments)
+
+    return dataclasses.replace(program, function=run)
+
+
+def make_dense(world: World, seed: int) -> list[jax.Array]:
+    """Random weights in the step's order, drawn on the GPU; norms are one."""
+    shapes, names = world.weight_shapes()[0], step_module.make_step(world.config, world.spread)[1]
+    assert set(names) == set(dense_names(world.config.model))
+    found = []
+    for index, (name, leaf) in enumerate(zip(names, shapes, strict=True)):
+        if len(leaf.shape) < 2:
+            found.append(jnp.ones(leaf.shape, leaf.dtype))
+            continue
+        # Embeddings are rows of unit variance, projections keep it.
+        scale = 1.0 if name.endswith("embedding") else leaf.shape[-2] ** -0.5
+        found.append(_draw(jax.random.key(seed + index), leaf.shape, leaf.dtype, scale))
+    return found
+
+
+def _draw(key, shape, dtype, scale):
+    make = lambda key: (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(dtype)
+    return jax.jit(make)(key)
+
+
+def live_of(world: World, executable, bank, abort, seed: int = 0) -> Live:
+    window = world.layout.window
+    return Live(
+        world=world,
+        executable=executable,
+        dense=make_dense(world, seed),
+        bank=bank,
+        heap=jnp.zeros((window.ranks, window.window_bytes), jnp.uint8),
+        abort=abort,
+    )
+
+
+def check(batch: int, executables, abort) -> None:
+    """Raises Unfit where a short stack of layers disagrees with plain experts."""
+    world = world_of(CHECKED_LAYERS, batch)
+    live = live_of(world, executables[f"short {batch}"], bench_step.make_bank(world, 1), abort)
+    bench_step.check(live, executables[f"plain {batch}"], world.batch())
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What one batch size gave."""
+
+    world: World
+    timing: Timing
+    bound_us: float
+    shares: dict[str, float]
+
+    @property
+    def tokens(self) -> int:
+        return self.world.config.engine.batch_slots
+
+    @property
+    def reached(self) -> float:
+        return self.bound_us / self.timing.p50_us
+
+    def records(self, device: str) -> list[Record]:
+        shape = bench_step.shape_of(self.world) | {"model": self.world.config.model.name}
+        fields = {"bench": "decode", "device": device, "ranks": 1, "shape": shape}
+        found = time_records(self.timing, bound=self.bound_us, **fields)
+        fields["shape"] = shape | {"samples": len(self.timing.samples_us)}
+        per_s = lambda time_us: self.tokens / time_us * 1e6
+        rate = {"value": per_s(self.timing.p50_us), "bound": per_s(self.bound_us)}
+        found.append(Record(metric="tokens_per_s", unit="tokens/s", **rate, **fields))
+        for part, share in self.shares.items():
+            found.append(Record(metric=f"share_{part}", value=share, unit="", **fields))
+        return found
+
+    def __str__(self) -> str:
+        parts = "  ".join(f"{part} {share:.0%}" for part, share in self.shares.items())
+        verdict = ""
+        if self.tokens == AIM_BATCH:
+            verdict = f", at least {AIM}: {'reached' if self.reached >= AIM else 'MISSED'}"
+        return (
+            f"decode B={self.tokens:<4} context {self.world.context_tokens:<5} "
+            f"{self.timing.p50_us:9.1f} us p50 {self.timing.p99_us:9.1f} p99   "
+            f"bound {self.bound_us:9.1f} us   {self.tokens / self.timing.p50_us * 1e6:9,.0f} "
+            f"tokens/s   {self.reached:.2f} of the bound{verdict}\n         {parts}"
+        )
+
+
+def measure_batch(live: Live, rate: float, samples: int) -> Line:
+    world, batch = live.world, live.world.batch()
+    run = Chained(bench_step.live_steps(live, batch), bench_step.start_of(world, batch, 8), STEPS)
+    timing = measure_one(run, samples)
+    if np.asarray(run.carry[3]).any():
+        raise Unfit("a rank that is alone suspects someone")
+    tables = world.tables(0)
+    result = live.run(run.carry[0], tables, batch, world.call(tables, live.abort_address))
+    touched = np.count_nonzero(np.asarray(result.chosen), axis=1).tolist()
+    size = bench_step.bytes_of(world, touched, world.context_tokens)
+    state = [bench_step.start_of(world, batch, 8)]
+    del run, result
+
+    def again():
+        state[0] = bench_step.live_steps(live, batch)(state[0])
+        return state[0]
+
+    jax.block_until_ready(again())
+    return Line(world, timing, size.total / rate * 1e6, shares(kernel_times(again)))
+
+
+def main() -> int:
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+    device = open_gpu()
+    quick = absl_flags.FLAGS.quick
+    samples, layers = (5 if quick else 15), absl_flags.FLAGS.layers
+    batches = options.sizes(BATCHES, FEW)
+    abort = jax.block_until_ready(jnp.zeros(8, jnp.uint32))
+    rate = read_rate(samples)
+    print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
+    programs = {}
+    for batch in batches:
+        short = world_of(CHECKED_LAYERS, batch)
+        programs[f"short {batch}"] = bench_step.live_program(short)
+        programs[f"plain {batch}"] = bench_step.reference_program(short)
+        programs[f"whole {batch}"] = program_of(world_of(layers, batch))
+    executables = compile_all(programs, threads=16)
+    records = [rate_record(device, "read_rate", rate, samples)]
+    try:
+        for batch in batches:
+            check(batch, executables, abort)
+        bank = bench_step.make_bank(world_of(layers, 1), 1)
+        for batch in batches:
+            live = live_of(world_of(layers, batch), executables[f"whole {batch}"], bank, abort)
+            line = measure_batch(live, rate, samples)
+            print(line, flush=True)
+            records += line.records(device)
+            del live
+    except Unfit as error:
+        print(f"no result: {error}", file=sys.stderr)
+        return 1
+    if absl_flags.FLAGS.out:
+        append(pathlib.Path(absl_flags.FLAGS.out), records)
+        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    options.define()
+    absl_flags.DEFINE_integer("layers", 1 << 30, "Layers of the model at most.", 1)
+    sys.exit(app.run(flags.main_with_usage(main)))
