@@ -18,6 +18,8 @@ from absl import flags as absl_flags
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from benchmarks import cost_model
 from benchmarks.harness import RESULTS, Record
@@ -89,7 +91,7 @@ def timeline(curves: Sequence[Record]) -> Figure | None:
     """One row for each system, over the same seconds."""
     if not curves:
         return None
-    figure = Figure(figsize=(8.0, 1.55 * len(curves) + 0.9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.0, 1.5 * len(curves) + 1.1), dpi=110, layout="constrained")
     rows = figure.subplots(len(curves), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     last = max(max(c.shape["marks"].values()) for c in curves) + AFTER_S
     top = max(max(c.shape["rates"]) for c in curves)
@@ -97,6 +99,10 @@ def timeline(curves: Sequence[Record]) -> Figure | None:
         _timeline_row(axes, curve, last, top)
     rows[-1].set_xlabel("Time since SIGKILL of one rank (s)")
     rows[len(rows) // 2].set_ylabel("Throughput (tokens/s)")
+    lines = [Line2D([], [], color=COLOURS[name], label=name) for name in PLOTTED[:3]]
+    lines[-1].set_label("resumed, returned")
+    lines.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label="95 % of before"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     first = curves[0]
     figure.suptitle(
         f"One of {first.ranks} ranks killed under load; {first.device}",
@@ -115,9 +121,7 @@ def _timeline_row(axes: Axes, curve: Record, last: float, top: float) -> None:
     before = [r for r, s in zip(shape["rates"], starts, strict=True) if -BEFORE_S <= s < 0]
     level = RECOVERED * float(np.mean(before)) if before else 0.0
     axes.axhline(level, color=INK, lw=0.8, ls=(0, (4, 2)))
-    axes.annotate(
-        "95 %", (last, level), xytext=(-3, 2), textcoords="offset points", ha="right", fontsize=7
-    )
+    axes.annotate("95 %", (-BEFORE_S, level), xytext=(2, 2), textcoords="offset points", fontsize=7)
     marks = shape["marks"]
     for name in (n for n in PLOTTED if n in marks):
         axes.axvline(marks[name], color=COLOURS[name], lw=1.0)
@@ -150,6 +154,11 @@ def latency_cdf(curves: Sequence[Record]) -> Figure | None:
             shares = np.arange(POINTS + 1)
             axes.plot(points, shares, color=HUES[system], lw=1.4, label=SYSTEMS[system])
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # Tokens that came together have no time between them.
+        if latency == "itl":
+            axes.set_xlim(left=1)
         axes.set_xlabel(f"{title} (ms)", fontsize=9)
         axes.set_ylim(0, 101)
         _plain(axes)
