@@ -35,6 +35,11 @@ SHOWN = {
     "combine": {"tokens": (16, 128, 512), "hidden": (7168,)},
     "expert_gemm": {"rows_per_expert": (8, 64, 512), "routing": ("balanced",)},
 }
+# Which quantities README.md shows of a bench that has many.
+SHOWN_METRICS = {
+    "faults": ("pause_s", "requests_lost"),
+    "serve": ("output_tokens_per_s", "requests_lost", "e2e", "ttft", "tpot", "itl", "pause_s"),
+}
 LESS = ("mean", "p95")  # statistics that README.md leaves out
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
@@ -67,9 +72,11 @@ def render(records: Iterable[Record]) -> str:
 def shown(record: Record) -> bool:
     """Whether a record is among those to start with."""
     wanted = SHOWN.get(record.bench, {})
-    return split_metric(record.metric)[1] not in LESS and all(
-        record.shape.get(key) in values for key, values in wanted.items()
-    )
+    quantity, statistic = split_metric(record.metric)
+    metrics = SHOWN_METRICS.get(record.bench)
+    if statistic in LESS or (metrics is not None and quantity.split()[0] not in metrics):
+        return False
+    return all(record.shape.get(key) in values for key, values in wanted.items())
 
 
 def insert(text: str, table: str) -> str:
