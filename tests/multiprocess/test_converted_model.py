@@ -66,6 +66,7 @@ async def streamed(url: str, body: dict, begun: asyncio.Event) -> tuple[str, str
             usage, number = chunk.get("usage") or usage, number + 1
             if number == 3:
                 begun.set()
+    begun.set()  # however short it was
     return text, reason, usage
 
 
