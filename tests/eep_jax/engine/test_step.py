@@ -11,6 +11,7 @@ from eep_jax.config import RunConfig
 from eep_jax.engine import step as step_module
 from eep_jax.engine.scheduler import Scheduler
 from eep_jax.engine.step import StepKind, empty_batch, make_step
+from eep_jax.model_config import LatentConfig, RopeConfig, RouterConfig
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import ExpertSpread, dense_experts
@@ -18,7 +19,7 @@ from eep_jax.tables import solo_tables
 from pallas_kernels.call import Call
 from pallas_kernels.signals import first_round
 from tests.support.engines import a_request
-from tests.support.models import a_run, rounded_weights
+from tests.support.models import a_model, a_run, rounded_weights
 
 PROMPT = (3, 1, 4, 1, 5, 9)
 
@@ -37,8 +38,34 @@ def one_process(monkeypatch):
         monkeypatch.setattr(step_module, name, experts_here)
 
 
-def narrow() -> RunConfig:
-    config = a_run()
+# What other families have beside the default's.
+LATENT = {
+    "latent": LatentConfig(
+        kv_rank=16, rope_channels=8, plain_channels=12, value_channels=10, q_rank=24
+    ),
+    "qk_norm": "none",
+    "rope": RopeConfig(interleaved=True),
+    "router": RouterConfig(score="sigmoid", correction=True, groups=4, groups_kept=2),
+    "shared_hidden": 24,
+    "dense_layers": 1,
+    "dense_hidden": 40,
+}
+SINKS = {
+    "qk_norm": "full",
+    "qkv_bias": True,
+    "output_bias": True,
+    "windows": (5, 0),
+    "sinks": True,
+    "router": RouterConfig(score="softmax_of_chosen", bias=True),
+    "shared_hidden": 24,
+    "shared_gate": True,
+    "tied_embeddings": True,
+}
+MODELS = pytest.mark.parametrize("options", [{}, LATENT, SINKS], ids=["plain", "latent", "sinks"])
+
+
+def narrow(**options) -> RunConfig:
+    config = a_run(model=a_model(**options))
     engine = dataclasses.replace(config.engine, dtype="bfloat16")
     return dataclasses.replace(config, platform="gpu", engine=engine)
 
@@ -63,7 +90,7 @@ def arguments(config: RunConfig, batch):
         wish=np.uint32(0),
         suspicion=np.zeros(1, np.int32),
     )
-    weights = [jnp.asarray(dense[name], dtype) for name in names]
+    weights = [jnp.asarray(dense[name], kept) for name, kept in names.items()]
     cache = empty_cache(config.model, config.engine)
     tables = solo_tables(1, config.model.experts, config.cluster.slots_per_rank, 0)
     return [
@@ -107,22 +134,24 @@ def test_the_cache_holds_what_float32_would_but_for_rounding():
             assert error < 0.02 * np.linalg.norm(wanted[part])
 
 
-def test_rows_from_prefill_and_from_decode_have_the_same_bits():
+@MODELS
+def test_rows_from_prefill_and_from_decode_have_the_same_bits(options):
     """A prefill step gathers the caches of its rows, a decode step reads them where they are.
 
     Without COMPILER_OPTIONS they differ in the last bits.
     """
-    config = narrow()
+    config = narrow(**options)
     tokens, decoded = serve(config, PROMPT[:1], 12)
     _, prefilled = serve(config, PROMPT[:1] + tokens[:-1], 1)
     for one, other in zip(prefilled, decoded, strict=True):
         np.testing.assert_array_equal(one.view(np.uint16), other.view(np.uint16))
 
 
+@MODELS
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
-def test_a_step_gives_back_a_cache_of_the_dtype_it_took(kind):
+def test_a_step_gives_back_a_cache_of_the_dtype_it_took(kind, options):
     """Else it could not be donated."""
-    config = narrow()
+    config = narrow(**options)
     values = arguments(config, empty_batch(config, kind))
     result = jax.eval_shape(step_of(config)[0], *values)
     kept = lambda cache: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cache)
@@ -130,9 +159,10 @@ def test_a_step_gives_back_a_cache_of_the_dtype_it_took(kind):
     assert result.tokens.dtype == jnp.int32 and result.round.dtype == jnp.uint32
 
 
+@MODELS
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
-def test_matrix_products_take_bfloat16_and_no_loop_is_in_a_decode_step(kind):
-    config = narrow()
+def test_matrix_products_take_bfloat16_and_no_loop_is_in_a_decode_step(kind, options):
+    config = narrow(**options)
     values = arguments(config, empty_batch(config, kind))
     traced = jax.jit(step_of(config)[0]).trace(*values)
     products = [line for line in str(traced.jaxpr).splitlines() if "dot_general" in line]
