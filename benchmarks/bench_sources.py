@@ -17,6 +17,7 @@ moved is compared with the checkpoint, bit by bit, before anything is timed.
 import dataclasses
 import os
 import pathlib
+import shutil
 import socket
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from launch.environments.local import cpu_rank_environment, gpu_rank_environment
 
 EXPERT_MIB_MIN, EXPERT_MIB = 4, 24  # smaller experts are all latency: then experts of this size
 ORPHANS_MAX = 8
+COPIES = 5  # of the experts on disk: two backups, a checkpoint, plain files, and one in writing
 TOKEN = "a token of the benchmark alone"
 
 
@@ -57,9 +59,19 @@ def define_flags() -> None:
 
 def main() -> int:
     config = _sized(flags.run_config())
-    with tempfile.TemporaryDirectory(dir=config.cluster.backup_dir, prefix="eep-bench-") as scratch:
+    with tempfile.TemporaryDirectory(dir=_roomy(config), prefix="eep-bench-") as scratch:
         os.environ.update(_environment(config, pathlib.Path(scratch)))
         return _run(config, pathlib.Path(scratch))
+
+
+def _roomy(config: RunConfig) -> str:
+    """Where backups are kept, if it has room for all copies; else where temporary files are."""
+    model, directory = config.model, config.cluster.backup_dir
+    needed = COPIES * (model.experts * model.expert_elements + model.parameters) * 2
+    if shutil.disk_usage(directory).free > needed:
+        return directory
+    print(f"{directory} has no room for {needed} bytes; {tempfile.gettempdir()} is used instead")
+    return tempfile.gettempdir()
 
 
 def _sized(config: RunConfig) -> RunConfig:
