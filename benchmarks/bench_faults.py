@@ -27,7 +27,7 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, compared, cpu_device, now
+from benchmarks.harness import Record, append, commit, compared, cpu_device, gpu_device, now
 from benchmarks.serving import statistics as stats
 from benchmarks.serving.client import Pace, Sample, Target, run
 from benchmarks.serving.own_cluster import marks_of, serves_again, started
@@ -205,7 +205,7 @@ def _records(config: RunConfig, outcomes: dict[str, Outcome], commit: str, time:
     """For each system its pause, losses and rates, and the curves; elastic's pause twice, once
     against each baseline."""
     model, values = config.model, absl_flags.FLAGS
-    device = cpu_device() if config.platform == "cpu" else f"{len(flags.gpus())} GPUs"
+    device = cpu_device() if config.platform == "cpu" else gpu_device()
     shape = {
         "config": config.name,
         "hidden": model.hidden,

@@ -81,6 +81,17 @@ def cpu_device() -> str:
     return f"cpu, {cores} core{'s' if cores > 1 else ''}, {_cpu_model()}"
 
 
+def gpu_device() -> str:
+    """Such as "NVIDIA H100 80GB HBM3", as JAX calls it; without loading JAX."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown GPU"
+    names = run.stdout.splitlines()
+    return names[0].strip() if names else "unknown GPU"
+
+
 def _cpu_model() -> str:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

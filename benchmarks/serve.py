@@ -22,7 +22,7 @@ import aiohttp
 from absl import app
 from absl import flags as absl_flags
 
-from benchmarks.harness import Record, append, commit, cpu_device, now
+from benchmarks.harness import Record, append, commit, cpu_device, gpu_device, now
 from benchmarks.serving import statistics as stats
 from benchmarks.serving.client import Pace, Sample, Target, run
 from benchmarks.serving.fault_plan import EXAMPLE, Phase, parse_plan
@@ -93,7 +93,9 @@ def main() -> int:
         return 1
     for line in stats.lines(serving):
         print(line)
-    common = {"device": cpu_device(), "ranks": ranks, "commit": before[0], "time": before[1]}
+    on_gpu = values.url is None and config.platform == "gpu"
+    device = gpu_device() if on_gpu else cpu_device()
+    common = {"device": device, "ranks": ranks, "commit": before[0], "time": before[1]}
     common["shape"] = _shape(name, workload, pace, len(done.samples))
     records = stats.records(serving, **common) + _fault_records(done, common)
     records += [

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from benchmarks.harness import Record, append, commit, compared, cpu_device, percentile, read
+from benchmarks.harness import (
+    Record,
+    append,
+    commit,
+    compared,
+    cpu_device,
+    gpu_device,
+    percentile,
+    read,
+)
 from benchmarks.table import insert, newest, render, split_metric
 
 COMMON = {
@@ -118,3 +127,13 @@ class TestCommit:
         monkeypatch.delenv("EEP_COMMIT", raising=False)
         monkeypatch.setenv("PATH", "")
         assert commit() == ""
+
+
+@pytest.mark.parametrize("says, name", [("NVIDIA H9", "NVIDIA H9"), (None, "unknown GPU")])
+def test_a_gpu_has_the_name_of_the_driver(says, name, tmp_path, monkeypatch):
+    if says is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho {says}\necho other\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if says else str(tmp_path))
+    assert gpu_device() == name
