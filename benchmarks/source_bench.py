@@ -154,7 +154,8 @@ class Bench:
 
     def _saved(self, directory: pathlib.Path, drawn: RandomCheckpoint) -> Checkpoint:
         named = {expert_name(e): weights for e, weights in self.experts.items()}
-        save_checkpoint(directory, self.config.model, drawn.read_dense(), named, facts={})
+        dense = dict(drawn.read_dense())
+        save_checkpoint(directory, self.config.model, dense, named, facts={})
         return Checkpoint(directory)
 
     def _store(self, rank: int, token: str) -> BackupStore:
