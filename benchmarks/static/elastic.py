@@ -10,7 +10,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.static.engine import Weights
 from eep_jax.config import RunConfig
@@ -44,8 +43,8 @@ class FixedEngine(Engine):
             self._executables[kind] = jitted.lower(*arguments).compile()
 
     def _arguments(self, batch, wish: StepKind):
-        changing = (batch, self._round, np.uint32(wish))
-        return self._dense, self._bank_array, self._cache, self._heap_array, *changing
+        dense, bank, cache, heap, _, batch, call = super()._arguments(batch, wish)
+        return dense, bank, cache, heap, batch, call.round, call.wish
 
 
 def open_engine(
