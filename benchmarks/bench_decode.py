@@ -103,27 +103,32 @@ def make_dense(world: World, seed: int) -> list[jax.Array]:
 
 
 def _draw(key, shape, dtype, scale):
-    make = lambda key: (jax.random.normal(key, shape, jnp.bfloat16) * scale).astype(dtype)
-    return jax.jit(make)(key)
+    return _normal(key, shape, dtype) * jnp.asarray(scale, dtype)
 
 
-def live_of(world: World, executable, bank, abort, seed: int = 0) -> Live:
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+
+def live_of(world: World, executable, dense, bank, abort) -> Live:
     window = world.layout.window
     return Live(
         world=world,
         executable=executable,
-        dense=make_dense(world, seed),
+        dense=dense,
         bank=bank,
         heap=jnp.zeros((window.ranks, window.window_bytes), jnp.uint8),
         abort=abort,
     )
 
 
-def check(batch: int, executables, abort) -> None:
+def check(batches, executables, abort) -> None:
     """Raises Unfit where a short stack of layers disagrees with plain experts."""
-    world = world_of(CHECKED_LAYERS, batch)
-    live = live_of(world, executables[f"short {batch}"], bench_step.make_bank(world, 1), abort)
-    bench_step.check(live, executables[f"plain {batch}"], world.batch())
+    short = world_of(CHECKED_LAYERS, 1)
+    weights = make_dense(short, 0), bench_step.make_bank(short, 1), abort
+    for batch in batches:
+        world = world_of(CHECKED_LAYERS, batch)
+        live = live_of(world, executables[f"short {batch}"], *weights)
+        bench_step.check(live, executables[f"plain {batch}"], world.batch())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,23 +210,23 @@ def main() -> int:
         programs[f"plain {batch}"] = bench_step.reference_program(short)
         programs[f"whole {batch}"] = program_of(world_of(layers, batch))
     executables = compile_all(programs, threads=16)
-    records = [rate_record(device, "read_rate", rate, samples)]
+    out = absl_flags.FLAGS.out and pathlib.Path(absl_flags.FLAGS.out)
+    if out:
+        append(out, [rate_record(device, "read_rate", rate, samples)])
     try:
+        check(batches, executables, abort)
+        whole = world_of(layers, 1)
+        weights = make_dense(whole, 0), bench_step.make_bank(whole, 1), abort
         for batch in batches:
-            check(batch, executables, abort)
-        bank = bench_step.make_bank(world_of(layers, 1), 1)
-        for batch in batches:
-            live = live_of(world_of(layers, batch), executables[f"whole {batch}"], bank, abort)
+            live = live_of(world_of(layers, batch), executables[f"whole {batch}"], *weights)
             line = measure_batch(live, rate, samples)
             print(line, flush=True)
-            records += line.records(device)
+            if out:
+                append(out, line.records(device))
             del live
     except Unfit as error:
         print(f"no result: {error}", file=sys.stderr)
         return 1
-    if absl_flags.FLAGS.out:
-        append(pathlib.Path(absl_flags.FLAGS.out), records)
-        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
     return 0
 
 
