@@ -14,6 +14,7 @@ from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.planner import Move, initial_placement
 from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
 from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
@@ -167,6 +168,7 @@ class Bench:
             token=token,
             fetch_deadline_ms=60_000,
         )
+        backup_store.REST, backup_store.NICE = 0.0, 0  # no step runs that it could disturb
         store, ends_s = BackupStore(self.checkpoint, options), time.monotonic() + FILLED_S
         store.follow((rank,), initial_placement(self.orphans, 2, self.orphans, 1))
         while len(store.offer.experts) < self.orphans:
