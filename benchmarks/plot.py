@@ -197,6 +197,23 @@ def dispatch_combine(records: Sequence[Record]) -> Figure | None:
             )
             bounds = [r.bound for r in points.values()]
             axes.plot(tokens, bounds, ":", color=colour, label=f"{kind}: copy of the same bytes")
+        home = _by_tokens(
+            r
+            for r in records
+            if bench == "combine"
+            and r.bench == "combine_home"
+            and r.metric == "time p50"
+            and r.shape["hidden"] == 7168
+        )
+        if home:
+            axes.plot(
+                list(home),
+                [r.value for r in home.values()],
+                "s--",
+                ms=4,
+                color=HUES["elastic"],
+                label="per_choice, sent by the GEMM",
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("Tokens of each rank")
