@@ -52,8 +52,7 @@ class LatentAttention(nnx.Module):
         q = q.reshape(*q.shape[:-1], config.query_heads, -1)
         turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
         plain, turned = q[..., : latent.plain_channels], turn(q[..., latent.plain_channels :])
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        absorbed = product("...hn,hnr->...hr", plain, self.key_up[...]).astype(x.dtype)
+        absorbed = by_head(plain, self.key_up[...])
         kept = self.kv_down(x)
         key = turn(kept[..., None, latent.kv_rank :])
         return (
@@ -73,9 +72,18 @@ class LatentAttention(nnx.Module):
         return each_sequence(self.attend, q, k, v)
 
     def output(self, context: Float[Array, "*T Hq Ckv"]) -> Float[Array, "*T D"]:
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        values = product("...hr,hrv->...hv", context, self.value_up[...]).astype(context.dtype)
+        values = by_head(context, self.value_up[...])
         return self.o_proj(values.reshape(*values.shape[:-2], -1))
+
+
+def by_head(x: Float[Array, "*T Hq C"], weights: Float[Array, "Hq C N"]) -> Float[Array, "*T Hq N"]:
+    """Each head through its own matrix, summed in float32, in x's dtype.
+
+    Heads come first in the product: XLA:CPU of JAX 0.12 has no bfloat16 one where they do not.
+    """
+    first = jnp.moveaxis(x, -2, 0)
+    product = jnp.einsum("h...c,hcn->h...n", first, weights, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(product, 0, -2).astype(x.dtype)
 
 
 def attend_latent(
