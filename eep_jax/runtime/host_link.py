@@ -15,13 +15,11 @@ from eep_jax.coordination.protocol import Fenced
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import decode, encode
-from eep_jax.runtime.endpoint import find_supervisor
+from eep_jax.runtime.endpoint import RETRY_MS, connect
 from eep_jax.runtime.identity import is_ending, kill_process, open_process
 
 _log = logging.getLogger(__name__)
 
-RETRY_MS = 150
-CONNECT_TIMEOUT_MS = 3_000
 POLL_MS = 10
 WATCHED_MAX = 4_096
 
@@ -125,13 +123,8 @@ class HostLink:
     async def _connect_once(self) -> bool:
         """One connection from its begin to its end; whether the run is over."""
         options = self._options
-        url = find_supervisor(options.endpoint_file, options.address)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)
-        headers = {"Authorization": f"Bearer {options.token}"}
-        async with (
-            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.ws_connect(url, max_msg_size=options.message_bytes_max) as socket,
-        ):
+        at = (options.endpoint_file, options.address, options.token, options.message_bytes_max)
+        async with connect(*at) as (socket, url):
             hello = messages.HostHello(host=options.host, run=options.run)
             await socket.send_bytes(encode(hello))
             _log.info("connected to the supervisor at %s", url)

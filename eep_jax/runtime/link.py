@@ -17,13 +17,11 @@ from eep_jax.coordination.protocol import Fenced, Mode, Prepare, Refused, Status
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime import messages
 from eep_jax.runtime.codec import decode, encode
-from eep_jax.runtime.endpoint import find_supervisor
+from eep_jax.runtime.endpoint import CONNECT_TIMEOUT_MS, RETRY_MS, connect
 from eep_jax.runtime.identity import host_id, start_ticks
 
 _log = logging.getLogger(__name__)
 
-RETRY_MS = 150
-CONNECT_TIMEOUT_MS = 3_000
 OUTGOING_MAX = 10_000
 INCOMING_MAX = 10_000
 
@@ -137,13 +135,8 @@ class Link:
 
     async def _connect_once(self) -> None:
         options = self._options
-        url = find_supervisor(options.endpoint_file, options.address)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)
-        headers = {"Authorization": f"Bearer {options.token}"}
-        async with (
-            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.ws_connect(url, max_msg_size=options.message_bytes_max) as socket,
-        ):
+        at = (options.endpoint_file, options.address, options.token, options.message_bytes_max)
+        async with connect(*at) as (socket, _):
             await self._introduce(socket)
             self._outgoing = asyncio.Queue(OUTGOING_MAX)
             self._send_status()
