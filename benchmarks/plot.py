@@ -104,12 +104,7 @@ def timeline(curves: Sequence[Record]) -> Figure | None:
     lines.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (4, 2)), label="95 % of before"))
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     first = curves[0]
-    figure.suptitle(
-        f"One of {first.ranks} ranks killed under load; {first.device}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    _head(figure, f"One of {first.ranks} ranks killed under load; {first.device}")
     return figure
 
 
@@ -165,12 +160,7 @@ def latency_cdf(curves: Sequence[Record]) -> Figure | None:
     figure.axes[0].set_ylabel("Share (%)")
     figure.axes[0].legend(frameon=False, fontsize=8)
     first = curves[0]
-    figure.suptitle(
-        f"Requests that completed, one of {first.ranks} ranks killed; {first.device}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    _head(figure, f"Requests that completed, one of {first.ranks} ranks killed; {first.device}")
     return figure
 
 
@@ -224,12 +214,7 @@ def dispatch_combine(records: Sequence[Record]) -> Figure | None:
         _plain(axes)
     figure.axes[0].set_ylabel("Time of one exchange, p50 (us)")
     first = wanted[0]
-    figure.suptitle(
-        f"8 ranks in turn on one {first.device}; hidden 7168, 256 experts, top 8",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    _head(figure, f"8 ranks in turn on one {first.device}; hidden 7168, 256 experts, top 8")
     return figure
 
 
@@ -278,13 +263,12 @@ def scale(records: Sequence[Record]) -> Figure | None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         _plain(axes)
-    figure.suptitle(
-        "hidden 7168, 256 experts, top 8, bf16; link rates are nominal, not measured",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    _head(figure, "hidden 7168, 256 experts, top 8, bf16; link rates are nominal, not measured")
     return figure
+
+
+def _head(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize=10, x=0.01, ha="left")
 
 
 def _plain(axes: Axes) -> None:
