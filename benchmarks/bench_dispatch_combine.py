@@ -4,8 +4,8 @@
 
 The kernels are those of serving. `combine` is timed with the kernel that sends results, which
 serving does not need in the mode `per_choice`: there the expert GEMM writes them home, and
-`combine_home` is what is left. Ranks take turns,
-each with its whole exchange, and no byte leaves the GPU.
+`combine_home` is what is left. Ranks take turns, each with its whole exchange, and no byte leaves
+the GPU.
 """
 
 import dataclasses

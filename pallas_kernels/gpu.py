@@ -29,8 +29,8 @@ DISPATCH_DONE, COMBINE_DONE, HOME = range(3)
 # HOME holds the round whose results have come home; with these bits turned it says that some have
 # not, or that it is not known yet. No round near this one looks like that.
 INCOMPLETE, NOT_HOME = 1 << 31, 1 << 30
-# Beyond the deadline, for what a block waits for from the block that keeps the deadline.
 UNROLLED_SLOTS = 64  # up to which a sum over slots is no loop
+# Beyond the deadline, for what a block waits for from the block that keeps the deadline.
 GRACE_NS = 1_000_000_000
 
 

@@ -244,15 +244,6 @@ def store_wide(at: Word, value: ir.Value) -> None:
     llvm.store(value, _pointer(at), alignment=VECTOR_BYTES)
 
 
-def zero_wide() -> ir.Value:
-    return arith.constant(
-        ir.VectorType.get((4,), _i32()),
-        ir.DenseElementsAttr.get_splat(
-            ir.VectorType.get((4,), _i32()), ir.IntegerAttr.get(_i32(), 0)
-        ),
-    )
-
-
 def add_shared(at: Word, amount: int) -> Word:
     """Adds to a word in shared memory; returns what it was."""
     return Word(

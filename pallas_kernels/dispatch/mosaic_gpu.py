@@ -160,10 +160,8 @@ def receive(
     def body(heap_ref, *rest):
         refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
         _, suspicion, wish, *listed, heard, failed, loudest, counts = rest
-        world, out = (
-            open_heap(place, heap_ref, refs.round, refs.rank),
-            Heard(suspicion, heard, failed),
-        )
+        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        out = Heard(suspicion, heard, failed)
         _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads)
 
     found = simt(
