@@ -1,0 +1,186 @@
+"""Dispatch and combine between processes that have a GPU each, beside the link and NCCL.
+
+    python -m benchmarks.bench_wide --out=benchmarks/results/wide.jsonl     # all GPUs there are
+    python -m benchmarks.bench_wide --ranks=2 --gpus=0 --tokens=16,128      # two share one GPU
+    python -m benchmarks.bench_wide --platform=cpu --ranks=2                # the protocol, no rate
+
+1. Each rank opens its heap, maps its peers', and copies their memory: the link's rate.
+2. Every size is checked first, uniform and skewed routings, in windows that were full of NaN. What
+   is wrong at one rank is timed at none.
+3. Chains of exchanges, all ranks in lockstep, read on the GPU's clock.
+4. With a GPU for each rank, XLA's collectives (NCCL) move the same bytes in a process of their own.
+
+With fewer GPUs than ranks some share one and take turns of milliseconds: that shows that all is
+right, and its times are of the turns. Such records say `link: shared_gpu`.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+from absl import app
+from absl import flags as absl_flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Record, append, commit, now
+from benchmarks.wide.exchange import FP8, Family
+from benchmarks.wide.exchange_report import Found, published, read_found, records_of
+from benchmarks.wide.workers import Machine, WorkersFailed, machine_of, run_workers
+from launch import flags
+from launch.console import say
+from launch.environments.local import parse_gpus
+from launch.errors import UsageError
+
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+LINK_BYTES = {"gpu": 256 << 20, "cpu": 1 << 20}
+SLACK, SLACK_US = 1.3, 5.0  # an aim: within 1.3 x the bound + 5 us
+MEMORY_FRACTION = 0.55  # of a GPU, for JAX; windows of 4096 tokens take of the rest
+
+
+def define() -> None:
+    """Of the process that is started, not of one that imports this."""
+    f = absl_flags
+    f.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "What ranks compute on.")
+    f.DEFINE_integer("ranks", None, "How many ranks; else one for each GPU, two on CPU.", 1)
+    f.DEFINE_list("tokens", None, f"Tokens of each rank; else {','.join(map(str, TOKENS))}.")
+    f.DEFINE_integer("hidden", 7168, "Channels of a row.", 64)
+    f.DEFINE_integer("experts", 256, "Experts of all ranks together.", 1)
+    f.DEFINE_integer("top_k", 8, "Choices of a token.", 1)
+    f.DEFINE_integer("samples", 30, "Runs that are timed, of each size.", 1)
+    f.DEFINE_float("deadline_s", 420.0, "For all of it.")
+    f.DEFINE_bool("collectives", True, "Also time XLA's collectives.")
+    f.DEFINE_string("directory", None, "For logs and what ranks report; else a temporary one.")
+    f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
+
+
+def main() -> int:
+    values = absl_flags.FLAGS
+    gpus = None if flags.GPUS.value is None else parse_gpus(flags.GPUS.value)
+    machine = machine_of(values.platform, values.ranks, gpus)
+    families = families_of(machine, _tokens(), values.hidden, values.experts, values.top_k)
+    told = {"commit": commit(), "time": now()}
+    given = values.directory
+    directory = pathlib.Path(given or tempfile.mkdtemp(prefix="eep-wide-")).absolute()
+    say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {directory}")
+    problems = _run(machine, families, directory)
+    found = read_found(directory, machine.ranks)
+    problems += found.failures
+    records = records_of(found, families, machine, told)
+    if records:
+        show(found, records)
+        if values.out:
+            append(pathlib.Path(values.out), records)
+            say(f"appended {len(records)} records to {values.out}")
+    for problem in problems:
+        say(problem, "bold red")
+    if not problems and given is None:
+        shutil.rmtree(directory, ignore_errors=True)
+    return 1 if problems else 0
+
+
+def _tokens() -> tuple[int, ...]:
+    words = absl_flags.FLAGS.tokens
+    if words is None:
+        return TOKENS if absl_flags.FLAGS.platform == "gpu" else (4, 16)
+    if not words or not all(word.strip().isdecimal() and int(word) for word in words):
+        raise UsageError(f"--tokens={','.join(words)} must be positive numbers, as 16,128")
+    return tuple(sorted(set(map(int, words))))
+
+
+def families_of(
+    machine: Machine, tokens: tuple[int, ...], hidden: int, experts: int, choices: int
+) -> tuple[Family, ...]:
+    """bfloat16 rows with a result per choice, and fp8 rows with a sum per rank; float32 on CPU.
+
+    Raises UsageError for sizes that kernels or routings do not take.
+    """
+    if choices > experts:
+        raise UsageError(f"--top_k={choices} of --experts={experts}: there are not so many")
+    gpu = machine.platform == "gpu"
+    if gpu and (hidden % 128 or (choices % 4 and any(t * choices % 4 for t in tokens))):
+        raise UsageError(
+            f"--hidden={hidden} must be a multiple of 128, and --tokens x --top_k of 4, on a GPU"
+        )
+    sizes = {"ranks": machine.ranks, "tokens": tokens, "choices": choices, "hidden": hidden}
+    sizes |= {"experts": experts, "row_dtype": "bfloat16" if gpu else "float32"}
+    return (
+        Family(**sizes, combine="per_choice"),
+        Family(**sizes, combine="per_rank", dispatch_dtype=FP8 if gpu else ""),
+    )
+
+
+def _run(machine: Machine, families: tuple[Family, ...], directory: pathlib.Path) -> list[str]:
+    """Runs ranks, then collectives; returns what went wrong, in words."""
+    values, problems = absl_flags.FLAGS, []
+    ends_s = time.monotonic() + values.deadline_s
+    left = lambda: max(1.0, ends_s - time.monotonic())
+    job = {
+        "families": [dataclasses.asdict(family) for family in families],
+        "samples": values.samples,
+        "link": machine.link,
+        "link_bytes": LINK_BYTES[machine.platform],
+        "threads": 8 if machine.platform == "gpu" else 1,
+    }
+    try:
+        where = {"deadline_s": left(), "fraction": MEMORY_FRACTION}
+        run_workers("benchmarks.wide.exchange_rank", machine, job, directory, **where)
+    except WorkersFailed as error:
+        problems.append(str(error))
+    if not values.collectives:
+        return problems
+    if machine.link == "shared_gpu" or machine.ranks == 1:
+        say("collectives: left out, NCCL needs a GPU for each of at least two ranks")
+        return problems
+    # One process that sees every GPU.
+    alone = Machine(machine.platform, 1, (",".join(machine.gpus),) if machine.gpus else ())
+    devices = f"--xla_force_host_platform_device_count={machine.ranks}"
+    variables = {"XLA_FLAGS": devices} if machine.platform == "cpu" else {}
+    try:
+        run_workers(
+            "benchmarks.wide.collectives",
+            alone,
+            job,
+            directory,
+            deadline_s=left(),
+            fraction=MEMORY_FRACTION,
+            variables=variables,
+        )
+    except WorkersFailed as error:
+        problems.append(f"collectives: {error}")
+    return problems
+
+
+def show(found: Found, records: list[Record]) -> None:
+    """The curve over tokens, with the bound, NCCL, and what others published."""
+    rates = ", ".join(f"{way} {r / 1e9:.0f} GB/s" for way, r in found.link_bytes_per_s.items())
+    say(f"copy of a peer's memory: {rates or 'no peer'}")
+    dense = {
+        (r.shape["collective"], r.shape["tokens"]): r.value
+        for r in records
+        if r.bench == "wide_collective" and r.metric.endswith("p50")
+    }
+    table = Table(title=f"{records[0].device}; us", title_justify="left")
+    for name in ("exchange", "kind", "T", "p50", "p99", "bound", "a2a", "ragged", "published"):
+        table.add_column(name, justify="left" if name in ("exchange", "kind") else "right")
+    times = [r for r in records if r.metric.startswith("time") and r.bench != "wide_collective"]
+    for p50, p99 in zip(times[::2], times[1::2], strict=True):
+        name, tokens = p50.bench.removeprefix("wide_"), p50.shape["tokens"]
+        number = lambda value: "" if value is None else f"{value:.1f}"
+        kind = " ".join(filter(None, (p50.shape["dtype"], p50.shape.get("combine"))))
+        cells = [name, kind, str(tokens), number(p50.value), number(p99.value), number(p50.bound)]
+        cells += [number(dense.get((c, tokens))) for c in ("all_to_all", "ragged_all_to_all")]
+        table.add_row(*cells, published(name, tokens))
+    Console(highlight=False, width=170).print(table, markup=False)
+
+
+def reached(time_us: float, bound_us: float) -> bool:
+    return time_us <= SLACK * bound_us + SLACK_US
+
+
+if __name__ == "__main__":
+    define()
+    sys.exit(app.run(flags.main_with_usage(main)))
