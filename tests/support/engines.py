@@ -58,7 +58,7 @@ class EngineCluster:
         self.config, cluster, engine = config, config.cluster, config.engine
         self.layout = slab_layout(config.model, engine, cluster.ranks, cluster.slots_per_rank)
         self.dense, self.experts = weights or some_weights(config.model)
-        self.heaps = open_all(cluster.ranks, self.layout.slab_bytes)
+        self.heaps = self._open_heaps()
         self.engines = [self._engine(rank, heap) for rank, heap in enumerate(self.heaps)]
         self.epoch, self.placement = 0, placed(config)
         self.book = Book()
@@ -186,6 +186,9 @@ class EngineCluster:
                 return outcome.accused
             self.book.take(outcome.progress)
         raise AssertionError(f"rank {rank} discarded nothing in {STEPS_MAX} steps")
+
+    def _open_heaps(self) -> list:
+        return open_all(self.config.cluster.ranks, self.layout.slab_bytes)
 
     def _engine(self, rank: int, heap) -> Engine:
         engine = Engine(self.config, rank, heap, self.layout, self.dense)

@@ -1,7 +1,5 @@
 """Engines that serve a parity checkpoint and keep the logits of every token they sample."""
 
-import functools
-
 import numpy as np
 from jax.experimental import io_callback
 
@@ -92,17 +90,18 @@ class ParityCluster(EngineCluster):
 
     def _engine(self, rank: int, heap):
         # The step is traced and compiled in here.
-        step_module.sample = functools.partial(_sample_and_keep, self.logits)
+        step_module.sample = self._sample
         try:
             return super()._engine(rank, heap)
         finally:
             step_module.sample = _sample
 
+    def _sample(self, logits, seeds, positions, temperature, top_p):
+        """As the step's own; keeps what it was given."""
 
-def _sample_and_keep(logits_of: dict, logits, seeds, positions, temperature, top_p):
-    def keep(logits, seeds, positions):
-        for row, seed, position in zip(logits, seeds, positions, strict=True):
-            logits_of[int(seed[1]), int(position)] = np.array(row)
+        def keep(logits, seeds, positions):
+            for row, seed, position in zip(logits, seeds, positions, strict=True):
+                self.logits[int(seed[1]), int(position)] = np.array(row)
 
-    io_callback(keep, None, logits, seeds, positions)
-    return _sample(logits, seeds, positions, temperature, top_p)
+        io_callback(keep, None, logits, seeds, positions)
+        return _sample(logits, seeds, positions, temperature, top_p)

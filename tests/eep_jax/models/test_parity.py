@@ -11,6 +11,7 @@ from tests.eep_jax.models import make_parity
 from tests.support.engines import compiling_nothing
 from tests.support.parity import NAMES, reference
 from tests.support.parity_cluster import ParityCluster
+from tests.support.wide_parity import wide_weights
 
 RANKS = 4
 
@@ -39,6 +40,17 @@ def test_a_checkpoint_has_just_the_weights_of_the_decoder(name):
     assert {key: dense[key].shape for key in dense} == shapes
     total = sum(weights.size for weights in dense.values())
     assert checkpoint.model.dense_parameters == total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_wide_checkpoints_of_the_gpu_tests_have_the_same_logits(name):
+    wanted = reference(name)
+    model, dense, experts = wide_weights(wanted)
+    named = {expert_name(e): weights for e, weights in enumerate(experts)}
+    graph, state = nnx.split(build_dense_model(model, dense, named))
+    tokens = jnp.asarray(np.concatenate([wanted.prompt, wanted.tokens])[None])
+    logits = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)[0])
+    wanted.assert_same(np.asarray(logits(state, tokens)[0]), slice(None))
 
 
 # The lite variant differs in projections alone, which the test of whole sequences has seen.
