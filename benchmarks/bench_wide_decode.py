@@ -1,0 +1,216 @@
+"""Whole decode steps of models of real size with random weights, a rank per GPU, by batch.
+
+    python -m benchmarks.bench_wide_decode --config=qwen3_30b_a3b_h200x2 --out=...    # all GPUs
+    python -m benchmarks.bench_wide_decode --config=deepseek_v3_h200x32 --ranks=8 --layers=16
+    python -m benchmarks.bench_wide_decode --platform=cpu --config=tiny_cpu --ranks=2 --batches=4
+
+Every rank is one process that holds all systems: `live`, the step of serving; `fixed`, the same
+with its members compiled in; and static sharding by psum, all_to_all, ring and ragged_all_to_all
+(jax.distributed, NCCL). They share one bank, one cache and one set of dense weights, so the same
+experts are on the same ranks, each once. Steps are the compiled ones, without scheduler and HTTP.
+
+1. A stack with two expert layers: all systems against plain experts.
+2. Each batch: as many layers as asked for, or as fit; blocks of steps of all systems alternate.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from absl import app
+from absl import flags as absl_flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Record, append, commit, now
+from benchmarks.static.processes import free_port
+from benchmarks.wide.decode import layers_that_fit, share_of, systems_of, with_sizes
+from benchmarks.wide.decode_report import records_of
+from benchmarks.wide.exchange_report import read_found
+from benchmarks.wide.workers import Machine, WorkersFailed, machine_of, run_workers
+from eep_jax.config import RunConfig
+from launch import flags
+from launch.console import say
+from launch.environments.local import parse_gpus
+from launch.errors import UsageError
+
+CONFIG = {"gpu": "qwen3_30b_a3b_h200x2", "cpu": "tiny_cpu"}
+BATCHES = {"gpu": (1, 16, 64, 256), "cpu": (4,)}
+CACHED_TOKENS = 131_072  # of a rank's sequences together, at most
+CONTEXT_TOKENS = {"gpu": 1024, "cpu": 32}  # room of a sequence, at most; half of it is used
+STEPS, STEPS_CPU = 10, 3
+AIM = 1.0  # tokens/s of live over the best static
+AIM_MEMBERSHIP = 1.01  # time of live over fixed
+NVIDIA_SMI_S = 30.0
+
+
+def define() -> None:
+    """Of the process that is started, not of one that imports this."""
+    f = absl_flags
+    f.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "What ranks compute on.")
+    f.DEFINE_integer("ranks", None, "How many ranks; else one for each GPU, two on CPU.", 1)
+    f.DEFINE_list("batches", None, "Sequences of each rank; else 1,16,64,256 on GPUs.")
+    f.DEFINE_integer("layers", 0, "Layers of the model at most; 0: as many as fit.", 0)
+    f.DEFINE_integer("context_tokens", None, "Room of a sequence, of which half is used.", 2)
+    f.DEFINE_list("systems", None, "Only these; else all that the machine has.")
+    f.DEFINE_integer("samples", 12, "Blocks of steps that are timed.", 1)
+    f.DEFINE_float("deadline_s", 480.0, "For all of it.")
+    f.DEFINE_string("directory", None, "For logs and what ranks report; else a temporary one.")
+    f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
+
+
+def main() -> int:
+    values = absl_flags.FLAGS
+    gpus = None if flags.GPUS.value is None else parse_gpus(flags.GPUS.value)
+    machine = machine_of(values.platform, values.ranks, gpus)
+    config = _config()
+    systems, sizes = _systems(machine), _sizes(config, machine)
+    configs = [with_sizes(config, ranks=machine.ranks, **size) for size in sizes]
+    told = {"commit": commit(), "time": now()}
+    given = values.directory
+    directory = pathlib.Path(given or tempfile.mkdtemp(prefix="eep-wide-")).absolute()
+    layers = sorted({c.model.layers for c in configs})
+    say(
+        f"{machine.device}: {machine.ranks} ranks of {config.model.name}, {layers} of "
+        f"{config.model.layers} layers: {', '.join(systems)}; logs: {directory}"
+    )
+    problems = _run(machine, config, configs, sizes, systems, directory)
+    found = read_found(directory, machine.ranks)
+    problems += found.failures
+    records = records_of(found, configs, machine, told, _read_rate())
+    if records:
+        show(records)
+        if values.out:
+            append(pathlib.Path(values.out), records)
+            say(f"appended {len(records)} records to {values.out}")
+    for problem in problems:
+        say(problem, "bold red")
+    if not problems and given is None:
+        shutil.rmtree(directory, ignore_errors=True)
+    return 1 if problems else 0
+
+
+def _config() -> RunConfig:
+    values = absl_flags.FLAGS
+    name = flags.CONFIG.value if values["config"].present else CONFIG[values.platform]
+    config = flags.override(flags.load_config(name), *flags.OVERRIDE.value)
+    if config.platform != values.platform:
+        raise UsageError(f"--config={name} is for {config.platform}, --platform={values.platform}")
+    return config
+
+
+def _systems(machine: Machine) -> list[str]:
+    every = systems_of(machine.platform, machine.link, machine.ranks)
+    chosen = absl_flags.FLAGS.systems or list(every)
+    if unknown := sorted(set(chosen) - set(every)):
+        raise UsageError(f"--systems: {unknown} are not among {list(every)} of this machine")
+    return sorted(chosen, key=every.index)
+
+
+def _sizes(config: RunConfig, machine: Machine) -> list[dict]:
+    """What `with_sizes` is given for each batch, but ranks. Raises UsageError."""
+    values, platform = absl_flags.FLAGS, machine.platform
+    words = values.batches or list(map(str, BATCHES[platform]))
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise UsageError(f"--batches={','.join(words)} must be positive numbers, as 1,64")
+    sizes = []
+    for batch in map(int, words):
+        context = values.context_tokens or CONTEXT_TOKENS[platform]
+        size = {"batch": batch, "context_tokens": max(2, min(context, CACHED_TOKENS // batch))}
+        layers = values.layers or config.model.layers
+        if platform == "gpu":
+            try:
+                given = size | {"ranks": machine.ranks}
+                most = layers_that_fit(config, gpu_bytes(), _sharing(machine), given)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            layers = min(layers, most)
+        sizes.append(size | {"layers": layers})
+    # The check and the memory of all batches are of the fewest layers that any of them takes.
+    fewest = min(size["layers"] for size in sizes)
+    return [size | {"layers": fewest} for size in sizes]
+
+
+def _sharing(machine: Machine) -> int:
+    return -(-machine.ranks // max(1, len(machine.gpus)))
+
+
+def gpu_bytes() -> int:
+    """Memory of the first GPU. Raises UsageError where nvidia-smi does not say it."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_S
+        )
+        return int(run.stdout.split()[0]) << 20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        raise UsageError(f"{' '.join(command)} does not say a GPU's memory: {error}") from error
+
+
+def _read_rate() -> float | None:
+    """Bytes per second that a GPU of this kind reads, from the newest record; None without one."""
+    from benchmarks.harness import RESULTS, gpu_device, read
+
+    if absl_flags.FLAGS.platform == "cpu":
+        return None
+    records = read(sorted(RESULTS.glob("*.jsonl")))
+    rates = [r for r in records if r.metric == "read_rate" and r.device == gpu_device()]
+    return max(rates, key=lambda r: r.time).value * 1e12 if rates else None
+
+
+def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> list[str]:
+    """Runs the ranks; returns what went wrong, in words."""
+    values = absl_flags.FLAGS
+    fraction = 0.5
+    if machine.platform == "gpu":
+        sharing = _sharing(machine)
+        fraction = sharing * min(share_of(c, gpu_bytes(), sharing) for c in configs)
+    job = {
+        "config": config.name,
+        "overrides": list(flags.OVERRIDE.value),
+        "sizes": sizes,
+        "systems": systems,
+        "samples": values.samples,
+        "steps": STEPS if machine.platform == "gpu" else STEPS_CPU,
+        "coordinator": f"127.0.0.1:{free_port()}",
+    }
+    try:
+        where = {"deadline_s": values.deadline_s, "fraction": fraction}
+        run_workers("benchmarks.wide.decode_rank", machine, job, directory, **where)
+    except WorkersFailed as error:
+        return [str(error)]
+    return []
+
+
+def show(records: list[Record]) -> None:
+    first = records[0]
+    title = f"{first.device}; {first.shape['model']}, {first.shape['layers']} layers"
+    table = Table(title=title, title_justify="left")
+    for name in ("B", "system", "tokens/s", "step us", "of the bound", "/ best static", "against"):
+        table.add_column(name, justify="left" if name in ("system", "against") else "right")
+    steps = {
+        (r.shape["tokens"], r.shape["system"]): r.value for r in records if r.metric == "step p50"
+    }
+    number = lambda value, form: "" if value is None else f"{value:{form}}"
+    for r in records:
+        if r.metric == "tokens_per_s":
+            key = r.shape["tokens"], r.shape["system"]
+            share = r.value / r.bound if r.bound else None
+            cells = [str(key[0]), key[1], f"{r.value:,.0f}", f"{steps[key]:,.0f}"]
+            cells += [number(share, ".2f"), number(r.ratio, ".3f"), r.shape["against"] or ""]
+            table.add_row(*cells)
+    Console(highlight=False, width=130).print(table, markup=False)
+    for r in records:
+        if r.metric == "membership p50":
+            verdict = "reached" if r.ratio <= AIM_MEMBERSHIP else "MISSED"
+            say(
+                f"B={r.shape['tokens']}: live / compiled-in membership {r.ratio:.4f}, at most "
+                f"{AIM_MEMBERSHIP}: {verdict}"
+            )
+
+
+if __name__ == "__main__":
+    define()
+    sys.exit(app.run(flags.main_with_usage(main)))

@@ -1,0 +1,133 @@
+"""Decode steps of a rank among others: what is compiled lowers for an H100, and what fits fits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.gpu_timing import shapes_of
+from benchmarks.static.exchanges import AXIS
+from benchmarks.wide import decode, decode_report
+from benchmarks.wide.decode import World, layers_that_fit, share_of, systems_of, with_sizes
+from benchmarks.wide.exchange_report import Found
+from benchmarks.wide.workers import Machine
+from eep_jax.models.memory import memory_per_rank
+from launch.flags import load_config
+from tests.support.lowering import kernels, like, on_h100
+
+H200 = 143_771 << 20
+SIZES = {"ranks": 8, "batch": 64, "context_tokens": 1024}
+
+
+def a_world(name="tiny_gpu", ranks=2, batch=8, layers=3) -> World:
+    config = load_config(name)
+    sizes = {"ranks": ranks, "batch": batch, "context_tokens": 32}
+    return World(with_sizes(config, layers=layers, **sizes), 1)
+
+
+def arguments_of(world: World) -> tuple:
+    names, shapes = decode.make_step(world.config, None)[1], decode.dense_names(world.config.model)
+    dense = [like(shapes[name].shape, jnp.dtype(dtype)) for name, dtype in names.items()]
+    region = world.layout.bank
+    cache = jax.eval_shape(lambda: world.cache(0))
+    tables = decode.once_tables(world.config, 1)
+    call = world.call("live", 0)
+    heap = like((1, 4096), np.uint8)
+    return dense, like(region.shape, region.dtype), cache, heap, tables, world.batch(), call
+
+
+class TestLowering:
+    def test_live_and_compiled_in_membership_run_the_same_kernels(self):
+        world = a_world()
+        arguments = arguments_of(world)
+        programs = {
+            "live": world.live(arguments, 1 << 24),
+            "fixed": world.fixed(arguments, 1 << 24, 1 << 40),
+        }
+        with on_h100():
+            found = {
+                name: kernels(program.trace().lower(lowering_platforms=("cuda",)).as_text())
+                for name, program in programs.items()
+            }
+        assert len(found["live"]) == len(found["fixed"]) > 0
+
+    def test_plain_experts_need_no_exchange(self):
+        world = a_world()
+        experts = jax.eval_shape(lambda: jnp.stack([world.draw_expert(e) for e in range(16)]))
+        with on_h100():
+            program = world.reference(arguments_of(world), shapes_of(experts))
+            text = program.trace().lower(lowering_platforms=("cuda",)).as_text()
+        assert not any("dispatch" in kernel for kernel in kernels(text))
+
+    @pytest.mark.parametrize("exchange", ["all_to_all", "ragged_all_to_all"])
+    def test_static_steps_lower_for_gpus(self, exchange):
+        world = a_world("tiny_cpu")
+        mesh = jax.sharding.AbstractMesh((2,), (AXIS,))
+        dense, bank, cache, _, _, batch, _ = arguments_of(world)
+        split = jax.sharding.NamedSharding(mesh, jax.P(AXIS))
+        whole = lambda leaf: jax.ShapeDtypeStruct(
+            (2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype, sharding=split
+        )
+        parts = [jax.tree.map(whole, part) for part in (bank, cache, batch)]
+        traced = world.static(exchange, mesh, ()).trace(dense, *parts)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert exchange in text
+
+
+class TestSizes:
+    @pytest.mark.parametrize("name", ["deepseek_v3_h200x32", "qwen3_235b_a22b_h200x8"])
+    def test_as_many_layers_as_fit_are_taken(self, name):
+        config = load_config(name)
+        layers = layers_that_fit(config, H200, 1, SIZES)
+        assert 2 < layers <= config.model.layers
+        sized = with_sizes(config, layers=layers, **SIZES)
+        needed, share = memory_per_rank(sized), share_of(sized, H200, 1)
+        assert needed.jax < share * H200 and share * H200 + needed.heap < H200
+        if layers < config.model.layers:
+            assert share_of(with_sizes(config, layers=layers + 1, **SIZES), H200, 1) is None
+
+    def test_what_does_not_fit_at_all_is_refused(self):
+        with pytest.raises(ValueError, match="two layers of DeepSeek-V3 do not fit 16 GiB"):
+            layers_that_fit(load_config("deepseek_v3_h200x32"), 16 << 30, 4, SIZES)
+
+    def test_a_stack_of_few_layers_has_experts_in_all_but_one(self):
+        config = with_sizes(load_config("deepseek_v3_h200x32"), layers=4, **SIZES)
+        assert (config.model.layers, config.model.dense_layers) == (4, 1)
+        assert config.cluster.slots_per_rank == 32 and config.cluster.redundancy == 1
+
+    def test_every_expert_is_where_static_sharding_has_it(self):
+        tables = decode.once_tables(with_sizes(load_config("tiny_gpu"), layers=0, **SIZES), 3)
+        assert tables.expert_slots[:, 0].tolist() == list(range(16))
+        assert tables.replicas.tolist() == [1] * 16
+
+    def test_nccl_needs_a_gpu_of_its_own_for_every_rank(self):
+        assert systems_of("gpu", "shared_gpu", 2) == systems_of("gpu", "peer", 1) == decode.ELASTIC
+        assert "ragged_all_to_all" in systems_of("gpu", "peer", 2)
+        assert "ragged_all_to_all" not in systems_of("cpu", "cpu", 2)
+
+    def test_a_rank_draws_the_same_expert_as_any_other(self):
+        first, second = a_world(), dataclasses.replace(a_world(), rank=0)
+        drawn = first.draw_expert(3)
+        assert jnp.array_equal(drawn, second.draw_expert(3))
+        assert not jnp.array_equal(drawn, first.draw_expert(4))
+        assert not np.asarray(drawn, np.float32)[:, :, 96:].any(), "padding is zero"
+
+
+def test_records_compare_with_the_best_static_system_and_live_with_compiled_in():
+    config = with_sizes(load_config("tiny_gpu"), ranks=2, batch=8, layers=3, context_tokens=32)
+    times = {"live": [110.0, 100.0], "fixed": [100.0, 90.0], "psum": [400.0], "ring": [200.0]}
+    step = lambda name, us: {"kind": "step", "family": "size0", "name": name, "samples_us": us}
+    lines = [(rank, step(name, us)) for name, us in times.items() for rank in (0, 1)]
+    lines.append((0, step("all_to_all", [1.0])))  # of one rank only: not counted
+    machine = Machine("gpu", 2, ("0",))
+    told = {"commit": "c", "time": "t"}
+    records = decode_report.records_of(Found(tuple(lines)), [config], machine, told, 1e12)
+    rates = {r.shape["system"]: r for r in records if r.metric == "tokens_per_s"}
+    assert set(rates) == {"live", "fixed", "psum", "ring"}
+    assert rates["live"].shape["against"] == "ring" and rates["live"].ratio == pytest.approx(2.0)
+    assert rates["live"].value == pytest.approx(16 / 100e-6) and rates["live"].bound
+    member = next(r for r in records if r.metric == "membership p50")
+    assert member.ratio == pytest.approx(100 / 90)
+    assert member.shape["link"] == "shared_gpu" and "shared by 2 ranks" in member.device
