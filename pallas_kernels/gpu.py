@@ -9,6 +9,7 @@ run.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -156,8 +157,22 @@ def simt(
 def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word], Word]:
     """Part of a kernel: (whether this exchange talks to a rank, whether the step was aborted).
 
-    It talks to those that are active and not suspected; to nobody once the step was aborted.
+    It talks to those that are active and not suspected; to nobody once the step was aborted. Whole
+    warps call it.
     """
+    ranks = active.type.shape[0]
+    if ranks <= peers.WARP:
+        # All ranks at once, by the lanes of a warp: nothing waits for a rank's number first.
+        lane = peers.lane(peers.WARP)
+        inside = lane < ranks
+        at = peers.select(inside, lane, 0)
+        there = inside & (peers.load(entry(active, at)) > 0)
+        suspected = peers.which_lanes(peers.load(entry(suspicion, at)) != 0)
+        has = lambda ranks, rank: ((ranks >> rank) & 1) != 0
+        ended = has(suspected, rank)
+        partners = peers.which_lanes(there) & (suspected ^ -1)
+        partners = peers.select(ended, peers.word(0), partners)
+        return functools.partial(has, partners), ended
     ended = peers.load(entry(suspicion, rank)) != 0
 
     def is_partner(peer: Word) -> Word:
@@ -165,6 +180,21 @@ def partner_test(active, suspicion, rank: Word) -> tuple[Callable[[Word], Word],
         return there & (peers.load(entry(suspicion, peer)) == 0) & (ended ^ 1)
 
     return is_partner, ended
+
+
+def first_of_each(there, owners, heard) -> list:
+    """`heard`, less the choices whose owner is that of an earlier choice that is there.
+
+    Lists over k, of Words or of whatever has their operators: owners `[0 2 0]` of choices that are
+    all there and heard give `[1 1 0]`.
+    """
+    fresh = []
+    for k, owner in enumerate(owners):
+        found = heard[k]
+        for earlier in range(k):
+            found = found & ((there[earlier] & (owners[earlier] == owner)) ^ 1)
+        fresh.append(found)
+    return fresh
 
 
 def is_last_block(heap: Heap, ticket: int, blocks: int, shared) -> Word:

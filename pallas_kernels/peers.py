@@ -11,6 +11,7 @@ A `Word` is an integer of one thread. Addresses are 64-bit Words.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from jax._src.lib.mlir import ir
@@ -19,6 +20,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 VECTOR_BYTES = 16  # the widest access of one thread
+WARP = 32  # threads
 ABORT_POLL_ROUNDS = 64  # looks at a flag between two at the abort word, which is off the GPU
 
 ref = plgpu.RefType()
@@ -167,6 +169,15 @@ def each(start: Word, stop, step, body: Callable[[Word], None]) -> None:
         scf.yield_([])
 
 
+def which_lanes(condition: Word) -> Word:
+    """A word with bit i set where the condition holds in lane i of this warp; all 32 call it."""
+    ptx = "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, -1; }"
+    held = condition.narrow().value
+    return Word(
+        mgpu.inline_ptx(ptx, held, result_types=_i32(), has_side_effects=True, convergent=True)
+    )
+
+
 def fold(start: Word, stop, step, initial: Word, body: Callable[[Word, Word], Word]) -> Word:
     """A loop that carries one Word."""
     loop = scf.ForOp(start.value, start._other(stop), start._other(step), [initial.value])
@@ -312,6 +323,18 @@ def load_bf16x8_if(wanted: Word, at: Word) -> ir.Value:
     return arith.extf(_vector8(ir.F32Type.get()), narrow)
 
 
+def update_if(
+    wanted: Word, values: Sequence[ir.Value], update: Callable[[], Sequence[ir.Value]]
+) -> list[ir.Value]:
+    """`update()` where wanted, else `values`. A branch: memory is read only where it is taken."""
+    branch = scf.IfOp(wanted.value, [value.type for value in values], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(list(update()))
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_(list(values))
+    return list(branch.results)
+
+
 def store_bf16x8(at: Word, values: ir.Value) -> None:
     """Rounds eight float32 to bf16."""
     narrow = arith.truncf(_vector8(ir.BF16Type.get()), values)
@@ -342,6 +365,56 @@ def scaled_add(total: ir.Value, weight: Word, values: ir.Value, valid: Word) -> 
     for index in range(8):
         vector = llvm.insertelement(vector, factor, mgpu.c(index, _i32()))
     return arith.select(valid.value, arith.addf(total, arith.mulf(vector, values)), total)
+
+
+# Channels in fp8. A word holds two bf16, or four e4m3; the lower channel is in the lower bits.
+
+
+def peak_bf16(words: Sequence[Word], lanes: int) -> ir.Value:
+    """The largest magnitude in the words of `lanes` neighbouring threads (a power of two), float32.
+
+    NaN where there is one. Whole warps call it.
+    """
+
+    def larger(a: Word, b: Word) -> Word:
+        ptx = "max.NaN.bf16x2 $0, $1, $2;"
+        return Word(mgpu.inline_ptx(ptx, a.value, b.value, result_types=_i32()))
+
+    found = functools.reduce(larger, [pair & 0x7FFF7FFF for pair in words])
+    distance = 1
+    while distance < lanes:
+        found = larger(found, Word(mgpu.shfl_bfly(found.value, distance)))
+        distance *= 2
+    return arith.maximumf(*_two_floats(found))
+
+
+def _two_floats(pair: Word) -> list[ir.Value]:
+    return [arith.bitcast(ir.F32Type.get(), w.value) for w in (pair << 16, pair & -0x10000)]
+
+
+def scale_of(peak: ir.Value, smallest: float, largest: float) -> ir.Value:
+    """`max(peak, smallest) / largest`, float32."""
+    number = lambda value: mgpu.c(value, ir.F32Type.get())
+    return arith.divf(arith.maximumf(peak, number(smallest)), number(largest))
+
+
+def float_word(value: ir.Value) -> Word:
+    """The bits of a float32."""
+    return Word(arith.bitcast(_i32(), value))
+
+
+def narrow_e4m3(words: Sequence[Word], scale: ir.Value) -> list[Word]:
+    """Channels / scale, rounded to the nearest e4m3 or to its largest: a word for two words."""
+    ptx = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    found = []
+    for first, second in zip(words[::2], words[1::2], strict=True):
+        channels = [*_two_floats(first), *_two_floats(second)]
+        scaled = [arith.divf(channel, scale) for channel in channels]
+        found.append(Word(mgpu.inline_ptx(ptx, *scaled, result_types=_i32())))
+    return found
 
 
 # Rows.

@@ -1,6 +1,7 @@
 """Combine on a GPU: results straight into their owner's window, summed there in float32."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -22,6 +23,7 @@ from pallas_kernels.gpu import (
     Told,
     await_partners,
     entry,
+    first_of_each,
     forget_home,
     is_last_block,
     open_heap,
@@ -142,29 +144,44 @@ def send_sums(results, place: Place, config: CombineConfig):
     """
     ranks, tokens, choices, hidden = results.shape
     row_bytes, chunks = hidden * 2, hidden // CHANNELS
-    parts = -(-chunks // GROUP_THREADS)
+    whole = -(-chunks // GROUP_THREADS)  # chunks of a thread, were a block to take a whole row
+    parts = -(-whole // config.sum_chunks)
+    mine = -(-whole // parts)
     blocks = min(ranks * tokens * parts, config.send_blocks)
 
     def write(results, received, weights, heap: Heap, is_partner) -> None:
         def send_part(item: Word) -> None:
-            row, chunk = item // parts, item % parts * GROUP_THREADS + peers.thread()
+            row, part = item // parts, item % parts
             home, token = row // tokens, row % tokens
             pairs = [row * choices + choice for choice in range(choices)]
-            mine = [peers.load(entry(received, pair)) >= 0 for pair in pairs]
-            any_mine = mine[0]
-            for other in mine[1:]:
-                any_mine = any_mine | other
-            heard = is_partner(home)
-            with peers.when(any_mine & heard & (chunk < chunks)):
-                offset, total = chunk.wide() * 16, peers.zero_f32x8()
-                shares = [peers.load(entry(weights, pair)) for pair in pairs]
-                start = [peers.address(results, pair.wide() * row_bytes) + offset for pair in pairs]
-                # Most choices of a token ran elsewhere: their rows here hold nothing.
-                rows = [peers.load_bf16x8_if(*at) for at in zip(mine, start, strict=True)]
-                for share, values, valid in zip(shares, rows, mine, strict=True):
-                    total = peers.scaled_add(total, share, values, valid)
-                target = heap.region("returns", home, heap.rank, token) + offset
-                peers.store_bf16x8(target, total)
+            here = [peers.load(entry(received, pair)) >= 0 for pair in pairs]
+            shares = [peers.load(entry(weights, pair)) for pair in pairs]
+            any_here = functools.reduce(lambda a, b: a | b, here)
+            first = part * (mine * GROUP_THREADS) + peers.thread()
+            places = [first + GROUP_THREADS * j for j in range(mine)]
+            with peers.when(any_here & is_partner(home)):
+                inside = [place < chunks for place in places]
+                offsets = [place.wide() * 16 for place in places]
+                totals = [peers.zero_f32x8() for _ in places]
+                # Most choices of a token ran elsewhere: whole blocks pass them by.
+                for pair, share, valid in zip(pairs, shares, here, strict=True):
+                    start = peers.address(results, pair.wide() * row_bytes)
+
+                    def add(start=start, share=share, valid=valid, totals=totals):
+                        rows = [
+                            peers.load_bf16x8_if(there, start + offset)
+                            for there, offset in zip(inside, offsets, strict=True)
+                        ]
+                        return [
+                            peers.scaled_add(total, share, values, valid)
+                            for total, values in zip(totals, rows, strict=True)
+                        ]
+
+                    totals = peers.update_if(valid, totals, add)
+                target = heap.region("returns", home, heap.rank, token)
+                for there, offset, total in zip(inside, offsets, totals, strict=True):
+                    with peers.when(there):
+                        peers.store_bf16x8(target + offset, total)
 
         peers.each(peers.block(), ranks * tokens * parts, blocks, send_part)
 
@@ -276,24 +293,15 @@ class Summing(typing.NamedTuple):
         late = all_came ^ 1
         ended = peers.load_if(late, entry(self.suspicion, heap.rank)) != 0
         with peers.when(item.chunk < layout.hidden // CHANNELS):
-            offset, rows = item.chunk.wide() * 16, []
-            for k, (owner, good) in enumerate(zip(item.owners, item.there, strict=True)):
+            offset, rows, per_choice = item.chunk.wide() * 16, [], layout.combine == "per_choice"
+            wanted = item.there
+            if not per_choice:  # a rank's sum is there once, however many of the choices it ran
+                wanted = first_of_each(item.there, item.owners, item.there)
+            for k, (owner, good) in enumerate(zip(item.owners, wanted, strict=True)):
                 missing = peers.load_if(late, entry(self.suspicion, owner)) != 0
                 good = good & (missing ^ 1) & (ended ^ 1)
-                if layout.combine == "per_choice":
-                    at, share = (
-                        heap.region("returns", heap.rank, owner, item.token, k),
-                        item.shares[k],
-                    )
-                else:
-                    # A rank's sum is there once, however many of the choices it ran.
-                    for earlier in range(k):
-                        same = item.there[earlier] & (item.owners[earlier] == owner)
-                        good = good & (same ^ 1)
-                    at, share = (
-                        heap.region("returns", heap.rank, owner, item.token),
-                        peers.word(ONE),
-                    )
+                at = heap.region("returns", heap.rank, owner, item.token, *[k] * per_choice)
+                share = item.shares[k] if per_choice else peers.word(ONE)
                 rows.append((good, share, peers.load_bf16x8_if(good, at + offset)))
             total = peers.zero_f32x8()
             for good, share, values in rows:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 from pallas_kernels import peers
 from pallas_kernels.call import Call
 from pallas_kernels.dispatch.config import DispatchConfig
-from pallas_kernels.fp8 import pack_rows, unpack_rows
+from pallas_kernels.dispatch.rows import pieces, send_narrowed
+from pallas_kernels.fp8 import unpack_rows
 from pallas_kernels.gpu import (
     DISPATCH_DONE,
     GROUP_THREADS,
@@ -21,6 +22,7 @@ from pallas_kernels.gpu import (
     Told,
     await_partners,
     entry,
+    first_of_each,
     forget_home,
     gather_wishes,
     is_last_block,
@@ -232,7 +234,10 @@ class Sending:
     def of(cls, shape: tuple[int, int], place: Place, config: DispatchConfig, groups: int):
         """For (T, K). Threads that a row has no use for take another token."""
         tokens, choices = shape
-        chunks = place.layout.row_bytes // peers.VECTOR_BYTES
+        layout = place.layout
+        chunks = layout.row_bytes // peers.VECTOR_BYTES
+        if layout.dispatch_dtype:
+            chunks = pieces(layout.hidden)
         parts = max(1, min(groups, groups * GROUP_THREADS // (1 << (chunks - 1).bit_length())))
         blocks = max(place.ranks, min(-(-tokens // parts), config.blocks // groups))
         return cls(place, tokens, choices, blocks, groups, parts)
@@ -242,12 +247,10 @@ class Sending:
         return self.groups * GROUP_THREADS
 
     def operands(self, x, slots, weights) -> tuple[Array, Array, Array]:
-        layout = self.place.layout
-        rows = pack_rows(x) if layout.dispatch_dtype else x.astype(layout.row_dtype)
-        return rows, slots.reshape(-1), weights.reshape(-1)
+        return x.astype(self.place.layout.row_dtype), slots.reshape(-1), weights.reshape(-1)
 
     def write(self, rows, slots, weights, heap: Heap, refs: Told) -> None:
-        thread, block, row_bytes = peers.thread(), peers.block(), self.place.layout.row_bytes
+        thread, block, layout = peers.thread(), peers.block(), self.place.layout
         is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
         row_threads = self.threads // self.parts
 
@@ -256,8 +259,11 @@ class Sending:
                 ranks = self._ranks(slots, token, heap, is_partner)
                 return [(heap.region("rows", r, heap.rank, token), wanted) for r, wanted in ranks]
 
-            source = peers.address(rows, token.wide() * row_bytes)
-            peers.copy_row(source, targets, row_bytes, row_threads)
+            source = peers.address(rows, token.wide() * (layout.hidden * 2))
+            if layout.dispatch_dtype:
+                send_narrowed(source, targets, layout.hidden, row_threads)
+            else:
+                peers.copy_row(source, targets, layout.row_bytes, row_threads)
 
         def send_metadata(peer: Word) -> None:
             def four(index: Word) -> None:
@@ -296,18 +302,3 @@ class Sending:
         ]
         heard = [real & is_partner(owner) for real, owner in zip(there, owners, strict=True)]
         return list(zip(owners, first_of_each(there, owners, heard), strict=True))
-
-
-def first_of_each(there, owners, heard) -> list:
-    """`heard`, less the choices whose owner is that of an earlier choice that is there.
-
-    Lists over k, of Words or of whatever has their operators: owners `[0 2 0]` of choices that are
-    all there and heard give `[1 1 0]`.
-    """
-    fresh = []
-    for k, owner in enumerate(owners):
-        found = heard[k]
-        for earlier in range(k):
-            found = found & ((there[earlier] & (owners[earlier] == owner)) ^ 1)
-        fresh.append(found)
-    return fresh

@@ -55,14 +55,16 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool
     homes = None
     if isinstance(rows, RowsInWindow):
         tile_rows = rows.lists.tile_rows
+        rows_per_slot = slots[0].size / num_slots  # every rank sends as much, to all slots alike
         source, lists = mosaic_gpu.members_of(rows)
         homes = mosaic_gpu.homes_of(rows) if send_home else None
     else:
-        tile_rows = config.tile_rows if config else tile_rows_for(slots.size / num_slots)
+        rows_per_slot = slots.size / num_slots
+        tile_rows = config.tile_rows if config else tile_rows_for(rows_per_slot)
         source = mosaic_gpu.InArray(rows.astype(jnp.bfloat16))
         lists = mosaic_gpu.list_members(slots, num_slots, tile_rows)
     width = mlp.bias_width or width
-    config = config or config_for(tile_rows, num_slots, width, hidden)
+    config = config or config_for(tile_rows, num_slots, width, hidden, rows_per_slot)
     if mlp.bias_width > hidden and hidden % config.tile_columns:
         raise NotImplementedError(
             f"biases of F={mlp.bias_width} in rows of D={hidden}, of which {config.tile_columns=} "

@@ -1,6 +1,7 @@
 """How the expert GEMM is launched on a GPU; chosen by shape."""
 
 import dataclasses
+import math
 
 from pallas_kernels.device import SM_COUNT
 
@@ -43,8 +44,10 @@ def tile_rows_for(rows_per_slot: float) -> int:
     return 64 if rows_per_slot <= SMALL_ROWS else 128
 
 
-def config_for(tile_rows: int, slots: int, expert_hidden: int, hidden: int) -> GemmConfig:
-    """The configuration for S experts of F channels over rows of D.
+def config_for(
+    tile_rows: int, slots: int, expert_hidden: int, hidden: int, rows_per_slot: float = math.inf
+) -> GemmConfig:
+    """The configuration for S experts of F channels over rows of D, a slot having so many.
 
     Raises NotImplementedError unless F and D are multiples of WIDTH_MULTIPLE.
     """
@@ -57,10 +60,11 @@ def config_for(tile_rows: int, slots: int, expert_hidden: int, hidden: int) -> G
     down_columns = [c for c in (128, 64) if hidden % c == 0]
     if tile_rows > GROUP_ROWS:
         wide = 256 if hidden % 256 == 0 else down_columns[0]
+        narrow = rows_per_slot <= tile_rows  # then the weights' bytes count
         return GemmConfig(
             tile_rows=tile_rows,
-            tile_columns=columns[0],
-            stages=4,
+            tile_columns=64 if narrow else columns[0],
+            stages=5 if narrow else 4,
             down_columns=wide,
             down_stages=3 if wide == 256 else 5,
         )

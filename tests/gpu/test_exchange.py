@@ -5,12 +5,16 @@ EEP_TEST_PLATFORM=gpu python -m pytest tests/gpu/test_exchange.py
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels.combine.reference import combine_reference
 from pallas_kernels.dispatch.reference import dispatch_reference
+from pallas_kernels.fp8 import pack_rows
+from pallas_kernels.gpu import read_region
 from tests.gpu.exchanges import (
     CLOSE,
     Ranks,
@@ -146,6 +150,24 @@ def test_a_step_may_be_narrower_than_the_window():
     ranks = Ranks(loopback)
     for seed in range(3):
         check_exchange(ranks, a_work(seed, loopback, none_share=0.2, tokens=8), seed)
+
+
+def test_rows_leave_in_the_bytes_that_pack_rows_gives():
+    loopback = some_loopback(2, "per_rank", True, hidden=2048)
+    work = a_work(11, loopback, tokens=loopback.layout.tokens)
+    size = np.float32(2.0) ** np.random.default_rng(0).integers(-40, 40, (*work.x.shape[:2], 16))
+    x = (work.x * np.repeat(size, 128, axis=-1)).astype(ml_dtypes.bfloat16)
+    x[0, 0], x[1, 1, :256] = 0, 1e-30
+    work = dataclasses.replace(work, x=x.astype(np.float32))
+    received, _ = Ranks(loopback).exchange(work, some_results(0, work))
+    with jax.default_device(jax.devices("cpu")[0]):
+        packed = np.asarray(pack_rows(jnp.asarray(x)))
+    for rows, here, *_ in received.values():
+        place, layout = rows.lists.place, loopback.layout
+        found = read_region("rows", place, rows.heap, rows.call, rows.rank, rows.tiles)
+        found = np.asarray(found)[:, : layout.tokens, : layout.hidden * 33 // 32]
+        sent = (np.asarray(here) >= 0).any(-1)
+        np.testing.assert_array_equal(found[sent], packed[..., : found.shape[-1]][sent])
 
 
 def test_a_prefill_in_full_windows():

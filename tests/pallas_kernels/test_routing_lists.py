@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.dispatch.mosaic_gpu import first_of_each
 from pallas_kernels.expert_gemm.mosaic_gpu import list_members
-from pallas_kernels.gpu import MemberLists, Place
+from pallas_kernels.gpu import MemberLists, Place, first_of_each
 from tests.support.kernels import check_lists, naive_targets
 from tests.support.lowering import a_layout
 

@@ -1,0 +1,63 @@
+"""A token's row on its way out of a kernel: as it is, or narrowed to fp8 as it leaves."""
+
+from collections.abc import Callable, Sequence
+
+from pallas_kernels import peers
+from pallas_kernels.fp8 import E4M3_MAX, SMALLEST_PEAK
+from pallas_kernels.peers import Word
+from pallas_kernels.window import SCALE_CHANNELS
+
+PIECE = peers.VECTOR_BYTES  # channels of a thread: what it reads is twice as wide as what it writes
+PIECES_UNDER_WAY = 4  # of a thread
+LANES = SCALE_CHANNELS // PIECE  # neighbours that share a scale
+
+
+def pieces(hidden: int) -> int:
+    """How many threads a row of D channels has work for."""
+    return hidden // PIECE
+
+
+def send_narrowed(
+    source: Word,
+    targets: Callable[[], Sequence[tuple[Word, Word]]],
+    hidden: int,
+    threads: int,
+) -> None:
+    """A row of bf16 to every `(address, wanted)` target, in the form of `fp8.pack_rows`, bit by
+    bit.
+
+    As `peers.copy_row`: `threads`, a power of two and whole warps, share the work.
+    """
+    index, known = peers.lane(threads), []
+    full, rest = divmod(pieces(hidden), threads)
+
+    def some(places: Sequence[Word], inside: Word | None = None) -> None:
+        starts = [source + (place * (2 * PIECE)).wide() for place in places]
+        # All loads are under way before the first of them is waited for.
+        loaded = [
+            peers.load_words(start, 4) + peers.load_words(start + PIECE, 4) for start in starts
+        ]
+        if not known:
+            known.extend(targets())
+        scales = [
+            peers.scale_of(peers.peak_bf16(words, LANES), SMALLEST_PEAK, E4M3_MAX)
+            for words in loaded
+        ]
+        narrow = [
+            peers.narrow_e4m3(words, scale) for words, scale in zip(loaded, scales, strict=True)
+        ]
+        for target, wanted in known:
+            with peers.when(wanted if inside is None else wanted & inside):
+                for place, scale, values in zip(places, scales, narrow, strict=True):
+                    peers.store_words(target + (place * PIECE).wide(), values)
+                    with peers.when(place % LANES == 0):
+                        at = target + (place // LANES * 4 + hidden).wide()
+                        peers.store(at, peers.float_word(scale))
+
+    for first in range(0, full, PIECES_UNDER_WAY):
+        last = min(first + PIECES_UNDER_WAY, full)
+        some([index + threads * j for j in range(first, last)])
+    if rest:
+        place = index + threads * full
+        inside = place < pieces(hidden)
+        some([peers.select(inside, place, 0)], inside)
