@@ -33,7 +33,7 @@ from benchmarks.gpu_timing import (
     open_gpu,
     time_records,
 )
-from benchmarks.gpu_trace import kernel_times, shares
+from benchmarks.gpu_trace import longest, run_kernels, shares
 from benchmarks.harness import Record, append
 from eep_jax.engine import step as step_module
 from eep_jax.models.weights import dense_names
@@ -138,7 +138,11 @@ class Line:
     world: World
     timing: Timing
     bound_us: float
-    shares: dict[str, float]
+    kernels: list[tuple[str, float]]  # of STEPS steps
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return shares(self.kernels)
 
     @property
     def tokens(self) -> int:
@@ -162,14 +166,15 @@ class Line:
 
     def __str__(self) -> str:
         parts = "  ".join(f"{part} {share:.0%}" for part, share in self.shares.items())
-        verdict = ""
+        busy_us, verdict = sum(time for _, time in self.kernels) / STEPS, ""
         if self.tokens == AIM_BATCH:
             verdict = f", at least {AIM}: {'reached' if self.reached >= AIM else 'MISSED'}"
         return (
             f"decode B={self.tokens:<4} context {self.world.context_tokens:<5} "
             f"{self.timing.p50_us:9.1f} us p50 {self.timing.p99_us:9.1f} p99   "
             f"bound {self.bound_us:9.1f} us   {self.tokens / self.timing.p50_us * 1e6:9,.0f} "
-            f"tokens/s   {self.reached:.2f} of the bound{verdict}\n         {parts}"
+            f"tokens/s   {self.reached:.2f} of the bound{verdict}\n"
+            f"         {busy_us:.1f} us in {len(self.kernels) // STEPS} kernels: {parts}"
         )
 
 
@@ -191,7 +196,7 @@ def measure_batch(live: Live, rate: float, samples: int) -> Line:
         return state[0]
 
     jax.block_until_ready(again())
-    return Line(world, timing, size.total / rate * 1e6, shares(kernel_times(again)))
+    return Line(world, timing, size.total / rate * 1e6, run_kernels(again))
 
 
 def main() -> int:
@@ -221,6 +226,8 @@ def main() -> int:
             live = live_of(world_of(layers, batch), executables[f"whole {batch}"], *weights)
             line = measure_batch(live, rate, samples)
             print(line, flush=True)
+            if absl_flags.FLAGS.kernels:
+                print(longest(line.kernels, absl_flags.FLAGS.kernels), flush=True)
             if out:
                 append(out, line.records(device))
             del live
@@ -233,4 +240,5 @@ def main() -> int:
 if __name__ == "__main__":
     options.define()
     absl_flags.DEFINE_integer("layers", 1 << 30, "Layers of the model at most.", 1)
+    absl_flags.DEFINE_integer("kernels", 0, "Kernels to list that took longest in a batch.", 0)
     sys.exit(app.run(flags.main_with_usage(main)))

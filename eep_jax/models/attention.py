@@ -118,6 +118,11 @@ def attend_cached(
     plain = scale is None and not window and sinks is None
     if plain and fits_cudnn(q, k):
         return attend_cudnn(q, k, v, positions)
+    return attend_xla(q, k, v, positions, scale=scale, window=window, sinks=sinks)
+
+
+def attend_xla(q, k, v, positions, *, scale=None, window=0, sinks=None):
+    """As `attend_cached`, by XLA alone: it reads all of the cache, and writes down all scores."""
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)

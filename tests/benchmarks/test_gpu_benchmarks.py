@@ -14,7 +14,7 @@ import pytest
 from benchmarks import bench_dispatch_combine as exchanges
 from benchmarks import bench_expert_gemm as gemm
 from benchmarks import bench_step as steps
-from benchmarks import gpu_rates, gpu_timing
+from benchmarks import gpu_rates, gpu_timing, gpu_trace
 from benchmarks.bench_dispatch_combine import Bytes, Family, bytes_of
 from benchmarks.bench_expert_gemm import Case, Experts
 from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
@@ -38,6 +38,32 @@ def lowered(program: Program) -> str:
 def kernel_names(program: Program) -> list[str]:
     """The kernels that a program calls, sorted, each once for each place in the text."""
     return sorted(text.split("module @", 1)[1].split()[0] for text in kernels(lowered(program)))
+
+
+class TestTrace:
+    EVENTS = (
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 7, "args": {"name": "Stream #7"}},
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 8, "args": {"name": "XLA Ops"}},
+        {"ph": "X", "name": "fusion", "pid": 1, "tid": 7, "ts": 30.0, "dur": 2.0},
+        {"ph": "X", "name": "expert_gate_up", "pid": 1, "tid": 7, "ts": 10.0, "dur": 5.0},
+        {"ph": "X", "name": "fusion", "pid": 1, "tid": 7, "ts": 20.0, "dur": 1.0},
+        {"ph": "X", "name": "fusion", "pid": 1, "tid": 8, "ts": 20.0, "dur": 1.0},
+        {"ph": "X", "name": "python", "pid": 2, "tid": 7, "ts": 0.0, "dur": 9.0},
+    )
+
+    def test_only_what_ran_on_a_stream_counts(self):
+        kernels = gpu_trace.of_streams(self.EVENTS)
+        assert kernels == [("expert_gate_up", 5.0), ("fusion", 1.0), ("fusion", 2.0)]
+        first, second = gpu_trace.longest(kernels, 9).splitlines()
+        assert " ".join(first.split()) == "5.0 us 5.00 x 1 expert_gate_up"
+        assert " ".join(second.split()) == "3.0 us 1.50 x 2 fusion"
+
+    def test_shares_of_parts_add_up(self):
+        found = gpu_trace.shares(gpu_trace.of_streams(self.EVENTS))
+        assert found["experts"] == 5 / 8 and found["rest"] == 3 / 8
+        assert sum(found.values()) == 1
 
 
 class TestTiming:

@@ -1,0 +1,275 @@
+"""Attention to caches of real sizes, one layer, by each kernel that can do it.
+
+    python -m benchmarks.bench_attention --out=benchmarks/results/attention.jsonl
+
+A kernel's answer is compared with float32 before it is timed; one that cannot be compiled, or is
+wrong, is named and left out. The bound is the time to read, once, the keys and values that some
+token sees. Caches of several layers take turns, so that none is in the GPU's own cache.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+from absl import flags as absl_flags
+
+from benchmarks import options
+from benchmarks.gpu_rates import rate_record, read_rate
+from benchmarks.gpu_timing import Chained, Program, compile_all, measure, open_gpu, time_records
+from benchmarks.harness import Record, append
+from eep_jax.models.attention import attend_xla
+from eep_jax.models.attention_cudnn import attend_cudnn, attend_paged, attend_window
+from eep_jax.models.latent_attention import attend_latent
+from launch import flags
+
+CACHED_BYTES = 256 << 20  # what is to be read before the same bytes are read again
+LAYERS_MAX = 4
+REPETITIONS = 20
+TOLERANCE = 0.02  # of the largest value: bfloat16 products of some thousand positions
+PAGES = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What T tokens attend to: B sequences with room for P positions each, half of them in use.
+
+    `prompts` > 0: the tokens are so many runs of successive positions of as many sequences, as in
+    prefill; else each is the last one of a sequence of its own.
+    """
+
+    name: str
+    tokens: int
+    sequences: int
+    query_heads: int
+    kv_heads: int
+    channels: int
+    length: int
+    window: int = 0
+    sinks: bool = False
+    prompts: int = 0
+    latent: int = 0  # channels of a latent, beside which `channels` are those of the rotated key
+
+    @property
+    def layers(self) -> int:
+        """How many caches take turns."""
+        return min(LAYERS_MAX, -(-CACHED_BYTES // self.seen_bytes))
+
+    @functools.cached_property
+    def slots(self) -> np.ndarray:
+        if not self.prompts:
+            return np.arange(self.tokens, dtype=np.int32)
+        return (np.arange(self.tokens) * self.prompts // self.tokens).astype(np.int32)
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        last = self.length // 2 - 1
+        if not self.prompts:
+            # Sequences differ a little, as in serving.
+            return (last - np.arange(self.tokens) % 7).astype(np.int32)
+        run = self.tokens // self.prompts
+        return (last - run + 1 + np.arange(self.tokens) % run).astype(np.int32)
+
+    @property
+    def seen_bytes(self) -> int:
+        """Keys and values that some token sees; those that several see count once."""
+        reach: dict[int, int] = {}
+        for slot, position in zip(self.slots.tolist(), self.positions.tolist(), strict=True):
+            reach[slot] = max(reach.get(slot, 0), position + 1)
+        span = self.tokens // max(self.prompts, 1)
+        most = self.window + span - 1 if self.window else self.length
+        seen = sum(min(most, length) for length in reach.values())
+        channels = self.latent + self.channels if self.latent else 2 * self.channels
+        return seen * self.kv_heads * channels * 2
+
+    def shape(self) -> dict:
+        values = dataclasses.asdict(self) | {"dtype": "bfloat16"}
+        return {name: value for name, value in values.items() if value or name == "tokens"}
+
+
+CASES = (
+    Case("decode", 64, 64, 32, 4, 128, 2048),
+    Case("prompts", 64, 64, 32, 4, 128, 2048, prompts=2),
+    Case("window and sinks", 64, 64, 64, 8, 64, 4096, window=128, sinks=True),
+    Case("sinks", 64, 64, 64, 8, 64, 4096, sinks=True),
+    Case("prompts with sinks", 64, 64, 64, 8, 64, 4096, sinks=True, prompts=2),
+    Case("latents", 32, 32, 128, 1, 64, 4096, latent=512),
+)
+FEW = CASES[:1]
+
+# (q, keys, values, slots, positions, sinks) -> out, by name. Keys are `[B Hkv P C]`.
+
+
+def kernels_of(case: Case) -> dict[str, Callable]:
+    if case.latent:
+        scale = (128 + case.channels) ** -0.5
+        return {
+            "xla": lambda q, k, v, slots, at, sinks: attend_latent(
+                q, k[:, 0], v[:, 0], at, scale=scale
+            )
+        }
+    apart = case.prompts == 0
+    own = (lambda cache, slots: cache) if apart else (lambda cache, slots: cache[slots])
+    found = {
+        "xla": lambda q, k, v, slots, at, sinks: attend_xla(
+            q, own(k, slots), own(v, slots), at, window=case.window, sinks=sinks
+        )
+    }
+    if case.window:
+        found["cudnn"] = lambda q, k, v, slots, at, sinks: attend_window(
+            q, k, v, slots, at, case.window, sinks=sinks
+        )
+        return found
+    found["cudnn"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
+        q, own(k, slots), own(v, slots), at, sinks=sinks
+    )
+    for page in (*PAGES, case.length):
+
+        def paged(q, k, v, slots, at, sinks, page=page):
+            return attend_paged(q, k, v, slots, at, sinks=sinks, page_tokens=page)
+
+        found[f"cudnn, pages of {page}"] = paged
+    if not case.sinks:
+        found["tokamax"] = functools.partial(_tokamax, own)
+    return found
+
+
+def _tokamax(own, q, k, v, slots, at, sinks):
+    import tokamax
+
+    del sinks
+    tokens, heads, channels = q.shape
+    kv_heads, length = k.shape[1:3]
+    packed = lambda cache: own(cache, slots).reshape(tokens * kv_heads, length, 1, channels)
+    found = tokamax.dot_product_attention(
+        q.reshape(tokens * kv_heads, heads // kv_heads, 1, channels),
+        packed(k),
+        packed(v),
+        key_value_seq_lengths=jnp.repeat(at + 1, kv_heads),
+        implementation="mosaic",
+    )
+    return found.reshape(tokens, heads, channels)
+
+
+def program_of(case: Case, kernel: Callable) -> Program:
+    """`(q, caches, slots, positions, sinks) -> (last q, out of the first layer)`.
+
+    One layer after the other, each with what the one before made as its queries.
+    """
+
+    def run(q, caches, slots, positions, sinks):
+        def repeat(_, q):
+            for keys, values in caches:
+                out = kernel(q, keys, values, slots, positions, sinks)
+                q = jnp.concatenate([out, q[..., case.latent :]], -1) if case.latent else out
+            return q
+
+        first = kernel(q, *caches[0], slots, positions, sinks)
+        return jax.lax.fori_loop(0, REPETITIONS, repeat, q), first
+
+    return Program(run, inputs_of(case, shapes=True))
+
+
+def inputs_of(case: Case, shapes: bool = False):
+    """Random queries, caches of all layers, and where tokens stand; or their shapes."""
+    key = jax.random.key(0)
+
+    def draw():
+        normal = lambda number, *shape: jax.random.normal(
+            jax.random.fold_in(key, number), shape, jnp.bfloat16
+        )
+        cache = lambda number, channels: normal(
+            number, case.sequences, case.kv_heads, case.length, channels
+        )
+        values = case.latent or case.channels
+        caches = [
+            (cache(2 * n + 1, case.channels), cache(2 * n + 2, values)) for n in range(case.layers)
+        ]
+        q = normal(0, case.tokens, case.query_heads, case.latent + case.channels)
+        sinks = normal(1 << 20, case.query_heads) if case.sinks else None
+        return q, caches, jnp.asarray(case.slots), jnp.asarray(case.positions), sinks
+
+    return jax.eval_shape(draw) if shapes else jax.jit(draw)()
+
+
+def reference(case: Case, q, caches, slots, positions, sinks) -> np.ndarray:
+    """float32 `[T Hq C]` of the first layer, token by token."""
+    wide = lambda array: array.astype(jnp.float32)
+    keys, values = caches[0]
+
+    def one(parts):
+        q, slot, position = parts
+        k, v = wide(keys[slot])[None], wide(values[slot])[None]
+        at = position[None]
+        if case.latent:
+            scale = (128 + case.channels) ** -0.5
+            return attend_latent(wide(q)[None], k[:, 0], v[:, 0], at, scale=scale)[0]
+        return attend_xla(wide(q)[None], k, v, at, window=case.window, sinks=sinks)[0]
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(lambda *p: jax.lax.map(one, p))(q, slots, positions))
+
+
+def measure_case(case: Case, executables: dict, rate: float, samples: int, device: str):
+    """Prints a line for each kernel whose answer is right; returns their records."""
+    inputs = inputs_of(case)
+    wanted = reference(case, *inputs)
+    runs, firsts = {}, {}
+    for name, run in executables.items():
+        first = np.asarray(run(*inputs)[1].astype(jnp.float32))
+        error = float(np.abs(first - wanted).max() / np.abs(wanted).max())
+        if not error <= TOLERANCE:
+            print(f"{case.name}, {name}: wrong by {error:.3g} of the largest value", flush=True)
+            continue
+        firsts[name] = first
+        repetitions = REPETITIONS * case.layers
+        step = lambda q, run=run: run(q, *inputs[1:])[0]
+        runs[name] = Chained(step, inputs[0], repetitions)
+    bound_us, records = case.seen_bytes / rate * 1e6, []
+    for name, timing in measure(runs, samples).items():
+        same = [n for n in firsts if n != name and np.array_equal(firsts[n], firsts[name])]
+        print(
+            f"{case.name:20} {name:22} {timing.p50_us:9.1f} us   bound {bound_us:8.1f} us   "
+            f"{bound_us / timing.p50_us:.2f} of it   same bits as {same}   {timing.note}",
+            flush=True,
+        )
+        shape = case.shape() | {"kernel": name}
+        fields = {"bench": "attention", "device": device, "ranks": 1, "shape": shape}
+        records += time_records(timing, bound=bound_us, **fields)
+    return records
+
+
+def main() -> int:
+    device = open_gpu()
+    quick = absl_flags.FLAGS.quick
+    samples = 5 if quick else 15
+    rate = read_rate(samples)
+    print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
+    records: list[Record] = [rate_record(device, "read_rate", rate, samples)]
+    cases = FEW if quick else CASES
+    programs = {
+        (case, name): program_of(case, kernel)
+        for case in cases
+        for name, kernel in kernels_of(case).items()
+    }
+    failures: dict = {}
+    executables = compile_all(programs, failures, threads=16)
+    for (case, name), error in failures.items():
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        print(f"{case.name}, {name}: {text}", flush=True)
+    for case in cases:
+        mine = {name: run for (of, name), run in executables.items() if of is case}
+        records += measure_case(case, mine, rate, samples, device)
+    if absl_flags.FLAGS.out:
+        append(pathlib.Path(absl_flags.FLAGS.out), records)
+    return 0
+
+
+if __name__ == "__main__":
+    options.define()
+    sys.exit(app.run(flags.main_with_usage(main)))
