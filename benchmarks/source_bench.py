@@ -9,7 +9,6 @@ import numpy as np
 
 from benchmarks.bench_sources import PlainSocket
 from eep_jax.config import RunConfig
-from eep_jax.heap.arrays import device_array
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.planner import Move, initial_placement
@@ -18,8 +17,10 @@ from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
 from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.fetch_ahead import FetchAhead
+from eep_jax.relocation.patience import Patience
 from eep_jax.relocation.random_checkpoint import RandomCheckpoint
-from eep_jax.relocation.slot_check import SlotCheck, fingerprint
+from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
 
 FILLED_S = 300.0  # for the backups of a rank, which rests between experts
@@ -91,13 +92,17 @@ class Bench:
         if source_of(0).kind is SourceKind.PEER:
             copies = [(e, 1, e) for e in range(self.orphans)]
             return lambda: self.bank.copy_all(copies)
-        fetch = self.executor.fetch
-        if source_of(0).rank == 1 or source_of(0).kind is SourceKind.CHECKPOINT:
-            return lambda: [fetch(e, source_of(e)) for e in range(self.orphans)] and None
+        fetch, experts = self.executor.fetch, range(self.orphans)
+        if source_of(0).rank == 0:
+            return lambda: self.bank.write_all((e, e, fetch(e, source_of(e))) for e in experts)
+        patience, at_once = Patience(60_000), self.config.cluster.fetches_at_once
+        begin = lambda e, source: patience.begin(0, lambda: fetch(e, source))
 
         def move() -> None:
-            for expert in range(self.orphans):
-                self.bank.write(expert, expert, fetch(expert, source_of(expert)))
+            ahead = FetchAhead([(e, source_of(e)) for e in experts], begin, lambda s: 0, at_once)
+            for expert in experts:
+                weights, _ = ahead.take(expert, source_of(expert), patience.wait)
+                self.bank.write(expert, expert, weights)
 
         return move
 
@@ -169,7 +174,8 @@ class Bench:
             fetch_deadline_ms=60_000,
         )
         backup_store.REST, backup_store.NICE = 0.0, 0  # no step runs that it could disturb
-        store, ends_s = BackupStore(self.checkpoint, options), time.monotonic() + FILLED_S
+        store = BackupStore(self.checkpoint, options, heap=self.heaps[0] if rank == 0 else None)
+        ends_s = time.monotonic() + FILLED_S
         store.follow((rank,), initial_placement(self.orphans, 2, self.orphans, 1))
         while len(store.offer.experts) < self.orphans:
             if time.monotonic() > ends_s:
@@ -178,12 +184,13 @@ class Bench:
         return store
 
     def _executor(self) -> Executor:
-        array = device_array(self.heaps[0], self.bank.layout.bank)
-        compiled = jax.jit(fingerprint).lower(array, np.int32(0)).compile()
-        check = SlotCheck(compiled, array, self.checkpoint.content_name)
+        check = SlotCheck(self.heaps[0], self.bank.layout, self.checkpoint.content_name)
         transports = all_transports(self.bank, self.checkpoint, self.stores[0])
         for expert, weights in self.experts.items():
             self.peer.write(expert, expert, weights)
             self.bank.write(expert, expert, weights)
             check.learn(expert, expert)
-        return Executor(self.bank, self.checkpoint, transports, check=check)
+        at_once = self.config.cluster.fetches_at_once
+        return Executor(
+            self.bank, self.checkpoint, transports, check=check, fetches_at_once=at_once
+        )

@@ -45,6 +45,7 @@ class ClusterConfig:
     backup_bytes: int = 0  # host memory of each rank for backups of experts; 0: none
     backup_dir: str = "/dev/shm"  # where backups are: should be memory
     fetch_deadline_ms: int = 30_000  # for one expert from a backup or the checkpoint
+    fetches_at_once: int = 4  # experts that a repair reads from them, while it writes one more
     formation_ms: int = 120_000
     fenced_grace_ms: int = 5_000
     restart_grace_ms: int = 5_000
@@ -52,7 +53,7 @@ class ClusterConfig:
 
     def __post_init__(self):
         _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
-        _positive(self, "fetch_deadline_ms")
+        _positive(self, "fetch_deadline_ms", "fetches_at_once")
         if self.background_experts < 0 or self.background_bytes_per_s < 0:
             raise ValueError(
                 f"{self.background_experts=} and {self.background_bytes_per_s=} must not be "

@@ -130,7 +130,7 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     check = open_check(engine, store, checkpoint, run_dir / FINGERPRINTS)
     watch.phase("check")
     rates = Rates()
-    backups = open_backups(config, rank, checkpoint, rates)
+    backups = open_backups(config, rank, checkpoint, rates, heap)
     executor = Executor(
         engine.bank,
         checkpoint,
@@ -139,6 +139,7 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
         rates=rates,
         fetch_deadline_ms=cluster.fetch_deadline_ms,
         check=check,
+        fetches_at_once=cluster.fetches_at_once,
     )
     _log.info("loaded after %.1f s", time.monotonic() - started)
     watch.phase("sources")
@@ -163,19 +164,14 @@ def mirror_options(config: RunConfig, layout):
 
 def open_check(engine, store, checkpoint, directory: pathlib.Path):
     """What checks slots of the engine's bank on its device; compiled before anybody serves."""
-    import jax
-    import numpy as np
+    from eep_jax.relocation.slot_check import SlotCheck
 
-    from eep_jax.relocation.slot_check import SlotCheck, fingerprint
-
-    arguments = (engine.bank_array, np.int32(0))
-    lower = lambda: jax.jit(fingerprint).lower(*arguments)
-    compiled = store.obtain(f"rank{engine.rank}-fingerprint", lower, arguments, 0)
-    np.asarray(compiled(*arguments))  # the first run of an executable takes longer
-    return SlotCheck(compiled, engine.bank_array, checkpoint.content_name, directory)
+    name = f"rank{engine.rank}-fingerprints"
+    obtain = lambda lower, arguments: store.obtain(name, lower, arguments, 0)
+    return SlotCheck(engine.heap, engine.bank.layout, checkpoint.content_name, directory, obtain)
 
 
-def open_backups(config, rank: int, checkpoint, rates):
+def open_backups(config, rank: int, checkpoint, rates, heap):
     """The rank's backup store, or None: without one it serves all the same."""
     from eep_jax.relocation.backup_store import BackupOptions, BackupStore
     from eep_jax.runtime.scratch import open_scratch
@@ -193,7 +189,7 @@ def open_backups(config, rank: int, checkpoint, rates):
             token=flags.read_token(flags.required_run_dir()),
             fetch_deadline_ms=cluster.fetch_deadline_ms,
         )
-        return BackupStore(checkpoint, options, rates)
+        return BackupStore(checkpoint, options, rates, heap)
     except OSError as error:
         _log.error(
             "no backups: %s; see cluster.backup_dir=%s and serve.backup_host=%s",

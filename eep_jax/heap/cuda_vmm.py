@@ -5,6 +5,7 @@ control page, which hosts watch, is host memory beside it; the slab's first page
 """
 
 import contextlib
+import itertools
 import logging
 import threading
 
@@ -144,6 +145,26 @@ class MappedCudaHeap:
             staging.upload(address, data, what(self.rank, offset, data.nbytes))
         elif data.nbytes:
             self._gpu.upload(address, data, what(self.rank, offset, data.nbytes))
+
+    def write_all(self, writes) -> None:
+        if (staging := self._staging()) is None:
+            for offset, array in writes:
+                self.write(offset, array)
+            return
+        copies = itertools.starmap(self._addressed, writes)  # each is made when its turn comes
+        staging.upload_all(copies, f"the uploads of rank {self.rank}")
+
+    def pin(self, array: np.ndarray) -> bool:
+        staging = self._staging()
+        return staging is not None and staging.pin(array)
+
+    def unpin(self, array: np.ndarray) -> None:
+        if self._pinned is not None and not self._released:
+            self._pinned.unpin(array)
+
+    def _addressed(self, offset: int, array: np.ndarray) -> tuple[int, np.ndarray]:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return self._address(self.rank, offset, data.nbytes), data
 
     def _staging(self) -> PinnedUpload | None:
         """Pinned buffers, made at the first use; None where the driver pins none."""

@@ -1,6 +1,6 @@
 """The symmetric heap: every rank's slab of memory at a fixed address in every process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +66,20 @@ class SymmetricHeap(Protocol):
 
     def write(self, offset: int, array: np.ndarray) -> None:
         """Copies an array's bytes into the own slab."""
+
+    def write_all(self, writes: Iterable[tuple[int, np.ndarray]]) -> None:
+        """`write` of each (offset, array), taken one by one; a device waits for all together."""
+
+    def pin(self, array: np.ndarray) -> bool:
+        """Prepares host memory for being written from, fast and often; whether it did.
+
+        The array is contiguous and mapped for writing. What is prepared stays until `unpin`, which
+        must come before its pages are given up. Takes time: call it while nobody waits. Both may be
+        called from any thread.
+        """
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Undoes `pin` of the same array, once no write reads from it any more."""
 
     def fill_zero(self, offset: int, nbytes: int) -> None:
         """Zeroes these bytes of the own slab."""

@@ -110,17 +110,17 @@ class Device:
         self._enter(
             "cuMemcpyDtoHAsync", into.ctypes.data, address, into.nbytes, self._stream, what=what
         )
-        self._finish(what)
+        self.finish(what)
 
     def upload(self, address: int, data: np.ndarray, what: str) -> None:
         """Copies a contiguous host array into device memory."""
         self._enter(
             "cuMemcpyHtoDAsync", address, data.ctypes.data, data.nbytes, self._stream, what=what
         )
-        self._finish(what)
+        self.finish(what)
 
     def begin_upload(self, address: int, host_address: int, nbytes: int, what: str) -> None:
-        """Begins a copy from pinned host memory; `record` says when it is done."""
+        """Begins a copy from pinned host memory; see `record` and `finish`."""
         self._enter("cuMemcpyHtoDAsync", address, host_address, nbytes, self._stream, what=what)
 
     def copy(self, copies: Sequence[tuple[int, int, int]], what: str) -> None:
@@ -130,7 +130,7 @@ class Device:
         """
         for target, source, nbytes in copies:
             self._enter("cuMemcpyDtoDAsync", target, source, nbytes, self._stream, what=what)
-        self._finish(what)
+        self.finish(what)
 
     def new_event(self, what: str):
         flags = self._cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
@@ -155,7 +155,7 @@ class Device:
 
     def zero(self, address: int, nbytes: int, what: str) -> None:
         self._enter("cuMemsetD8Async", address, 0, nbytes, self._stream, what=what)
-        self._finish(what)
+        self.finish(what)
 
     def register(self, host_address: int, nbytes: int, what: str) -> int:
         """Pins host memory; returns the address at which kernels reach it."""
@@ -166,6 +166,10 @@ class Device:
         except HeapError:
             self.unregister(host_address, what)
             raise
+
+    def register_source(self, host_address: int, nbytes: int, what: str) -> None:
+        """Pins host memory that is mapped for writing, for `begin_upload` from there."""
+        self._enter("cuMemHostRegister", host_address, nbytes, 0, what=what)
 
     def unregister(self, host_address: int, what: str) -> None:
         self._enter("cuMemHostUnregister", host_address, what=what)
@@ -186,7 +190,8 @@ class Device:
         free, total = self._enter("cuMemGetInfo", what=what)
         return int(free), int(total)
 
-    def _finish(self, what: str) -> None:
+    def finish(self, what: str) -> None:
+        """Waits until all that was begun is done."""
         # XLA's streams do not block on the default one, so order is kept here: it is done.
         self._enter("cuStreamSynchronize", self._stream, what=what)
 

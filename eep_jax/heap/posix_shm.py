@@ -74,6 +74,16 @@ class MappedHeap:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._bytes(self.rank, offset, data.size)[...] = data
 
+    def write_all(self, writes) -> None:
+        for offset, array in writes:
+            self.write(offset, array)
+
+    def pin(self, array: np.ndarray) -> bool:
+        return False  # one copy by this processor is all there is
+
+    def unpin(self, array: np.ndarray) -> None:
+        """Nothing to do: nothing is pinned."""
+
     def fill_zero(self, offset: int, nbytes: int) -> None:
         self._bytes(self.rank, offset, nbytes)[...] = 0
 

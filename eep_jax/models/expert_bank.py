@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -41,12 +41,26 @@ class SlabLayout:
         shape = (self.slots, *self.padded_shape)
         return Region("bank", offset, np.dtype(self.bank_dtype), shape)
 
-    def slot(self, slot: int) -> Region:
-        """One slot of the bank. Raises ValueError unless there is such a slot."""
+    @functools.cached_property
+    def slot_bytes(self) -> int:
+        return math.prod(self.padded_shape) * self.bank.dtype.itemsize
+
+    @property
+    def words(self) -> Region:
+        """The bank as plain words, `[S W]`, for who checks slots: of 32 bits where these fit."""
+        dtype = np.dtype("uint16" if self.slot_bytes % 4 else "uint32")
+        shape = (self.slots, self.slot_bytes // dtype.itemsize)
+        return Region("words", self.bank.offset, dtype, shape)
+
+    def slot_offset(self, slot: int) -> int:
+        """Where a slot begins in the slab. Raises ValueError unless there is such a slot."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} is not in 0..{self.slots - 1}")
-        whole = Region("slot", self.bank.offset, self.bank.dtype, self.padded_shape)
-        return dataclasses.replace(whole, offset=whole.offset + slot * whole.bytes)
+        return self.bank.offset + slot * self.slot_bytes
+
+    def slot(self, slot: int) -> Region:
+        """One slot of the bank. Raises ValueError unless there is such a slot."""
+        return Region("slot", self.slot_offset(slot), self.bank.dtype, self.padded_shape)
 
     @property
     def slab_bytes(self) -> int:
@@ -106,28 +120,43 @@ class ExpertBank:
 
         Raises ValueError for weights of another shape than `[L 3 F D]`.
         """
-        region, shape = self.layout.slot(slot), self.layout.expert_shape
-        self._contents[slot] = EMPTY
+        self.write_all([(slot, expert, weights)])
+
+    def write_all(self, experts: Iterable[tuple[int, int, np.ndarray]]) -> None:
+        """`write` of each (slot, expert, weights), taken one by one; all are waited for at once."""
+        begun = []
+
+        def converted() -> Iterator[tuple[int, np.ndarray]]:
+            for slot, expert, weights in experts:
+                offset = self.layout.slot_offset(slot)
+                self._contents[slot] = EMPTY
+                yield offset, self._as_stored(expert, weights)
+                begun.append((slot, expert))
+
+        self._heap.write_all(converted())
+        for slot, expert in begun:
+            self._contents[slot] = expert
+
+    def _as_stored(self, expert: int, weights: np.ndarray) -> np.ndarray:
+        region, shape = self.layout.slot(0), self.layout.expert_shape
         if np.shape(weights) != shape:
             raise ValueError(f"expert {expert} has shape {np.shape(weights)}, not {shape}")
         values = np.asarray(weights).astype(region.dtype, copy=False)
         if region.shape != shape:
             missing = [(0, full - own) for full, own in zip(region.shape, shape, strict=True)]
             values = np.pad(values, missing)
-        self._heap.write(region.offset, values)
-        self._contents[slot] = expert
+        return values
 
     def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copies whole slots inside the heap, each (own slot, rank, slot of that rank).
 
         The own slots hold no expert until `holds` says what they were found to hold.
         """
-        nbytes, moves = self.layout.slot(0).bytes, []
+        layout, nbytes, moves = self.layout, self.layout.slot_bytes, []
         for slot, rank, source in copies:
+            moves.append((layout.slot_offset(slot), rank, layout.slot_offset(source), nbytes))
             self._contents[slot] = EMPTY
-            offset, source_offset = (self.layout.slot(s).offset for s in (slot, source))
-            moves.append((offset, rank, source_offset, nbytes))
-        self._heap.copy_in_all(moves)
+        self._heap.copy_in_all(_joined(moves, self.rank))
 
     def holds(self, slot: int, expert: int) -> None:
         """The slot was written by `copy_all`, and holds this expert whole."""
@@ -180,3 +209,19 @@ class ExpertBank:
         found = self._heap.read(rank, region.offset, region.bytes)
         whole = found.view(region.dtype).reshape(region.shape)
         return whole[:, :, : self.layout.expert_shape[2]]
+
+
+def _joined(copies: list[tuple[int, int, int, int]], own: int) -> list[tuple[int, int, int, int]]:
+    """(offset, rank, source offset, bytes) of copies, those that go on where one ends made one.
+
+    Copies within the own slab stay as they are: slots that do not overlap might, once joined.
+    """
+    joined: list[tuple[int, int, int, int]] = []
+    for offset, rank, source, nbytes in copies:
+        if joined and rank != own:
+            first, from_rank, from_source, length = joined[-1]
+            if (first + length, from_rank, from_source + length) == (offset, rank, source):
+                joined[-1] = (first, rank, from_source, length + nbytes)
+                continue
+        joined.append((offset, rank, source, nbytes))
+    return joined

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.backups import plan_backups
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.sources import Backup, Source, SourceKind
@@ -50,9 +51,16 @@ class BackupStore:
     needed. Damage that comes later is for the reader of `fetch` to find.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: BackupOptions, rates: Rates | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: BackupOptions,
+        rates: Rates | None = None,
+        heap: SymmetricHeap | None = None,
+    ):
+        """`heap` is the one whose slots backups go to: it pins their memory, if it can."""
         self._checkpoint, self._options = checkpoint, options
-        self._rates = rates or Rates()
+        self._rates, self._heap = rates or Rates(), heap
         self._shape = checkpoint.model.expert_shape
         self._dtype = np.dtype(checkpoint.manifest["dtype"])
         self._served, self._filling, self._fetched = (
@@ -95,6 +103,8 @@ class BackupStore:
         self._filled.set()
         self._server.close()
         self._thread.join(5.0)
+        while self._heap is not None and self._mapped:
+            self._heap.unpin(self._mapped.popitem()[1])
 
     def _own(self, expert: int) -> np.ndarray:
         """What is kept here, without a copy. Its pages were looked up when it was written."""
@@ -178,6 +188,8 @@ class BackupStore:
             shutil.rmtree(draft, ignore_errors=True)
         mapped = map_shard(self._served / str(expert), self._shape, self._dtype)
         mapped.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()
+        if self._heap is not None:
+            self._heap.pin(mapped)
         self._mapped[expert], self._bytes[expert] = mapped, size
         self._held = tuple(sorted(self._bytes))
 
@@ -186,8 +198,10 @@ class BackupStore:
             if sum(self._bytes.values()) + nbytes + FETCH_EXTRA_BYTES <= self._options.bytes_max:
                 return
             del self._bytes[expert]
-            self._mapped.pop(expert, None)
             self._held = tuple(sorted(self._bytes))
+            mapped = self._mapped.pop(expert)
+            if self._heap is not None:
+                self._heap.unpin(mapped)
             shutil.rmtree(self._served / str(expert), ignore_errors=True)
 
     def _measure(self) -> None:

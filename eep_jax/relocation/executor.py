@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint, digest
-from eep_jax.relocation.patience import Patience
+from eep_jax.relocation.fetch_ahead import FetchAhead
+from eep_jax.relocation.patience import Patience, Pending
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import Transport, all_transports
@@ -37,10 +38,12 @@ class Executor:
         rates: Rates | None = None,
         fetch_deadline_ms: int = FETCH_DEADLINE_MS,
         check: SlotCheck | None = None,
+        fetches_at_once: int = 1,
     ):
         """`beat` is called between experts, and while it waits for a backup or the checkpoint, so
         that a long repair is not taken for a stuck engine. `rates` learn from every fetch. With a
         `check`, what a slot holds is found out on the device, and slots are copied inside the heap.
+        From storage and networks `fetches_at_once` experts come at a time.
 
         Raises ValueError if the bank's dtype cannot hold all values of the checkpoint's: digests
         are of stored bytes, and could never be compared.
@@ -55,6 +58,7 @@ class Executor:
         self._transports = transports or all_transports(bank, checkpoint)
         self.rates = rates or Rates()
         self._patience, self._check = Patience(fetch_deadline_ms, beat), check
+        self._fetches_at_once = fetches_at_once
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
         self.bytes_moved: dict[str, int] = {}
 
@@ -76,17 +80,18 @@ class Executor:
             sources = move.sources if usable else (CHECKPOINT_SOURCE,)
             wanted.append(Move(self._bank.rank, slot, expert, sources))
         failed = self._place_together([m for m in wanted if self._can_place(m)])
-        for move in wanted:
-            if self._bank.contents[move.slot] != move.expert:
-                self._fill(move, failed.get(move.slot))
-                self._beat()
+        left = [m for m in wanted if self._bank.contents[m.slot] != m.expert]
+        ahead = self._fetch_ahead(left, failed)
+        for move in left:
+            self._fill(move, failed.get(move.slot), ahead)
+            self._beat()
         for slot, expert in enumerate(slots):
             if expert == EMPTY:
                 self._bank.clear(slot)
         return self._bank.contents
 
     def place(self, move: Move, source: Source) -> bool:
-        """Copies an expert inside the heap, where that can be checked; False where it cannot.
+        """Brings an expert out of this host's memory, if its slot can be checked; else False.
 
         Raises RelocationFailed where the copy is not what it should be.
         """
@@ -98,56 +103,100 @@ class Executor:
         return True
 
     def _can_place(self, move: Move) -> bool:
-        """Whether the first source is a slot, and its copy can be checked where it lands."""
-        if self._check is None or not move.sources or not self.is_in_memory(move.sources[0]):
+        """Whether the first source is here, and what it supplies can be checked in the slot."""
+        if self._check is None or not move.sources:
             return False
-        source, contents = move.sources[0], self._bank.contents
-        is_there = source.kind is SourceKind.PEER or contents[source.slot] == move.expert
+        source = move.sources[0]
+        is_there = self.is_in_memory(source) or self._is_own_backup(source)
+        if source.kind is SourceKind.LOCAL:
+            is_there = self._bank.contents[source.slot] == move.expert
         return is_there and self._check.known(move.expert) is not None
 
+    def _is_own_backup(self, source: Source) -> bool:
+        return source.kind is SourceKind.BACKUP and source.rank == self._bank.rank
+
     def _place_together(self, moves: list[Move]) -> dict[int, str]:
-        """Copies from first sources, all at once; why not, by slot, where one is not right.
+        """Brings all of these at once from first sources; why not, by slot, where one is not right.
 
         A slot that is not right holds nothing.
         """
+        uploads = [move for move in moves if self._is_own_backup(move.sources[0])]
+        copies = [move for move in moves if move not in uploads]
+        return self._placed(copies, self._copy) | self._placed(uploads, self._upload)
+
+    def _placed(self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]]):
         if not moves:
             return {}
-        started, failures = time.monotonic(), {}
-        self._bank.copy_all([(m.slot, m.sources[0].rank, m.sources[0].slot) for m in moves])
-        found = self._check.of([move.slot for move in moves])
+        started, failures = time.monotonic(), bring(moves)
+        brought = [move for move in moves if move.slot not in failures]
+        found = self._check.of([move.slot for move in brought])
         share_s = (time.monotonic() - started) / len(moves)
-        for move, fingerprint in zip(moves, found, strict=True):
-            source, expected = move.sources[0], self._check.known(move.expert)
+        for move, fingerprint in zip(brought, found, strict=True):
+            expected = self._check.known(move.expert)
             if fingerprint == expected:
                 self._bank.holds(move.slot, move.expert)
-                self._note(move, source, self._bank.expert_bytes, share_s)
+                self._note(move, move.sources[0], self._bank.expert_bytes, share_s)
                 continue
+            self._bank.clear(move.slot)
             failures[move.slot] = (
                 f"fingerprint {fingerprint} of expert {move.expert}, expected {expected}"
             )
         self._beat()
         return failures
 
-    def _fill(self, move: Move, failed: str | None) -> None:
+    def _copy(self, moves: list[Move]) -> dict[int, str]:
+        """Inside the heap."""
+        self._bank.copy_all([(m.slot, m.sources[0].rank, m.sources[0].slot) for m in moves])
+        return {}
+
+    def _upload(self, moves: list[Move]) -> dict[int, str]:
+        """From the own backups, one after the other on its way."""
+        failures = {}
+
+        def fetched() -> Iterator[tuple[int, int, np.ndarray]]:
+            for move in moves:
+                try:
+                    weights = self.fetch(move.expert, move.sources[0])
+                    self._require_shape(move.expert, weights)
+                except Exception as error:  # any failure of a source means the next source
+                    failures[move.slot] = str(error)
+                    continue
+                yield move.slot, move.expert, weights
+
+        self._bank.write_all(fetched())
+        return failures
+
+    def _fetch_ahead(self, moves: list[Move], failed: dict[int, str]) -> FetchAhead:
+        """Of those whose next source is storage or a network, and answers as a whole."""
+        following = [(m.expert, m.sources[m.slot in failed :][:1]) for m in moves]
+        wanted = [
+            (expert, source)
+            for expert, sources in following
+            for source in sources
+            if not (self.is_in_memory(source) or self._streams(source))
+        ]
+        return FetchAhead(wanted, self._begin_fetch, _key, self._fetches_at_once)
+
+    def _fill(self, move: Move, failed: str | None, ahead: FetchAhead) -> None:
         """From one source after the other; `failed` says why the first one is not tried again."""
         failures = [] if failed is None else [f"{_name(move.sources[0])}: {failed}"]
         if failures:
             _log.warning("expert %d from %s", move.expert, failures[0])
         for source in move.sources[len(failures) :]:
-            started = time.monotonic()
             try:
                 if self.place(move, source):
                     return
                 if self._streams(source):
                     self._stream(move, source)
                     return
-                weights = self._fetch(move.expert, source)
-                self._write_checked(move, weights, source)
+                weights, seconds = self._fetch(move.expert, source, ahead)
+                written = time.monotonic()
+                self._write_checked(move, weights)
             except Exception as error:  # any failure of a source means the next source
                 failures.append(f"{_name(source)}: {error}")
                 _log.warning("expert %d from %s failed: %s", move.expert, _name(source), error)
                 continue
-            self._note(move, source, weights.nbytes, time.monotonic() - started)
+            self._note(move, source, weights.nbytes, seconds + time.monotonic() - written)
             return
         raise RelocationFailed(
             f"no source has expert {move.expert} for slot {move.slot}: "
@@ -160,17 +209,15 @@ class Executor:
     def _stream(self, move: Move, source: Source) -> None:
         """Writes an expert part by part as it is read, so that no more than a part is in memory."""
         started, parts = time.monotonic(), self._checkpoint.iter_expert(move.expert)
-        key, end = (source.kind.value, source.rank), object()
+        key, end = _key(source), object()
         patient = lambda: self._patience.run(key, lambda: next(parts, end))
         nbytes = self._bank.write_parts(move.slot, move.expert, iter(patient, end))
         self._learn(move)
         self._note(move, source, nbytes, time.monotonic() - started)
 
-    def _write_checked(self, move: Move, weights: np.ndarray, source: Source) -> None:
-        """Writes what a source supplied. Where the slot can be checked, the host reads nothing."""
+    def _write_checked(self, move: Move, weights: np.ndarray) -> None:
+        """Writes what `_fetch` returned, and looks at the slot if that is what is left to do."""
         known = None if self._check is None else self._check.known(move.expert)
-        if known is None:
-            self.verify(move.expert, weights, source)
         self._bank.write(move.slot, move.expert, weights)
         if known is None:
             self._learn(move)
@@ -223,21 +270,38 @@ class Executor:
             return self._bank.is_mapped(source.rank)
         return source.kind is SourceKind.LOCAL
 
-    def _fetch(self, expert: int, source: Source) -> np.ndarray:
-        if self.is_in_memory(source):
-            return self.fetch(expert, source)  # memory does not hang
-        key = (source.kind.value, source.rank)
-        return self._patience.run(key, lambda: self.fetch(expert, source))
+    def _fetch(self, expert: int, source: Source, ahead: FetchAhead) -> tuple[np.ndarray, float]:
+        """(weights, seconds). Of the right digest, or the expert's fingerprint is known.
+
+        Where a slot can be checked, the host reads nothing.
+        """
+        if not self.is_in_memory(source):
+            return ahead.take(expert, source, self._patience.wait)
+        started = time.monotonic()
+        weights = self._fetch_right(expert, source, self._is_unknown(expert))
+        return weights, time.monotonic() - started  # memory does not hang
+
+    def _begin_fetch(self, expert: int, source: Source) -> Pending:
+        is_unknown = self._is_unknown(expert)
+        return self._patience.begin(
+            _key(source), lambda: self._fetch_right(expert, source, is_unknown)
+        )
+
+    def _fetch_right(self, expert: int, source: Source, is_unknown: bool) -> np.ndarray:
+        weights = self.fetch(expert, source)
+        if is_unknown:
+            self.verify(expert, weights, source)
+        return weights
+
+    def _is_unknown(self, expert: int) -> bool:
+        return self._check is None or self._check.known(expert) is None
 
     def verify(self, expert: int, weights: np.ndarray, source: Source) -> None:
         """Compares with the manifest, whose digests are of the stored dtype.
 
         What comes from the checkpoint was compared there, as far as it has digests.
         """
-        if weights.shape != self._bank.layout.expert_shape:
-            raise RelocationFailed(
-                f"expert {expert} has shape {weights.shape}, not {self._bank.layout.expert_shape}"
-            )
+        self._require_shape(expert, weights)
         if source.kind is SourceKind.CHECKPOINT:
             return
         narrow = weights.astype(self._stored_dtype, copy=False)
@@ -249,6 +313,17 @@ class Executor:
             narrow.astype(weights.dtype), weights
         ):
             raise RelocationFailed(f"expert {expert} has bits that its stored dtype cannot hold")
+
+    def _require_shape(self, expert: int, weights: np.ndarray) -> None:
+        if weights.shape != self._bank.layout.expert_shape:
+            raise RelocationFailed(
+                f"expert {expert} has shape {weights.shape}, not {self._bank.layout.expert_shape}"
+            )
+
+
+def _key(source: Source) -> tuple[str, int]:
+    """What hangs together: one disk, or one other rank."""
+    return source.kind.value, source.rank
 
 
 def _name(source: Source) -> str:

@@ -15,26 +15,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Int32, UInt, UInt32
+
+from eep_jax.heap.arrays import device_array
+from eep_jax.heap.heap import SymmetricHeap
+from eep_jax.models.expert_bank import SlabLayout
 
 _log = logging.getLogger(__name__)
 
-VERSION = 1  # of what `fingerprint` computes
+VERSION = 2  # of what `fingerprint` computes
+# Slots that one launch looks at. A launch and the way of its answer cost a GPU more than a slot.
+SLOTS_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 
-def fingerprint(bank: Float[Array, "S *_"], slot: Int32[Array, ""]) -> UInt32[Array, "2"]:
+def fingerprints(words: UInt[Array, "S W"], slots: Int32[Array, "N"]) -> UInt32[Array, "N 2"]:
+    """The fingerprint of each of these slots of a bank, given as plain words (`SlabLayout.words`).
+
+    Words of 32 bits in one axis: what compilers turn into loops that keep up with memory.
+    """
+    of = lambda slot: fingerprint(lax.dynamic_index_in_dim(words, slot, keepdims=False))
+    return jnp.stack([of(slots[index]) for index in range(slots.shape[0])])
+
+
+def fingerprint(words: UInt[Array, "W"]) -> UInt32[Array, "2"]:
     """Two sums over all words of a slot, each word mixed with its position.
 
     A word that changes alone always changes the first sum: mixing is one to one in the word. That
     other damage keeps both is as likely as guessing 64 bits. The order of the sums does not matter,
     so every device and every compilation finds the same.
     """
-    weights = lax.dynamic_index_in_dim(bank, slot, keepdims=False)
-    width = {2: jnp.uint16, 4: jnp.uint32}[weights.dtype.itemsize]
-    words = lax.bitcast_convert_type(weights, width).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    words = words.astype(jnp.uint32)
+    position = lax.iota(jnp.uint32, words.shape[0])
     mixed = words * jnp.uint32(0x9E3779B1) ^ position * jnp.uint32(0x85EBCA6B)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
@@ -51,24 +62,35 @@ class SlotCheck:
 
     def __init__(
         self,
-        compiled,
-        bank: jax.Array,
+        heap: SymmetricHeap,
+        layout: SlabLayout,
         name_of: Callable[[int], str],
         directory: pathlib.Path | None = None,
+        obtain: Callable = lambda lower, arguments: lower().compile(),
     ):
-        """`compiled` is `fingerprint` for `bank`; `name_of` names the content of an expert.
+        """`name_of` names the content of an expert; `obtain` may know another way to a program.
 
-        Call it while no step runs: JAX must not read a slot that is being written.
+        Compiles, and runs once: do it before anybody serves. Call `of` and `learn` while no step
+        runs, since JAX must not read a slot that is being written.
         """
-        self._compiled, self._bank, self._directory = compiled, bank, directory
-        self._name_of = name_of
-        self._layout = f"{VERSION} {bank.dtype} {bank.shape[1:]}"
+        self._directory, self._name_of = directory, name_of
+        self._layout = f"{VERSION} {layout.bank.dtype} {layout.padded_shape}"
+        self._words, self._at_once = device_array(heap, layout.words), SLOTS_AT_ONCE[heap.device]
+        arguments = (self._words, np.zeros(self._at_once, np.int32))
+        self._compiled = obtain(lambda: jax.jit(fingerprints).lower(*arguments), arguments)
+        self.of([0])  # the first run of a program takes longer
         self._known: dict[int, str] = {}
 
     def of(self, slots: Sequence[int]) -> list[str]:
         """The fingerprints of what these slots hold; all are on their way before one is read."""
-        found = [self._compiled(self._bank, np.int32(slot)) for slot in slots]
-        return ["".join(f"{int(word):08x}" for word in np.asarray(words)) for words in found]
+        found = []
+        for begin in range(0, len(slots), self._at_once):
+            batch = np.full(self._at_once, slots[begin], np.int32)
+            few = slots[begin : begin + self._at_once]
+            batch[: len(few)] = few
+            found.append(self._compiled(self._words, batch))
+        rows = np.concatenate([np.asarray(part) for part in found])[: len(slots)] if found else ()
+        return ["".join(f"{int(word):08x}" for word in row) for row in rows]
 
     def known(self, expert: int) -> str | None:
         """What a slot with this expert must have, if anybody has learned it."""

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from eep_jax.heap import cuda_vmm
-from eep_jax.heap.arrays import device_array
 from eep_jax.heap.cuda_loopback import open_all_cuda
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import EMPTY
 from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.slot_check import SlotCheck, fingerprint
+from eep_jax.relocation.slot_check import SlotCheck
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, bring
 from tests.support.fingerprints import by_hand
 from tests.support.models import a_model, a_run, rounded_weights
@@ -38,10 +37,8 @@ class World:
         self.heaps = open_all_cuda(2, layout.slab_bytes)
         self.bank, self.peer = (ExpertBank(layout, heap) for heap in self.heaps)
         self.right = experts.astype(self.bank.dtype)
-        array = device_array(self.heaps[0], layout.bank)
-        compiled = jax.jit(fingerprint).lower(array, np.int32(0)).compile()
         self.checkpoint = Checkpoint(directory / "checkpoint")
-        self.slot_check = SlotCheck(compiled, array, self.checkpoint.content_name)
+        self.slot_check = SlotCheck(self.heaps[0], layout, self.checkpoint.content_name)
         self.executor = Executor(self.bank, self.checkpoint, check=self.slot_check)
 
     def check(self, slots) -> None:
@@ -65,7 +62,7 @@ def test_a_fingerprint_is_the_same_as_on_a_host(world):
     world.bank.write(1, 3, world.right[3])
     region = world.bank.layout.slot(1)
     padded = world.heaps[0].read(0, region.offset, region.bytes)
-    words = by_hand(padded.view(world.bank.dtype))
+    words = by_hand(padded)
     assert world.slot_check.of([1]) == ["".join(f"{word:08x}" for word in words)]
 
 

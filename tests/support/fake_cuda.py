@@ -301,8 +301,12 @@ class FakeCuda:
 
     def cuMemcpyHtoDAsync(self, target, host, nbytes, stream):
         """From pinned memory it is done as late as it may be; other memory is read at once."""
-        if not any(a <= host and host + nbytes <= a + len(b) for a, b in self.pinned.items()):
+        pinned = {a: len(b) for a, b in self.pinned.items()} | self.registered
+        touched = [(a, n) for a, n in pinned.items() if a < host + nbytes and host < a + n]
+        if not touched:
             return self._move(target, host, nbytes, stream, target)
+        if len(touched) > 1 or not touched[0][0] <= host <= sum(touched[0]) - nbytes:
+            return INVALID  # from one that was pinned by itself into what is beside it
         if not self._accessible(target, nbytes) or stream not in self.streams:
             return INVALID
         self.begun.append((target, host, nbytes))
@@ -318,7 +322,7 @@ class FakeCuda:
         return OK
 
     def cuMemHostRegister(self, address, nbytes, flags):
-        if flags != 3 or address in self.registered:
+        if flags not in (0, 3) or address in self.registered:
             return INVALID
         self.registered[address] = nbytes
         return OK
@@ -327,7 +331,9 @@ class FakeCuda:
         return (*OK, address) if address in self.registered else INVALID
 
     def cuMemHostUnregister(self, address):
-        return OK if self.registered.pop(address, None) else INVALID
+        found = self.registered.pop(address, 0)
+        is_read = any(host < address + found and address < host + n for _, host, n in self.begun)
+        return OK if found and not is_read else INVALID
 
     def cuMemAlloc(self, nbytes):
         block = (ctypes.c_uint8 * (nbytes + 256))()

@@ -4,8 +4,8 @@ import numpy as np
 
 
 def by_hand(weights: np.ndarray) -> tuple[int, int]:
-    """Both sums of `slot_check.fingerprint`, word after word."""
-    words = weights.reshape(-1).view({2: np.uint16, 4: np.uint32}[weights.dtype.itemsize])
+    """Both sums of `slot_check.fingerprint` of these bytes, word after word."""
+    words = np.ascontiguousarray(weights).reshape(-1).view(np.uint32)
     first = second = 0
     for position, word in enumerate(words.tolist()):
         x = (word * 0x9E3779B1 ^ position * 0x85EBCA6B) & 0xFFFFFFFF

@@ -59,10 +59,55 @@ def test_a_buffer_is_waited_for_before_it_is_filled_again(cuda, device):
     uploads.upload(address, np.zeros(5 * CHUNK, np.uint8), "the test")
     names = [name for name in cuda.calls if name in ("cuMemcpyHtoDAsync", "cuEventSynchronize")]
     copies, waits = names.count("cuMemcpyHtoDAsync"), names.count("cuEventSynchronize")
-    assert (copies, waits) == (5, 3 + BUFFERS)
+    assert (copies, waits) == (5, 5 - BUFFERS) and cuda.begun == []
     assert names[:BUFFERS] == ["cuMemcpyHtoDAsync"] * BUFFERS, "two are on their way at once"
     device.free(address, "the test")
     uploads.close()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5 * CHUNK), min_size=1, max_size=4),
+    pinned=st.sets(st.integers(0, 3)),
+    part=st.integers(1, 2 * CHUNK),
+)
+@settings(max_examples=60, deadline=None)
+def test_memory_pinned_where_it_is_and_other_memory_arrive_together(sizes, pinned, part):
+    with pytest.MonkeyPatch.context() as patch:
+        fake = put_fake_driver(patch)
+        patch.setattr(staging, "PIECE_BYTES", CHUNK)
+        device = Device(0, "the test")
+        uploads = PinnedUpload(device, "the test", CHUNK)
+        arrays = [np.random.default_rng(n).integers(0, 256, n, np.uint8) for n in sizes]
+        for index in pinned & set(range(len(arrays))):
+            assert uploads.pin(arrays[index])
+        sent = [*arrays, arrays[0][:part]]  # a part that begins where a whole does
+        targets = [device.allocate(array.nbytes, "the test") for array in sent]
+        before = fake.calls.count("cuStreamSynchronize")
+        uploads.upload_all(zip(targets, sent, strict=True), "the test")
+        assert fake.calls.count("cuStreamSynchronize") == before + 1
+        for target, array in zip(targets, sent, strict=True):
+            found = np.empty_like(array)
+            device.download(target, found, "the test")
+            np.testing.assert_array_equal(found, array)
+            device.free(target, "the test")
+        for array in arrays:
+            uploads.unpin(array)  # also those that never were
+        assert not fake.registered
+        uploads.close()
+        device.close()
+        assert set(fake.kept().values()) == {0}
+
+
+def test_memory_that_cannot_be_pinned_whole_is_not_kept_in_part(cuda, device, monkeypatch):
+    monkeypatch.setattr(staging, "PIECE_BYTES", CHUNK)
+    uploads, data = PinnedUpload(device, "the test", CHUNK), np.ones(4 * CHUNK, np.uint8)
+    cuda.fail("cuMemHostRegister", nth=3)
+    assert not uploads.pin(data) and not cuda.registered
+    address = device.allocate(data.nbytes, "the test")
+    uploads.upload(address, data, "the test")
+    device.free(address, "the test")
+    assert uploads.pin(data)
+    uploads.close()  # gives it back
 
 
 @pytest.mark.parametrize("refused", ["cuMemHostAlloc", "cuEventCreate"])
@@ -84,6 +129,21 @@ def test_a_heap_writes_large_arrays_through_pinned_memory_if_it_can(cuda, monkey
         found = heap.read(0, CHUNK, values.nbytes).view(np.float32)
         np.testing.assert_array_equal(found, values)
     assert bool(cuda.pinned) is pins
+    heap.release()
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_heap_takes_several_arrays_whatever_memory_they_are_in(cuda, pins):
+    heap = CudaLoopbackHeap(0, 2, 8 * CHUNK)
+    if not pins:
+        cuda.fail("cuMemHostAlloc")
+    first, second = np.arange(CHUNK, dtype=np.uint8), np.arange(CHUNK // 2, dtype=np.uint16)
+    assert heap.pin(first) is pins
+    heap.write_all((offset, array) for offset, array in ((0, first), (3 * CHUNK, second)))
+    np.testing.assert_array_equal(heap.read(0, 0, CHUNK), first)
+    np.testing.assert_array_equal(heap.read(0, 3 * CHUNK, CHUNK).view(np.uint16), second)
+    heap.unpin(first)
+    assert len(cuda.registered) == 1, "its control page"
     heap.release()
 
 

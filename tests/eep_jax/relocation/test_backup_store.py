@@ -51,7 +51,7 @@ def open_store(pristine_checkpoint, tmp_path):
     """Opens stores of ranks; closes them after the test."""
     opened = []
 
-    def open_one(rank=0, bytes_max=64 << 20, token=TOKEN, deadline_ms=10_000):
+    def open_one(rank=0, bytes_max=64 << 20, token=TOKEN, deadline_ms=10_000, heap=None):
         options = BackupOptions(
             rank=rank,
             directory=tmp_path / f"store{len(opened)}",
@@ -60,7 +60,7 @@ def open_store(pristine_checkpoint, tmp_path):
             token=token,
             fetch_deadline_ms=deadline_ms,
         )
-        opened.append(BackupStore(CountingCheckpoint(pristine_checkpoint), options, Rates()))
+        opened.append(BackupStore(CountingCheckpoint(pristine_checkpoint), options, Rates(), heap))
         opened[-1].root = options.directory
         return opened[-1]
 
@@ -96,6 +96,37 @@ def test_all_experts_are_kept_where_they_fit_and_come_back_to_the_bit(open_store
             assert found.dtype == np.dtype(store._checkpoint.manifest["dtype"])
             assert digest(found) == digest(RIGHT[expert])
     assert list((other.root / "fetched").iterdir()) == [], "copies stay only while they are read"
+
+
+class PinningHeap:
+    """What is pinned, by address; as strict as a driver."""
+
+    def __init__(self):
+        self.pinned = {}
+
+    def pin(self, array):
+        assert array.ctypes.data not in self.pinned and array.flags.c_contiguous
+        self.pinned[array.ctypes.data] = array
+        return True
+
+    def unpin(self, array):
+        del self.pinned[array.ctypes.data]
+
+
+def test_what_is_held_is_pinned_and_nothing_else(open_store):
+    heap = PinningHeap()
+    store = filled(open_store(heap=heap))
+    assert len(heap.pinned) == EXPERTS
+    for expert in range(EXPERTS):
+        found = store.fetch(expert, of(store))
+        assert heap.pinned[found.ctypes.data].nbytes == found.nbytes
+        assert not found.flags.writeable
+    wait_for(lambda: len(store._rates.medians()) == 2)
+    room = store._options.bytes_max - sum(store._bytes.values()) + store._expert_bytes
+    store._make_room(room, wanted=(1, 2))  # for an expert that is not among those held
+    assert 2 <= len(heap.pinned) == len(store.offer.experts) < EXPERTS
+    store.close()
+    assert heap.pinned == {}
 
 
 def test_it_never_takes_more_than_its_bytes(open_store):

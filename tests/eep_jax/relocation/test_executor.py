@@ -4,12 +4,10 @@ import threading
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from eep_jax.errors import RelocationFailed
-from eep_jax.heap.arrays import device_array
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.placement import EMPTY
@@ -17,7 +15,7 @@ from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.slot_check import SlotCheck, fingerprint
+from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
 from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.factories import a_placement
@@ -59,9 +57,8 @@ class World:
 
     def a_check(self, directory=None) -> SlotCheck:
         """One that has learned all experts, as ranks have once the first epoch began."""
-        array = device_array(self.heaps[0], self.bank.layout.bank)
-        compiled = jax.jit(fingerprint).lower(array, np.int32(0)).compile()
-        check = SlotCheck(compiled, array, self.checkpoint.content_name, directory)
+        name_of = self.checkpoint.content_name
+        check = SlotCheck(self.heaps[0], self.bank.layout, name_of, directory)
         for expert in range(len(self.right)):
             self.bank.write(0, expert, self.right[expert])
             check.learn(expert, 0)
@@ -223,12 +220,11 @@ class TestEverySourceFails:
     MOVE = bring(5, 0, (BACKUP, 1), CHECKPOINT)
     SLOTS_WANTED = (5, EMPTY, EMPTY, EMPTY)
 
-    def executor(self, world, backups, deadline_ms=5_000):
+    def executor(self, world, backups, deadline_ms=20_000, **options):
         transports = all_transports(world.bank, world.checkpoint, backups)
         beat = lambda: world.beats.append(1)
-        return Executor(
-            world.bank, world.checkpoint, transports, beat, fetch_deadline_ms=deadline_ms
-        )
+        options = {"fetch_deadline_ms": deadline_ms, **options}
+        return Executor(world.bank, world.checkpoint, transports, beat, **options)
 
     def backups(self, world, fetch=None):
         """Backups that answer with what `fetch(expert)` says, the right weights if it is None."""
@@ -321,6 +317,45 @@ class TestEverySourceFails:
         executor.carry_out((5, 6, 7, EMPTY), moves)
         assert asked == [5] and executor.moved == {"peer": 3}
         late.set()
+
+    def test_own_backups_are_uploaded_together_and_what_is_wrong_among_them_is_not_used(
+        self, world, monkeypatch
+    ):
+        right, written = self.backups(world), []
+
+        def fetch(expert):
+            if expert == 6:
+                raise FileNotFoundError("it was given up")
+            return right.fetch(3 if expert == 7 else expert, None)
+
+        executor = self.executor(world, self.backups(world, fetch), check=world.slot_check)
+        real = world.heaps[0].write_all
+        note = lambda writes: real(written.append(w[0]) or w for w in writes)
+        monkeypatch.setattr(world.heaps[0], "write_all", note)
+        own = (self.BACKUP, 0)
+        moves = tuple(bring(5 + slot, slot, own, CHECKPOINT) for slot in range(4))
+        slots = (5, 6, 7, EMPTY)
+        executor.carry_out(slots, moves)
+        world.check(slots)
+        assert executor.moved == {"backup": 1, "checkpoint": 2}
+        if world.slot_check is not None:
+            offsets = [world.bank.layout.slot_offset(slot) for slot in (0, 2)]
+            assert written[:2] == offsets, "before the next source of any is tried"
+
+    def test_several_experts_are_under_way_once_one_came(self, world):
+        three, right = threading.Barrier(3), self.backups(world)
+
+        def fetch(expert):
+            if expert != 4:
+                three.wait(10)
+            return right.fetch(expert, None)
+
+        backups = self.backups(world, fetch)
+        executor = self.executor(world, backups, check=world.slot_check, fetches_at_once=3)
+        slots = (4, 5, 6, 7)
+        executor.carry_out(slots, tuple(bring(e, s, (self.BACKUP, 1)) for s, e in enumerate(slots)))
+        world.check(slots)
+        assert executor.moved == {"backup": 4}
 
     def test_another_rank_s_backup_is_tried_though_one_hangs(self, world):
         late, right = threading.Event(), self.backups(world)

@@ -8,16 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eep_jax.placement.placement import EMPTY
-from eep_jax.relocation.slot_check import fingerprint
+from eep_jax.relocation import slot_check
+from eep_jax.relocation.slot_check import fingerprints
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, World, bring
 from tests.support.fingerprints import by_hand
 
 SHAPE = (3, 2, 3, 4, 8)  # slots, and an expert
-compiled = jax.jit(fingerprint)
+compiled = jax.jit(fingerprints)
+
+
+def words_of(bank: np.ndarray) -> np.ndarray:
+    return bank.reshape(len(bank), -1).view(np.uint32)
 
 
 def of(bank: np.ndarray, slot: int = 1) -> tuple[int, ...]:
-    return tuple(int(word) for word in compiled(bank, np.int32(slot)))
+    return tuple(int(word) for word in compiled(words_of(bank), np.array([slot], np.int32))[0])
 
 
 def a_bank(seed: int, dtype) -> np.ndarray:
@@ -28,6 +33,25 @@ def a_bank(seed: int, dtype) -> np.ndarray:
 def test_it_is_what_it_says(dtype):
     bank = a_bank(0, dtype)
     assert [of(bank, slot) for slot in range(3)] == [by_hand(bank[slot]) for slot in range(3)]
+
+
+def test_several_slots_are_looked_at_together():
+    bank, slots = a_bank(1, ml_dtypes.bfloat16), np.array([2, 0, 0, 1], np.int32)
+    found = np.asarray(compiled(words_of(bank), slots))
+    assert [tuple(map(int, row)) for row in found] == [by_hand(bank[slot]) for slot in slots]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_however_many_fit_into_a_launch_each_slot_gets_its_own(
+    pristine_checkpoint, monkeypatch, at_once
+):
+    monkeypatch.setitem(slot_check.SLOTS_AT_ONCE, "cpu", at_once)
+    world = World(pristine_checkpoint, checks=True)
+    for slot in range(4):
+        world.bank.write(slot, slot, world.right[slot])
+    found = world.slot_check.of([3, 1, 0, 2, 3])
+    assert found == [world.slot_check.known(expert) for expert in (3, 1, 0, 2, 3)]
+    assert len(set(found)) == 4 and world.slot_check.of([]) == []
 
 
 @given(st.integers(0, 2**32), st.integers(0, 191), st.integers(0, 15))
@@ -83,7 +107,9 @@ def test_many_experts_are_copied_before_one_is_waited_for(pristine_checkpoint, m
     world = World(pristine_checkpoint, checks=True)
     calls, real = [], world.heaps[0].copy_in_all
     monkeypatch.setattr(
-        world.heaps[0], "copy_in_all", lambda copies: (calls.append(len(copies)), real(copies))
+        world.heaps[0],
+        "copy_in_all",
+        lambda copies: (calls.append(sum(c[3] for c in copies)), real(copies)),
     )
     for slot in range(4):
         world.peer.write(slot, slot, world.right[slot])
@@ -93,5 +119,7 @@ def test_many_experts_are_copied_before_one_is_waited_for(pristine_checkpoint, m
     moves[2] = bring(2, 2, (PEER, 1, 2), (PEER, 1, 1), CHECKPOINT)
     world.executor.carry_out(slots, tuple(moves))
     world.check(slots)
-    assert calls == [4, 1], "all at once, then the second source of the one that was wrong"
+    assert calls == [4 * world.bank.layout.slot_bytes, world.bank.layout.slot_bytes], (
+        "all at once, then the second source of the one that was wrong"
+    )
     assert world.executor.moved == {"peer": 3, "checkpoint": 1}
