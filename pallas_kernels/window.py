@@ -114,6 +114,13 @@ class WindowLayout:
         return found
 
     @property
+    def flags(self) -> Region:
+        """All words that count rounds, as bytes: from `ticket` to the end of `returned`."""
+        first, last = self.regions["ticket"], self.regions["returned"]
+        nbytes = last.offset + last.bytes - first.offset
+        return Region("flags", first.offset, np.dtype("uint8"), (nbytes,))
+
+    @property
     def window_bytes(self) -> int:
         last = self.regions["returns"]
         return round_up(last.offset + last.bytes, REGION_ALIGNMENT_BYTES)

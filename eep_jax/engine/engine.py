@@ -5,6 +5,7 @@ recompile; failure, repair and return only change the values they are called wit
 """
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -19,7 +20,7 @@ from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch, make_st
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
-from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.kv_cache import KVCache, empty_cache, zeros_of_cache
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
@@ -94,7 +95,8 @@ class Engine:
         self._dense = [jax.device_put(dense[name].astype(dtype)) for name, dtype in dtypes.items()]
         self.bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
-        self._cache = empty_cache(config.model, config.engine)
+        self._store = store or ExecutableStore(None, step_facts(config, rank))
+        self._cache = self._empty_cache()
         cluster = config.cluster
         self._take_tables(
             solo_tables(cluster.ranks, config.model.experts, cluster.slots_per_rank, rank)
@@ -103,7 +105,6 @@ class Engine:
         self._next = StepKind.DECODE
         self._executables = {}
         self._warm_compilations = 0
-        self._store = store or ExecutableStore(None, step_facts(config, rank))
 
     def warm_up(self) -> WarmUp:
         """Loads or compiles all executables and runs each once, alone: no peer takes part."""
@@ -207,6 +208,15 @@ class Engine:
 
     def _raised(self, wish: StepKind) -> StepKind:
         return StepKind.HOLD if self._wants_hold else wish
+
+    def _empty_cache(self) -> KVCache:
+        """Made on a GPU by a program that is kept like the steps."""
+        model, engine = self.config.model, self.config.engine
+        if self.config.platform == "cpu":
+            return empty_cache(model, engine)
+        zeros = functools.partial(zeros_of_cache, model, engine)
+        lower = lambda: jax.jit(zeros).lower()
+        return self._store.obtain(f"rank{self.rank}-cache", lower, (), jax.eval_shape(zeros))()
 
     def _run(self, kind: StepKind, batch, wish: StepKind):
         arguments = self._arguments(batch, wish)

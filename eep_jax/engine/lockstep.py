@@ -12,7 +12,6 @@ from pallas_kernels.signals import post, sleep_on
 from pallas_kernels.window import WindowLayout, view
 
 CONTROL_REGIONS = ("abort", "bell", "wake")
-FLAG_REGIONS = ("ticket", "sent", "returned")
 
 
 class Lockstep:
@@ -26,8 +25,7 @@ class Lockstep:
         self._words = [
             {region.name: view(page, region) for region in regions} for page in heap.control()
         ]
-        self._flags = [layout.regions[name] for name in FLAG_REGIONS]
-        self._heap, self._rank = heap, heap.rank
+        self._flags, self._heap, self._rank = layout.flags, heap, heap.rank
 
     def abort(self, epoch: int) -> None:
         """Ends all waits of steps below `epoch`, now. May be called from any thread."""
@@ -45,8 +43,7 @@ class Lockstep:
 
     def clear_flags(self) -> None:
         """Forgets all flags of earlier epochs. Only while no step runs and no peer can send."""
-        for region in self._flags:
-            self._heap.fill_zero(region.offset, region.bytes)
+        self._heap.fill_zero(self._flags.offset, self._flags.bytes)
         self.forget_wakes()
 
     def wake_peers(self, peers, paused_round: int) -> None:

@@ -42,17 +42,25 @@ class KVCache:
 
 
 def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
-    """Zeros for B sequences of P positions, in the engine's dtype."""
+    """Zeros for B sequences of P positions, in the engine's dtype; compiles nothing.
 
-    def zeros(heads: int, channels: int) -> tuple:
-        shape = (engine.batch_slots, heads, engine.context_tokens, channels)
-        return tuple(_zeros(shape, engine.dtype) for _ in range(model.layers))
+    Zeros travel to the device for it: a program of `zeros_of_cache` spares that.
+    """
+    # A copy, since the cache is donated.
+    put = lambda zeros: jax.device_put(zeros, may_alias=False)
+    return _cache(model, lambda heads, channels: put(np.zeros(*_shape(engine, heads, channels))))
 
+
+def zeros_of_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
+    """`empty_cache` to be compiled."""
+    return _cache(model, lambda heads, channels: jnp.zeros(*_shape(engine, heads, channels)))
+
+
+def _shape(engine: EngineConfig, heads: int, channels: int) -> tuple[tuple[int, ...], str]:
+    return (engine.batch_slots, heads, engine.context_tokens, channels), engine.dtype
+
+
+def _cache(model: ModelConfig, make) -> KVCache:
     keys, values = model.cache_channels
-    return KVCache(zeros(*keys), zeros(*values))
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    if jax.default_backend() == "cpu":  # without compiling anything; the copy may be donated
-        return jax.device_put(np.zeros(shape, dtype), may_alias=False)
-    return jnp.zeros(shape, dtype)
+    of_layers = lambda sizes: tuple(make(*sizes) for _ in range(model.layers))
+    return KVCache(of_layers(keys), of_layers(values))

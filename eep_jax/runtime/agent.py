@@ -123,8 +123,20 @@ class Agent:
             return
         if self._planned is None:
             self._planned_s = time.monotonic()
+        is_new = self._planned is None or self._planned.epoch < prepare.epoch
         self._planned = prepare
         self._engine.want_hold()
+        if is_new:
+            self._attach_early(prepare)
+
+    def _attach_early(self, prepare: Prepare) -> None:
+        """Maps who comes in before the last step that all wait for: no step uses it yet."""
+        for peer in prepare.view.in_epoch:
+            if peer != self._rank and peer not in self._attached:
+                try:
+                    self._attach(peer, prepare.handles.get(peer, ""))
+                except HeapError as error:  # it is tried again once all hold
+                    _log.warning("cannot map rank %d yet: %s", peer, error)
 
     def _begin_planned(self) -> None:
         """Takes part in a planned change once all ranks hold, or cannot."""
