@@ -90,8 +90,8 @@ class Agent:
         if engine.paused and not engine.try_wake():
             return False
         outcome = engine.advance()
-        if outcome.committed:
-            self._watch.stepped()
+        if outcome.committed and self._watch.stepped():
+            self._tell_numbers()  # what the change took is known
         if not outcome.committed:
             self._feed(p.StepAccused(engine.epoch, outcome.accused))
         elif outcome.progress:
@@ -201,6 +201,8 @@ class Agent:
                     self._feed(self._fill_bank(load))
                 case p.CarryOut(prepare=prepare):
                     self._publish()
+                    if self._watch.is_waiting:
+                        self._tell_numbers()  # of the change before, which ends here
                     self._feed(self._carry_out(prepare))
                 case p.Resume(view=view, placement=placement):
                     with self._watch.committing(view.epoch):
@@ -300,9 +302,12 @@ class Agent:
         now_ms = time.monotonic_ns() // 1_000_000
         if now_ms - self._telemetry_ms < TELEMETRY_MS:
             return
-        self._telemetry_ms = now_ms
         if self._status() != self._published:
             self._publish()  # a backup was added, or a source measured
+        self._tell_numbers()
+
+    def _tell_numbers(self) -> None:
+        self._telemetry_ms = time.monotonic_ns() // 1_000_000
         engine = self._engine
         self._link.send(
             messages.Telemetry(

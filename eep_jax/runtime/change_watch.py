@@ -58,12 +58,19 @@ class ChangeWatch:
         self._moved, self._bytes_moved = dict(executor.moved), dict(executor.bytes_moved)
         self._load_s = self._detach_s = self._fetch_s = 0.0
 
-    def stepped(self) -> None:
-        """A step counted."""
-        if self._committed_s is not None:
-            first_step_s = time.monotonic() - self._committed_s
-            self.times = dataclasses.replace(self.times, first_step_s=first_step_s)
-            self._committed_s = None
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no step counted since the last change."""
+        return self._committed_s is not None
+
+    def stepped(self) -> bool:
+        """A step counted; whether it was the first since the last change."""
+        if self._committed_s is None:
+            return False
+        first_step_s = time.monotonic() - self._committed_s
+        self.times = dataclasses.replace(self.times, first_step_s=first_step_s)
+        self._committed_s = None
+        return True
 
 
 def _more(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -32,11 +32,11 @@ class _Pending:
     prepare_s: float  # from Prepare until all were ready
     ends_ms: int
     times: dict[int, ChangeTimes] = dataclasses.field(default_factory=dict)
+    settled: set[int] = dataclasses.field(default_factory=set)  # ranks that will say no more of it
 
     @property
     def is_complete(self) -> bool:
-        told = {r for r, t in self.times.items() if t.first_step_s is not None}
-        return told >= self.members
+        return self.settled >= self.members
 
 
 class RepairLog:
@@ -49,6 +49,8 @@ class RepairLog:
         self._pending: list[_Pending] = []
 
     def dead(self, rank: int, reason: str, silent_ms: int, now_ms: int) -> None:
+        for pending in self._pending:
+            pending.settled.add(rank)
         if rank in self._members:
             self._deaths.append((now_ms, silent_ms, reason))
 
@@ -79,16 +81,19 @@ class RepairLog:
         for pending in self._pending:
             if pending.epoch == times.epoch and rank in pending.members:
                 pending.times[rank] = times
+                if times.first_step_s is not None:
+                    pending.settled.add(rank)
+            elif pending.epoch < times.epoch:  # a rank tells of its changes one after the other
+                pending.settled.add(rank)
 
     def take(self, now_ms: int) -> list[dict]:
-        """The records that are due: all members have told, the time is over, or a later came."""
-        due = [
-            p
-            for p in self._pending
-            if p.is_complete or now_ms >= p.ends_ms or p is not self._pending[-1]
-        ]
-        self._pending = [p for p in self._pending if p not in due]
-        return [_record(pending) for pending in due]
+        """The records that are due, by epoch: all members have told, or the time is over."""
+        due = []
+        while self._pending and (
+            self._pending[0].is_complete or now_ms >= self._pending[0].ends_ms
+        ):
+            due.append(_record(self._pending.pop(0)))
+        return due
 
 
 class ChangeTotals:

@@ -113,10 +113,27 @@ def test_two_deaths_of_one_change_are_one_record_with_both_reasons():
     assert record["seconds"]["agree"] == pytest.approx(0.011 + 0.020)
 
 
-def test_a_later_change_ends_the_wait_for_an_earlier_one():
+def test_changes_that_follow_each_other_at_once_lose_nothing():
+    """Rank 0 steps between the two, rank 1 does not, and rank 2 dies before it says anything."""
+    log = a_log_after_a_death()
+    log.committed(commit(epoch=6, members=range(2)), 1_060)
+    assert log.take(1_060) == []
+    log.told(0, times())
+    log.told(1, times(first_step_s=None))
+    for rank in range(2):
+        log.told(rank, times(epoch=6))
+    assert log.take(1_061) == [], "rank 2 may still tell of the first"
+    log.dead(2, "rank 2 is ending", 1, 1_062)
+    first, second = log.take(1_062)
+    assert (first["epoch"], second["epoch"]) == (5, 6)
+    assert first["silent_ranks"] == [2] and first["seconds"]["first_step"] == 0.004
+    assert first["seconds"]["fetch"] == second["seconds"]["fetch"] == 0.010
+
+
+def test_a_change_that_comes_later_is_recorded_for_itself():
     log = a_log_after_a_death()
     log.committed(commit(epoch=6, change="admission", members=range(4)), 1_200)
-    (record,) = log.take(1_200)
+    (record,) = log.take(1_052 + REPORT_MS)
     assert (record["epoch"], record["change"]) == (5, "repair")
     for rank in range(4):
         start = StartTimes(seconds={"run": 0.1}, executables={"decode": "loaded"}, compilations=0)
@@ -165,10 +182,10 @@ def test_a_rank_reports_what_moved_since_the_change_before():
     with watch.committing(1):
         pass
     assert watch.times.moved == {"checkpoint": 4} and watch.times.load_s > 0
-    watch.stepped()
+    assert watch.is_waiting and watch.stepped()
     first = watch.times
     assert first.first_step_s > 0
-    watch.stepped()
+    assert not watch.stepped() and not watch.is_waiting
     assert watch.times is first, "only the first good step is timed"
     watch.detached(0.5)
     with watch.fetching():
