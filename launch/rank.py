@@ -120,7 +120,8 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     cluster, checkpoint = config.cluster, open_checkpoint(config)
     layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     mirror = mirror_options(config, layout.window)
-    heap = open_heap(rank, cluster.ranks, layout.slab_bytes, jax.default_backend(), mirror)
+    slab_bytes, writable_bytes = layout.slab_bytes, layout.bank.offset
+    heap = open_heap(rank, cluster.ranks, slab_bytes, jax.default_backend(), mirror, writable_bytes)
     watch.phase("heap")
     dense = checkpoint.read_dense()
     watch.phase("weights")

@@ -74,8 +74,15 @@ class _Peer:
 class MirrorHeap(PosixShmHeap):
     """A handle is `mirror:<host id>|<handle on that host>|<address>|<heap id>`."""
 
-    def __init__(self, rank: int, ranks: int, slab_bytes: int, options: MirrorOptions):
-        super().__init__(rank, ranks, slab_bytes)
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        slab_bytes: int,
+        options: MirrorOptions,
+        writable_bytes: int | None = None,
+    ):
+        super().__init__(rank, ranks, slab_bytes, writable_bytes)
         self._options, self._id = options, secrets.token_bytes(ID_BYTES)
         self._layout_digest = hashlib.sha256(repr(options.layout).encode()).digest()[:ID_BYTES]
         self._codec = FrameCodec(options.layout, rank)

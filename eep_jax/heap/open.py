@@ -7,18 +7,25 @@ from eep_jax.heap.posix_shm import PosixShmHeap
 
 
 def open_heap(
-    rank: int, ranks: int, slab_bytes: int, platform: str, mirror: MirrorOptions | None = None
+    rank: int,
+    ranks: int,
+    slab_bytes: int,
+    platform: str,
+    mirror: MirrorOptions | None = None,
+    writable_bytes: int | None = None,
 ) -> SymmetricHeap:
     """The heap of one rank process. `platform` as `jax.default_backend()` says: cpu, gpu, cuda.
 
-    `mirror` is how ranks of other hosts are reached; None where there are none. On a GPU it takes
+    `mirror` is how ranks of other hosts are reached; None where there are none. Beyond its first
+    `writable_bytes` a peer's slab is mapped read-only on a CPU; CUDA gives one access to all of an
+    allocation, and the window, which peers write, is in the same one. On a GPU it takes
     device 0 of CUDA_VISIBLE_DEVICES, which must be the one JAX uses. Raises HeapError for other
     platforms, for a mirror on a GPU, and where memory cannot be had.
     """
     if platform == "cpu":
         if mirror is not None:
-            return MirrorHeap(rank, ranks, slab_bytes, mirror)
-        return PosixShmHeap(rank, ranks, slab_bytes)
+            return MirrorHeap(rank, ranks, slab_bytes, mirror, writable_bytes)
+        return PosixShmHeap(rank, ranks, slab_bytes, writable_bytes)
     if platform in ("gpu", "cuda"):
         if mirror is not None:
             raise HeapError(

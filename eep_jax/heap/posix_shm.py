@@ -21,6 +21,7 @@ from eep_jax.heap.heap import (
     check_slab,
     socket_of,
 )
+from pallas_kernels.window import round_up
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -38,14 +39,19 @@ class MappedHeap:
     device = "cpu"
     device_ordinal = 0
 
-    def __init__(self, rank: int, ranks: int, slab_bytes: int):
+    def __init__(self, rank: int, ranks: int, slab_bytes: int, writable_bytes: int | None = None):
+        """Of a peer's slab the first `writable_bytes` can be written, in whole pages: what follows
+        is mapped read-only. None: all can be written."""
         check_rank(rank, ranks)
         if slab_bytes <= 0 or slab_bytes % mmap.PAGESIZE:
             raise HeapError(f"{slab_bytes=} must be a positive multiple of {mmap.PAGESIZE}")
         self.rank, self.ranks, self.slab_bytes = rank, ranks, slab_bytes
+        self._writable_bytes = slab_bytes
+        if writable_bytes is not None:
+            self._writable_bytes = min(round_up(writable_bytes, mmap.PAGESIZE), slab_bytes)
         self._closed = False
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, "reserve the range")
+        self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, 0, "reserve the range")
         self.own_fd = memory_file(f"eep-rank{rank}", slab_bytes)
         self._dummy = memory_file(f"eep-dummy{rank}", slab_bytes)
         for slot in range(ranks):
@@ -125,17 +131,23 @@ class MappedHeap:
         check_peer(self, rank)
 
     def _map(self, rank: int, fd: int) -> None:
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        address = self.base + rank * self.slab_bytes
-        what = f"map the slab of rank {rank}"
-        _mmap(address, self.slab_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, what)
+        writable = self.slab_bytes if rank == self.rank else self._writable_bytes
+        both, what = mmap.PROT_READ | mmap.PROT_WRITE, f"map the slab of rank {rank}"
+        for begin, end, protection in (
+            (0, writable, both),
+            (writable, self.slab_bytes, mmap.PROT_READ),
+        ):
+            if begin < end:
+                address = self.base + rank * self.slab_bytes + begin
+                flags = mmap.MAP_SHARED | _MAP_FIXED
+                _mmap(address, end - begin, protection, flags, fd, begin, what)
 
 
 class PosixShmHeap(MappedHeap):
     """The heap between processes of one host. A handle is `unix:<socket name>`."""
 
-    def __init__(self, rank: int, ranks: int, slab_bytes: int):
-        super().__init__(rank, ranks, slab_bytes)
+    def __init__(self, rank: int, ranks: int, slab_bytes: int, writable_bytes: int | None = None):
+        super().__init__(rank, ranks, slab_bytes, writable_bytes)
         self._server: FdServer | None = None
 
     def export(self) -> str:
@@ -168,8 +180,8 @@ def memory_file(name: str, size: int) -> int:
     return fd
 
 
-def _mmap(address, size: int, protection: int, flags: int, fd: int, what: str) -> int:
-    found = _libc.mmap(address, size, protection, flags, fd, 0)
+def _mmap(address, size: int, protection: int, flags: int, fd: int, at: int, what: str) -> int:
+    found = _libc.mmap(address, size, protection, flags, fd, at)
     if found is None or found == _MAP_FAILED:
         raise HeapError(f"cannot {what} ({size} bytes): {os.strerror(ctypes.get_errno())}")
     return found

@@ -178,7 +178,10 @@ def join(
         )
     layout = slab_layout(config.model, engine, cluster.ranks, cluster.slots_per_rank)
     source = open_experts(experts, config.model, layout.bank.dtype)
-    heap = open_heap(rank, cluster.ranks, layout.slab_bytes, config.platform)
+    slab_bytes, writable_bytes = layout.slab_bytes, layout.bank.offset
+    heap = open_heap(
+        rank, cluster.ranks, slab_bytes, config.platform, writable_bytes=writable_bytes
+    )
     stepper = Stepper(config, rank, heap, layout, step, example)
     link = _LibraryLink(
         LinkOptions(

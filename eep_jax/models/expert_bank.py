@@ -18,7 +18,7 @@ PAGE_BYTES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class SlabLayout:
-    """One rank's slab: the window that peers write, then the bank that peers read.
+    """One rank's slab: the window that peers write, then the bank that peers read, from a new page.
 
     On a GPU the F channels of an expert are padded with zeros to `width_multiple`, what its kernels
     compute at once; padded channels add nothing to any result.

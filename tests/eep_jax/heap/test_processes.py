@@ -28,6 +28,22 @@ for line in sys.stdin:
     print(int(heap.whole()[1, int(line)]), flush=True)
 """
 
+# It reads all of the slab of rank 1, and writes where it may and then where it may not.
+VANDAL = f"""
+import sys
+from eep_jax.heap.posix_shm import PosixShmHeap
+heap = PosixShmHeap(0, 2, {SLAB_BYTES}, writable_bytes={SLAB_BYTES // 2 - 1})
+heap.whole()[0] = 1  # its own is its own
+heap.attach(1, sys.argv[1])
+for _ in range(2):
+    heap.copy_in({SLAB_BYTES // 2}, 1, {SLAB_BYTES // 2}, {SLAB_BYTES // 2})
+    print(int(heap.whole()[0, -1]), flush=True)
+    heap.whole()[1, {SLAB_BYTES // 2 - 1}] += 1
+    heap.detach(1), heap.attach(1, sys.argv[1])
+heap.whole()[1, {SLAB_BYTES // 2}] = 99
+print("written", flush=True)
+"""
+
 
 class Owner:
     """A process that owns the slab of rank 1."""
@@ -51,6 +67,19 @@ class Owner:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(10)
         self.process.stdin.close(), self.process.stdout.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_peer_reads_a_bank_and_cannot_write_it():
+    heap = PosixShmHeap(1, 2, SLAB_BYTES)
+    heap.whole()[1] = 17
+    command = [sys.executable, "-c", VANDAL, heap.export()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    vandal = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment)
+    assert (vandal.stdout, vandal.returncode) == ("17\n17\n", -signal.SIGSEGV), vandal.stderr
+    bank = SLAB_BYTES // 2
+    assert heap.whole()[1, bank - 1] == 19 and set(heap.whole()[1, bank:]) == {17}
+    heap.close()
 
 
 @pytest.mark.timeout(60)
