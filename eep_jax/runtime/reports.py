@@ -8,6 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from eep_jax.coordination.coordinator import missing
 from eep_jax.errors import CoverageLost
 from eep_jax.membership.view import RankState
+from eep_jax.placement.balance import rank_loads
+from eep_jax.placement.load import settled
 from eep_jax.placement.placement import require_room
 from eep_jax.placement.sources import median_rates
 
@@ -62,6 +64,8 @@ class Reports:
                     len(replicas.get(e, ())) for e in range(state.placement.experts)
                 ),
                 "placement": [list(row) for row in state.placement.slots],
+                "load": [round(share, 4) for share in self._load_shares()],
+                "imbalance": self._imbalance(),
             },
             "requests": {
                 "waiting": supervisor.book.waiting,
@@ -99,6 +103,19 @@ class Reports:
             "fetching": 0 if task is None else len(task.plan.moves),
             "reason": "" if task is None else task.reason,
         }
+
+    def _load_shares(self) -> tuple[float, ...]:
+        """Of all choices of late, those of each expert; empty while too few were counted."""
+        loads = settled(self._supervisor.state.load)
+        return tuple(load / sum(loads) for load in loads)
+
+    def _imbalance(self) -> float | None:
+        """The measured load of the busiest rank to the mean; None while too little is known."""
+        state, shares = self._supervisor.state, self._load_shares()
+        if not shares or not state.view.in_epoch:
+            return None
+        found = rank_loads(state.placement, state.view.in_epoch, shares).values()
+        return round(max(found) * len(found) / sum(found), 3) if sum(found) else None
 
     def _rank(self, rank: int) -> dict:
         supervisor, state = self._supervisor, self._supervisor.state
@@ -214,6 +231,12 @@ class Reports:
         yield GaugeMetricFamily(
             "eep_replicas_min", "Replicas of the expert that has fewest.", value=fewest
         )
+        if (imbalance := self._imbalance()) is not None:
+            yield GaugeMetricFamily(
+                "eep_load_imbalance",
+                "Load of the busiest rank to the mean, as experts were chosen.",
+                value=imbalance,
+            )
         task = state.background
         yield GaugeMetricFamily(
             "eep_background_moves",

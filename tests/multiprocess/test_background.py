@@ -5,16 +5,24 @@ import time
 import aiohttp
 import pytest
 
+from configs import tiny_cpu
 from tests.support.processes import RANKS, ClusterUnderTest, events_after, is_out
+from tests.support.small_checkpoint import save_small
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
+
+
+LAYERS, MATRICES, WIDTH, HIDDEN = tiny_cpu.get_config().model.expert_shape
+EXPERT_BYTES = LAYERS * MATRICES * WIDTH * HIDDEN * 4  # in a bank of float32
+BYTES_PER_S = 2 * EXPERT_BYTES
 
 
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory):
     """Four free slots on each rank; nobody brings a dead rank back."""
+    settings = ("cluster.slots_per_rank=12", f"cluster.background_bytes_per_s={BYTES_PER_S}")
     run_dir = tmp_path_factory.mktemp("roomy")
-    with ClusterUnderTest(run_dir, "cluster.slots_per_rank=12", respawn_delay_ms=-1) as cluster:
+    with ClusterUnderTest(run_dir, *settings, respawn_delay_ms=-1) as cluster:
         yield cluster
 
 
@@ -61,6 +69,35 @@ def test_a_rank_is_drained_and_comes_back_without_a_lost_step(roomy):
     roomy.assert_nothing_compiled()
 
 
+def test_measured_load_is_spread_while_ranks_serve(tmp_path):
+    """The router likes the experts of rank 0 alone; each has one replica, and slots are free."""
+    liked = (0, 4, 8, 12)
+    with ClusterUnderTest(
+        tmp_path / "run",
+        "cluster.redundancy=1",
+        arguments=(save_small(tmp_path / "checkpoint", liked),),
+    ) as cluster:
+        first = events_after(cluster.status(), 0, "commit")[0]  # load is measured from then on
+        assert first["change"] == "formation" and set(first["slots"][0]) == {*liked, -1}
+        with cluster.load():
+            status = cluster.wait(spread, "a change that spreads load")
+            discarded = numbers(cluster, "steps_discarded")
+        experts = status["experts"]
+        busiest = sum(experts["load"][expert] for expert in liked) * RANKS
+        assert experts["imbalance"] < 0.8 * busiest, "as it would be where it all began"
+        moves = [move for commit in spread(status) for move in commit["moves"]]
+        assert moves[0]["expert"] in liked and all("peer" in move["sources"] for move in moves)
+        assert all(move["rank"] != 0 for move in moves), moves
+        assert len(moves) <= 2 * len(liked), moves
+        assert discarded == dict.fromkeys(range(RANKS), 0), "all ranks stopped at the same round"
+        cluster.assert_nothing_compiled()
+
+
+def spread(status: dict) -> list[dict]:
+    commits = events_after(status, 0, "commit")
+    return [commit for commit in commits if commit["reason"] == "load is spread"]
+
+
 def test_what_cannot_be_drained_is_refused_with_its_numbers(roomy):
     code, answer = apply(roomy, action="scale_down", ranks=[0, 1, 2])
     assert code == 409 and "16 slots are needed and ranks [3] have 12" in answer["error"]["message"]
@@ -68,6 +105,15 @@ def test_what_cannot_be_drained_is_refused_with_its_numbers(roomy):
     assert code == 409 and "0..3" in answer["error"]["message"]
     assert apply(roomy, action="scale_up", ranks=[1])[0] == 409
     assert apply(roomy, action="melt", ranks=[1])[0] == 400
+
+
+def assert_no_faster_than_allowed(commits) -> None:
+    """After the repair, each rank brought its experts no faster than `background_bytes_per_s`."""
+    (repaired,) = [commit for commit in commits if commit["change"] == "repair"]
+    for rank in range(RANKS):
+        brought = [c["time"] for c in commits for m in c["moves"] if m["rank"] == rank]
+        seconds = max(brought, default=repaired["time"]) - repaired["time"]
+        assert seconds >= (len(brought) - 1) * EXPERT_BYTES / BYTES_PER_S, commits
 
 
 def test_redundancy_is_restored_while_the_survivors_serve(roomy):
@@ -88,6 +134,7 @@ def test_redundancy_is_restored_while_the_survivors_serve(roomy):
     for commit in background:
         per_rank = [move["rank"] for move in commit["moves"]]
         assert max(per_rank.count(rank) for rank in range(RANKS)) <= 2
+    assert_no_faster_than_allowed(commits)
     assert all(discarded[rank] <= 2 for rank in (0, 1, 3)), discarded
     roomy.cluster.start_rank(2)
     roomy.wait_whole()

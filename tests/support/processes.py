@@ -42,15 +42,18 @@ class ClusterUnderTest:
         truth: bool = True,
         requests=None,
         respawn_delay_ms: int = 500,
+        whole_s: float = WHOLE_S,
     ):
         """`requests` are what `load` sends, `jobs()` unless given.
 
-        `truth`: whether completions are to be compared with those of an unharmed run.
+        `truth`: whether completions are to be compared with those of an unharmed run. `whole_s` is
+        how long all ranks may take to start.
         """
         words = ["--config=tiny_cpu", "--port=0", *arguments]
         words += [f"--override={o}" for o in overrides]
         self.cluster = LocalCluster(words, ranks, str(run_dir), respawn_delay_ms)
         self._wants_truth, self.requests = truth, requests or jobs()
+        self._whole_s = whole_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -82,7 +85,7 @@ class ClusterUnderTest:
         return self.run(self.cluster.wait_for(wanted, deadline_s, what, poll_ms=5), deadline_s + 30)
 
     def wait_whole(self) -> dict:
-        return self.wait(is_whole, "a whole cluster", WHOLE_S)
+        return self.wait(is_whole, "a whole cluster", self._whole_s)
 
     def status(self) -> dict:
         return self.wait(lambda s: True, "a status")

@@ -134,3 +134,12 @@ def test_backups_and_rates_of_ranks_are_gauges(supervisor, cluster):
         "eep_replicas_min 1.0",
         "eep_background_moves 0.0",
     } <= set(metrics)
+
+
+def test_the_measured_load_is_told_once_enough_is_known(supervisor, cluster):
+    assert show(supervisor, cluster)["experts"]["imbalance"] is None
+    row = supervisor.state.placement.slots[0]
+    cluster.feed(c.Measured(tuple(300 if expert in row else 100 for expert in range(4))))
+    experts = show(supervisor, cluster)["experts"]
+    assert experts["imbalance"] == 1.5 and sorted(experts["load"]) == [0.125, 0.125, 0.375, 0.375]
+    assert "eep_load_imbalance 1.5" in supervisor.metrics().decode().splitlines()
