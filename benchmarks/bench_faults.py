@@ -27,17 +27,19 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, compared, cpu_device, gpu_device, now
+from benchmarks.harness import Record, append, commit, compared, now
 from benchmarks.serving import statistics as stats
 from benchmarks.serving.client import Pace, Sample, Target, run
 from benchmarks.serving.own_cluster import marks_of, serves_again, started
+from benchmarks.serving.recovered import recovered_after
 from benchmarks.serving.series import cdf_record, timeline_record
 from benchmarks.serving.workload import TEXT, Workload, make_jobs
 from benchmarks.static.front import StaticService
 from benchmarks.static.processes import with_ranks
+from benchmarks.wide.workers import Machine
 from eep_jax.config import RunConfig
 from launch import flags
-from launch.cluster import ClusterFailed, LocalCluster, is_whole, rank_name
+from launch.cluster import ClusterFailed, LocalCluster, events_since, is_whole, rank_name
 from launch.console import say
 from launch.timeline import Summary, summarise
 
@@ -58,6 +60,7 @@ def define() -> None:
     f.DEFINE_list("systems", list(SYSTEMS), "Which of them.")
     f.DEFINE_string("exchange", "all_to_all", "Of the static ranks, see bench_static.")
     f.DEFINE_bool("rejoin", True, "Wait for the return of the killed elastic rank.")
+    f.DEFINE_bool("await_backups", False, "Kill once backups have all that only the victim serves.")
     f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
 
 
@@ -70,13 +73,14 @@ class Outcome:
     times: list[tuple[float, int]]  # (monotonic s, tokens)
     marks: dict[str, float]
     summary: Summary
+    status: dict | None = None  # of the elastic supervisor, at the end
 
 
 class Harmed:
     """A system under load: a service at `url`, a way to kill, and when it served again."""
 
-    def __init__(self, url: str, kill, again):
-        self.url, self.kill, self.again = url, kill, again
+    def __init__(self, url: str, kill, again, status: dict | None = None):
+        self.url, self.kill, self.again, self.status = url, kill, again, status
 
 
 def main() -> int:
@@ -89,21 +93,25 @@ def main() -> int:
     victim = values.victim or max(1, config.cluster.ranks // 2)
     if victim >= config.cluster.ranks:
         raise flags.UsageError(f"--victim={victim} must be in 1..{config.cluster.ranks - 1}")
-    before, outcomes = (commit(), now()), {}
+    before, outcomes, failed = (commit(), now()), {}, []
     for name in [s for s in SYSTEMS if s in values.systems]:
         try:
             outcomes[name] = asyncio.run(_harm(name, config, victim))
-        except (ClusterFailed, RuntimeError, TimeoutError) as error:
+        except (ClusterFailed, RuntimeError, TimeoutError, OSError) as error:
+            # The others are measured all the same.
             say(f"{name}: no result: {error!r}", "bold red")
-            return 1
-        _tell(name, outcomes[name])
+            failed.append(name)
+        else:
+            _tell(name, outcomes[name])
+    if not outcomes:
+        return 1
     records = _records(config, outcomes, *before)
     _print(records)
     if values.out:
         append(pathlib.Path(values.out), records)
         say(f"appended {len(records)} records to {values.out}")
-    if "elastic" not in outcomes:
-        return 0
+    if failed or "elastic" not in outcomes:
+        return 1 if failed else 0
     counts = stats.count(outcomes["elastic"].samples, outcomes["elastic"].truth)
     return 1 if counts.lost or counts.refused or counts.wrong else 0
 
@@ -138,6 +146,7 @@ async def _harm(name: str, config: RunConfig, victim: int) -> Outcome:
         times=times,
         marks=marks,
         summary=summarise(every, marks),
+        status=system.status,
     )
 
 
@@ -156,11 +165,36 @@ async def _elastic(name: str, config: RunConfig, victim: int) -> AsyncIterator[H
         await cluster.wait_for(serves_again(victim), DEADLINE_S, "serving again", 20)
         if values.rejoin:
             await cluster.wait_for(is_whole, DEADLINE_S, f"the return of rank {victim}")
-        status = await cluster.wait_for(lambda status: True, 10.0, "a status")
-        return marks_of(kill_s, victim, status)
+        harmed.status = await cluster.wait_for(told_of(kill_s), 30.0, "the record of the repair")
+        return marks_of(kill_s, victim, harmed.status)
 
     async with started(cluster):
-        yield Harmed(cluster.url, lambda: cluster.kill(rank_name(victim)), again)
+        if values.await_backups:
+            kept = backed_up(victim, config.model.experts)
+            await cluster.wait_for(kept, DEADLINE_S, "a backup of every expert")
+        harmed = Harmed(cluster.url, lambda: cluster.kill(rank_name(victim)), again)
+        yield harmed
+
+
+def backed_up(victim: int, experts: int):
+    """Whether others than the victim have every expert in host memory."""
+
+    def check(status: dict) -> bool:
+        others = (r["backups"] for r in status["ranks"] if r["rank"] != victim)
+        return len(set().union(*others)) == experts
+
+    return check
+
+
+def told_of(kill_s: float):
+    """Whether the supervisor has its record of the repair after a kill."""
+    return lambda status: repair_of(status, kill_s) is not None
+
+
+def repair_of(status: dict, kill_s: float) -> dict | None:
+    """The first change without a rank after the kill: seconds by phase, bytes by source."""
+    events = (e for e in events_since(status, kill_s) if e["kind"] == "repair")
+    return next((e for e in events if e["change"] == "repair"), None)
 
 
 @asynccontextmanager
@@ -205,9 +239,13 @@ def _records(config: RunConfig, outcomes: dict[str, Outcome], commit: str, time:
     """For each system its pause, losses and rates, and the curves; elastic's pause twice, once
     against each baseline."""
     model, values = config.model, absl_flags.FLAGS
-    device = cpu_device() if config.platform == "cpu" else gpu_device()
+    gpus = flags.gpus()[: config.cluster.ranks] if config.platform == "gpu" else ()
+    machine = Machine(config.platform, config.cluster.ranks, gpus)
+    device = machine.device
     shape = {
         "config": config.name,
+        "redundancy": config.cluster.redundancy,
+        **machine.facts,
         "hidden": model.hidden,
         "layers": model.layers,
         "experts": model.experts,
@@ -232,6 +270,11 @@ def _records(config: RunConfig, outcomes: dict[str, Outcome], commit: str, time:
             more = compared(pauses[baseline], pauses[name]) if baseline else {}
             add(f"pause_s {name}", pauses[name], "s", baseline, **more)
         add(f"detection_s {name}", outcome.summary.detection_s, "s")
+        recovered = recovered_after(outcome.times, outcome.marks["kill"])
+        add(f"recovered_s {name}", recovered, "s")
+        add(f"return_pause_s {name}", outcome.summary.return_gap_s, "s")
+        for metric, value, unit in _repair_figures(outcome):
+            add(f"{metric} {name}", value, unit)
         add(f"requests_lost {name}", counts.lost + counts.refused, "")
         add(f"answers_changed {name}", counts.wrong, "")
         add(f"before_tokens_per_s {name}", outcome.summary.before_tokens_per_s, "tokens/s")
@@ -241,6 +284,20 @@ def _records(config: RunConfig, outcomes: dict[str, Outcome], commit: str, time:
             if seconds and latency in ("e2e", "itl"):
                 records.append(cdf_record("faults", name, latency, seconds, kept))
     return records
+
+
+def _repair_figures(outcome: Outcome):
+    """What the supervisor says of the repair: seconds by phase, bytes by source, compilations."""
+    if outcome.status is None:
+        return
+    repair = repair_of(outcome.status, outcome.marks["kill"])
+    for phase, seconds in repair["seconds"].items():
+        if phase != "load":  # of a rank that comes in
+            yield f"phase_{phase}_s", seconds, "s"
+    for source, count in repair["bytes"].items():
+        yield f"bytes_{source}", float(count), "bytes"
+    compiled = sum(r["compilations_after_start"] for r in outcome.status["ranks"])
+    yield "compilations", float(compiled), ""
 
 
 def _print(records: list[Record]) -> None:

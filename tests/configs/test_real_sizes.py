@@ -29,6 +29,8 @@ from eep_jax.placement.planner import initial_placement, plan_repair
 PROMISED = {
     "qwen3_30b_a3b_h100x1": (0, 0),
     "qwen3_30b_a3b_h100x4": (2, 1),
+    "qwen3_30b_a3b_h200x2": (1, 1),
+    "qwen3_30b_a3b_h200x4": (2, 1),
     "qwen3_235b_a22b_h200x8": (2, 0),
     "deepseek_v3_h200x32": (6, 0),
     "gpt_oss_120b_h100x8": (4, 1),

@@ -4,6 +4,9 @@ It does what messages on a socket say, one after the other, except an abort, whi
 carries out at once, as the link thread of a rank does. When its parent is gone, it ends.
 
 python -m tests.gpu.exchange_process RANK DESCRIPTOR     # of the socket
+
+Ranks go around the GPUs of EEP_TEST_GPUS (0,1), or all there are; each sees its own alone. With
+fewer GPUs than ranks some share one. EEP_GPU_RANKS is how many ranks there are (4).
 """
 
 import dataclasses
@@ -20,10 +23,21 @@ import traceback
 
 import numpy as np
 
-RANKS, TOKENS, CHOICES, HIDDEN, SLOTS, LAYERS = 4, 16, 4, 256, 4, 3
+RANKS = int(os.environ.get("EEP_GPU_RANKS", "4"))
+TOKENS, CHOICES, HIDDEN, SLOTS, LAYERS = 16, 4, 256, 4, 3
+SKEWS = (0.0, 1.2)  # exponents of Zipf over slots, by turns of the seed
 START_DEADLINE_S = 180  # of JAX, CUDA and the compiler, on a busy machine
 REPLY_DEADLINE_S = 60
 MEMORY_FRACTION = "0.03"  # of the GPU, for each process's JAX: the step needs little
+
+
+def gpu_of(rank: int) -> dict[str, str]:
+    """The variable that shows a rank its own GPU; none where this machine has no GPU."""
+    from launch.environments.local import parse_gpus, visible_gpus
+
+    named = os.environ.get("EEP_TEST_GPUS")
+    gpus = parse_gpus(named) if named else visible_gpus()
+    return {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +64,7 @@ class RankProcess:
             "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+        } | gpu_of(rank)
         with theirs, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(rank), str(theirs.fileno())],
@@ -106,7 +120,8 @@ def a_step_work(seed: int):
     from tests.support.kernels import Exchange
 
     random = np.random.default_rng(seed)
-    slots = random_routing(random, RANKS, TOKENS, CHOICES, RANKS * SLOTS)
+    skew = SKEWS[seed % len(SKEWS)]
+    slots = random_routing(random, RANKS, TOKENS, CHOICES, RANKS * SLOTS, skew)
     slots[random.random(slots.shape) < 0.1] = -1
     # Multiples of 1/8 are exact in bfloat16.
     x = random.integers(1, 16, (RANKS, TOKENS, HIDDEN)).astype(np.float32) / 8

@@ -1,0 +1,352 @@
+"""Parts of `multi_gpu`: what is run, for how long at most, and where its records go."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.harness import ROOT
+from benchmarks.wide.workers import NO_MULTICAST, Machine, tail
+from launch.flags import load_config
+
+NO_TIME_S = 15.0  # with less than this left, a part is not begun
+END_S = 20.0  # for a part that is over its time to end its own processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One command. `group` is what --parts names; parts of a group run one after the other."""
+
+    group: str
+    name: str
+    arguments: tuple[str, ...]  # after `python -m`
+    deadline_s: float
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """How a part ended."""
+
+    part: Part
+    status: str  # "done", "FAILED: ...", "not run: ..."
+    seconds: float
+    log: pathlib.Path
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "done"
+
+
+def chosen(parts: Sequence[Part], groups: Sequence[str] | None) -> list[Part]:
+    """Those of these groups, all if none is given. Raises ValueError naming those there are."""
+    known = list(dict.fromkeys(part.group for part in parts))
+    if unknown := sorted(set(groups or ()) - set(known)):
+        raise ValueError(f"{unknown} are not among {known}")
+    return [part for part in parts if not groups or part.group in groups]
+
+
+def run_part(part: Part, directory: pathlib.Path, left_s: float) -> Done:
+    """Runs it in a process group of its own, which is killed once it is over its time."""
+    log = directory / f"{part.name}.log"
+    if left_s < NO_TIME_S:
+        return Done(part, f"not run: {left_s:.0f} s are left", 0.0, log)
+    deadline_s, begin_s = min(part.deadline_s, left_s - END_S / 2), time.monotonic()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | NO_MULTICAST | {"PYTHONPATH": path} | dict(part.variables)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *part.arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        status = _await(process, deadline_s)
+    return Done(part, status, time.monotonic() - begin_s, log)
+
+
+def _await(process: subprocess.Popen, deadline_s: float) -> str:
+    try:
+        status = process.wait(deadline_s)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return f"FAILED: not done after {deadline_s:.0f} s"
+    finally:
+        if process.poll() is None:
+            _end(process)
+    return "done" if status == 0 else f"FAILED: status {status}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """In order if it can (its children end with it), else by force; only its own session."""
+    for number, wait_s in ((signal.SIGINT, END_S / 2), (signal.SIGKILL, END_S / 2)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(wait_s)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def run_parts(
+    parts: Sequence[Part], directory: pathlib.Path, budget_s: float, say=print
+) -> list[Done]:
+    """Runs them in turn within `budget_s`, whatever becomes of each; the ends of failed logs are
+    shown. What is done is in `parts.json` after each of them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ends_s, found = time.monotonic() + budget_s, []
+    for part in parts:
+        say(f"{part.name}: {' '.join(part.arguments)}")
+        done = run_part(part, directory, ends_s - time.monotonic())
+        say(f"{part.name}: {done.status} after {done.seconds:.0f} s")
+        if not done.ok and done.log.exists():
+            say(tail(done.log))
+        found.append(done)
+        told = [{"part": d.part.name, "status": d.status, "seconds": d.seconds} for d in found]
+        (directory / "parts.json").write_text(json.dumps(told, indent=1))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What differs between a run that measures and one that shows that all works."""
+
+    tokens: str
+    batches: str
+    samples: int
+    layers: int  # of the stacks that are decoded, 0: all or as many as fit
+    kills: int
+    load: tuple[str, ...]  # flags of the recovery benchmarks
+
+
+MEASURING = Sizes(
+    tokens="1,4,16,64,128,256,512,1024,2048,4096",
+    batches="1,16,64,256",
+    samples=30,
+    layers=16,
+    kills=12,
+    load=("--concurrency=32", "--output_len=256", "--before_s=6", "--after_s=8"),
+)
+SMALL = Sizes(
+    tokens="4,16",
+    batches="8",
+    samples=4,
+    layers=3,
+    kills=2,
+    load=("--concurrency=6", "--output_len=48", "--before_s=1", "--after_s=1"),
+)
+
+
+def parts_of(machine: Machine, directory: pathlib.Path, small: bool) -> list[Part]:
+    """All parts for this machine, in the order in which they are worth most.
+
+    `small` shows in little time that all of it runs: on CPU, and where ranks share a GPU.
+    """
+    sizes = SMALL if small else MEASURING
+    found = []
+    if machine.platform == "gpu":
+        found += _correct(machine, sizes)
+    found += _exchange(machine, directory, sizes, small)
+    found += _decode(machine, directory, sizes, small)
+    found += _relocation(machine, directory, sizes, small)
+    found += _recovery(machine, directory, sizes, small)
+    if machine.ranks >= 4:
+        found += _chained(machine, directory, sizes, small)
+    return found
+
+
+def _ranks(machine: Machine) -> tuple[str, ...]:
+    gpus = (f"--gpus={','.join(machine.gpus)}",) if machine.gpus else ()
+    return (f"--ranks={machine.ranks}", *gpus)
+
+
+def _out(directory: pathlib.Path, name: str) -> str:
+    return f"--out={directory / name}.jsonl"
+
+
+def _correct(machine: Machine, sizes: Sizes) -> list[Part]:
+    tests = ("tests/gpu/test_killed_processes.py", "tests/gpu/test_cuda_heap.py::TestProcesses")
+    variables = (
+        ("EEP_TEST_PLATFORM", "gpu"),
+        ("EEP_GPU_KILLS", str(sizes.kills)),
+        ("EEP_GPU_RANKS", str(max(2, machine.ranks))),
+        ("EEP_TEST_GPUS", ",".join(machine.gpus)),
+    )
+    command = ("pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests)
+    return [Part("correct", "correct", command, 240.0, variables)]
+
+
+def _exchange(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
+    platform = (f"--platform={machine.platform}",)
+    shapes = ("--hidden=64", "--experts=16", "--top_k=4") if machine.platform == "cpu" else ()
+    common = (*platform, *_ranks(machine), *shapes, f"--samples={sizes.samples}")
+    command = ("benchmarks.bench_wide", *common, f"--tokens={sizes.tokens}")
+    command += (_out(directory, "exchange"), f"--directory={directory / 'exchange'}")
+    limit_s = 120.0 if small else 300.0
+    found = [Part("exchange", "exchange", (*command, f"--deadline_s={limit_s - 15:.0f}"), limit_s)]
+    return found
+
+
+def _decode(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
+    """The model of the issue of two GPUs first; larger ones where there are more; then fewer ranks
+    of the same machine, which scaling is computed from."""
+    if machine.platform == "cpu":
+        return [_decoding(machine, directory, sizes, "decode", "tiny_cpu", 60.0)]
+    q30 = "qwen3_30b_a3b_h200x2"
+    if small:
+        small_moe = "small_moe_h100x1"
+        return [_decoding(machine, directory, sizes, "decode", small_moe, 150.0)]
+    found = [_decoding(machine, directory, sizes, "decode", q30, 300.0)]
+    if machine.ranks >= 4:
+        fits = dataclasses.replace(sizes, batches="64,128", layers=0)
+        for name, config in (
+            ("decode_deepseek", "deepseek_v3_h200x32"),
+            ("decode_235b", "qwen3_235b_a22b_h200x8"),
+        ):
+            found.append(_decoding(machine, directory, fits, name, config, 240.0))
+    for ranks in (r for r in (1, 2, 4) if r < machine.ranks):
+        fewer = Machine("gpu", ranks, machine.gpus[:ranks])
+        one = dataclasses.replace(sizes, batches="64")
+        name = f"scaling_{ranks}"
+        found.append(_decoding(fewer, directory, one, name, q30, 120.0, ("--systems=live",)))
+    whole = dataclasses.replace(sizes, layers=0, batches="64,16,256,1")
+    found.append(_decoding(machine, directory, whole, "decode_whole", q30, 420.0))
+    return found
+
+
+def _decoding(
+    machine: Machine,
+    directory: pathlib.Path,
+    sizes: Sizes,
+    name: str,
+    config: str,
+    limit_s: float,
+    more: tuple[str, ...] = (),
+) -> Part:
+    command = ("benchmarks.bench_wide_decode", f"--platform={machine.platform}", *_ranks(machine))
+    command += (f"--config={config}", f"--batches={sizes.batches}", f"--layers={sizes.layers}")
+    command += (
+        f"--samples={max(2, sizes.samples // 3)}",
+        f"--deadline_s={limit_s - 15:.0f}",
+        *more,
+    )
+    command += (_out(directory, name), f"--directory={directory / name}")
+    return Part("scaling" if name.startswith("scaling") else "decode", name, command, limit_s)
+
+
+def _recovery(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
+    cpu = machine.platform == "cpu"
+    config = "tiny_cpu" if cpu else "tiny_gpu" if small else "small_moe_h100x1"
+    common = ("benchmarks.bench_faults", f"--config={config}", *_ranks(machine), *sizes.load)
+    # NCCL cannot put two ranks on one GPU, so there is no static sharding to restart there.
+    systems = "elastic" if cpu or machine.link == "shared_gpu" else "elastic,rejit,restart"
+    limit_s = 150.0 if small else 330.0
+    if machine.ranks < 2:
+        return []
+    found = [
+        Part(
+            "recovery",
+            "recovery",
+            (*common, f"--systems={systems}", _out(directory, "recovery")),
+            limit_s,
+        )
+    ]
+    once = ("--override=cluster.redundancy=1", "--override=cluster.sources=local,peer,backup")
+    room = 64 << 20 if config.startswith("tiny") else 12 << 30
+    # The survivors have slots for all experts, of which each is on one rank alone.
+    slots = -(-experts_of(config) // (machine.ranks - 1)) + 1
+    once += (f"--override=cluster.ranks={machine.ranks}",)
+    once += (f"--override=cluster.slots_per_rank={slots}",)
+    once += (f"--override=cluster.backup_bytes={room}", "--systems=elastic", "--await_backups")
+    found.append(Part("recovery", "backup", (*common, *once, _out(directory, "backup")), 200.0))
+    return found
+
+
+def _relocation(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
+    """Experts from another GPU, then (on one GPU) from host memory and storage."""
+    if machine.ranks < 2:
+        return []
+    config = "tiny_cpu" if machine.platform == "cpu" else "small_moe_h100x1"
+    common = (f"--config={config}", f"--samples={sizes.samples // 3 + 1}")
+    gpus = tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
+    wide = ("benchmarks.bench_wide_sources", f"--platform={machine.platform}", *common, *gpus)
+    found = [
+        Part(
+            "recovery",
+            "relocation",
+            (*wide, _out(directory, "relocation"), "--deadline_s=90"),
+            100.0,
+        )
+    ]
+    if not small:
+        alone = ("benchmarks.bench_sources", *common, *gpus, _out(directory, "sources"))
+        found.append(Part("recovery", "sources", alone, 150.0))
+    return found
+
+
+def _chained(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
+    """Kills of several ranks at once, and one after the other; then all are back."""
+    config = (
+        "tiny_cpu" if machine.platform == "cpu" else "tiny_gpu" if small else "small_moe_h100x1"
+    )
+    found = []
+    for name, plan in plans_of(machine.ranks).items():
+        command = ("benchmarks.serve", f"--config={config}", *overrides_of(config, machine.ranks))
+        command += tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
+        command += (f"--fault_plan={plan}", f"--concurrency={8 if small else 48}")
+        command += (f"--phase_s={3 if small else 6}", _out(directory, name))
+        found.append(Part("chained", name, command, 180.0))
+    return found
+
+
+def experts_of(config: str) -> int:
+    return load_config(config).model.experts
+
+
+def overrides_of(config: str, ranks: int) -> tuple[str, ...]:
+    """So many ranks, and slots for every expert on a quarter of them: 1, 2 and 4 of 8 may die."""
+    experts = experts_of(config)
+    slots = max(-(-2 * experts // ranks), -(-experts // max(1, ranks // 4)))
+    return (
+        f"--override=cluster.ranks={ranks}",
+        f"--override=cluster.slots_per_rank={slots}",
+        "--override=cluster.redundancy=2",
+    )
+
+
+def plans_of(ranks: int) -> dict[str, str]:
+    """Plans of benchmarks.serve: half of the ranks at once, a quarter, one; and one, one more and
+    two more in a chain (8->7->6->4), and all of them back."""
+    everyone = list(range(ranks))
+
+    def without(dead) -> list:
+        return [rank for rank in everyone if rank not in dead]
+
+    def killing(present, victims) -> list:
+        return [rank if rank not in victims else f"-{rank}" for rank in present]
+
+    text = lambda phases: json.dumps(phases, separators=(",", ":")).replace('"', "")
+    plans = {}
+    for count in sorted({1, ranks // 4, ranks // 2} - {0}):
+        dead = everyone[1 : 1 + count]
+        phases = [everyone, killing(everyone, dead), without(dead), everyone]
+        plans[f"kill_{count}_of_{ranks}"] = text(phases)
+    # 8: one, one, two; 4: one, one.
+    steps = [[1], [2], [3, 4]] if ranks >= 8 else [[1], [2]]
+    phases, gone = [everyone], []
+    for victims in steps:
+        phases.append(killing(without(gone), victims))
+        gone += victims
+    phases += [without(gone), everyone]
+    plans["chain"] = text(phases)
+    return plans

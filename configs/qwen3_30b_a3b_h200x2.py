@@ -1,0 +1,45 @@
+"""Qwen3-30B-A3B on two H200: every expert on both, so one of them may die at any time.
+
+Of each rank's GPU, as `eep_jax.models.memory` works it out:
+
+    experts      54.0 GiB  heap  128 slots x 0.4 GiB
+    window        0.0 GiB  heap
+    embeddings    1.2 GiB  JAX   with the head
+    attention     1.7 GiB  JAX
+    routers       0.0 GiB  JAX
+    shared        0.0 GiB  JAX   shared experts, dense layers
+    KV cache     24.0 GiB  JAX   64 sequences x 4096 positions
+    step          1.2 GiB  JAX   estimated
+    unused       35.1 GiB  JAX   takes 0.45 of a GPU
+    context       0.6 GiB  CUDA
+    in all      117.8 GiB  x 1 of 140.4 GiB
+    128 experts on 2 ranks: up to 1 may die, up to 1 with nothing to load
+"""
+
+from configs._architectures import published
+from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig
+
+
+def get_config() -> RunConfig:
+    """Needs `--checkpoint=DIR` of launch.convert or of Hugging Face, or `--random_weights`."""
+    return RunConfig(
+        name="qwen3_30b_a3b_h200x2",
+        platform="gpu",
+        model=published("Qwen3-30B-A3B"),
+        cluster=ClusterConfig(
+            ranks=2,
+            slots_per_rank=128,
+            redundancy=2,
+            stall_ms=45_000,
+            formation_ms=900_000,
+        ),
+        engine=EngineConfig(
+            batch_slots=64,
+            prefill_tokens=64,
+            context_tokens=4096,
+            row_tile=64,  # a decode step is one tile, without a loop
+            step_deadline_ms=10_000,
+            dtype="bfloat16",
+        ),
+        device=DeviceConfig(memory_fraction=0.45),
+    )
