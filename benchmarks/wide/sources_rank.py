@@ -18,14 +18,13 @@ from benchmarks.bench_sources import _sized
 from benchmarks.wide.exchange_rank import Out
 from benchmarks.wide.meeting import Meeting
 from benchmarks.wide.workers import JOB
-from eep_jax.heap.arrays import device_array
 from eep_jax.heap.open import open_heap
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.random_checkpoint import RandomCheckpoint
-from eep_jax.relocation.slot_check import SlotCheck, fingerprint
+from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
 from launch.flags import load_config, override
 from launch.processes import end_with_parent
@@ -48,7 +47,6 @@ class Bringing:
                 self.heap.attach(peer, handle)
         self.bank = ExpertBank(layout, self.heap)
         self.drawn = RandomCheckpoint(config.model, 0)
-        self.array = device_array(self.heap, layout.bank)
         for expert in range(self.count):
             self.bank.write(expert, expert, self._weights(expert))
         meeting.share("filled")
@@ -88,8 +86,7 @@ class Bringing:
         return {"peer moved": (moved, plain), "peer checked": (checked, plain)}
 
     def _check(self) -> SlotCheck:
-        compiled = jax.jit(fingerprint).lower(self.array, np.int32(0)).compile()
-        check = SlotCheck(compiled, self.array, self.drawn.content_name)
+        check = SlotCheck(self.heap, self.bank.layout, self.drawn.content_name)
         for expert in range(self.count):
             check.learn(expert, expert)
         return check
