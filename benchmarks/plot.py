@@ -5,6 +5,8 @@ python -m benchmarks.plot [--out=benchmarks/results/plots]
 timeline.png          tokens/s around one SIGKILL: elastic, re-jit, restart, with marks
 latency_cdf.png       latencies of their requests
 dispatch_combine.png  time against tokens, with the lower bound
+wide.png              dispatch and combine between GPUs, with the link's bound, NCCL, and others
+plans.png             tokens/s while several ranks die and return, as plans say
 cost_model.png        what the cost model says for R = 8..512, over NVLink and RDMA
 """
 
@@ -24,6 +26,7 @@ from matplotlib.ticker import NullFormatter
 from benchmarks import cost_model
 from benchmarks.harness import RESULTS, Record
 from benchmarks.serving.series import POINTS, identity
+from benchmarks.wide import plots as wide
 from launch import flags
 from launch.timeline import COLOURS, FILL, GRID, INK, LINE, PLOTTED
 
@@ -43,8 +46,10 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     records = cost_model.all_results()
     drawn = {
-        "timeline.png": timeline(newest_curves(records, "timeline", "faults")),
-        "latency_cdf.png": latency_cdf(newest_curves(records, "cdf", "faults")),
+        "timeline.png": timeline(of_one_run(newest_curves(records, "timeline", "faults"))),
+        "latency_cdf.png": latency_cdf(of_one_run(newest_curves(records, "cdf", "faults"))),
+        "wide.png": wide.exchanges(records),
+        "plans.png": wide.plans(of_one_run(newest_curves(records, "timeline", "serve"))),
         "dispatch_combine.png": dispatch_combine(records),
         "cost_model.png": scale(records),
     }
@@ -69,6 +74,23 @@ def newest_curves(records: Sequence[Record], metric: str, bench: str) -> list[Re
     order = list(SYSTEMS)
     known = [r for r in found.values() if r.shape["system"] in SYSTEMS]
     return sorted(known, key=lambda r: order.index(r.shape["system"]))
+
+
+def of_one_run(curves: Sequence[Record]) -> list[Record]:
+    """The curves of one device, configuration and number of ranks: of those with the most systems,
+    ranks on GPUs of their own first, then the newest."""
+    groups: dict[tuple, list[Record]] = {}
+    for curve in curves:
+        shape = curve.shape
+        key = curve.device, curve.ranks, shape.get("config"), shape.get("redundancy")
+        groups.setdefault(key, []).append(curve)
+
+    def worth(group: list[Record]) -> tuple:
+        systems = {curve.shape["system"] for curve in group}
+        on_links = group[0].shape.get("link") == "peer"
+        return len(systems), on_links, max(curve.time for curve in group)
+
+    return max(groups.values(), key=worth, default=[])
 
 
 def time_to_recovered(curve: Record) -> float | None:

@@ -34,13 +34,18 @@ SHOWN = {
     "dispatch": {"tokens": (16, 128, 512), "hidden": (7168,)},
     "combine": {"tokens": (16, 128, 512), "hidden": (7168,)},
     "combine_home": {"tokens": (16, 128, 512), "hidden": (7168,)},
+    "wide_dispatch": {"tokens": (1, 16, 128, 1024, 4096)},
+    "wide_combine": {"tokens": (1, 16, 128, 1024, 4096)},
+    "wide_combine_home": {"tokens": (1, 16, 128, 1024, 4096)},
+    "wide_collective": {"tokens": (1, 16, 128, 1024, 4096)},
     "expert_gemm": {"rows_per_expert": (8, 64, 512), "routing": ("balanced",)},
 }
 # Which quantities README.md shows of a bench that has many.
 SHOWN_METRICS = {
     "decode": ("time", "tokens_per_s"),
-    "faults": ("pause_s", "requests_lost"),
+    "faults": ("pause_s", "return_pause_s", "recovered_s", "requests_lost"),
     "rejoin": ("pause_s", "survivors_share", "start_executables_s", "total_s", "compilations"),
+    "wide_decode": ("tokens_per_s", "membership"),
     "serve": ("output_tokens_per_s", "requests_lost", "e2e", "ttft", "tpot", "itl", "pause_s"),
 }
 LESS = ("mean", "p95")  # statistics that README.md leaves out

@@ -64,5 +64,7 @@ def _record(bench, metric, value, unit, curve: Mapping, common: Mapping) -> Reco
 
 def identity(record: Record) -> str:
     """What makes a curve another one, rather than a newer measurement of the same."""
-    keep = ("system", "latency", "fault_plan", "target", "config")
-    return json.dumps([record.bench, record.device, *(record.shape.get(k) for k in keep)])
+    keep = ("system", "latency", "fault_plan", "target", "config", "redundancy")
+    return json.dumps(
+        [record.bench, record.device, record.ranks, *(record.shape.get(k) for k in keep)]
+    )
