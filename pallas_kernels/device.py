@@ -1,5 +1,7 @@
 """What this device, and a window of this size, can do."""
 
+import importlib
+
 import jax
 import numpy as np
 
@@ -24,6 +26,17 @@ def platform() -> str:
             "set JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda"
         )
     return found
+
+
+def prepare_loading() -> None:
+    """Call it before an executable with kernels is loaded rather than compiled.
+
+    What a kernel of Mosaic GPU calls is in a library that XLA looks for in a variable of the
+    environment, and importing Mosaic GPU sets that. Without it nothing loads, until something was
+    compiled.
+    """
+    if jax.default_backend() == "gpu":
+        importlib.import_module("jax.experimental.mosaic.gpu")
 
 
 def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int) -> None:

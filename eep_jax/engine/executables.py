@@ -27,6 +27,7 @@ from jax.experimental import serialize_executable
 import eep_jax
 import pallas_kernels
 from eep_jax.config import RunConfig
+from pallas_kernels.device import prepare_loading
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class ExecutableStore:
         path = self._directory / f"{name}.step"
         _require_own(self._directory)
         payload = pickle.loads(_checked(_read(path), self._facts))
+        prepare_loading()
         in_tree = jax.tree.structure((arguments, {}))
         return _from_payload(payload, in_tree, jax.tree.structure(result))
 

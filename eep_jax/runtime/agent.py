@@ -52,6 +52,7 @@ class Agent:
         self._attached: dict[int, str] = {}
         self._finished: dict[str, Progress] = {}
         self._exit: int | None = None
+        self._is_clear = False  # the flags of the own window
         self._telemetry_ms = 0
         self._planned: Prepare | None = None  # waits until all ranks hold
         self._planned_s = 0.0
@@ -67,6 +68,7 @@ class Agent:
         started = time.monotonic()
         self._watch.start = self._start.done(self._engine.warm_up())
         self._engine.lockstep.clear_flags()
+        self._is_clear = True  # until the first epoch: nobody sends to a rank that is in none
         _log.info("warm after %.1f s", time.monotonic() - started)
         _log.info("start: %s", self._watch.start)
         self._link.beat()
@@ -246,7 +248,9 @@ class Agent:
         if prepare.epoch == 1:  # nobody served yet
             self._executor.measure_memory(list(self._attached))
         # No step runs here, and none of the new epoch can run anywhere before the Commit.
-        self._engine.lockstep.clear_flags()
+        if not self._is_clear:
+            self._engine.lockstep.clear_flags()
+        self._is_clear = False
         milliseconds = (time.monotonic() - started) * 1e3
         _log.info("prepared epoch %d in %.1f ms: %s", prepare.epoch, milliseconds, prepare.reason)
         return result
