@@ -73,9 +73,9 @@ class SymmetricHeap(Protocol):
     def pin(self, array: np.ndarray) -> bool:
         """Prepares host memory for being written from, fast and often; whether it did.
 
-        The array is contiguous and mapped for writing. What is prepared stays until `unpin`, which
-        must come before its pages are given up. Takes time: call it while nobody waits. Both may be
-        called from any thread.
+        The array is contiguous. What is prepared stays until `unpin`, which must come before its
+        pages are given up. Takes time: call it while nobody waits. Both may be called from any
+        thread.
         """
 
     def unpin(self, array: np.ndarray) -> None:

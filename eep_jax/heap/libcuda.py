@@ -168,8 +168,9 @@ class Device:
             raise
 
     def register_source(self, host_address: int, nbytes: int, what: str) -> None:
-        """Pins host memory that is mapped for writing, for `begin_upload` from there."""
-        self._enter("cuMemHostRegister", host_address, nbytes, 0, what=what)
+        """Pins host memory that may be mapped for reading alone, for `begin_upload` from there."""
+        flags = self._cu.CU_MEMHOSTREGISTER_READ_ONLY
+        self._enter("cuMemHostRegister", host_address, nbytes, flags, what=what)
 
     def unregister(self, host_address: int, what: str) -> None:
         self._enter("cuMemHostUnregister", host_address, what=what)

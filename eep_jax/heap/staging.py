@@ -49,10 +49,7 @@ class PinnedUpload:
         self._parts = threads
 
     def pin(self, array: np.ndarray) -> bool:
-        """Has the driver pin the pages of a contiguous array, until `unpin`; whether it did.
-
-        It must be mapped for writing: no driver pins a read-only mapping without more ado.
-        """
+        """Has the driver pin the pages of a contiguous array, until `unpin`; whether it did."""
         begun = []
         try:
             for begin, nbytes in _pieces(array.nbytes):

@@ -44,16 +44,12 @@ def chunk_name(dimensions: int) -> str:
 def map_shard(directory: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The weights in `directory` as they are on it, mapped and not read; not to be written to.
 
-    The mapping itself may be written to: a GPU's driver pins no other.
-
     Raises OSError or ValueError where there is no such file, or one of another size.
     """
     path, nbytes = directory / chunk_name(len(shape)), math.prod(shape) * np.dtype(dtype).itemsize
     if (found := path.stat().st_size) != nbytes:
         raise ValueError(f"{path} has {found} bytes, {shape} of {dtype} has {nbytes}")
-    weights = np.memmap(path, np.uint8, "r+").view(dtype).reshape(shape)
-    weights.flags.writeable = False
-    return weights
+    return np.memmap(path, np.uint8, "r").view(dtype).reshape(shape)
 
 
 def open_orbax(compressed: bool = True) -> ocp.Checkpointer:

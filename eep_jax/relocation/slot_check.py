@@ -7,6 +7,7 @@ From then on a copy of that expert is right if its slot has the same fingerprint
 
 import hashlib
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,12 +21,14 @@ from jaxtyping import Array, Int32, UInt, UInt32
 from eep_jax.heap.arrays import device_array
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import SlabLayout
+from pallas_kernels.device import platform
 
 _log = logging.getLogger(__name__)
 
 VERSION = 2  # of what `fingerprint` computes
 # Slots that one launch looks at. A launch and the way of its answer cost a GPU more than a slot.
 SLOTS_AT_ONCE = {"cpu": 1, "cuda": 8}
+COLUMNS = 1024  # words that one block of a GPU adds up
 
 
 def fingerprints(words: UInt[Array, "S W"], slots: Int32[Array, "N"]) -> UInt32[Array, "N 2"]:
@@ -50,8 +53,17 @@ def fingerprint(words: UInt[Array, "W"]) -> UInt32[Array, "2"]:
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
     mixed = mixed ^ mixed >> 15
-    second = mixed * (2 * position + 1) ^ mixed >> 7
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    return _sums(mixed, mixed * (2 * position + 1) ^ mixed >> 7)
+
+
+def _sums(first: UInt32[Array, "W"], second: UInt32[Array, "W"]) -> UInt32[Array, "2"]:
+    """Both in one pass. XLA turns one axis into vectors on a CPU, and rows into blocks on a GPU."""
+    if platform() == "gpu":
+        columns = math.gcd(first.shape[0], COLUMNS)
+        zero, add = jnp.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
+        rows = tuple(part.reshape(-1, columns) for part in (first, second))
+        first, second = lax.reduce(rows, (zero, zero), add, (1,))
+    return jnp.stack([jnp.sum(part, dtype=jnp.uint32) for part in (first, second)])
 
 
 class SlotCheck:

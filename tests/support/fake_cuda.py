@@ -65,6 +65,7 @@ class FakeCuda:
         CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED=1,
     )
     CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP = 1, 2
+    CU_MEMHOSTREGISTER_READ_ONLY = 8
 
     def __init__(self, page_bytes: int = PAGE_BYTES, total_bytes: int = TOTAL_BYTES):
         self.page_bytes, self.total_bytes = page_bytes, total_bytes
@@ -322,7 +323,7 @@ class FakeCuda:
         return OK
 
     def cuMemHostRegister(self, address, nbytes, flags):
-        if flags not in (0, 3) or address in self.registered:
+        if flags not in (3, 8) or address in self.registered:
             return INVALID
         self.registered[address] = nbytes
         return OK

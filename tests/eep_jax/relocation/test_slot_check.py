@@ -35,6 +35,15 @@ def test_it_is_what_it_says(dtype):
     assert [of(bank, slot) for slot in range(3)] == [by_hand(bank[slot]) for slot in range(3)]
 
 
+def test_the_way_of_a_gpu_finds_the_same(monkeypatch):
+    monkeypatch.setattr(slot_check, "platform", lambda: "gpu")
+    for shape in ((2, 3, 4096), (2, 17, 96), (3, 7, 2)):
+        bank = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        words, slots = words_of(bank), np.arange(len(bank), dtype=np.int32)
+        found = np.asarray(jax.jit(lambda w, s: fingerprints(w, s))(words, slots))
+        assert [tuple(map(int, row)) for row in found] == [by_hand(slot) for slot in bank]
+
+
 def test_several_slots_are_looked_at_together():
     bank, slots = a_bank(1, ml_dtypes.bfloat16), np.array([2, 0, 0, 1], np.int32)
     found = np.asarray(compiled(words_of(bank), slots))
