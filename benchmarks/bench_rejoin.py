@@ -30,6 +30,9 @@ def rows(measured: Measured) -> Rows:
     for phase in cycles[0].phases:
         values = [cycle.phases[phase] for cycle in cycles]
         found.add("rejoin", phase, values, "s", measured.restart if phase == "total_s" else None)
+    for phase in rank_cycles.PAUSES:
+        seconds = [cycle.admission["seconds"].get(phase) or 0.0 for cycle in cycles]
+        found.add("rejoin", f"phase_{phase}_s", seconds, "s")
     bank = [float(sum(cycle.admission["bytes"].values())) for cycle in cycles]
     found.add("rejoin", "bytes_brought", bank, "bytes")
     compiled = [float(compilations(cycle.admission)) for cycle in cycles]
