@@ -40,6 +40,7 @@ from launch.environments.local import cpu_rank_environment, gpu_rank_environment
 EXPERT_MIB_MIN, EXPERT_MIB = 4, 24  # smaller experts are all latency: then experts of this size
 ORPHANS_MAX = 8
 COPIES = 5  # of the experts on disk: two backups, a checkpoint, plain files, and one in writing
+SOURCES = ("peer", "backup", "p2p", "checkpoint")
 TOKEN = "a token of the benchmark alone"
 
 
@@ -53,11 +54,15 @@ class Timed:
 
 
 def define_flags() -> None:
+    absl_flags.DEFINE_list("only", None, "These sources, as peer,backup; else all.")
     absl_flags.DEFINE_integer("samples", 9, "How often each is timed; the median counts.", 1)
     absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the table.")
 
 
 def main() -> int:
+    only = absl_flags.FLAGS.only
+    if only is not None and (unknown := set(only) - set(SOURCES)):
+        raise flags.UsageError(f"--only={','.join(only)}: {unknown} are not among {SOURCES}")
     config = _sized(flags.run_config())
     with tempfile.TemporaryDirectory(dir=_roomy(config), prefix="eep-bench-") as scratch:
         os.environ.update(_environment(config, pathlib.Path(scratch)))
@@ -98,7 +103,8 @@ def _run(config: RunConfig, scratch: pathlib.Path) -> int:
 
     bench = Bench(config, scratch, TOKEN)
     try:
-        timed = [_time(name, bench.bytes, own, plain) for name, own, plain in bench.comparisons()]
+        comparisons = bench.comparisons(absl_flags.FLAGS.only)
+        timed = [_time(name, bench.bytes, own, plain) for name, own, plain in comparisons]
         device = bench.device or cpu_device()
     finally:
         bench.close()

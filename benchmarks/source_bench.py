@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -60,16 +60,18 @@ class Bench:
         for heap in self.heaps:
             heap.release() if self.on_gpu else heap.close()
 
-    def comparisons(self) -> Iterator[Comparison]:
+    def comparisons(self, only: Sequence[str] | None = None) -> Iterator[Comparison]:
         """(name, the source's way, the plain way), after the source was seen to be right."""
         own, peers = SourceKind.BACKUP, self.stores[1].offer.address
         sources = {
-            "peer": (lambda e: Source(SourceKind.PEER, 1, e), self._plain_device_copy()),
-            "backup": (lambda e: Source(own, 0), self._plain_host_copy()),
-            "p2p": (lambda e: Source(own, 1, address=peers), self._plain_socket()),
-            "checkpoint": (lambda e: Source(SourceKind.CHECKPOINT), self._plain_file()),
+            "peer": (lambda e: Source(SourceKind.PEER, 1, e), self._plain_device_copy),
+            "backup": (lambda e: Source(own, 0), self._plain_host_copy),
+            "p2p": (lambda e: Source(own, 1, address=peers), self._plain_socket),
+            "checkpoint": (lambda e: Source(SourceKind.CHECKPOINT), self._plain_file),
         }
-        for name, (source_of, plain) in sources.items():
+        for name in only or sources:
+            source_of, open_plain = sources[name]
+            plain = open_plain()
             bring = self._bring(source_of)
             self._require_right(bring)
             yield f"{name} moved", self._move(source_of), plain

@@ -3,6 +3,8 @@
 EEP_TEST_PLATFORM=gpu python -m pytest tests/gpu/test_expert_motion.py
 """
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -12,9 +14,14 @@ from eep_jax.heap.cuda_loopback import open_all_cuda
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import EMPTY
+from eep_jax.placement.planner import Move, initial_placement
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation import backup_store
+from eep_jax.relocation.backup_store import BackupOptions, BackupStore
 from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.slot_check import SlotCheck
+from eep_jax.relocation.transports import all_transports
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, bring
 from tests.support.fingerprints import by_hand
 from tests.support.models import a_model, a_run, rounded_weights
@@ -97,6 +104,67 @@ def test_what_comes_from_host_memory_is_right_either_way(world, monkeypatch, sta
     slots = (5, 3, EMPTY, EMPTY)
     world.executor.carry_out(slots, (bring(5, 0, CHECKPOINT), bring(3, 1, CHECKPOINT)))
     world.check(slots)
+
+
+@pytest.fixture
+def stores(world, tmp_path, monkeypatch):
+    """Backups of all experts on both ranks; the first rank's heap pins its own."""
+    monkeypatch.setattr(backup_store, "REST", 0.0)
+    opened, placement = [], initial_placement(len(world.right), 2, len(world.right), 1)
+    for rank, heap in enumerate((world.heaps[0], None)):
+        options = BackupOptions(
+            rank=rank,
+            directory=tmp_path / f"store{rank}",
+            bytes_max=64 << 20,
+            host="127.0.0.1",
+            token="a token of enough letters",
+            fetch_deadline_ms=20_000,
+        )
+        opened.append(BackupStore(world.checkpoint, options, heap=heap))
+        opened[-1].follow((rank,), placement)
+    ends_s = time.monotonic() + 60
+    while any(len(store.offer.experts) < len(world.right) for store in opened):
+        assert time.monotonic() < ends_s, "backups were not filled in time"
+        time.sleep(0.02)
+    yield opened
+    for store in opened:
+        store.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["pinned where they are", "over Orbax"])
+@pytest.mark.parametrize("knows", [True, False], ids=["fingerprint", "digest"])
+def test_backups_arrive_to_the_bit(world, stores, rank, knows):
+    slots = (6, 5, 3, 7)
+    for expert in slots if knows else ():
+        world.bank.write(0, expert, world.right[expert])
+        world.slot_check.learn(expert, 0)
+        world.bank.clear(0)
+    source = Source(SourceKind.BACKUP, rank, address=stores[rank].offer.address)
+    executor = Executor(
+        world.bank,
+        world.checkpoint,
+        all_transports(world.bank, world.checkpoint, stores[0]),
+        check=world.slot_check,
+        fetches_at_once=3,
+    )
+    moves = tuple(Move(0, slot, expert, (source,)) for slot, expert in enumerate(slots))
+    executor.carry_out(slots, moves)
+    world.check(slots)
+    assert executor.moved == {"backup": 4}
+
+
+def test_the_driver_pins_a_read_only_mapping_of_a_file_and_copies_from_it(tmp_path):
+    data = np.random.default_rng(1).integers(0, 256, (40 << 20) + 4096, np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    mapped = np.memmap(tmp_path / "file", np.uint8, "r")
+    heaps = open_all_cuda(1, 64 << 20)
+    try:
+        assert heaps[0].pin(mapped), "see the log for what the driver said"
+        heaps[0].write_all([(4096, mapped)])
+        np.testing.assert_array_equal(heaps[0].read(0, 4096, data.nbytes), data)
+        heaps[0].unpin(mapped)
+    finally:
+        heaps[0].release()
 
 
 def test_many_chunks_arrive_through_pinned_buffers(world):
