@@ -101,6 +101,10 @@ def main() -> int:
             # The others are measured all the same.
             say(f"{name}: no result: {error!r}", "bold red")
             failed.append(name)
+        except KeyboardInterrupt:
+            say(f"{name}: no result: interrupted; what was measured before is kept", "bold red")
+            failed += [s for s in SYSTEMS if s in values.systems and s not in outcomes]
+            break
         else:
             _tell(name, outcomes[name])
     if not outcomes:

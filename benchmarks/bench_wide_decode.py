@@ -79,7 +79,7 @@ def main() -> int:
     problems = _run(machine, config, configs, sizes, systems, directory)
     found = read_found(directory, machine.ranks)
     problems += found.failures
-    records = records_of(found, configs, machine, told, _read_rate())
+    records = records_of(found, configs, machine, told)
     if records:
         show(records)
         if values.out:
@@ -149,17 +149,6 @@ def gpu_bytes() -> int:
         raise UsageError(f"{' '.join(command)} does not say a GPU's memory: {error}") from error
 
 
-def _read_rate() -> float | None:
-    """Bytes per second that a GPU of this kind reads, from the newest record; None without one."""
-    from benchmarks.harness import RESULTS, gpu_device, read
-
-    if absl_flags.FLAGS.platform == "cpu":
-        return None
-    records = read(sorted(RESULTS.glob("*.jsonl")))
-    rates = [r for r in records if r.metric == "read_rate" and r.device == gpu_device()]
-    return max(rates, key=lambda r: r.time).value * 1e12 if rates else None
-
-
 def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> list[str]:
     """Runs the ranks; returns what went wrong, in words."""
     values = absl_flags.FLAGS
@@ -205,6 +194,8 @@ def show(records: list[Record]) -> None:
     for r in records:
         if r.metric == "membership p50":
             verdict = "reached" if r.ratio <= AIM_MEMBERSHIP else "MISSED"
+            if r.shape["link"] != "peer":
+                verdict = "no verdict, for want of a GPU for each rank"
             say(
                 f"B={r.shape['tokens']}: live / compiled-in membership {r.ratio:.4f}, at most "
                 f"{AIM_MEMBERSHIP}: {verdict}"

@@ -1,9 +1,9 @@
 """Everything that only several GPUs can show, in one command: first what is right, then how fast.
 
     python -m benchmarks.multi_gpu --out=DIR                            # all GPUs, all parts
-    python -m benchmarks.multi_gpu --out=DIR --parts=correct,exchange   # in two calls
-    python -m benchmarks.multi_gpu --out=DIR --parts=decode,recovery
-    python -m benchmarks.multi_gpu --out=DIR --parts=chained,scaling    # with 4 or 8 GPUs
+    python -m benchmarks.multi_gpu --out=DIR --parts=correct,exchange,decode   # in two calls
+    python -m benchmarks.multi_gpu --out=DIR --parts=recovery,scaling,whole
+    python -m benchmarks.multi_gpu --out=DIR --parts=chained            # with 4 or 8 GPUs
     python -m benchmarks.multi_gpu --out=DIR --gpus=0 --ranks=2         # two share one GPU
     python -m benchmarks.multi_gpu --out=DIR --platform=cpu             # tiny, on CPU ranks
 
@@ -13,6 +13,7 @@ an earlier call counts in the summary, whose lines say what was reached.
 """
 
 import pathlib
+import signal
 import sys
 
 from absl import app
@@ -54,6 +55,8 @@ def main() -> int:
         parts = chosen(parts_of(machine, directory, small), values.parts)
     except ValueError as error:
         raise UsageError(f"--parts: {error}") from error
+    # A shell's background job ignores it, and so would the parts that are to end in order.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; {directory}")
     if values.list:
         for part in parts:

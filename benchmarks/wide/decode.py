@@ -220,7 +220,7 @@ class World:
         given = (dense, bank, cache, heap, batch, call.round, call.suspicion)
         return Program(fixed, given, ("cache",), COMPILER_OPTIONS)
 
-    def static(self, exchange: str, mesh, arguments: tuple):
+    def static(self, exchange: str, mesh):
         """One program of all ranks over `mesh`, jitted: `(dense, bank, cache, batch) -> (tokens,
         cache)`; of the bank, the cache and the batch each rank has its part along the first axis.
         """

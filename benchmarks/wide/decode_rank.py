@@ -18,9 +18,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from benchmarks.gpu_rates import read_rate
 from benchmarks.gpu_timing import compile_all, shapes_of
 from benchmarks.static.engine import mesh_of
+from benchmarks.static.exchanges import AXIS
 from benchmarks.wide.decode import (
     CHECKED_MOE_LAYERS,
     ELASTIC,
@@ -39,6 +43,7 @@ from launch.flags import load_config, override
 from launch.processes import end_with_parent
 
 WARM_BLOCKS = 1
+READ_SAMPLES = 5
 AGREEING = 0.5  # of the tokens at least; later a rounding may move a token to another expert
 AGREEING_MIN = 8  # tokens; of fewer, too many may be near a tie
 CLOSE = 0.03  # of keys and values after the first expert layer: results are rounded to bfloat16
@@ -46,6 +51,17 @@ CLOSE = 0.03  # of keys and values after the first expert layer: results are rou
 
 class Unfit(Exception):
     """An answer was wrong, so its time means nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Jitted:
+    """As `gpu_timing.Program`, of a function that is jitted already."""
+
+    function: Callable
+    arguments: tuple
+
+    def trace(self):
+        return self.function.trace(*self.arguments)
 
 
 class Systems:
@@ -118,25 +134,26 @@ class Systems:
     def _compile(self, names) -> None:
         """What cannot be compiled at one rank is left out by all."""
         world, begin_s = self.world, time.monotonic()
-        arguments = self._shapes()
+        arguments = self.shapes()
         address = self.heap.control_address()
-        programs = {"live": world.live(arguments, self.heap.slab_bytes)} if "live" in names else {}
+        programs: dict = {}
+        if "live" in names:
+            programs["live"] = world.live(arguments, self.heap.slab_bytes)
         if "fixed" in names:
             programs["fixed"] = world.fixed(arguments, self.heap.slab_bytes, address)
-        failures: dict[str, Exception] = {}
-        executables = compile_all(programs, failures)
-        found = {name: self._elastic(name, run) for name, run in executables.items()}
-        static = [name for name in names if name not in ELASTIC]
-        if static:
+        mesh = placed = None
+        if static := [name for name in names if name not in ELASTIC]:
             mesh = mesh_of(jax.devices())
             placed = self._placed(mesh)
-            for name in static:
-                try:
-                    jitted = world.static(name, mesh, arguments)
-                    like = (placed[0], placed[1], self._cache_shapes(mesh), placed[2])
-                    found[name] = self._static(mesh, jitted.lower(*like).compile(), placed)
-                except Exception as error:
-                    failures[name] = error
+            dense, bank, batch = placed
+            like = dense, bank, self._cache_shapes(mesh), batch
+            programs |= {name: Jitted(world.static(name, mesh), like) for name in static}
+        failures: dict[str, Exception] = {}
+        executables = compile_all(programs, failures)
+        found = {
+            name: self._elastic(name, run) if name in ELASTIC else self._static(mesh, run, placed)
+            for name, run in executables.items()
+        }
         for name, error in failures.items():
             print(f"{self.name} {name}: {type(error).__name__}: {error}", file=sys.stderr)
         known = self.meeting.share(f"{self.name}.compiled", sorted(found))
@@ -145,7 +162,7 @@ class Systems:
         self._steps = {name: found[name] for name in names if name in everyone}
         print(f"{self.name}: compiled in {time.monotonic() - begin_s:.1f} s", flush=True)
 
-    def _shapes(self) -> tuple:
+    def shapes(self) -> tuple:
         world = self.world
         cache = jax.eval_shape(lambda: world.cache(0))
         tables = once_tables(world.config, 1)
@@ -180,11 +197,6 @@ class Systems:
         return dense, split_of(mesh, self.bank), batch
 
     def _cache_shapes(self, mesh):
-        from jax.sharding import NamedSharding
-        from jax.sharding import PartitionSpec as P
-
-        from benchmarks.static.exchanges import AXIS
-
         split = NamedSharding(mesh, P(AXIS))
         whole = lambda leaf: (leaf.shape[0] * mesh.size, *leaf.shape[1:])
         return jax.tree.map(
@@ -213,7 +225,7 @@ def check_short(config, rank: int, names, meeting: Meeting, name: str) -> list[s
     world = World(with_sizes(config, layers=dense + CHECKED_MOE_LAYERS, **sizes), rank)
     systems = Systems(world, names, meeting, name)
     experts = jnp.stack([world.draw_expert(e) for e in range(world.config.model.experts)])
-    shapes = systems._shapes()
+    shapes = systems.shapes()
     program = world.reference(shapes, shapes_of(experts))
     cache = world.cache(7)
     reference = compile_all({"": program})[""]
@@ -303,6 +315,8 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
     config = override(load_config(job["config"]), *job["overrides"])
     meeting = Meeting(directory / "meeting", rank, job["ranks"], job["deadline_s"])
     out = Out(directory / f"found.{rank}.jsonl")
+    if job["platform"] == "gpu":
+        out.write(kind="read", bytes_per_s=read_rate(READ_SAMPLES))
     for index, sizes in enumerate(job["sizes"]):
         sized = with_sizes(config, ranks=job["ranks"], **sizes)
         if index == 0:

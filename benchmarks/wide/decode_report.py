@@ -11,15 +11,13 @@ from eep_jax.config import RunConfig
 
 
 def records_of(
-    found: Found,
-    configs: Sequence[RunConfig],
-    machine: Machine,
-    common: Mapping,
-    read_bytes_per_s: float | None = None,
+    found: Found, configs: Sequence[RunConfig], machine: Machine, common: Mapping
 ) -> list[Record]:
     """Of each batch: tokens/s of every system, compared with the best static one; and `live` with
-    `fixed`, which is what live membership costs. Bounds are of reading memory at the given rate."""
+    `fixed`, which is what live membership costs. Bounds are of reading memory at the best rate of
+    this run."""
     records = []
+    read_bytes_per_s = max((line["bytes_per_s"] for _, line in found.of("read")), default=None)
     for index, config in enumerate(configs):
         samples = {}
         for name in ("live", "fixed", *EXCHANGES):

@@ -14,19 +14,19 @@ from benchmarks.wide.exchange import Family
 from benchmarks.wide.workers import Machine
 
 DENSE = "all_to_all"
-# Published, hidden 7168, 256 experts, top-8, eight GPUs of one NVLink domain: microseconds by
-# tokens of each rank. Other machines, other software: for orientation only.
+# Published, hidden 7168, 256 experts, top-8, on eight H100 (or GB200, where said) of one NVLink
+# domain: microseconds by tokens of each rank. Other machines, other software: to compare sizes.
 PUBLISHED = {
     "dispatch": {
-        "DeepEP low latency, 8 H100": {16: 32, 32: 38, 64: 49, 128: 75, 256: 129, 512: 229},
-        "NCCL EP, 8 H100, bf16": {128: 65},
-        "pplx-kernels, 8 H100, fp8": {1: 41.6, 128: 83.6},
-        "one-sided NVLink, 8 GB200, bf16": {1: 18.9, 16: 18.5, 64: 22.3, 128: 31.7},
+        "DeepEP": {16: 32, 32: 38, 64: 49, 128: 75, 256: 129, 512: 229},
+        "NCCL EP": {128: 65},
+        "pplx fp8": {1: 41.6, 128: 83.6},
+        "one-sided GB200": {1: 18.9, 16: 18.5, 64: 22.3, 128: 31.7},
     },
     "combine": {
-        "NCCL EP, 8 H100, bf16": {128: 79},
-        "pplx-kernels, 8 H100, bf16": {1: 41.7, 128: 102.3},
-        "one-sided NVLink, 8 GB200, bf16": {1: 31.0, 16: 32.6, 64: 34.1, 128: 38.1},
+        "NCCL EP": {128: 79},
+        "pplx": {1: 41.7, 128: 102.3},
+        "one-sided GB200": {1: 31.0, 16: 32.6, 64: 34.1, 128: 38.1},
     },
 }
 

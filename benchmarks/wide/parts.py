@@ -162,7 +162,7 @@ def parts_of(machine: Machine, directory: pathlib.Path, small: bool) -> list[Par
     found += _recovery(machine, directory, sizes, small)
     if machine.ranks >= 4:
         found += _chained(machine, directory, sizes, small)
-    return found
+    return found if small else [*found, *_long(machine, directory, sizes)]
 
 
 def _ranks(machine: Machine) -> tuple[str, ...]:
@@ -198,8 +198,7 @@ def _exchange(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bo
 
 
 def _decode(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
-    """The model of the issue of two GPUs first; larger ones where there are more; then fewer ranks
-    of the same machine, which scaling is computed from."""
+    """Layers of Qwen3-30B-A3B; of larger models, as many as fit, where there are more GPUs."""
     if machine.platform == "cpu":
         return [_decoding(machine, directory, sizes, "decode", "tiny_cpu", 60.0)]
     q30 = "qwen3_30b_a3b_h200x2"
@@ -214,14 +213,19 @@ def _decode(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool
             ("decode_235b", "qwen3_235b_a22b_h200x8"),
         ):
             found.append(_decoding(machine, directory, fits, name, config, 240.0))
+    return found
+
+
+def _long(machine: Machine, directory: pathlib.Path, sizes: Sizes) -> list[Part]:
+    """The whole model at every batch; and fewer ranks of the same machine, for scaling."""
+    q30, found = "qwen3_30b_a3b_h200x2", []
     for ranks in (r for r in (1, 2, 4) if r < machine.ranks):
         fewer = Machine("gpu", ranks, machine.gpus[:ranks])
         one = dataclasses.replace(sizes, batches="64")
         name = f"scaling_{ranks}"
         found.append(_decoding(fewer, directory, one, name, q30, 120.0, ("--systems=live",)))
     whole = dataclasses.replace(sizes, layers=0, batches="64,16,256,1")
-    found.append(_decoding(machine, directory, whole, "decode_whole", q30, 420.0))
-    return found
+    return [*found, _decoding(machine, directory, whole, "whole", q30, 420.0)]
 
 
 def _decoding(
@@ -241,7 +245,7 @@ def _decoding(
         *more,
     )
     command += (_out(directory, name), f"--directory={directory / name}")
-    return Part("scaling" if name.startswith("scaling") else "decode", name, command, limit_s)
+    return Part(name.partition("_")[0], name, command, limit_s)
 
 
 def _recovery(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:

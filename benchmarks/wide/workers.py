@@ -109,8 +109,8 @@ def run_workers(
     """Runs `python -m module DIRECTORY RANK PID` for every rank, which find `job` in DIRECTORY.
     PID is this process, with which they end; `variables` are added to their environment.
 
-    Raises WorkersFailed for the first that fails, or once `deadline_s` are over; then all are
-    killed. What they wrote until then stays in the directory.
+    Raises WorkersFailed for the first that fails, once `deadline_s` are over, or at Ctrl-C; then
+    all are killed. What they wrote until then stays in the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     job = {"ranks": machine.ranks, "platform": machine.platform, "deadline_s": deadline_s} | job
@@ -133,6 +133,9 @@ def run_workers(
                     )
                 )
         _await_all(workers, logs, ends_s, deadline_s)
+    except KeyboardInterrupt:
+        # What was found until now is still to be reported.
+        raise WorkersFailed("interrupted") from None
     finally:
         for worker in workers:
             if worker.poll() is None:

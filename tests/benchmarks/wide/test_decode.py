@@ -71,7 +71,7 @@ class TestLowering:
             (2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype, sharding=split
         )
         parts = [jax.tree.map(whole, part) for part in (bank, cache, batch)]
-        traced = world.static(exchange, mesh, ()).trace(dense, *parts)
+        traced = world.static(exchange, mesh).trace(dense, *parts)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert exchange in text
 
@@ -121,9 +121,10 @@ def test_records_compare_with_the_best_static_system_and_live_with_compiled_in()
     step = lambda name, us: {"kind": "step", "family": "size0", "name": name, "samples_us": us}
     lines = [(rank, step(name, us)) for name, us in times.items() for rank in (0, 1)]
     lines.append((0, step("all_to_all", [1.0])))  # of one rank only: not counted
+    lines.append((1, {"kind": "read", "bytes_per_s": 1e12}))
     machine = Machine("gpu", 2, ("0",))
     told = {"commit": "c", "time": "t"}
-    records = decode_report.records_of(Found(tuple(lines)), [config], machine, told, 1e12)
+    records = decode_report.records_of(Found(tuple(lines)), [config], machine, told)
     rates = {r.shape["system"]: r for r in records if r.metric == "tokens_per_s"}
     assert set(rates) == {"live", "fixed", "psum", "ring"}
     assert rates["live"].shape["against"] == "ring" and rates["live"].ratio == pytest.approx(2.0)

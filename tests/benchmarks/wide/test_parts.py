@@ -115,7 +115,7 @@ class TestParts:
 
     def test_two_calls_of_two_gpus_cover_all_of_it(self, tmp_path):
         groups = {part.group for part in parts_of(TWO, tmp_path, small=False)}
-        assert groups == {"correct", "exchange", "decode", "scaling", "recovery"}
+        assert groups == {"correct", "exchange", "decode", "recovery", "scaling", "whole"}
         assert "chained" in {part.group for part in parts_of(EIGHT, tmp_path, small=False)}
 
     @pytest.mark.parametrize("ranks", [4, 5, 8])
