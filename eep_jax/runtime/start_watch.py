@@ -16,7 +16,7 @@ class StartWatch:
 
     python        from the start of the process until it is known to this watch
     ...           as told to `phase`
-    executables   loading or compiling them       run   running each once
+    executables   loading or compiling them       run   first runs of each
     """
 
     def __init__(self):
