@@ -250,15 +250,28 @@ class Executor:
         )
 
     def measure_memory(self, peers) -> None:
-        """Times one copy out of an own slot and one out of a peer's, where nothing was copied yet.
+        """Times one copy of an own slot and one of a peer's, where nothing was copied yet.
 
-        Call it while no step of this rank runs, and while nobody waits for it.
+        The way they would go: where slots can be checked, into one that holds nothing, if there is
+        one; else out of the heap. Call it while no step of this rank runs, and while nobody waits.
         """
         for kind, ranks in ((SourceKind.LOCAL, [self._bank.rank]), (SourceKind.PEER, peers)):
-            if ranks and not self.rates.known(kind):
-                started = time.monotonic()
-                copied = self._bank.read_peer(ranks[0], 0)
-                self.rates.note(kind, copied.nbytes, time.monotonic() - started)
+            if not ranks or self.rates.known(kind):
+                continue
+            started = time.monotonic()
+            if self._copy_once(ranks[0]):
+                self.rates.note(kind, self._bank.expert_bytes, time.monotonic() - started)
+
+    def _copy_once(self, rank: int) -> bool:
+        if self._check is None or not self._bank.is_mapped(rank):
+            self._bank.read_peer(rank, 0)
+            return True
+        empty = [slot for slot, expert in enumerate(self._bank.contents) if expert == EMPTY]
+        others = [slot for slot in range(len(self._bank.contents)) if slot not in empty[:1]]
+        if empty and others:
+            self._bank.copy_all([(empty[0], rank, others[0])])
+            return True
+        return False
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
         """What a source says the expert is; see `verify`. May hang."""
