@@ -191,6 +191,11 @@ def show(records: list[Record]) -> None:
             cells += [number(share, ".2f"), number(r.ratio, ".3f"), r.shape["against"] or ""]
             table.add_row(*cells)
     Console(highlight=False, width=130).print(table, markup=False)
+    for batch in dict.fromkeys(r.shape["tokens"] for r in records):
+        parts = [r for r in records if r.metric[:6] == "share_" and r.shape["tokens"] == batch]
+        if parts:
+            told = ", ".join(f"{r.metric[6:]} {r.value:.0%}" for r in parts)
+            say(f"B={batch}: kernels of a step, waiting included: {told}")
     for r in records:
         if r.metric == "membership p50":
             verdict = "reached" if r.ratio <= AIM_MEMBERSHIP else "MISSED"

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.gpu_rates import read_rate
 from benchmarks.gpu_timing import compile_all, shapes_of
+from benchmarks.gpu_trace import kernel_times, shares
 from benchmarks.static.engine import mesh_of
 from benchmarks.static.exchanges import AXIS
 from benchmarks.wide.decode import (
@@ -43,7 +44,7 @@ from launch.flags import load_config, override
 from launch.processes import end_with_parent
 
 WARM_BLOCKS = 1
-READ_SAMPLES = 5
+READ_SAMPLES, PROFILED_STEPS = 5, 2
 AGREEING = 0.5  # of the tokens at least; later a rounding may move a token to another expert
 AGREEING_MIN = 8  # tokens; of fewer, too many may be near a tie
 CLOSE = 0.03  # of keys and values after the first expert layer: results are rounded to bfloat16
@@ -285,6 +286,7 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
             jax.block_until_ready(states)
             if block >= WARM_BLOCKS:
                 samples[system].append((time.perf_counter() - begin_s) / steps * 1e6)
+    states = _profile(systems, states, out, name)
     if np.asarray(states[3]).any():
         raise Unfit(f"rank {rank} suspects {np.flatnonzero(states[3]).tolist()}")
     del states
@@ -299,6 +301,29 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
             agreeing=agreeing[system],
         )
     systems.close()
+
+
+def _profile(systems: Systems, states, out: Out, name: str):
+    """What kernels a step of `live` consists of, as rank 0 sees it; all ranks take the steps."""
+    if "live" not in systems.names or jax.default_backend() != "gpu":
+        return states
+    held = [states]
+
+    def run():
+        for _ in range(PROFILED_STEPS):
+            held[0] = systems.step("live", held[0])
+        return held[0]
+
+    if systems.world.rank:
+        return jax.block_until_ready(run())
+    before = states
+    try:
+        out.write(kind="profile", family=name, shares=shares(kernel_times(run)))
+    except Exception as error:  # the profiler's own troubles end no measurement
+        print(f"{name}: no profile: {error}", file=sys.stderr, flush=True)
+        if held[0] is before:
+            run()  # the others wait for these steps
+    return jax.block_until_ready(held[0])
 
 
 def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:

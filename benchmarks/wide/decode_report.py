@@ -25,7 +25,20 @@ def records_of(
             if len(lines) == machine.ranks:
                 samples[name] = slowest(lines)
         records += _of_batch(samples, config, machine, common, read_bytes_per_s)
+        records += _profile(found, index, config, machine, common)
     return records
+
+
+def _profile(found: Found, index: int, config: RunConfig, machine: Machine, common):
+    """The parts of a step's time on the GPU of rank 0; waiting for peers is in the exchanges'."""
+    lines = [line for _, line in found.of("profile", family=f"size{index}")]
+    fields = {"bench": "wide_decode", "device": machine.device, "ranks": machine.ranks, **common}
+    shape = shape_of(config, machine) | {"system": "live"}
+    return [
+        Record(metric=f"share_{part}", value=share, unit="", shape=shape, **fields)
+        for line in lines[:1]
+        for part, share in line["shares"].items()
+    ]
 
 
 def _of_batch(samples, config: RunConfig, machine: Machine, common, read_bytes_per_s):

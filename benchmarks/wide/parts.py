@@ -309,7 +309,9 @@ def _chained(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: boo
         command += tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
         command += (f"--fault_plan={plan}", f"--concurrency={8 if small else 48}")
         command += (f"--phase_s={3 if small else 6}", _out(directory, name))
-        found.append(Part("chained", name, command, 180.0))
+        # Each run compiles the same: the first one keeps it for the others.
+        cache = (("JAX_COMPILATION_CACHE_DIR", str(directory / "compile_cache")),)
+        found.append(Part("chained", name, command, 240.0, cache))
     return found
 
 

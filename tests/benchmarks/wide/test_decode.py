@@ -122,6 +122,7 @@ def test_records_compare_with_the_best_static_system_and_live_with_compiled_in()
     lines = [(rank, step(name, us)) for name, us in times.items() for rank in (0, 1)]
     lines.append((0, step("all_to_all", [1.0])))  # of one rank only: not counted
     lines.append((1, {"kind": "read", "bytes_per_s": 1e12}))
+    lines.append((0, {"kind": "profile", "family": "size0", "shares": {"experts": 0.7}}))
     machine = Machine("gpu", 2, ("0",))
     told = {"commit": "c", "time": "t"}
     records = decode_report.records_of(Found(tuple(lines)), [config], machine, told)
@@ -130,5 +131,6 @@ def test_records_compare_with_the_best_static_system_and_live_with_compiled_in()
     assert rates["live"].shape["against"] == "ring" and rates["live"].ratio == pytest.approx(2.0)
     assert rates["live"].value == pytest.approx(16 / 100e-6) and rates["live"].bound
     member = next(r for r in records if r.metric == "membership p50")
+    assert [r.value for r in records if r.metric == "share_experts"] == [0.7]
     assert member.ratio == pytest.approx(100 / 90)
     assert member.shape["link"] == "shared_gpu" and "shared by 2 ranks" in member.device
