@@ -157,7 +157,8 @@ def run(make_rows) -> int:
     config = flags.run_config()
     arguments = flags.forwarded() + (["--port=0"] if flags.PORT.value is None else [])
     run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-bench-"))
-    cluster = LocalCluster(arguments, config.cluster.ranks, str(run_dir), respawn_delay_ms=-1)
+    ranks, nice = config.cluster.ranks, config.cluster.joiner_nice
+    cluster = LocalCluster(arguments, ranks, str(run_dir), -1, nice)
     try:
         measured = asyncio.run(_measure(cluster, config))
     except (ClusterFailed, Unfit) as error:

@@ -49,6 +49,7 @@ class ClusterConfig:
     formation_ms: int = 120_000
     fenced_grace_ms: int = 5_000
     restart_grace_ms: int = 5_000
+    joiner_nice: int = 5  # how far a returning process is put behind those that serve; 0: not
     host_lost_ms: int = 10_000  # a host silent for so long, with no member on it, counts as gone
 
     def __post_init__(self):
@@ -72,6 +73,10 @@ class ClusterConfig:
         if self.redundancy > self.ranks:
             raise ValueError(
                 f"{self.redundancy=} replicas need as many ranks, there are {self.ranks=}"
+            )
+        if not 0 <= self.joiner_nice <= 19:
+            raise ValueError(
+                f"{self.joiner_nice=} must be in 0..19, steps of `nice`; 0 lowers nothing"
             )
         if self.lease_ms < 3 * self.heartbeat_ms:
             raise ValueError(f"{self.lease_ms=} must be at least 3 x {self.heartbeat_ms=}")

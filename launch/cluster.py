@@ -16,6 +16,8 @@ import time
 
 import aiohttp
 
+from eep_jax.config import ClusterConfig
+from eep_jax.runtime import priority
 from eep_jax.runtime.supervisor_files import ENDPOINT
 from launch.flags import EXIT_USAGE, TOKEN_FILE
 
@@ -46,11 +48,16 @@ class LocalCluster:
     """Supervisor and ranks as children of this process; all die with it."""
 
     def __init__(
-        self, arguments: list[str], ranks: int, run_dir: str | None, respawn_delay_ms: int
+        self,
+        arguments: list[str],
+        ranks: int,
+        run_dir: str | None,
+        respawn_delay_ms: int,
+        joiner_nice: int = ClusterConfig.joiner_nice,
     ):
         """`arguments` are flags for every process. Without `run_dir` a temporary one is made, and
         removed in the end unless the cluster failed. A negative delay brings dead ranks back only
-        on `start_rank`."""
+        on `start_rank`. `joiner_nice`: see ClusterConfig."""
         self._removes_run_dir = run_dir is None
         self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -59,6 +66,7 @@ class LocalCluster:
             token.touch(mode=0o600)
             token.write_text(secrets.token_urlsafe(32))
         self._arguments, self.ranks, self._delay_ms = arguments, ranks, respawn_delay_ms
+        self._joiner_nice = joiner_nice
         self.children: dict[str, Child] = {}
         self.was_healthy = False
         self.failure: str | None = None
@@ -71,7 +79,7 @@ class LocalCluster:
 
     def start_rank(self, rank: int) -> None:
         """Starts a new process of a rank whose last one has ended."""
-        self._spawn(rank_name(rank))
+        self._spawn(rank_name(rank), nice=self._joiner_nice)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> float:
         """Sends a signal; returns the monotonic seconds at which it was sent."""
@@ -108,9 +116,10 @@ class LocalCluster:
             delay_ms = min(delay_ms * 2 ** max(0, child.quick_deaths - 1), DELAY_MAX_MS)
             child.restart_at_s = now_s + delay_ms / 1000
         elif now_s >= child.restart_at_s:
-            self._spawn(child.name, child.quick_deaths)
+            nice = 0 if child.name == SUPERVISOR else self._joiner_nice
+            self._spawn(child.name, child.quick_deaths, nice)
 
-    def _spawn(self, name: str, quick_deaths: int = 0) -> None:
+    def _spawn(self, name: str, quick_deaths: int = 0, nice: int = 0) -> None:
         with self.log_path(name).open("ab") as log:
             process = subprocess.Popen(
                 self._command(name),
@@ -119,7 +128,10 @@ class LocalCluster:
                 stderr=log,
                 # Ctrl-C in the terminal reaches this process alone, which then ends all in order.
                 start_new_session=True,
+                env=os.environ | ({priority.LOWERED: "1"} if nice else {}),
             )
+        if nice:
+            priority.lower(process.pid, nice)
         self.children[name] = Child(name, process, time.monotonic(), quick_deaths)
 
     def _command(self, name: str) -> list[str]:

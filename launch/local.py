@@ -33,7 +33,11 @@ def main() -> int:
     if DEMO.value and flags.PORT.value is None:
         arguments.append("--port=0")  # a demonstration should not fail for a port in use
     cluster = LocalCluster(
-        arguments, config.cluster.ranks, flags.RUN_DIR.value, RESPAWN_DELAY.value
+        arguments,
+        config.cluster.ranks,
+        flags.RUN_DIR.value,
+        RESPAWN_DELAY.value,
+        config.cluster.joiner_nice,
     )
     try:
         return asyncio.run(_run(cluster, config))

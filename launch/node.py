@@ -26,7 +26,7 @@ import time
 from absl import app
 from absl import flags as absl_flags
 
-from eep_jax.config import RunConfig
+from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.runtime.host_link import HostLink, HostLinkOptions
 from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.supervisor_files import ENDPOINT
@@ -51,9 +51,14 @@ class HostRanks(LocalCluster):
     """The ranks of one host as children of this process, without a supervisor."""
 
     def __init__(
-        self, arguments: list[str], ranks: tuple[Identity, ...], run_dir: str, delay_ms: int
+        self,
+        arguments: list[str],
+        ranks: tuple[Identity, ...],
+        run_dir: str,
+        delay_ms: int,
+        joiner_nice: int = ClusterConfig.joiner_nice,
     ):
-        super().__init__(arguments, len(ranks), run_dir, delay_ms)
+        super().__init__(arguments, len(ranks), run_dir, delay_ms, joiner_nice)
         self._own_ranks = {rank_name(identity.rank): identity for identity in ranks}
 
     def start(self) -> None:
@@ -92,7 +97,8 @@ def main() -> int:
     with_addresses(config, run_dir)  # refuses what its ranks would refuse
     locks = [only_launcher(token, identity.rank) for identity in ranks]
     os.environ[flags.TOKEN_VARIABLE] = token  # for the ranks, which have no other way to it
-    host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value)
+    nice = config.cluster.joiner_nice
+    host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value, nice)
     link = HostLink(
         HostLinkOptions(
             endpoint_file=run_dir / ENDPOINT,

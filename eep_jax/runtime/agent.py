@@ -20,6 +20,7 @@ from eep_jax.relocation.prefetch import Prefetch
 from eep_jax.runtime import messages
 from eep_jax.runtime.change_watch import ChangeWatch
 from eep_jax.runtime.link import Connected, Link
+from eep_jax.runtime.priority import take_back
 from eep_jax.runtime.start_watch import StartWatch
 from eep_jax.tables import build_tables
 
@@ -71,6 +72,7 @@ class Agent:
         self._is_clear = True  # until the first epoch: nobody sends to a rank that is in none
         _log.info("warm after %.1f s", time.monotonic() - started)
         _log.info("start: %s", self._watch.start)
+        take_back()  # from now on others may wait for this process
         self._link.beat()
         self._feed(p.WarmedUp())
         while self._exit is None:

@@ -1,11 +1,13 @@
 """Ranks die in every way while clients stream; no completion is lost or changed; ranks return."""
 
+import contextlib
 import random
 import signal
 import time
 
 import pytest
 
+from eep_jax.runtime.priority import nice_of
 from tests.support.processes import RANKS, events_after, incarnation, is_out
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
@@ -25,6 +27,8 @@ def test_any_rank_may_be_killed_and_comes_back(cluster, rank):
     start = came(cluster.wait(came, "the record of the return"))[-1]["starts"][str(rank)]
     assert set(start["executables"].values()) == {"loaded"}, "an earlier incarnation compiled them"
     assert start["compilations"] == 0
+    with contextlib.suppress(FileNotFoundError):  # of a kernel without autogroups
+        assert nice_of(after["ranks"][rank]["pid"]) == 0, "it serves at full priority"
 
 
 def test_kills_at_random_moments_change_nothing(cluster, seed):
