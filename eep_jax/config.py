@@ -49,7 +49,7 @@ class ClusterConfig:
     formation_ms: int = 120_000
     fenced_grace_ms: int = 5_000
     restart_grace_ms: int = 5_000
-    joiner_nice: int = 5  # how far a returning process is put behind those that serve; 0: not
+    joiner_nice: int = 3  # how far a returning process is put behind those that serve; 0: not
     host_lost_ms: int = 10_000  # a host silent for so long, with no member on it, counts as gone
 
     def __post_init__(self):

@@ -94,6 +94,18 @@ def test_orphans_come_from_the_one_source_that_is_allowed(tmp_path, source):
         assert status["experts"]["missing"] == []
 
 
+def test_local_replicas_alone_are_enough_where_one_lives(tmp_path):
+    """No byte is read from anywhere: a change of tables."""
+    with ClusterUnderTest(tmp_path, "cluster.sources=local", respawn_delay_ms=STAY_DEAD) as cluster:
+        before = cluster.status()
+        with cluster.load():
+            cluster.signal(3)
+            cluster.wait(is_out(3), "the eviction of rank 3")
+            status = cluster.wait(repairs, "the record of the repair")
+        assert repairs(status)[0]["moves"] == repairs(status)[0]["bytes"] == {}
+        assert moved(cluster.status(), before) == {} and status["experts"]["missing"] == []
+
+
 def test_peers_alone_supply_what_has_a_replica(tmp_path):
     """Nothing moves for resuming, all that is restored afterwards comes from banks."""
     peers = ("cluster.redundancy=2", "cluster.slots_per_rank=12", "cluster.sources=peer")

@@ -11,7 +11,7 @@ class Story:
     """One cluster, told what to do line by line. `run` returns what happened, then who is in.
 
     start 4 [experts=8 slots=3 redundancy=1 degrade=1]   four ranks that serve in epoch 1
-    form 4 ...     the same, told from the beginning
+    form 4 ...     the same, told from the beginning; late=1: the last of them has no process yet
     spawn 2        a new process of rank 2        kill 2     SIGKILL; `vanish 2` is one not seen
     stop 1         SIGSTOP                        wake 1     SIGCONT
     drain 3        the operator takes rank 3 out  grow 3     and wants it back
@@ -50,7 +50,7 @@ class Story:
             background_experts=values.get("background", 2),
         )
         self.cluster = Cluster(options, seed=0)
-        for rank in range(int(ranks)):
+        for rank in range(int(ranks) - values.get("late", 0)):
             self.cluster.spawn(rank)
         self.cluster.run_for(2_000)
 
