@@ -19,9 +19,16 @@ from absl import flags as absl_flags
 
 from benchmarks.harness import Record, append, cpu_device, percentile
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import CoordinatorOptions
 from eep_jax.coordination.protocol import Commit, Load, Mode, Prepare, Status
-from eep_jax.coordination.state import CoordinatorState, Ended, RankRecord, Send, Tick
+from eep_jax.coordination.state import (
+    Arrived,
+    CoordinatorOptions,
+    CoordinatorState,
+    Ended,
+    RankRecord,
+    Send,
+    Tick,
+)
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.planner import initial_placement
 from eep_jax.runtime import codec
@@ -80,7 +87,7 @@ class Simulation:
     def admit(self, rank: int) -> float:
         """A new process of a dead rank comes in; returns the CPU ms of all of it."""
         self.cpu_s = 0.0
-        self._feed(coordinator.Arrived(rank))
+        self._feed(Arrived(rank))
         incarnation = self.state.records[rank].incarnation
         empty = (-1,) * self.state.options.slots_per_rank
         offered = self._status(rank, Mode.OFFERED, 0, 0, empty, incarnation)

@@ -16,9 +16,23 @@ import pathlib
 from aiohttp import web
 
 from eep_jax.config import SOURCES, RunConfig
-from eep_jax.coordination import coordinator as c
+from eep_jax.coordination import coordinator
 from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
 from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.coordination.state import (
+    Answer,
+    Arrived,
+    CoordinatorOptions,
+    Disconnected,
+    Ended,
+    Ending,
+    Kill,
+    Measured,
+    Note,
+    ScaleTo,
+    Send,
+    Tick,
+)
 from eep_jax.errors import ProtocolError
 from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
@@ -87,7 +101,7 @@ class Supervisor:
         self._hosts = HostWatch(
             config.name,
             self._clock.now_ms,
-            lambda rank, incarnation: self._feed(c.Ending(rank, incarnation)),
+            lambda rank, incarnation: self._feed(Ending(rank, incarnation)),
             self._ended_elsewhere,
         )
         self._connections: dict[int, Connection] = {}
@@ -105,7 +119,7 @@ class Supervisor:
         self._control = ControlServer(
             token, serve.message_bytes_max, self._on_message, self._on_closed
         )
-        self.state = c.initial_state(_coordinator_options(config))
+        self.state = coordinator.initial_state(_coordinator_options(config))
         records = replay(self._run_dir / JOURNAL)
         self._journal = Journal(self._run_dir / JOURNAL)
         self._restore(records)
@@ -157,7 +171,7 @@ class Supervisor:
             if ready is not None:
                 ready.set()
             while not stop.is_set():
-                self._feed(c.Tick())
+                self._feed(Tick())
                 self._hosts.give_up_lost(self.config.cluster.host_lost_ms, self._believed())
                 self._record_repairs()
                 if self._journal.is_full:
@@ -253,7 +267,7 @@ class Supervisor:
             self._repairs.told(rank, telemetry.change)
             self._record_repairs()
         if any(telemetry.chosen):
-            self._feed(c.Measured(telemetry.chosen))
+            self._feed(Measured(telemetry.chosen))
 
     def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
         if not 0 <= hello.rank < self.config.cluster.ranks:
@@ -294,7 +308,7 @@ class Supervisor:
             )
             self._answer(connection, Refused(reason=reason))
         else:
-            self._feed(c.Arrived(hello.rank), connection)
+            self._feed(Arrived(hello.rank), connection)
 
     def _out_of_reach(self, hello: messages.Hello) -> str:
         """Why this process and the ranks there are could not reach each other's memory, or ''."""
@@ -389,21 +403,21 @@ class Supervisor:
         rank = connection.hello.rank
         if self._connections.get(rank) is connection:
             del self._connections[rank]
-            self._feed(c.Disconnected(rank, connection.incarnation))
+            self._feed(Disconnected(rank, connection.incarnation))
 
     # Decisions, and what follows from them.
 
     def _feed(self, event, connection: Connection | None = None) -> None:
-        self.state, commands = c.advance(self.state, event, self._clock.now_ms())
+        self.state, commands = coordinator.advance(self.state, event, self._clock.now_ms())
         for command in commands:
             match command:
-                case c.Send(rank=rank, incarnation=incarnation, message=message):
+                case Send(rank=rank, incarnation=incarnation, message=message):
                     self._send(rank, message, incarnation)
-                case c.Answer(message=message):
+                case Answer(message=message):
                     self._answer(connection, message)
-                case c.Kill(rank=rank, incarnation=incarnation, reason=reason):
+                case Kill(rank=rank, incarnation=incarnation, reason=reason):
                     self._kill(rank, incarnation, reason)
-                case c.Note(kind=kind, facts=facts):
+                case Note(kind=kind, facts=facts):
                     self._note(kind, facts)
         self._assign()
 
@@ -511,7 +525,7 @@ class Supervisor:
 
     def apply(self, wish: Wish) -> dict:
         """Takes ranks out, or back; see `scaling.ranks_out` for what it refuses and why."""
-        self._feed(c.ScaleTo(ranks_out(self.state, wish)))
+        self._feed(ScaleTo(ranks_out(self.state, wish)))
         return self.reports.scale()
 
     # Processes.
@@ -526,7 +540,7 @@ class Supervisor:
         """A process of another host is known to have ended, or is lost with its host: `why`."""
         facts = {"rank": rank, "incarnation": incarnation}
         self._note("ended", facts | ({"reason": why} if why else {}))
-        self._feed(c.Ended(rank, incarnation))
+        self._feed(Ended(rank, incarnation))
 
     def _believed(self) -> set[tuple[int, int]]:
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.believed}
@@ -543,7 +557,7 @@ class Supervisor:
         process = Process(pid, ticks, pidfd, alive_ms=self._clock.now_ms())
         self._processes[rank, incarnation] = process
         if pidfd is None:
-            self._feed(c.Ended(rank, incarnation))
+            self._feed(Ended(rank, incarnation))
             return
 
         def ended() -> None:
@@ -551,7 +565,7 @@ class Supervisor:
             os.close(pidfd)
             process.pidfd = None
             self._note("ended", {"rank": rank, "incarnation": incarnation, "pid": pid})
-            self._feed(c.Ended(rank, incarnation))
+            self._feed(Ended(rank, incarnation))
 
         asyncio.get_running_loop().add_reader(pidfd, ended)
 
@@ -563,7 +577,7 @@ class Supervisor:
                     continue
                 if is_ending(process.pid):
                     process.ending = True
-                    self._feed(c.Ending(rank, incarnation))
+                    self._feed(Ending(rank, incarnation))
                 else:
                     process.alive_ms = self._clock.now_ms()
             # A look takes some 20 us; with many ranks they stay a small part of the time.
@@ -602,7 +616,7 @@ class Supervisor:
         self.book.settle_restored()
         if not records:
             return
-        self.state = c.restored_state(
+        self.state = coordinator.restored_state(
             self.state.options,
             before.view,
             before.placement,
@@ -649,9 +663,9 @@ def _process_of(hello: messages.Hello, incarnation: int) -> messages.HostProcess
     )
 
 
-def _coordinator_options(config: RunConfig) -> c.CoordinatorOptions:
+def _coordinator_options(config: RunConfig) -> CoordinatorOptions:
     cluster = config.cluster
-    return c.CoordinatorOptions(
+    return CoordinatorOptions(
         ranks=cluster.ranks,
         experts=config.model.experts,
         slots_per_rank=cluster.slots_per_rank,

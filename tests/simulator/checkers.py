@@ -1,8 +1,8 @@
 """What must be true after every event of a simulation, whatever fails; and when all is well."""
 
 from eep_jax.coordination import background
-from eep_jax.coordination.coordinator import Note
 from eep_jax.coordination.protocol import Mode
+from eep_jax.coordination.state import Note
 from eep_jax.membership.view import Member, RankState
 from eep_jax.placement.placement import holds, missing_experts
 from tests.simulator import supervisor_process

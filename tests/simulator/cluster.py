@@ -6,7 +6,7 @@ import itertools
 import random
 
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import CoordinatorOptions, Note
+from eep_jax.coordination.state import CoordinatorOptions, Disconnected, Ended, Ending, Note
 from eep_jax.placement.sources import SourceKind
 from tests.simulator.checkers import Checkers
 from tests.simulator.network import Network
@@ -109,7 +109,7 @@ class Cluster:
         process.alive = False
         self.processes.remove(process)
         self.log(f"{process} is gone")
-        kinds = (coordinator.Disconnected,) if unseen else (coordinator.Ending, coordinator.Ended)
+        kinds = (Disconnected,) if unseen else (Ending, Ended)
         if process.incarnation:
             # The kernel says early that a process ends, and needs a while to take it apart.
             for event, late_ms in zip(

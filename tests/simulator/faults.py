@@ -2,10 +2,10 @@
 
 import random
 
-from eep_jax.coordination.coordinator import Measured, ScaleTo
 from eep_jax.coordination.participant import StepAccused
 from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.coordination.state import Measured, ScaleTo
 from eep_jax.errors import EepError
 from tests.simulator.cluster import Cluster
 

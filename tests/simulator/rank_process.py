@@ -3,9 +3,9 @@
 import functools
 
 from eep_jax.coordination import participant
-from eep_jax.coordination.coordinator import Arrived
 from eep_jax.coordination.participant import ParticipantState
 from eep_jax.coordination.protocol import Mode, Prepare, Refused, Status, Welcome
+from eep_jax.coordination.state import Arrived
 from eep_jax.placement.backups import SHARD_OVERHEAD_BYTES, plan_backups
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.sources import Backup, SourceKind

@@ -8,7 +8,7 @@ import random
 import sys
 
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import CoordinatorOptions
+from eep_jax.coordination.state import CoordinatorOptions
 from tests.simulator import faults
 from tests.simulator.checkers import is_well
 from tests.simulator.cluster import Cluster

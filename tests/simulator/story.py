@@ -1,7 +1,7 @@
 """The commands of a text story, played on a simulated cluster with a perfect network."""
 
-from eep_jax.coordination.coordinator import ScaleTo
 from eep_jax.coordination.participant import Broken, StepAccused
+from eep_jax.coordination.state import ScaleTo
 from eep_jax.placement.placement import EMPTY
 from tests.simulator.cluster import Cluster
 from tests.support.factories import some_options

@@ -1,7 +1,16 @@
 """A simulated supervisor: the real coordinator, a journal that outlives it, and its restart."""
 
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import CoordinatorOptions, CoordinatorState, Note
+from eep_jax.coordination.state import (
+    Answer,
+    CoordinatorOptions,
+    CoordinatorState,
+    Ended,
+    Kill,
+    Note,
+    Send,
+    Tick,
+)
 from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
 
@@ -24,7 +33,7 @@ class SupervisorProcess:
 
     def tick(self) -> None:
         if self.alive:
-            self.feed(coordinator.Tick())
+            self.feed(Tick())
             self.cluster.after(TICK_MS, self.tick)
 
     def wake(self) -> None:
@@ -35,7 +44,7 @@ class SupervisorProcess:
 
     def feed(self, event, asker=None) -> None:
         if self.stopped:
-            if not isinstance(event, coordinator.Tick):
+            if not isinstance(event, Tick):
                 self.postponed.append((event, asker))
             return
         if not self.alive:
@@ -53,14 +62,14 @@ class SupervisorProcess:
         match command:
             case Note():
                 self.cluster.record(command)
-            case coordinator.Send(rank=rank, incarnation=incarnation, message=message):
+            case Send(rank=rank, incarnation=incarnation, message=message):
                 self.cluster.to_rank(self.cluster.process(rank, incarnation), message)
-            case coordinator.Answer(message=message):
+            case Answer(message=message):
                 self.cluster.to_rank(asker, message)
-            case coordinator.Kill(rank=rank, incarnation=incarnation, reason=reason):
+            case Kill(rank=rank, incarnation=incarnation, reason=reason):
                 self.cluster.log(f"kill rank {rank} incarnation {incarnation}: {reason}")
                 self.cluster.kill(self.cluster.process(rank, incarnation))
-                ended = coordinator.Ended(rank, incarnation)
+                ended = Ended(rank, incarnation)
                 self.cluster.after(1, lambda: self.feed(ended))
 
 

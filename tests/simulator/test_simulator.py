@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import Note, ScaleTo, Send
+from eep_jax.coordination import changes, coordinator
 from eep_jax.coordination.protocol import Commit
+from eep_jax.coordination.state import Note, ScaleTo, Send
 from tests.simulator import run
 from tests.simulator.checkers import is_well
 from tests.simulator.cluster import Cluster
@@ -48,12 +48,12 @@ def commit_before_all_are_ready(state, event, now_ms):
     change = state.change
     if change is None or not change.ready:
         return state, commands
-    honest = coordinator._is_ready
-    coordinator._is_ready = lambda record, change: True
+    honest = changes.is_ready
+    changes.is_ready = lambda record, change: True
     try:
-        state, more = coordinator._commit(state, now_ms)
+        state, more = changes.commit_change(state, now_ms)
     finally:
-        coordinator._is_ready = honest
+        changes.is_ready = honest
     return state, (*commands, *more)
 
 

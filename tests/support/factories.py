@@ -1,8 +1,8 @@
 """Small worlds for tests: views, placements, options, statuses and a cluster run by hand."""
 
 from eep_jax.coordination import coordinator, participant
-from eep_jax.coordination.coordinator import CoordinatorOptions
 from eep_jax.coordination.protocol import Mode, Status
+from eep_jax.coordination.state import Answer, Arrived, CoordinatorOptions, Note, Send, Tick
 from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import Member, RankState, View, check
 from eep_jax.placement.placement import EMPTY, Placement
@@ -56,28 +56,28 @@ class ByHand:
         self.ranks: dict[int, participant.ParticipantState] = {}
         self.incarnations: dict[int, int] = {}
         self.sequence = 0
-        self.unsent: list[coordinator.Send] = []
-        self.notes: list[coordinator.Note] = []
+        self.unsent: list[Send] = []
+        self.notes: list[Note] = []
 
     def feed(self, event) -> tuple:
         """Feeds the coordinator; its Sends wait in `unsent`, its Notes are kept in `notes`."""
         self.state, commands = coordinator.advance(self.state, event, self.now_ms)
-        self.unsent += [c for c in commands if isinstance(c, coordinator.Send)]
-        self.notes += [c for c in commands if isinstance(c, coordinator.Note)]
+        self.unsent += [c for c in commands if isinstance(c, Send)]
+        self.notes += [c for c in commands if isinstance(c, Note)]
         return commands
 
     def pass_time(self, duration_ms: int, silent=()) -> None:
         """Lets time pass; all ranks but the silent ones report every 200 ms."""
         for _ in range(duration_ms // 200):
             self.now_ms += 200
-            self.feed(coordinator.Tick())
+            self.feed(Tick())
             for rank in self.ranks:
                 if rank not in silent:
                     self.say(rank)
 
     def join(self, rank: int) -> int:
         """Starts a process of `rank` that has compiled and waits for its experts."""
-        answers = [c.message for c in self.feed(coordinator.Arrived(rank)) if _is_answer(c)]
+        answers = [c.message for c in self.feed(Arrived(rank)) if _is_answer(c)]
         self.incarnations[rank] = answers[0].incarnation
         self.ranks[rank] = participant.ParticipantState(rank=rank)
         self.tell(rank, participant.WarmedUp())
@@ -151,4 +151,4 @@ def a_serving_cluster(**changes) -> ByHand:
 
 
 def _is_answer(command) -> bool:
-    return isinstance(command, coordinator.Answer)
+    return isinstance(command, Answer)

@@ -3,8 +3,8 @@
 import dataclasses
 
 from eep_jax.coordination import background, coordinator
-from eep_jax.coordination.coordinator import Ended, Measured, ScaleTo, Send, Tick
 from eep_jax.coordination.protocol import Fetch, Mode, Prepare, StandBy
+from eep_jax.coordination.state import Ended, Measured, ScaleTo, Send, Tick
 from eep_jax.membership.view import RankState
 from eep_jax.placement.placement import EMPTY, missing_experts
 from tests.support.factories import ByHand, a_serving_cluster

@@ -5,16 +5,6 @@ import dataclasses
 import pytest
 
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.coordinator import (
-    Answer,
-    Arrived,
-    Disconnected,
-    Ended,
-    Kill,
-    Note,
-    Send,
-    Tick,
-)
 from eep_jax.coordination.participant import Broken, StepAccused
 from eep_jax.coordination.protocol import (
     Commit,
@@ -25,6 +15,7 @@ from eep_jax.coordination.protocol import (
     Refused,
     Welcome,
 )
+from eep_jax.coordination.state import Answer, Arrived, Disconnected, Ended, Kill, Note, Send, Tick
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.placement import EMPTY, missing_experts
 from tests.support.factories import ByHand, a_placement, a_serving_cluster, a_status, some_options

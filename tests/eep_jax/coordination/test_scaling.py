@@ -2,8 +2,8 @@
 
 import pytest
 
-from eep_jax.coordination.coordinator import ScaleTo
 from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.coordination.state import ScaleTo
 from eep_jax.errors import CoverageLost, InvalidMove
 from tests.support.factories import ByHand, a_serving_cluster
 

@@ -1,7 +1,7 @@
 """Promises of sources in plans: live backups, what the operator allows, the fastest first."""
 
-from eep_jax.coordination.coordinator import Ended, Ending, Send
 from eep_jax.coordination.protocol import Load, Prepare
+from eep_jax.coordination.state import Ended, Ending, Send
 from eep_jax.placement.sources import Backup, SourceKind
 from tests.support.factories import a_serving_cluster
 

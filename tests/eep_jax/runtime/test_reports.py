@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eep_jax.coordination import coordinator as c
+from eep_jax.coordination.protocol import Mode
+from eep_jax.coordination.state import CoordinatorOptions, Ended, Measured
 from eep_jax.placement.sources import Backup
 from eep_jax.runtime.supervisor import Supervisor
 from tests.support.control_world import TOKEN, a_config
@@ -16,7 +17,7 @@ COUNTS = ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_ch
 @pytest.fixture
 def cluster():
     """A coordinator of the size of the configuration, all of whose ranks serve."""
-    options = c.CoordinatorOptions(ranks=2, experts=4, slots_per_rank=2, formation_ms=5_000)
+    options = CoordinatorOptions(ranks=2, experts=4, slots_per_rank=2, formation_ms=5_000)
     cluster = ByHand(options)
     cluster.join(0), cluster.join(1)
     cluster.settle()
@@ -61,13 +62,13 @@ def test_a_serving_cluster_is_healthy(supervisor, cluster):
 
 
 def test_a_change_is_no_illness(supervisor, cluster):
-    cluster.feed(cluster.status(0, mode=c.Mode.HOLDING, accused=(1,)))
+    cluster.feed(cluster.status(0, mode=Mode.HOLDING, accused=(1,)))
     assert show(supervisor, cluster)["state"] == "changing"
     assert supervisor.health()[0]
 
 
 def test_without_coverage_it_is_blocked_and_says_why(supervisor, cluster):
-    cluster.feed(c.Ended(1, 1))
+    cluster.feed(Ended(1, 1))
     status = show(supervisor, cluster)
     assert status["state"] == "blocked" and "no live replica" in status["blocked"]
     assert len(status["experts"]["missing"]) == 2
@@ -77,7 +78,7 @@ def test_without_coverage_it_is_blocked_and_says_why(supervisor, cluster):
 
 
 def test_a_dead_rank_has_no_mode_and_no_pid(supervisor, cluster):
-    cluster.feed(c.Ended(1, 1))
+    cluster.feed(Ended(1, 1))
     dead = show(supervisor, cluster)["ranks"][1]
     assert (dead["state"], dead["mode"], dead["pid"]) == ("absent", None, None)
     assert dead["incarnation"] == 1
@@ -95,7 +96,7 @@ def test_every_count_is_in_the_status_and_in_the_metrics(supervisor):
 
 
 def test_gauges_follow_the_state(supervisor, cluster):
-    cluster.feed(c.Ended(1, 1))
+    cluster.feed(Ended(1, 1))
     supervisor.state = cluster.state
     metrics = supervisor.metrics().decode().splitlines()
     assert {"eep_active_ranks 1.0", "eep_missing_experts 2.0", "eep_epoch 1.0"} <= set(metrics)
@@ -124,7 +125,7 @@ def test_what_changes_moved_and_took_is_counted_by_source_and_phase(supervisor):
 
 def test_backups_and_rates_of_ranks_are_gauges(supervisor, cluster):
     backup, rates = Backup("127.0.0.1:5", (0, 2, 3)), {"peer": 4e9, "backup": 1e9}
-    cluster.feed(cluster.status(0, mode=c.Mode.SERVING, epoch=1, backup=backup, rates=rates))
+    cluster.feed(cluster.status(0, mode=Mode.SERVING, epoch=1, backup=backup, rates=rates))
     supervisor.state = cluster.state
     metrics = supervisor.metrics().decode().splitlines()
     assert {
@@ -139,7 +140,7 @@ def test_backups_and_rates_of_ranks_are_gauges(supervisor, cluster):
 def test_the_measured_load_is_told_once_enough_is_known(supervisor, cluster):
     assert show(supervisor, cluster)["experts"]["imbalance"] is None
     row = supervisor.state.placement.slots[0]
-    cluster.feed(c.Measured(tuple(300 if expert in row else 100 for expert in range(4))))
+    cluster.feed(Measured(tuple(300 if expert in row else 100 for expert in range(4))))
     experts = show(supervisor, cluster)["experts"]
     assert experts["imbalance"] == 1.5 and sorted(experts["load"]) == [0.125, 0.125, 0.375, 0.375]
     assert "eep_load_imbalance 1.5" in supervisor.metrics().decode().splitlines()

@@ -1,0 +1,103 @@
+"""What joining ranks hold before they are let in, and where they read it from."""
+
+from eep_jax.coordination.protocol import Load
+from eep_jax.coordination.records import OUTSIDE, handles_of, send_to, unsettled_places, with_record
+from eep_jax.coordination.state import CoordinatorState, RankRecord
+from eep_jax.membership.view import RankState
+from eep_jax.placement.placement import EMPTY, Placement, holds
+from eep_jax.placement.planner import Move, initial_placement, plan_admission
+from eep_jax.placement.sources import SourceKind, Supply, median_rates, rank_sources
+
+
+def assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+    """Tells every joining rank that has no task yet which experts to load."""
+    joining, commands = state.view.with_state(RankState.JOINING), ()
+    waiting = tuple(
+        r
+        for r in joining
+        if (record := state.records[r]).load is None
+        and r not in state.out
+        and record.status.epoch == 0  # else it was drained, and must hear so first
+    )
+    if not waiting:
+        return state, commands
+    loading = tuple(r for r in joining if state.records[r].load is not None)
+    wanted = _wanted(state, waiting, loading)
+    for rank in waiting:
+        load = load_for(state, rank, wanted.slots[rank])
+        state = with_record(state, rank, load=load)
+        commands += (send_to(state, rank, load),)
+    return state, commands
+
+
+def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
+    """The placement with what these joining ranks shall hold."""
+    options = state.options
+    if state.view.epoch == 0:
+        return initial_placement(
+            options.experts, options.ranks, options.slots_per_rank, options.redundancy
+        )
+    base = with_loads(state.placement, state, loading)
+    counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].believed]
+    held = {rank: state.records[rank].status.contents for rank in waiting}
+    return plan_admission(base, counted, waiting, options.redundancy, held).placement
+
+
+def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
+    """What brings a joining rank from what it holds to `slots`, read from members only."""
+    members = tuple(r for r in state.view.in_epoch if state.records[r].believed)
+    away = set(state.view.ranks) - set(members)
+    readable = state.placement.without_ranks(away).without(unsettled_places(state))
+    held, supply = state.records[rank].status.contents, supply_of(state)
+    planned = tuple(
+        Move(rank, slot, expert, rank_sources(readable, rank, expert, supply))
+        for slot, expert in enumerate(slots)
+        if expert != EMPTY and held[slot : slot + 1] != (expert,)
+    )
+    return Load(slots=slots, moves=planned, handles=handles_of(state, members))
+
+
+def supply_of(state: CoordinatorState) -> Supply:
+    """What live ranks say that they back up, and what they measured."""
+    alive = {
+        rank: record.status
+        for rank, record in enumerate(state.records)
+        if record.believed and not record.ending and record.status is not None
+    }
+    allowed = state.options.sources
+    if state.view.epoch == 0:
+        allowed = tuple(SourceKind)  # the first experts of all come from the checkpoint
+    return Supply(
+        backups={rank: s.backup for rank, s in alive.items() if s.backup.experts},
+        rates=median_rates(s.rates for s in alive.values()) if state.options.measured else {},
+        allowed=allowed,
+    )
+
+
+def ready_to_join(state: CoordinatorState, now_ms: int) -> tuple[int, ...]:
+    """Joining ranks that can be admitted. The first epoch waits for all ranks, but not forever."""
+    joining = state.view.with_state(RankState.JOINING)
+    loaded = tuple(r for r in joining if r not in state.out and _has_loaded(state.records[r]))
+    if state.view.epoch == 0 and len(loaded) < state.options.ranks:
+        waited_ms = now_ms - (now_ms if state.first_offer_ms is None else state.first_offer_ms)
+        return loaded if waited_ms >= state.options.formation_ms else ()
+    return loaded
+
+
+def _has_loaded(record: RankRecord) -> bool:
+    status, load = record.status, record.load
+    return (
+        load is not None
+        and status is not None
+        and status.mode in OUTSIDE
+        and status.epoch == 0
+        and holds(status.contents, load.slots)
+    )
+
+
+def with_loads(placement: Placement, state: CoordinatorState, joining) -> Placement:
+    """The placement with what these joining ranks were told to load."""
+    for rank in joining:
+        for slot, expert in enumerate(state.records[rank].load.slots):
+            placement = placement.with_expert(rank, slot, expert)
+    return placement
