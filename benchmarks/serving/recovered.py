@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 SHARE, WINDOW_S = 0.95, 1.0
 
 
@@ -20,17 +22,15 @@ def recovered_after(
 
     Raises ValueError where no token came before the kill.
     """
-    ordered = sorted(times)
-    before = [(at_s, count) for at_s, count in ordered if at_s < kill_s]
-    if not before or before[0][0] >= kill_s:
+    ordered = np.array(sorted(times), np.float64).reshape(-1, 2)
+    at_s, total = ordered[:, 0], np.concatenate([[0.0], np.cumsum(ordered[:, 1])])
+    first = int(np.searchsorted(at_s, kill_s))
+    if not first:
         raise ValueError(f"no token came before the kill at {kill_s} s")
-    rate = sum(count for _, count in before) / (kill_s - before[0][0])
-    after = [(at_s, count) for at_s, count in ordered if at_s >= kill_s]
-    last_s = after[-1][0] if after else kill_s
-    for at_s, _ in after:
-        if at_s + window_s > last_s:
-            return None
-        inside = sum(count for t, count in after if at_s <= t < at_s + window_s)
-        if inside >= share * rate * window_s:
-            return at_s - kill_s
-    return None
+    rate = total[first] / (kill_s - at_s[0])
+    after = at_s[first:]
+    ends = np.searchsorted(at_s, after + window_s)
+    inside = total[ends] - total[first:-1]
+    whole = after + window_s <= at_s[-1]
+    good = np.flatnonzero(whole & (inside >= share * rate * window_s))
+    return float(after[good[0]] - kill_s) if len(good) else None

@@ -31,6 +31,7 @@ from eep_jax.models.kv_cache import KVCache, empty_cache
 from eep_jax.models.memory import (
     CONTEXT_BYTES,
     RESERVE_BYTES,
+    expert_bytes,
     memory_per_rank,
 )
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
@@ -42,7 +43,8 @@ from pallas_kernels.signals import first_round
 ELASTIC = ("live", "fixed")
 STEP_DEADLINE_MS = 60_000  # for a peer's part of a step: nobody dies here on purpose
 CHECKED_MOE_LAYERS = 2
-JAX_SLACK = 1.2  # of what is worked out, for what XLA takes besides
+# Of what is worked out, and beyond it: for what XLA takes besides, and for drawing weights.
+JAX_SLACK, JAX_SLACK_BYTES = 1.2, 4 << 30
 EPOCHS = {"live": 1, "fixed": 2}  # of their own: no flag of one is ever right for the other
 
 
@@ -79,6 +81,23 @@ def with_sizes(
     return dataclasses.replace(config, model=model, engine=engine, cluster=cluster)
 
 
+def with_few_experts(config: RunConfig, ranks: int, bytes_max: int) -> RunConfig:
+    """The model with as many experts, halved, as fit into so many bytes with all of its layers."""
+    model, router, experts = config.model, config.model.router, config.model.experts
+
+    def enough(count: int) -> bool:
+        in_group, rest = divmod(count, router.groups)
+        chosen_from = in_group * router.groups_kept
+        few = chosen_from < model.experts_per_token or count < ranks
+        return not rest and not few and (in_group > 1 or router.groups == 1)
+
+    while experts * expert_bytes(config) > bytes_max and enough(experts // 2):
+        experts //= 2
+    cluster = dataclasses.replace(config.cluster, slots_per_rank=-(-experts // ranks))
+    model = dataclasses.replace(model, experts=experts)
+    return dataclasses.replace(config, model=model, cluster=cluster)
+
+
 def share_of(config: RunConfig, gpu_bytes: int, sharing: int) -> float | None:
     """The part of a GPU's memory that JAX may take in each of `sharing` ranks, None if too little.
 
@@ -86,7 +105,7 @@ def share_of(config: RunConfig, gpu_bytes: int, sharing: int) -> float | None:
     """
     needed = memory_per_rank(config)
     left = gpu_bytes / sharing - needed.heap - CONTEXT_BYTES - RESERVE_BYTES
-    return left / gpu_bytes if left > JAX_SLACK * needed.jax + (1 << 30) else None
+    return left / gpu_bytes if left > JAX_SLACK * needed.jax + JAX_SLACK_BYTES else None
 
 
 def layers_that_fit(config: RunConfig, gpu_bytes: int, sharing: int, sizes: dict) -> int:

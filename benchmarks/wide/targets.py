@@ -150,13 +150,12 @@ def _recovery(records, wide: bool) -> list[Target]:
 
 def _scaling(records, ranks: int) -> Target | None:
     """Tokens per second of all ranks over so many times those of one, same batch for each."""
-    rates = {
-        n: newest(records, "wide_decode", "tokens_per_s", system="live", tokens=64, gpus=n)
-        for n in (1, ranks)
-    }
-    if not all(rates.values()) or ranks == 1:
+    shape = {"system": "live", "tokens": 64}
+    alone = newest(records, "wide_decode", "tokens_per_s", **shape, gpus=1)
+    if alone is None or ranks == 1:
         return None
-    alike = len({(r.shape["model"], r.shape["layers"]) for r in rates.values()}) == 1
-    value = rates[ranks].value / ranks / rates[1].value if alike else None
+    shape |= {name: alone.shape[name] for name in ("model", "layers")}
+    together = newest(records, "wide_decode", "tokens_per_s", **shape, gpus=ranks)
+    value = together and together.value / ranks / alone.value
     what = f"scaling from 1 to {ranks}, 64 sequences each"
-    return _line(what, rates[ranks], value, None, _ratio, least=True)
+    return _line(what, together, value, None, _ratio, least=True)

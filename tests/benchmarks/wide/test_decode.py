@@ -97,6 +97,18 @@ class TestSizes:
         assert (config.model.layers, config.model.dense_layers) == (4, 1)
         assert config.cluster.slots_per_rank == 32 and config.cluster.redundancy == 1
 
+    @pytest.mark.parametrize(
+        ("name", "experts"),
+        [("deepseek_v3_h200x32", 16), ("qwen3_235b_a22b_h200x8", 32), ("tiny_gpu", 16)],
+    )
+    def test_plain_experts_of_the_check_fit_one_rank(self, name, experts):
+        config = with_sizes(load_config(name), layers=3, **SIZES)
+        few = decode.with_few_experts(config, 8, 4 << 30)
+        assert few.model.experts == experts
+        assert experts * decode.expert_bytes(few) < 4 << 30
+        assert few.cluster.slots_per_rank == experts // 8
+        assert few.model.experts_per_token == config.model.experts_per_token
+
     def test_every_expert_is_where_static_sharding_has_it(self):
         tables = decode.once_tables(with_sizes(load_config("tiny_gpu"), layers=0, **SIZES), 3)
         assert tables.expert_slots[:, 0].tolist() == list(range(16))

@@ -205,7 +205,11 @@ class TestTargets:
         shape = {"system": "live", "tokens": 64, "model": "m", "layers": 4}
         alone = a_record("wide_decode", "tokens_per_s", 1000.0, gpus=1, **shape)
         both = a_record("wide_decode", "tokens_per_s", 1800.0, gpus=2, **shape)
-        assert self.lines(alone, both)["scaling from 1 to 2, 64 sequences each"].value == "0.900"
+        other = a_record("wide_decode", "tokens_per_s", 1.0, gpus=2, **shape | {"model": "larger"})
+        assert (
+            self.lines(alone, both, other)["scaling from 1 to 2, 64 sequences each"].value
+            == "0.900"
+        )
 
 
 @pytest.mark.parametrize(
