@@ -24,7 +24,7 @@ from benchmarks.gpu_rates import rate_record, read_rate
 from benchmarks.gpu_timing import Chained, Program, compile_all, measure, open_gpu, time_records
 from benchmarks.harness import Record, append
 from eep_jax.models.attention import attend_xla
-from eep_jax.models.attention_cudnn import attend_cudnn, attend_paged, attend_window
+from eep_jax.models.attention_cudnn import attend_cudnn
 from eep_jax.models.latent_attention import attend_latent
 from launch import flags
 
@@ -32,7 +32,6 @@ CACHED_BYTES = 256 << 20  # what is to be read before the same bytes are read ag
 LAYERS_MAX = 4
 REPETITIONS = 20
 TOLERANCE = 0.02  # of the largest value: bfloat16 products of some thousand positions
-PAGES = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,27 +112,25 @@ def kernels_of(case: Case) -> dict[str, Callable]:
                 q, k[:, 0], v[:, 0], at, scale=scale
             )
         }
-    apart = case.prompts == 0
-    own = (lambda cache, slots: cache) if apart else (lambda cache, slots: cache[slots])
+    looked_up = lambda slots: slots if case.prompts else None
+    own = lambda cache, slots: cache[slots] if case.prompts else cache
+    options = lambda sinks: {"window": case.window, "sinks": sinks}
     found = {
         "xla": lambda q, k, v, slots, at, sinks: attend_xla(
-            q, own(k, slots), own(v, slots), at, window=case.window, sinks=sinks
-        )
+            q, own(k, slots), own(v, slots), at, **options(sinks)
+        ),
+        "cudnn": lambda q, k, v, slots, at, sinks: attend_cudnn(
+            q, k, v, at, looked_up(slots), **options(sinks)
+        ),
     }
-    if case.window:
-        found["cudnn"] = lambda q, k, v, slots, at, sinks: attend_window(
-            q, k, v, slots, at, case.window, sinks=sinks
+    if case.prompts:
+        found["cudnn, gathered"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
+            q, own(k, slots), own(v, slots), at, **options(sinks)
         )
-        return found
-    found["cudnn"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
-        q, own(k, slots), own(v, slots), at, sinks=sinks
-    )
-    for page in (*PAGES, case.length):
-
-        def paged(q, k, v, slots, at, sinks, page=page):
-            return attend_paged(q, k, v, slots, at, sinks=sinks, page_tokens=page)
-
-        found[f"cudnn, pages of {page}"] = paged
+    elif not case.window:
+        found["cudnn, by pages"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
+            q, k, v, at, slots, **options(sinks)
+        )
     if not case.sinks:
         found["tokamax"] = functools.partial(_tokamax, own)
     return found
@@ -251,7 +248,7 @@ def main() -> int:
     rate = read_rate(samples)
     print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
     records: list[Record] = [rate_record(device, "read_rate", rate, samples)]
-    cases = FEW if quick else CASES
+    cases = FEW if quick else tuple(c for c in CASES if c.name in absl_flags.FLAGS.cases)
     programs = {
         (case, name): program_of(case, kernel)
         for case in cases
@@ -272,4 +269,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     options.define()
+    names = [case.name for case in CASES]
+    absl_flags.DEFINE_list("cases", names, "Only these of the cases.")
     sys.exit(app.run(flags.main_with_usage(main)))

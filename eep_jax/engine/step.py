@@ -99,18 +99,18 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
 
             keys, values = cache.keys[index], cache.values[index]
 
-            def attend(x, q, keys, values, positions, layer=layer):
-                context = layer.attention.attend(q, keys, values, positions)
+            def attend(x, q, positions, slots, keys=keys, values=values, layer=layer):
+                context = layer.attention.attend(q, keys, values, positions, slots)
                 return (layer.after_attention if layer.routed else layer.finish)(x, context)
 
-            def attend_slots(x, q, slots, positions, attend=attend, keys=keys, values=values):
-                return attend(x, q, keys[slots], values[slots], positions)
+            def attend_own(x, q, positions, keys, values, attend=attend):
+                return attend(x, q, positions, None, keys, values)
 
-            # Row i of a decode step belongs to slot i (`Scheduler.plan`), so nothing is gathered.
+            # Row i of a decode step belongs to slot i (`Scheduler.plan`), so nothing is looked up.
             if len(batch.tokens) == config.engine.batch_slots:
-                parts = by_tile(attend, tile, x, q, keys, values, visible)
+                parts = by_tile(attend_own, tile, x, q, visible, keys, values)
             else:
-                parts = by_tile(attend_slots, tile, x, q, batch.slots, visible)
+                parts = by_tile(attend, tile, x, q, visible, batch.slots)
             if not layer.routed:
                 x = parts
                 continue

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
+from eep_jax.models.linear import linear
 from eep_jax.models.rope import rope as rope  # re-exported
 
 
@@ -23,11 +24,11 @@ class Attention(nnx.Module):
         self.config = config
         self.window = config.windows[layer] if config.windows else 0
         options = {"param_dtype": dtype, "rngs": rngs}
-        linear = lambda i, o: nnx.Linear(i, o, use_bias=config.qkv_bias, **options)
+        project = lambda i, o: linear(i, o, use_bias=config.qkv_bias, **options)
         query, key = config.query_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj, self.k_proj = linear(config.hidden, query), linear(config.hidden, key)
-        self.v_proj = linear(config.hidden, key)
-        self.o_proj = nnx.Linear(query, config.hidden, use_bias=config.output_bias, **options)
+        self.q_proj, self.k_proj = project(config.hidden, query), project(config.hidden, key)
+        self.v_proj = project(config.hidden, key)
+        self.o_proj = linear(query, config.hidden, use_bias=config.output_bias, **options)
         norm = lambda width: nnx.RMSNorm(width, epsilon=config.norm_eps, **options)
         if config.qk_norm == "head":
             self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
@@ -48,9 +49,9 @@ class Attention(nnx.Module):
         turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
         return turn(q), turn(k), heads(self.v_proj(x))
 
-    def attend(self, q, keys, values, positions):
+    def attend(self, q, keys, values, positions, slots=None):
         """`attend_cached` with the scale, window and sinks of this layer."""
-        return attend_cached(q, keys, values, positions, **self._options())
+        return attend_cached(q, keys, values, positions, slots, **self._options())
 
     def attend_whole(self, q, k, v):
         """`attend_causal` with the scale, window and sinks of this layer."""
@@ -78,11 +79,11 @@ def attend_causal(
 ) -> Float[Array, "N T Hq C"]:
     """Attention of N whole sequences to themselves; for training and for the reference.
 
-    `options` are those of `attend_cached`, which computes it then, one sequence after the other.
+    `options` are those of `attend_xla`, which computes it then, one sequence after the other.
     """
     if not options:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return each_sequence(lambda *parts: attend_cached(*parts, **options), q, k, v)
+    return each_sequence(lambda *parts: attend_xla(*parts, **options), q, k, v)
 
 
 def each_sequence(attend, q, k, v):
@@ -98,15 +99,18 @@ def each_sequence(attend, q, k, v):
 
 def attend_cached(
     q: Float[Array, "T Hq C"],
-    k: Float[Array, "T Hkv P C"],
-    v: Float[Array, "T Hkv P C"],
+    k: Float[Array, "B Hkv P C"],
+    v: Float[Array, "B Hkv P C"],
     positions: Int32[Array, "T"],
+    slots: Int32[Array, "T"] | None = None,
     *,
     scale: float | None = None,
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
-    """Attention of T tokens, each to its own P cached positions; it sees those `<= positions[t]`.
+    """Attention of T tokens, each to P cached positions, of which it sees those `<= positions[t]`.
+
+    Token t looks into cache `slots[t]`; without `slots`, and with B = T, into cache t.
 
     Every token is an own batch entry of the matrix products, so its result has the same bits
     whichever other tokens stand beside it. Scores and softmax are float32, the result is of q's
@@ -115,14 +119,25 @@ def attend_cached(
     `scale` of the scores is `C ** -0.5` unless given. With a `window` only the last so many
     positions are seen. `sinks` are scores that take part in the softmax and have no value.
     """
-    plain = scale is None and not window and sinks is None
-    if plain and fits_cudnn(q, k):
-        return attend_cudnn(q, k, v, positions)
-    return attend_xla(q, k, v, positions, scale=scale, window=window, sinks=sinks)
+    options = {"scale": scale, "window": window, "sinks": sinks}
+    if fits_cudnn(q, k):
+        return attend_cudnn(q, k, v, positions, slots, **options)
+    if slots is not None:
+        k, v = k[slots], v[slots]
+    return attend_xla(q, k, v, positions, **options)
 
 
-def attend_xla(q, k, v, positions, *, scale=None, window=0, sinks=None):
-    """As `attend_cached`, by XLA alone: it reads all of the cache, and writes down all scores."""
+def attend_xla(
+    q: Float[Array, "T Hq C"],
+    k: Float[Array, "T Hkv P C"],
+    v: Float[Array, "T Hkv P C"],
+    positions: Int32[Array, "T"],
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Float[Array, "Hq"] | None = None,
+) -> Float[Array, "T Hq C"]:
+    """As `attend_cached`, by XLA alone: it reads all of the caches, and writes down all scores."""
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)

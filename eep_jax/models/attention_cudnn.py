@@ -1,12 +1,19 @@
-"""Attention to a cache by cuDNN: it reads each sequence as far as it goes, not the whole cache."""
+"""Attention to a cache by cuDNN: it reads each sequence as far as it goes, not the whole cache.
+
+`jax.nn.dot_product_attention` is the way to it, but passes on neither tables of pages nor, in
+float32, the logarithm that sinks need; so its own entry into cuDNN is called here.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo as fused
 from jaxtyping import Array, BFloat16, Float, Int32
 
 CHANNELS_MAX, CHANNELS_MULTIPLE = 128, 8  # of a head, for cuDNN's fused kernels
-PAGE_TOKENS = 128  # of a cache that is looked up by a table
+PAGE_TOKENS, PAGE_TOKENS_MIN = 128, 16  # of a cache that is looked up
 
 
 def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
@@ -21,103 +28,86 @@ def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
 
 def attend_cudnn(
     q: BFloat16[Array, "T Hq C"],
-    k: BFloat16[Array, "T Hkv P C"],
-    v: BFloat16[Array, "T Hkv P C"],
+    k: BFloat16[Array, "B Hkv P C"],
+    v: BFloat16[Array, "B Hkv P C"],
     positions: Int32[Array, "T"],
+    slots: Int32[Array, "T"] | None = None,
     *,
     scale: float | None = None,
+    window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> BFloat16[Array, "T Hq C"]:
     """As `attention.attend_cached`, which says what is computed.
 
     The query heads that share a key head see the same keys, so they are given to cuDNN as the
-    queries of one sequence: a cache is read once for all of them, and is not transposed.
+    queries of one sequence: a cache is read once for all of them, and is not transposed. With
+    `slots`, its pages are found through a table, and nothing is gathered.
+
+    cuDNN has windows of whole sequences, not of a query that stands for one position: the last
+    `window` positions are copied out and attended to without one.
     """
-    tokens, _, channels = q.shape
-    kv_heads, length = k.shape[1:3]
-    alone = lambda cache: cache.reshape(tokens * kv_heads, length, 1, channels)
-    return _packed(q, alone(k), alone(v), jnp.repeat(positions + 1, kv_heads), scale, sinks)
+    if 0 < window < k.shape[2]:
+        own = jnp.arange(len(q)) if slots is None else slots
+        first = jnp.maximum(positions + 1 - window, 0)
+        k, v, slots = _part(k, own, first, window), _part(v, own, first, window), None
+        positions = jnp.minimum(positions, window - 1)
+    page = math.gcd(k.shape[2], PAGE_TOKENS)
+    if slots is not None and (page < PAGE_TOKENS_MIN or len(k) % len(q)):
+        k, v, slots = k[slots], v[slots], None
+    kv_heads, length, channels = k.shape[1:]
+    lengths = jnp.repeat((positions + 1).astype(jnp.int32), kv_heads)
+    if slots is None:
+        alone = lambda cache: cache.reshape(-1, length, 1, channels)
+        return _attend(q, alone(k), alone(v), lengths, None, scale, sinks)
+    table = page_table(slots, k.shape[:3], page)
+    paged = lambda cache: cache.reshape(-1, page, 1, channels)
+    return _attend(q, paged(k), paged(v), lengths, table, scale, sinks)
 
 
-def attend_window(
-    q: BFloat16[Array, "T Hq C"],
-    k: BFloat16[Array, "B Hkv P C"],
-    v: BFloat16[Array, "B Hkv P C"],
-    slots: Int32[Array, "T"],
-    positions: Int32[Array, "T"],
-    window: int,
-    *,
-    scale: float | None = None,
-    sinks: Float[Array, "Hq"] | None = None,
-) -> BFloat16[Array, "T Hq C"]:
-    """Token t sees the last `window` positions of sequence `slots[t]`: they are copied out first.
+def page_table(
+    slots: Int32[Array, "T"], shape: tuple[int, int, int], page: int
+) -> Int32[Array, "T*Hkv 1 _ 1"]:
+    """The pages of each token and key head, in caches of `shape` (B, Hkv, P) one after the other.
 
-    cuDNN has windows of whole sequences alone, not of a query that stands for one position.
+    B must be a multiple of T, since JAX wants as many entries as there are pages; those beyond a
+    cache's last page are not looked up. Slots [1 0], shape (2, 1, 256) and pages of 128 give
+    `[2 3] [0 1]`.
     """
-    window = min(window, k.shape[2])
-    first = jnp.maximum(positions + 1 - window, 0)
-    part = lambda cache, slot, start: lax.dynamic_slice(
-        cache, (slot, 0, start, 0), (1, cache.shape[1], window, cache.shape[3])
-    )[0]
-    seen = lambda cache: jax.vmap(part, in_axes=(None, 0, 0))(cache, slots, first)
-    last = jnp.minimum(positions, window - 1)
-    return attend_cudnn(q, seen(k), seen(v), last, scale=scale, sinks=sinks)
+    sequences, kv_heads, length = shape
+    caches = (slots[:, None] * kv_heads + jnp.arange(kv_heads)).reshape(-1, 1)
+    pages = length // page
+    table = caches * pages + jnp.arange(pages)
+    table = jnp.tile(table, (1, sequences // len(slots)))
+    return table[:, None, :, None].astype(jnp.int32)
 
 
-def attend_paged(
-    q: BFloat16[Array, "T Hq C"],
-    k: BFloat16[Array, "B Hkv P C"],
-    v: BFloat16[Array, "B Hkv P C"],
-    slots: Int32[Array, "T"],
-    positions: Int32[Array, "T"],
-    *,
-    scale: float | None = None,
-    sinks: Float[Array, "Hq"] | None = None,
-    page_tokens: int = PAGE_TOKENS,
-) -> BFloat16[Array, "T Hq C"]:
-    """Token t sees sequence `slots[t]`, found through a table of pages: nothing is gathered.
+def _part(cache, slots, first, count: int):
+    """`count` positions of each token's cache from its `first` one on: [T H count C]."""
+    size = (1, cache.shape[1], count, cache.shape[3])
+    take = lambda slot, start: lax.dynamic_slice(cache, (slot, 0, start, 0), size)[0]
+    return jax.vmap(take)(slots, first)
 
-    T must divide B: JAX wants as many entries in the table as there are pages.
+
+def _attend(q, keys, values, lengths, table, scale, sinks):
+    """Attention of T * Hkv sequences, each with the query heads of one key head as its queries.
+
+    With sinks the softmax has one term more: `out * sigmoid(log of the sum of the others - sink)`.
     """
-    tokens, _, channels = q.shape
-    sequences, kv_heads, length, _ = k.shape
-    pages = length // page_tokens
-    caches = (jnp.maximum(slots, 0)[:, None] * kv_heads + jnp.arange(kv_heads)).reshape(-1)
-    table = caches[:, None] * pages + jnp.arange(pages)
-    # What is beyond a sequence's length is not looked up.
-    table = jnp.tile(table, (1, sequences // tokens))[:, None, :, None].astype(jnp.int32)
-    paged = lambda cache: cache.reshape(-1, page_tokens, 1, channels)
-    lengths = jnp.repeat(positions + 1, kv_heads)
-    return _packed(q, paged(k), paged(v), lengths, scale, sinks, table)
-
-
-def _packed(q, keys, values, lengths, scale, sinks, table=None):
-    """Attention of sequences `[T * Hkv]`, each with the query heads of one key head as queries.
-
-    With a sink the softmax has one more term: `out * sigmoid(lse - sink)`, where cuDNN says what
-    the logarithm of the sum of the others is.
-    """
-    # What jax.nn passes on has neither tables nor that logarithm in float32.
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
     tokens, query_heads, channels = q.shape
     queries = q.reshape(len(lengths), -1, 1, channels)
     each = jnp.full(len(lengths), queries.shape[1], jnp.int32)
-    lengths = lengths.astype(jnp.int32)
+    arguments = [queries, keys, values]
     options = {
         "scale": scale or channels**-0.5,
         "mask_type": fused.MaskType.PADDING,
         "return_residual": sinks is not None,
     }
     if table is None:
-        found = fused.dot_product_attention(
-            queries, keys, values, q_seqlen=each, kv_seqlen=lengths, **options
-        )
+        found = fused.dot_product_attention(*arguments, q_seqlen=each, kv_seqlen=lengths, **options)
     else:
-        found = fused.paged_attention(queries, keys, values, each, lengths, table, table, **options)
+        found = fused.paged_attention(*arguments, each, lengths, table, table, **options)
     if sinks is None:
-        return found.reshape(tokens, query_heads, channels)
-    context, logsumexp = found
-    share = jax.nn.sigmoid(logsumexp.reshape(tokens, query_heads) - sinks.astype(jnp.float32))
-    context = context.reshape(tokens, query_heads, channels).astype(jnp.float32)
-    return (context * share[..., None]).astype(q.dtype)
+        return found.reshape(q.shape)
+    context, logarithm = found
+    share = jax.nn.sigmoid(logarithm.reshape(tokens, query_heads) - sinks.astype(jnp.float32))
+    return (context.reshape(q.shape).astype(jnp.float32) * share[..., None]).astype(q.dtype)

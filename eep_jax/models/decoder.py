@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention import Attention
 from eep_jax.models.latent_attention import LatentAttention
+from eep_jax.models.linear import linear
 from eep_jax.models.moe_block import DenseExperts, dense_experts, expert_mlp
 from eep_jax.models.router import choose
 
@@ -22,11 +23,11 @@ class Mlp(nnx.Module):
     """SwiGLU that every token takes: a layer without experts, or the shared expert."""
 
     def __init__(self, hidden: int, width: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, param_dtype=dtype, rngs=rngs)
+        project = lambda i, o: linear(i, o, use_bias=False, param_dtype=dtype, rngs=rngs)
         self.gate, self.up, self.down = (
-            linear(hidden, width),
-            linear(hidden, width),
-            linear(width, hidden),
+            project(hidden, width),
+            project(hidden, width),
+            project(width, hidden),
         )
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
@@ -59,7 +60,7 @@ class DecoderLayer(nnx.Module):
         if config.shared_hidden:
             self.shared = Mlp(config.hidden, config.shared_hidden, dtype=dtype, rngs=rngs)
         if config.shared_gate:
-            self.shared_gate = nnx.Linear(config.hidden, 1, use_bias=False, **options)
+            self.shared_gate = linear(config.hidden, 1, use_bias=False, **options)
 
     def before_attention(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
         """Returns q, k, v of these tokens."""
@@ -146,4 +147,4 @@ def add(x: Float[Array, "*T D"], y: Float[Array, "*T D"]) -> Float[Array, "*T D"
 
 def _to_float32(inputs: int, outputs: int, **options) -> nnx.Linear:
     """A projection that keeps the float32 in which its products are summed."""
-    return nnx.Linear(inputs, outputs, preferred_element_type=jnp.float32, **options)
+    return linear(inputs, outputs, preferred_element_type=jnp.float32, **options)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention import each_sequence, seen
+from eep_jax.models.linear import linear
 from eep_jax.models.rope import rope
 
 NORM_EPS = 1e-6  # of the latents' norms, whatever that of the layers is
@@ -28,22 +29,22 @@ class LatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int = 0, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config, latent, heads = config, config.latent, config.query_heads
         options = {"param_dtype": dtype, "rngs": rngs}
-        linear = lambda i, o: nnx.Linear(i, o, use_bias=False, **options)
+        project = lambda i, o: linear(i, o, use_bias=False, **options)
         norm = lambda width: nnx.RMSNorm(width, epsilon=NORM_EPS, **options)
         query = heads * (latent.plain_channels + latent.rope_channels)
         if latent.q_rank:
-            self.q_down, self.q_norm = linear(config.hidden, latent.q_rank), norm(latent.q_rank)
-            self.q_up = linear(latent.q_rank, query)
+            self.q_down, self.q_norm = project(config.hidden, latent.q_rank), norm(latent.q_rank)
+            self.q_up = project(latent.q_rank, query)
         else:
-            self.q_proj = linear(config.hidden, query)
-        self.kv_down = linear(config.hidden, latent.kv_rank + latent.rope_channels)
+            self.q_proj = project(config.hidden, query)
+        self.kv_down = project(config.hidden, latent.kv_rank + latent.rope_channels)
         self.kv_norm = norm(latent.kv_rank)
         draw = lambda *shape: (
             jax.random.normal(rngs.params(), shape, jnp.float32) * latent.kv_rank**-0.5
         ).astype(dtype)
         self.key_up = nnx.Param(draw(heads, latent.plain_channels, latent.kv_rank))
         self.value_up = nnx.Param(draw(heads, latent.kv_rank, latent.value_channels))
-        self.o_proj = linear(heads * latent.value_channels, config.hidden)
+        self.o_proj = project(heads * latent.value_channels, config.hidden)
 
     def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
         """Returns q `[*T Hq Ckv+Cr]` (as the latent sees it, then the rotated part), k and v."""
@@ -61,8 +62,10 @@ class LatentAttention(nnx.Module):
             self.kv_norm(kept[..., : latent.kv_rank])[..., None, :],
         )
 
-    def attend(self, q, keys, values, positions):
-        """`attend_latent` with the scale of this model."""
+    def attend(self, q, keys, values, positions, slots=None):
+        """`attend_latent` with the scale of this model; for `slots` see `attend_cached`."""
+        if slots is not None:
+            keys, values = keys[slots], values[slots]
         config, latent = self.config, self.config.latent
         scale = (latent.plain_channels + latent.rope_channels) ** -0.5 * config.rope.score_factor
         return attend_latent(q, keys[:, 0], values[:, 0], positions, scale=scale)

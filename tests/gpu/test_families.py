@@ -148,9 +148,9 @@ def text_of(tokens) -> str:
 
 
 def saved(name: str, directory) -> str:
-    """An Orbax checkpoint of the wide weights."""
+    """An Orbax checkpoint of the wide weights in bfloat16, as a GPU's bank has them."""
     model, dense, experts = wide_weights(reference(name))
-    named = {expert_name(e): weights for e, weights in enumerate(experts)}
+    named = {expert_name(e): w.astype(ml_dtypes.bfloat16) for e, w in enumerate(experts)}
     save_checkpoint(directory / name, model, dense, named, facts={})
     return str(directory / name)
 
