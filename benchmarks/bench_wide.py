@@ -18,7 +18,6 @@ import dataclasses
 import pathlib
 import shutil
 import sys
-import tempfile
 import time
 
 from absl import app
@@ -29,7 +28,13 @@ from rich.table import Table
 from benchmarks.harness import Record, append, commit, now
 from benchmarks.wide.exchange import FP8, Family
 from benchmarks.wide.exchange_report import Found, published, read_found, records_of
-from benchmarks.wide.workers import Machine, WorkersFailed, machine_of, run_workers
+from benchmarks.wide.workers import (
+    Machine,
+    WorkersFailed,
+    fresh_directory,
+    machine_of,
+    run_workers,
+)
 from launch import flags
 from launch.console import say
 from launch.environments.local import parse_gpus
@@ -37,7 +42,6 @@ from launch.errors import UsageError
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 LINK_BYTES = {"gpu": 256 << 20, "cpu": 1 << 20}
-SLACK, SLACK_US = 1.3, 5.0  # an aim: within 1.3 x the bound + 5 us
 MEMORY_FRACTION = 0.55  # of a GPU, for JAX; windows of 4096 tokens take of the rest
 
 
@@ -64,7 +68,7 @@ def main() -> int:
     families = families_of(machine, _tokens(), values.hidden, values.experts, values.top_k)
     told = {"commit": commit(), "time": now()}
     given = values.directory
-    directory = pathlib.Path(given or tempfile.mkdtemp(prefix="eep-wide-")).absolute()
+    directory = fresh_directory(given)
     say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {directory}")
     problems = _run(machine, families, directory)
     found = read_found(directory, machine.ranks)
@@ -175,10 +179,6 @@ def show(found: Found, records: list[Record]) -> None:
         cells += [number(dense.get((c, tokens))) for c in ("all_to_all", "ragged_all_to_all")]
         table.add_row(*cells, published(name, tokens))
     Console(highlight=False, width=170).print(table, markup=False)
-
-
-def reached(time_us: float, bound_us: float) -> bool:
-    return time_us <= SLACK * bound_us + SLACK_US
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 
 from absl import app
 from absl import flags as absl_flags
@@ -26,10 +25,16 @@ from rich.table import Table
 
 from benchmarks.harness import Record, append, commit, now
 from benchmarks.static.processes import free_port
-from benchmarks.wide.decode import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.decode_report import records_of
+from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.exchange_report import read_found
-from benchmarks.wide.workers import Machine, WorkersFailed, machine_of, run_workers
+from benchmarks.wide.workers import (
+    Machine,
+    WorkersFailed,
+    fresh_directory,
+    machine_of,
+    run_workers,
+)
 from eep_jax.config import RunConfig
 from launch import flags
 from launch.console import say
@@ -41,7 +46,6 @@ BATCHES = {"gpu": (1, 16, 64, 256), "cpu": (4,)}
 CACHED_TOKENS = 131_072  # of a rank's sequences together, at most
 CONTEXT_TOKENS = {"gpu": 1024, "cpu": 32}  # room of a sequence, at most; half of it is used
 STEPS, STEPS_CPU = 10, 3
-AIM = 1.0  # tokens/s of live over the best static
 AIM_MEMBERSHIP = 1.01  # time of live over fixed
 NVIDIA_SMI_S = 30.0
 
@@ -70,7 +74,7 @@ def main() -> int:
     configs = [with_sizes(config, ranks=machine.ranks, **size) for size in sizes]
     told = {"commit": commit(), "time": now()}
     given = values.directory
-    directory = pathlib.Path(given or tempfile.mkdtemp(prefix="eep-wide-")).absolute()
+    directory = fresh_directory(given)
     layers = sorted({c.model.layers for c in configs})
     say(
         f"{machine.device}: {machine.ranks} ranks of {config.model.name}, {layers} of "

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import read
-from benchmarks.wide.parts import Done, chosen, parts_of, run_parts
+from benchmarks.wide.parts import parts_of
+from benchmarks.wide.running import Done, chosen, run_parts
 from benchmarks.wide.targets import Target, summary
 from benchmarks.wide.workers import machine_of
 from launch import flags

@@ -162,7 +162,6 @@ def main(directory: pathlib.Path, parent_pid: int) -> None:
     names = [n for n in NAMES if n != "ragged_all_to_all" or job["platform"] == "gpu"]
     for tokens in family.tokens:
         measure_size(family, tokens, mesh, job["samples"], out, names)
-    out.write(kind="end")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.harness import Record, compared, percentile
 from benchmarks.static.exchanges import EXCHANGES
-from benchmarks.wide.decode import step_bytes
+from benchmarks.wide.decode_sizes import step_bytes
 from benchmarks.wide.exchange_report import Found, slowest
 from benchmarks.wide.workers import Machine
 from eep_jax.config import RunConfig

@@ -6,7 +6,6 @@ Whatever a rank cannot do all leave out, so that nobody waits for it. A line of 
 is one size of one exchange; lines that are written stay, whatever happens later.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -215,7 +214,6 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
             run.measure_link()
         run.run()
         run.close()
-    out.write(kind="end", families=[dataclasses.asdict(Family(**f)) for f in job["families"]])
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 
@@ -83,6 +85,21 @@ def machine_of(platform: str, ranks: int | None, gpus: tuple[str, ...] | None) -
     if ranks < 1:
         raise UsageError(f"--ranks={ranks} must be at least 1")
     return Machine(platform, ranks, found[:ranks])
+
+
+def fresh_directory(given: str | None) -> pathlib.Path:
+    """`given`, emptied of an earlier run of workers, or a temporary one.
+
+    Raises UsageError for a directory that holds something else.
+    """
+    if given is None:
+        return pathlib.Path(tempfile.mkdtemp(prefix="eep-wide-"))
+    path = pathlib.Path(given).absolute()
+    if path.exists() and not (path / JOB).exists() and any(path.iterdir()):
+        raise UsageError(f"--directory={given} holds files that are of no run; name another one")
+    shutil.rmtree(path, ignore_errors=True)  # of an earlier run: its ranks must not be met
+    path.mkdir(parents=True)
+    return path
 
 
 def environment_of(machine: Machine, rank: int, cache: pathlib.Path, fraction: float) -> dict:

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.gpu_timing import shapes_of
 from benchmarks.static.exchanges import AXIS
-from benchmarks.wide import decode, decode_report
-from benchmarks.wide.decode import World, layers_that_fit, share_of, systems_of, with_sizes
+from benchmarks.wide import decode, decode_report, decode_sizes
+from benchmarks.wide.decode import World
+from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.exchange_report import Found
 from benchmarks.wide.workers import Machine
 from eep_jax.models.memory import memory_per_rank
@@ -103,9 +104,9 @@ class TestSizes:
     )
     def test_plain_experts_of_the_check_fit_one_rank(self, name, experts):
         config = with_sizes(load_config(name), layers=3, **SIZES)
-        few = decode.with_few_experts(config, 8, 4 << 30)
+        few = decode_sizes.with_few_experts(config, 8, 4 << 30)
         assert few.model.experts == experts
-        assert experts * decode.expert_bytes(few) < 4 << 30
+        assert experts * decode_sizes.expert_bytes(few) < 4 << 30
         assert few.cluster.slots_per_rank == experts // 8
         assert few.model.experts_per_token == config.model.experts_per_token
 
@@ -115,7 +116,11 @@ class TestSizes:
         assert tables.replicas.tolist() == [1] * 16
 
     def test_nccl_needs_a_gpu_of_its_own_for_every_rank(self):
-        assert systems_of("gpu", "shared_gpu", 2) == systems_of("gpu", "peer", 1) == decode.ELASTIC
+        assert (
+            systems_of("gpu", "shared_gpu", 2)
+            == systems_of("gpu", "peer", 1)
+            == decode_sizes.ELASTIC
+        )
         assert "ragged_all_to_all" in systems_of("gpu", "peer", 2)
         assert "ragged_all_to_all" not in systems_of("cpu", "cpu", 2)
 

@@ -9,11 +9,13 @@ import pytest
 from benchmarks.harness import Record
 from benchmarks.serving.fault_plan import parse_plan
 from benchmarks.wide import targets
-from benchmarks.wide.parts import Part, chosen, overrides_of, parts_of, plans_of, run_parts
+from benchmarks.wide.parts import overrides_of, parts_of, plans_of
+from benchmarks.wide.running import Part, chosen, run_parts
 from benchmarks.wide.workers import (
     Machine,
     WorkersFailed,
     environment_of,
+    fresh_directory,
     machine_of,
     run_workers,
 )
@@ -224,3 +226,13 @@ class TestTargets:
 def test_what_cannot_be_run_is_refused(arguments, told):
     done = run_module("benchmarks.multi_gpu", *arguments, deadline_s=50)
     assert done.returncode == 2 and told in done.stdout, done.stdout
+
+
+def test_a_directory_of_an_earlier_run_is_emptied_and_no_other(tmp_path):
+    old = tmp_path / "old"
+    (old / "meeting").mkdir(parents=True)
+    (old / "job.json").write_text("{}")
+    assert fresh_directory(str(old)) == old and not any(old.iterdir())
+    (old / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="holds files that are of no run"):
+        fresh_directory(str(old))
