@@ -80,7 +80,7 @@ class Case:
         reach: dict[int, int] = {}
         for slot, position in zip(self.slots.tolist(), self.positions.tolist(), strict=True):
             reach[slot] = max(reach.get(slot, 0), position + 1)
-        span = self.tokens // max(self.prompts, 1)
+        span = self.tokens // self.prompts if self.prompts else 1
         most = self.window + span - 1 if self.window else self.length
         seen = sum(min(most, length) for length in reach.values())
         channels = self.latent + self.channels if self.latent else 2 * self.channels

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import bench_attention as attention
 from benchmarks import bench_dispatch_combine as exchanges
 from benchmarks import bench_expert_gemm as gemm
 from benchmarks import bench_step as steps
@@ -21,6 +22,7 @@ from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
 from benchmarks.harness import append, read
 from benchmarks.table import render
 from configs.small_moe_h100x1 import get_config
+from eep_jax.models.attention_cudnn import fused
 from launch.flags import UsageError
 from tests.support.lowering import a_call, kernels, on_h100
 
@@ -64,6 +66,33 @@ class TestTrace:
         found = gpu_trace.shares(gpu_trace.of_streams(self.EVENTS))
         assert found["experts"] == 5 / 8 and found["rest"] == 3 / 8
         assert sum(found.values()) == 1
+
+
+class TestAttention:
+    def test_what_is_seen_counts_once(self):
+        apart = attention.Case("apart", 2, 2, 4, 2, 8, length=64)
+        # Positions 31 and 30, so 32 + 31 tokens of 2 heads, keys and values of 8 bfloat16.
+        assert apart.seen_bytes == 63 * 2 * 2 * 8 * 2
+        run = attention.Case("run", 8, 2, 4, 2, 8, length=64, prompts=2)
+        assert run.positions.tolist() == [28, 29, 30, 31] * 2
+        assert run.slots.tolist() == [0] * 4 + [1] * 4
+        assert run.seen_bytes == 64 * 2 * 2 * 8 * 2
+        window = attention.Case("window", 2, 2, 4, 2, 8, length=64, window=5)
+        assert window.seen_bytes == 10 * 2 * 2 * 8 * 2
+        latents = attention.Case("latents", 2, 2, 4, 1, 8, length=64, latent=32)
+        assert latents.seen_bytes == 63 * (32 + 8) * 2
+
+    @pytest.mark.parametrize("case", attention.CASES, ids=lambda case: case.name)
+    def test_its_kernels_lower(self, monkeypatch, case):
+        monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91200)
+        monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+        monkeypatch.setattr(attention, "REPETITIONS", 2)
+        small = dataclasses.replace(case, length=256, tokens=16, sequences=16)
+        found = attention.kernels_of(small)
+        found.pop("tokamax", None)  # which may not be there, and asks the device
+        for name, kernel in found.items():
+            text = lowered(attention.program_of(small, kernel))
+            assert ("__cudnn$fmhaSoftmax" in text) == name.startswith("cudnn")
 
 
 class TestTiming:
