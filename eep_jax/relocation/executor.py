@@ -122,9 +122,14 @@ class Executor:
         """
         uploads = [move for move in moves if self._is_own_backup(move.sources[0])]
         copies = [move for move in moves if move not in uploads]
-        return self._placed(copies, self._copy) | self._placed(uploads, self._upload)
+        in_bank = self._bank.expert_bytes
+        stored = in_bank // self._bank.dtype.itemsize * self._stored_dtype.itemsize
+        failed = self._placed(copies, self._copy, in_bank)
+        return failed | self._placed(uploads, self._upload, stored)
 
-    def _placed(self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]]):
+    def _placed(
+        self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]], nbytes: int
+    ):
         if not moves:
             return {}
         started, failures = time.monotonic(), bring(moves)
@@ -135,7 +140,7 @@ class Executor:
             expected = self._check.known(move.expert)
             if fingerprint == expected:
                 self._bank.holds(move.slot, move.expert)
-                self._note(move, move.sources[0], self._bank.expert_bytes, share_s)
+                self._note(move, move.sources[0], nbytes, share_s)
                 continue
             self._bank.clear(move.slot)
             failures[move.slot] = (

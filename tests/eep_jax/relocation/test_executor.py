@@ -243,6 +243,14 @@ class TestEverySourceFails:
         assert executor.bytes_moved[kind.value] > 0 and executor.rates.medians()[kind.value] > 0
         world.check((5, 5, EMPTY, EMPTY))
 
+    @pytest.mark.parametrize("rank", [0, 1], ids=["own", "another's"])
+    def test_bytes_of_a_backup_are_those_it_keeps(self, world, rank):
+        executor = self.executor(world, self.backups(world), check=world.slot_check)
+        executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, (self.BACKUP, rank)),))
+        stored = np.dtype(world.checkpoint.manifest["dtype"])
+        assert executor.moved == {"backup": 1}
+        assert executor.bytes_moved == {"backup": world.right[5].size * stored.itemsize}
+
     def test_a_backup_whose_rank_dies_is_followed_by_the_next(self, world):
         def dies(expert):
             raise ConnectionResetError("the peer is gone")
