@@ -117,7 +117,7 @@ def main() -> int:
     if failed or "elastic" not in outcomes:
         return 1 if failed else 0
     counts = stats.count(outcomes["elastic"].samples, outcomes["elastic"].truth)
-    return 1 if counts.lost or counts.refused or counts.wrong else 0
+    return 1 if stats.broken(counts, config) else 0
 
 
 async def _harm(name: str, config: RunConfig, victim: int) -> Outcome:

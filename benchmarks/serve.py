@@ -109,7 +109,7 @@ def main() -> int:
     for sample in [s for s in done.samples if s.error is not None][:3]:
         say(f"request lost: {sample.error}", "bold red")
     counts = serving.counts
-    return 1 if counts.lost or counts.refused or counts.wrong else 0
+    return 1 if stats.broken(counts, None if values.url else config) else 0
 
 
 # What the flags say.

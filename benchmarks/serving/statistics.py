@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.harness import Record, percentile
 from benchmarks.serving.client import Sample
+from eep_jax.config import RunConfig
 
 STATISTICS = ("mean", "median", "p90", "p95", "p99")
 LATENCIES = {
@@ -36,6 +37,22 @@ class Serving:
     input_tokens_per_s: float
     output_tokens_per_s: float
     latencies: Mapping[str, Mapping[str, float]]
+
+
+def texts_repeat(config: RunConfig | None) -> bool:
+    """Whether a request that was read again, prompt and tokens, must give the same text.
+
+    Logits of drawn weights lie close together. On a GPU a prompt and a decode step attend by
+    different kernels, whose roundings may let another token win such a tie. Then only what no
+    death touched can be compared, and `wrong` counts, but breaks no promise.
+    """
+    return config is None or config.platform != "gpu" or config.random_weights is None
+
+
+def broken(counts: Counts, config: RunConfig | None) -> bool:
+    """Whether a promise to clients was broken; `config` None: a server of somebody else."""
+    wrong = counts.wrong if texts_repeat(config) else 0
+    return bool(counts.lost or counts.refused or wrong)
 
 
 def count(samples: Sequence[Sample], truth: Mapping[int, str] | None = None) -> Counts:

@@ -1,7 +1,10 @@
 """`python -m benchmarks.bench_faults` as a user starts it: both baselines survive in their way."""
 
+import time
+
 import pytest
 
+from benchmarks.bench_faults import backed_up, repair_of, told_of
 from benchmarks.harness import read
 from tests.benchmarks.processes import run_module
 
@@ -40,3 +43,29 @@ def test_each_baseline_serves_again_after_a_kill_and_what_it_lost_is_counted(tmp
 def test_what_cannot_be_done_is_refused(arguments, told):
     done = run_module("benchmarks.bench_faults", *arguments, deadline_s=50)
     assert done.returncode == 2 and told in done.stdout, done.stdout
+
+
+def a_status(**changes) -> dict:
+    """Two ranks of four experts, of which rank 1 was killed half a second ago."""
+    repair = {"kind": "repair", "change": "repair", "time": time.time() - 0.4, "seconds": {}}
+    admission = repair | {"change": "admission", "time": time.time() - 0.2}
+    ranks = [{"rank": 0, "backups": [0, 1, 2]}, {"rank": 1, "backups": [3]}]
+    return {"ranks": ranks, "events": [repair, admission]} | changes
+
+
+def test_the_record_of_the_repair_is_that_of_the_change_after_the_kill():
+    status, kill_s = a_status(), time.monotonic() - 0.5
+    assert repair_of(status, kill_s)["change"] == "repair"
+    assert told_of(kill_s)(status)
+    later_s = time.monotonic() - 0.3
+    assert repair_of(status, later_s) is None, "an admission is no repair"
+    assert not told_of(later_s)(status)
+
+
+def test_a_kill_waits_until_others_than_the_victim_have_every_expert_in_host_memory():
+    ready = backed_up(victim=1, experts=4)
+    assert not ready(a_status())
+    assert ready(a_status(ranks=[{"rank": 0, "backups": [3, 1, 0, 2]}, {"rank": 1, "backups": []}]))
+    assert not ready(
+        a_status(ranks=[{"rank": 0, "backups": []}, {"rank": 1, "backups": [0, 1, 2, 3]}])
+    )
