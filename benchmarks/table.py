@@ -2,8 +2,8 @@
 
 python -m benchmarks.table
 
-README.md gets the shapes to start with, between <!-- results --> and <!-- /results -->;
-benchmarks/results/README.md gets all of them.
+README.md gets the lines of `headlines`, between <!-- results --> and <!-- /results -->;
+benchmarks/results/README.md gets all metrics of all shapes.
 """
 
 import json
@@ -15,6 +15,7 @@ from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import RESULTS, ROOT, Record, read
+from benchmarks.headlines import HEADLINES, Headline
 from benchmarks.serving.series import SERIES
 from launch import flags
 
@@ -29,26 +30,6 @@ STATISTICS = (
     "max",
 )  # as the last word of a metric; "" is a single value
 DERIVED = ("weights_rate", "flop_rate")  # another way to say a time that is in the table
-# Which shapes README.md shows of a bench that has many; values of a shape's entries.
-SHOWN = {
-    "dispatch": {"tokens": (16, 128, 512), "hidden": (7168,)},
-    "combine": {"tokens": (16, 128, 512), "hidden": (7168,)},
-    "combine_home": {"tokens": (16, 128, 512), "hidden": (7168,)},
-    "wide_dispatch": {"tokens": (1, 16, 128, 1024, 4096)},
-    "wide_combine": {"tokens": (1, 16, 128, 1024, 4096)},
-    "wide_combine_home": {"tokens": (1, 16, 128, 1024, 4096)},
-    "wide_collective": {"tokens": (1, 16, 128, 1024, 4096)},
-    "expert_gemm": {"rows_per_expert": (8, 64, 512), "routing": ("balanced",)},
-}
-# Which quantities README.md shows of a bench that has many.
-SHOWN_METRICS = {
-    "decode": ("time", "tokens_per_s"),
-    "faults": ("pause_s", "return_pause_s", "recovered_s", "requests_lost"),
-    "rejoin": ("pause_s", "survivors_share", "start_executables_s", "total_s", "compilations"),
-    "wide_decode": ("tokens_per_s", "membership"),
-    "serve": ("output_tokens_per_s", "requests_lost", "e2e", "ttft", "tpot", "itl", "pause_s"),
-}
-LESS = ("mean", "p95")  # statistics that README.md leaves out
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -77,14 +58,26 @@ def render(records: Iterable[Record]) -> str:
     return "\n\n".join(_render_device(device, of) for device, of in by_device.items())
 
 
-def shown(record: Record) -> bool:
-    """Whether a record is among those to start with."""
-    wanted = SHOWN.get(record.bench, {})
-    quantity, statistic = split_metric(record.metric)
-    metrics = SHOWN_METRICS.get(record.bench)
-    if statistic in LESS or (metrics is not None and quantity.split()[0] not in metrics):
-        return False
-    return all(record.shape.get(key) in values for key, values in wanted.items())
+def render_headlines(records: Iterable[Record]) -> str:
+    """A Markdown table for each device of what README.md shows, in words."""
+    by_device: dict[str, list[Record]] = {}
+    for record in records:
+        by_device.setdefault(record.device, []).append(record)
+    tables = []
+    for device, of in by_device.items():
+        lines = [_headline(line, found) for line in HEADLINES if (found := line.find(of))]
+        if lines:
+            heads = [_row(["what", "measured", "beside it", "commit"]), _row(["---"] * 4)]
+            tables.append("\n".join([f"Device: {device}", "", *heads, *lines]))
+    return "\n\n".join(tables)
+
+
+def _headline(line: Headline, record: Record) -> str:
+    other, beside = line.compared(record), ""
+    if other:
+        beside = f"{line.beside}: {_number(other)} {record.unit}, x {_number(record.value / other)}"
+    measured = f"{_number(record.value)} {record.unit}".strip()
+    return _row([line.says.format(**record.shape), measured, beside, record.commit])
 
 
 def insert(text: str, table: str) -> str:
@@ -159,7 +152,7 @@ def main() -> int:
     readme = pathlib.Path(README.value)
     try:
         records = read(sorted(RESULTS.glob("*.jsonl")))
-        text = insert(readme.read_text(encoding="utf-8"), render(filter(shown, records)))
+        text = insert(readme.read_text(encoding="utf-8"), render_headlines(records))
     except (OSError, ValueError) as error:
         raise flags.UsageError(f"{readme}: {error}") from error
     readme.write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from benchmarks.harness import (
     percentile,
     read,
 )
-from benchmarks.table import insert, newest, render, split_metric
+from benchmarks.table import insert, newest, render, render_headlines, split_metric
 
 COMMON = {
     "device": "cpu, 2 cores, X",
@@ -137,3 +137,14 @@ def test_a_gpu_has_the_name_of_the_driver(says, name, tmp_path, monkeypatch):
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if says else str(tmp_path))
     assert gpu_device() == name
+
+
+def test_a_headline_is_the_newest_record_that_fits_beside_its_bound_or_baseline():
+    shape = {"tokens": 128, "hidden": 7168, "dtype": "bfloat16"}
+    made = {"bench": "dispatch", "metric": "time p50", "unit": "us", "bound": 8.0}
+    new, old = (a_record(value=v, day=d, shape=shape, **made) for v, d in ((10.0, 2), (12.0, 1)))
+    narrow = a_record(value=1.0, day=3, shape=shape | {"hidden": 2048}, **made)
+    table = render_headlines([new, old, narrow])
+    row = next(line for line in table.splitlines() if line.startswith("| Dispatch"))
+    assert "| 10.0 us | a copy of the same bytes: 8.00 us, x 1.25 |" in row
+    assert table.count("\n") == 4, "a line for what was measured, none for the rest"
