@@ -22,7 +22,9 @@ from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.heap.cuda_loopback import open_all_cuda
 from eep_jax.models.weights import build_dense_model, expert_name
 from eep_jax.relocation.checkpoint import save_checkpoint
+from eep_jax.relocation.random_checkpoint import RandomCheckpoint
 from tests.support.engines import EngineCluster, a_request
+from tests.support.models import a_model
 from tests.support.parity import NAMES, Reference, reference
 from tests.support.parity_cluster import ParityCluster
 from tests.support.processes import ClusterUnderTest, is_out
@@ -110,10 +112,12 @@ class GpuRank(ParityCluster):
         places += [(last, place) for place in range(last, len(self.wanted.logits))]
         return np.stack([self.logits[place] for place in places])
 
-    def greedy(self, prompts: list[list[int]], tokens: int) -> list[tuple[int, ...]]:
+    def greedy(self, prompts: list[list[int]], tokens: int, seeds=None) -> list[tuple[int, ...]]:
+        """What each prompt goes on with; logits are kept by seed, its length unless given."""
         names = [f"greedy{number}" for number in range(len(prompts))]
-        for name, prompt in zip(names, prompts, strict=True):
-            self.engines[0].add(a_request(name, prompt, tokens, seed=len(prompt)))
+        seeds = seeds or [len(prompt) for prompt in prompts]
+        for name, prompt, seed in zip(names, prompts, seeds, strict=True):
+            self.engines[0].add(a_request(name, prompt, tokens, seed=seed))
         found = self.serve()
         return [found[name] for name in names]
 
@@ -183,3 +187,42 @@ def test_two_rank_processes_serve_the_tokens_of_one_also_after_a_kill(name, tmp_
             cluster.signal(1)
             cluster.wait(is_out(1), "the eviction of rank 1")
         cluster.assert_nothing_compiled()
+
+
+class LargeRank(GpuRank):
+    """One rank with layers of real size and random weights."""
+
+    def __init__(self):
+        self.logits, self.forced = {}, np.zeros(1, np.int32)
+        sizes = {"vocab_size": 8192, "hidden": 2048, "query_heads": 32, "kv_heads": 4}
+        sizes |= {"head_dim": 128, "experts_per_token": 4, "expert_hidden": 768}
+        model = a_model(**sizes)
+        config = gpu_run(model)
+        engine = {"batch_slots": 64, "prefill_tokens": 64, "row_tile": 64, "context_tokens": 128}
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine))
+        drawn = RandomCheckpoint(model, 0)
+        EngineCluster.__init__(
+            self, config, (drawn.read_dense(), drawn.read_experts(list(range(model.experts))))
+        )
+
+
+def test_a_position_has_the_same_logits_decoded_or_in_a_prompt_at_real_sizes():
+    """To the bit: so what a rank died in the midst of goes on the same on another."""
+    random, rank = np.random.default_rng(0), LargeRank().begin()
+    try:
+        prompts = [[0, *random.integers(1, 8192, n).tolist()] for n in range(4, 64, 5)]
+        produced = rank.greedy(prompts, 24)
+        decoded = dict(rank.logits)
+        # Others stand beside them now, and nine tokens more are read instead of decoded.
+        begun = [[*prompt, *known[:9]] for prompt, known in zip(prompts, produced, strict=True)]
+        assert rank.begin().greedy(begun, 15, seeds=[len(p) for p in prompts]) == [
+            known[9:] for known in produced
+        ]
+        for prompt in prompts:
+            for position in range(len(prompt) + 8, len(prompt) + 23):
+                place = (len(prompt), position)
+                np.testing.assert_array_equal(
+                    rank.logits[place], decoded[place], err_msg=str(place)
+                )
+    finally:
+        rank.close()
