@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_timing import shapes_of
-from benchmarks.static.exchanges import AXIS
+from benchmarks.static.exchanges import AXIS, EXCHANGES
 from benchmarks.wide import decode, decode_report, decode_sizes
 from benchmarks.wide.decode import World
 from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
@@ -16,9 +16,11 @@ from benchmarks.wide.exchange_report import Found
 from benchmarks.wide.workers import Machine
 from eep_jax.models.memory import memory_per_rank
 from launch.flags import load_config
-from tests.support.lowering import kernels, like, on_h100
+from tests.support.lowering import H100, kernels, like, on_h100
 
 H200 = 143_771 << 20
+COLLECTIVES = {"psum": "all_reduce", "ring": "reduce_scatter"}
+COLLECTIVES |= {name: name for name in EXCHANGES if name.endswith("all_to_all")}
 SIZES = {"ranks": 8, "batch": 64, "context_tokens": 1024}
 
 
@@ -62,19 +64,22 @@ class TestLowering:
             text = program.trace().lower(lowering_platforms=("cuda",)).as_text()
         assert not any("dispatch" in kernel for kernel in kernels(text))
 
-    @pytest.mark.parametrize("exchange", ["all_to_all", "ragged_all_to_all"])
-    def test_static_steps_lower_for_gpus(self, exchange):
-        world = a_world("tiny_cpu")
-        mesh = jax.sharding.AbstractMesh((2,), (AXIS,))
-        dense, bank, cache, _, _, batch, _ = arguments_of(world)
+    @pytest.mark.parametrize("exchange", EXCHANGES)
+    def test_static_steps_lower_with_the_experts_kernels_for_a_mesh_of_h100s(self, exchange):
+        world = a_world()
+        mesh = jax.sharding.AbstractMesh((2,), (AXIS,), abstract_device=H100.abstract_device)
         split = jax.sharding.NamedSharding(mesh, jax.P(AXIS))
         whole = lambda leaf: jax.ShapeDtypeStruct(
             (2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype, sharding=split
         )
-        parts = [jax.tree.map(whole, part) for part in (bank, cache, batch)]
-        traced = world.static(exchange, mesh).trace(dense, *parts)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert exchange in text
+        with jax.sharding.use_abstract_mesh(mesh):
+            dense, bank, cache, _, _, batch, _ = arguments_of(world)
+            parts = [jax.tree.map(whole, part) for part in (bank, cache, batch)]
+            traced = world.static(exchange, mesh).trace(dense, *parts)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        # Gate and up, and down, of each layer with experts.
+        assert len(kernels(text)) == 2 * world.config.model.moe_layers
+        assert COLLECTIVES[exchange] in text
 
 
 class TestSizes:
