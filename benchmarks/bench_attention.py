@@ -3,8 +3,9 @@
     python -m benchmarks.bench_attention --out=benchmarks/results/attention.jsonl
 
 A kernel's answer is compared with float32 before it is timed; one that cannot be compiled, or is
-wrong, is named and left out, and the status is 1 if it is the one that serving takes. The bound is the time to read, once, the keys and values that some
-token sees. Caches of several layers take turns, so that none is in the GPU's own cache.
+wrong, is named and left out, and the status is 1 if it is the one that serving takes. The bound is
+the time to read, once, the keys and values that some token sees. Caches of several layers take
+turns, so that none is in the GPU's own cache.
 """
 
 import dataclasses
