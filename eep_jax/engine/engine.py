@@ -29,6 +29,7 @@ from pallas_kernels.signals import first_round
 # the next one records the graph that later ones replay: no peer should wait for that.
 FIRST_RUNS = {"cpu": 1, "gpu": 3}
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+CACHED_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +48,25 @@ class WarmUp:
     executables_s: float  # to load or compile them
     run_s: float  # to run each for the first times
     origins: dict[str, str]  # by step: `loaded`, or `compiled: ` and why
-    compilations: int  # by XLA, of anything, since the engine began
+    compilations: int  # by XLA, of anything, since the engine began; its cache's are not counted
 
 
 class CompileCounter:
-    """Counts compilations of this process by JAX's own monitoring events."""
+    """Counts compilations of this process by JAX's own monitoring events.
+
+    `total` is of all that was asked of XLA, `cached` of those that its cache on disk answered.
+    """
 
     def __init__(self):
-        self.total = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self.total = self.cached = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_) -> None:
+    def _on_duration(self, event: str, duration: float, **_) -> None:
         self.total += event == COMPILE_EVENT
+
+    def _on_event(self, event: str, **_) -> None:
+        self.cached += event == CACHED_EVENT
 
 
 class Engine:
@@ -128,11 +136,12 @@ class Engine:
             jax.block_until_ready(result.suspicion)
         self._warm_compilations = self.compilations.total
         origins = dict(self._store.origins)
-        return WarmUp(ready - started, time.monotonic() - ready, origins, self.compilations.total)
+        compiled = self.compilations.total - self.compilations.cached
+        return WarmUp(ready - started, time.monotonic() - ready, origins, compiled)
 
     @property
     def compilations_since_start(self) -> int:
-        """Compilations after `warm_up`; stays 0 over every change of membership."""
+        """Of anything, cached or not, after `warm_up`; stays 0 over every change of membership."""
         return self.compilations.total - self._warm_compilations
 
     @property
