@@ -6,9 +6,10 @@ from absl import flags
 
 from benchmarks import bench_recovery, bench_rejoin, rank_cycles
 from benchmarks.bench_sources import PlainSocket, _sized
-from benchmarks.rank_cycles import Measured, Unfit, _judge
+from benchmarks.rank_cycles import Answers, Measured, Unfit, _judge, judge_answers
 from configs import small_moe_h100x1, tiny_cpu
 from eep_jax.config import RunConfig
+from launch.load import Result
 
 VICTIM, KILL_S, START_S = 1, 100.0, 104.0
 REPAIR = {
@@ -78,7 +79,8 @@ def flag_values(monkeypatch):
 
 @pytest.mark.parametrize("bench", [bench_recovery, bench_rejoin])
 def test_every_row_has_its_three_values(flag_values, bench):
-    measured = Measured(tiny_cpu.get_config(), [13.0, 14.0, 15.0], [a_cycle(), a_cycle()])
+    answers = Answers(9, 0, 0)
+    measured = Measured(tiny_cpu.get_config(), [13.0, 14.0, 15.0], [a_cycle(), a_cycle()], answers)
     records = bench.rows(measured).records
     assert len(records) % 3 == 0
     by_metric = {(r.bench, r.metric): r for r in records}
@@ -88,6 +90,35 @@ def test_every_row_has_its_three_values(flag_values, bench):
     if bench is bench_rejoin:
         share = by_metric["rejoin", "survivors_share p50"].value
         assert share == pytest.approx(0.5, rel=0.1)
+
+
+def a_result(text, start_s=90.0, end_s=110.0, **facts):
+    """Half of its tokens came before the kill."""
+    before = (start_s + 0.1,) * (len(text) // 2)
+    times = before + (end_s,) * (len(text) - len(before))
+    values = {"job": 0, "finish_reason": "length", "error": None} | facts
+    return Result(text=text, start_s=start_s, end_s=end_s, token_times=times, **values)
+
+
+def test_completions_are_those_of_the_unharmed_run():
+    truth, config = [a_result("abcdefgh")], tiny_cpu.get_config()
+    assert judge_answers([truth[0], truth[0]], truth, [KILL_S], config) == Answers(2, 0, 0)
+    with pytest.raises(Unfit, match="another text"):
+        judge_answers([a_result("abcdefgX")], truth, [KILL_S], config)
+    with pytest.raises(Unfit, match="lost"):
+        judge_answers([a_result("abcdefgh", error="gone")], truth, [KILL_S], config)
+
+
+def test_with_drawn_weights_on_a_gpu_what_was_read_again_may_differ_and_is_counted():
+    truth, config = [a_result("abcdefgh")], small_moe_h100x1.get_config()
+    judge = lambda *results: judge_answers(list(results), truth, [KILL_S], config)
+    assert judge(truth[0], a_result("abcdefXX")) == Answers(2, 1, 0)
+    assert judge(a_result("aXcdefgh")) == Answers(1, 1, 1), "before the kill"
+    assert judge(a_result("abcdefXX", 101.0, 110.0)) == Answers(1, 1, 1), "after it"
+    with pytest.raises(Unfit, match="ended by stop"):
+        judge(a_result("abcd", finish_reason="stop"))
+    with pytest.raises(Unfit, match="lost"):
+        judge(a_result("abcdefgh", error="gone"))
 
 
 def test_on_paper_at_most_two_percent_of_slots_move_before_resuming():
