@@ -38,6 +38,7 @@ from benchmarks.static.front import StaticService
 from benchmarks.static.processes import with_ranks
 from benchmarks.wide.workers import Machine
 from eep_jax.config import RunConfig
+from eep_jax.placement.placement import EMPTY
 from launch import flags
 from launch.cluster import ClusterFailed, LocalCluster, events_since, is_whole, rank_name
 from launch.console import say
@@ -60,7 +61,9 @@ def define() -> None:
     f.DEFINE_list("systems", list(SYSTEMS), "Which of them.")
     f.DEFINE_string("exchange", "all_to_all", "Of the static ranks, see bench_static.")
     f.DEFINE_bool("rejoin", True, "Wait for the return of the killed elastic rank.")
-    f.DEFINE_bool("await_backups", False, "Kill once backups have all that only the victim serves.")
+    f.DEFINE_bool(
+        "await_backups", False, "Kill once others have backups of what only the victim has."
+    )
     f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
 
 
@@ -174,18 +177,21 @@ async def _elastic(name: str, config: RunConfig, victim: int) -> AsyncIterator[H
 
     async with started(cluster):
         if values.await_backups:
-            kept = backed_up(victim, config.model.experts)
-            await cluster.wait_for(kept, DEADLINE_S, "a backup of every expert")
+            what = f"a backup of every expert of rank {victim} alone"
+            await cluster.wait_for(backed_up(victim), DEADLINE_S, what)
         harmed = Harmed(cluster.url, lambda: cluster.kill(rank_name(victim)), again)
         yield harmed
 
 
-def backed_up(victim: int, experts: int):
-    """Whether others than the victim have every expert in host memory."""
+def backed_up(victim: int):
+    """Whether others than the victim have all experts in host memory that it alone has in slots."""
 
     def check(status: dict) -> bool:
-        others = (r["backups"] for r in status["ranks"] if r["rank"] != victim)
-        return len(set().union(*others)) == experts
+        rows = status["experts"]["placement"]
+        elsewhere = set().union(*(row for rank, row in enumerate(rows) if rank != victim))
+        needed = set(rows[victim]) - elsewhere - {EMPTY}
+        kept = (set(r["backups"]) for r in status["ranks"] if r["rank"] != victim)
+        return needed <= set().union(*kept)
 
     return check
 

@@ -6,6 +6,7 @@ import pathlib
 
 from benchmarks.wide.running import Part
 from benchmarks.wide.workers import Machine
+from eep_jax.models.memory import expert_bytes
 from launch.flags import load_config
 
 
@@ -157,7 +158,9 @@ def _recovery(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bo
         )
     ]
     once = ("--override=cluster.redundancy=1", "--override=cluster.sources=local,peer,backup")
-    room = 64 << 20 if config.startswith("tiny") else 12 << 30
+    # Memory of all ranks together for each expert once, and one more under way.
+    own = -(-experts_of(config) // machine.ranks) + 2
+    room = own * (expert_bytes(load_config(config)) + (1 << 20))
     # The survivors have slots for all experts, of which each is on one rank alone.
     slots = -(-experts_of(config) // (machine.ranks - 1)) + 1
     once += (f"--override=cluster.ranks={machine.ranks}",)
@@ -200,9 +203,9 @@ def _chained(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: boo
         command += tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
         command += (f"--fault_plan={plan}", f"--concurrency={8 if small else 48}")
         command += (f"--phase_s={3 if small else 6}", _out(directory, name))
-        # Each run compiles the same: the first one keeps it for the others.
+        # Each run compiles the same: on GPUs the first one keeps it for the others.
         cache = (("JAX_COMPILATION_CACHE_DIR", str(directory / "compile_cache")),)
-        found.append(Part("chained", name, command, 240.0, cache))
+        found.append(Part("chained", name, command, 240.0, cache if machine.gpus else ()))
     return found
 
 

@@ -48,6 +48,9 @@ def cpu_rank_environment() -> dict[str, str]:
         "XLA_FLAGS": flags if single in flags else f"{flags} {single}".strip(),
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # What XLA:CPU loaded from a cache on disk lacks functions once it is kept again: a rank
+        # that returned could not run the step that its last process kept. Steps are kept anyway.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
 
 

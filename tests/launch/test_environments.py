@@ -129,13 +129,15 @@ class TestGpuEnvironment:
         assert set(values) == {"0.0", "-1", "cuda,cpu", str(CACHE)}
 
 
-def test_a_cpu_rank_computes_on_one_thread_and_keeps_no_executables(monkeypatch):
+def test_a_cpu_rank_computes_on_one_thread_and_uses_no_cache_of_the_user(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/d")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
     assert cpu_rank_environment() == {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_dump_to=/d --xla_cpu_multi_thread_eigen=false",
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
 
 

@@ -62,10 +62,11 @@ def test_the_record_of_the_repair_is_that_of_the_change_after_the_kill():
     assert not told_of(later_s)(status)
 
 
-def test_a_kill_waits_until_others_than_the_victim_have_every_expert_in_host_memory():
-    ready = backed_up(victim=1, experts=4)
-    assert not ready(a_status())
-    assert ready(a_status(ranks=[{"rank": 0, "backups": [3, 1, 0, 2]}, {"rank": 1, "backups": []}]))
-    assert not ready(
-        a_status(ranks=[{"rank": 0, "backups": []}, {"rank": 1, "backups": [0, 1, 2, 3]}])
+def test_a_kill_waits_for_backups_of_what_only_the_victim_serves():
+    ready = backed_up(victim=1)
+    of = lambda *kept: a_status(
+        experts={"placement": [[0, 1, -1], [1, 2, 3]]},
+        ranks=[{"rank": rank, "backups": experts} for rank, experts in enumerate(kept)],
     )
+    assert not ready(of([0, 1, 2], [3])) and not ready(of([], [0, 1, 2, 3]))
+    assert ready(of([2, 3], []))
