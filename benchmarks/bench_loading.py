@@ -1,13 +1,16 @@
-"""How fast a rank's experts come from a Hugging Face directory into its bank, beside plain reads.
+"""How fast a rank's weights come from storage to where it computes, beside plain reads.
 
     python -m benchmarks.bench_loading [--directory=DIR] [--out=benchmarks/results/loading.jsonl]
 
-Without a directory one with random bfloat16 weights is written first, 0.9 GB. In turn are timed:
-reading the bytes of the rank's experts once, tensor by tensor into memory, and loading them:
-read, turned, and written into the slab. `cold`: the system was told to forget the files before;
-what is below the system may remember them all the same. One expert is compared bit by bit first.
+Without a directory one with random bfloat16 weights is written first, 1 GB. From it, and from what
+launch.convert makes of it, a rank's experts are loaded into its bank and the dense weights into
+JAX: read, turned where they are stored the other way round, compared with digests where there are
+any. In turn with that the same bytes are read into memory and nothing else: by one thread, and by
+as many as load. `cold`: the system was told to forget the files before; what is below the system
+may remember them all the same. One expert and all dense weights are compared first.
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -24,106 +27,184 @@ from benchmarks.harness import Record, append, compared, cpu_device, percentile
 from launch import flags
 from launch.environments.local import cpu_rank_environment
 
+BLOCK_BYTES = 4 << 20  # of plain reads
 FIELDS = {
     "architectures": ["Qwen3MoeForCausalLM"],
-    "head_dim": 64,
+    "head_dim": 128,
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
     "norm_topk_prob": True,
-    "num_attention_heads": 8,
+    "num_attention_heads": 32,
     "num_experts": 32,
     "num_experts_per_tok": 8,
     "num_hidden_layers": 3,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
-    "vocab_size": 256,
+    "vocab_size": 2048,
 }
-RANKS = 4  # rank 0 of so many loads its share
+RANKS = 2  # rank 0 of so many loads its share: as of Qwen3-30B-A3B's, a fifth of it is dense
 
 
 def define_flags() -> None:
     absl_flags.DEFINE_string("directory", None, "A Hugging Face directory; none: random weights.")
-    absl_flags.DEFINE_integer("samples", 7, "How often each is timed; the median counts.", 1)
+    absl_flags.DEFINE_integer("samples", 9, "How often each is timed; the median counts.", 1)
     absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the figures.")
 
 
 def main() -> int:
     os.environ.update(cpu_rank_environment())
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every piece
     options = absl_flags.FLAGS
+    records = []
     with tempfile.TemporaryDirectory(prefix="eep-bench-") as scratch:
-        root = pathlib.Path(options.directory or scratch)
+        root = pathlib.Path(options.directory or scratch) / ("" if options.directory else "hf")
         if not options.directory:
             write_random(root)
-        records = [r for cold in (True, False) for r in measure(root, options.samples, cold)]
+        converted = convert(root, pathlib.Path(scratch) / "converted")
+        for name, directory in (("safetensors", root), ("orbax", converted)):
+            for dtype in ("bfloat16", "float32"):
+                rank = Rank(directory, dtype)
+                rank.check(root)
+                for cold in (True, False):
+                    records += measure(rank, name, options.samples, cold)
     if options.out:
         append(pathlib.Path(options.out), records)
     return 0
 
 
-def measure(root: pathlib.Path, samples: int, cold: bool) -> list[Record]:
-    """Times both in turn; prints and returns the record of loading."""
-    from eep_jax.config import EngineConfig
-    from eep_jax.heap.loopback import LoopbackHeap
-    from eep_jax.models.expert_bank import ExpertBank, slab_layout
-    from eep_jax.relocation.executor import Executor
+def convert(root: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    from eep_jax.relocation.conversion import Conversion
     from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
 
-    checkpoint = HuggingFaceCheckpoint(root, "bfloat16")
-    experts = tuple(range(0, checkpoint.model.experts, RANKS))
-    layout = slab_layout(checkpoint.model, EngineConfig(dtype="bfloat16"), 1, len(experts))
-    bank = ExpertBank(layout, LoopbackHeap(0, 1, layout.slab_bytes))
-    ranges = sorted(place for expert in experts for place in checkpoint.places(expert))
-    nbytes = sum(end - start for _, start, end in ranges)
-    buffer = np.zeros(nbytes, np.uint8)
-    executor, plain_s, own_s = Executor(bank, checkpoint), [], []
+    for _ in Conversion(HuggingFaceCheckpoint(root), out).run():
+        pass
+    os.sync()
+    return out
 
-    def load() -> None:
-        for slot in range(len(experts)):
-            bank.clear(slot)
-        executor.carry_out(experts, ())
 
-    def read() -> None:
-        files = {path: os.open(path, os.O_RDONLY) for path, _, _ in ranges}
-        at = 0
-        for path, start, end in ranges:
-            assert os.preadv(files[path], [buffer[at : at + end - start]], start) == end - start
-            at += end - start
+class Rank:
+    """Rank 0 with a bank of `dtype`, and a directory of weights in bfloat16."""
+
+    def __init__(self, root: pathlib.Path, dtype: str):
+        import jax
+
+        from eep_jax.config import EngineConfig
+        from eep_jax.heap.loopback import LoopbackHeap
+        from eep_jax.models.expert_bank import ExpertBank, slab_layout
+        from eep_jax.models.weights import decoder_graph
+        from eep_jax.relocation.checkpoint import Checkpoint
+        from eep_jax.relocation.executor import Executor
+        from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint, is_hugging_face
+
+        # As a run does: what has no dtype of its own is converted while it is read.
+        make = HuggingFaceCheckpoint if is_hugging_face(root) else lambda path, _: Checkpoint(path)
+        self.root, self.dtype, self.checkpoint = root, dtype, make(root, dtype)
+        model = self.checkpoint.model
+        self.experts = tuple(range(0, model.experts, RANKS))
+        layout = slab_layout(model, EngineConfig(dtype=dtype), 1, len(self.experts))
+        self.bank = ExpertBank(layout, LoopbackHeap(0, 1, layout.slab_bytes))
+        self._executor = Executor(self.bank, self.checkpoint)
+        self._dtypes = decoder_graph(model, jax.numpy.dtype(dtype))[1]
+        self.ranges = self._ranges()
+        self.nbytes = sum(end - start for _, start, end in self.ranges)
+        self._buffer = np.zeros(self.nbytes, np.uint8)
+
+    def load(self) -> list:
+        """Everything that a rank needs; returns the dense weights."""
+        import jax
+
+        from eep_jax.models.weights import put_dense
+
+        for slot in range(len(self.experts)):
+            self.bank.clear(slot)
+        dense = put_dense(self.checkpoint.read_dense(), self._dtypes)
+        self._executor.carry_out(self.experts, ())
+        return jax.block_until_ready(dense)
+
+    def read(self, threads: int) -> None:
+        """The same bytes, a block at a time, into memory that was written before."""
+        files = {path: os.open(path, os.O_RDONLY) for path, _, _ in self.ranges}
+        blocks, at = [], 0
+        for path, start, end in self.ranges:
+            for first in range(start, end, BLOCK_BYTES):
+                size = min(BLOCK_BYTES, end - first)
+                blocks.append((files[path], self._buffer[at : at + size], first))
+                at += size
+
+        def one(block) -> None:
+            number, into, first = block
+            assert os.preadv(number, [into], first) == len(into)
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, blocks))
         for number in files.values():
             os.close(number)
 
-    load()  # the slab's pages exist from here on
-    wanted = checkpoint.read_experts([experts[-1]])[experts[-1]]
-    if bank.read(len(experts) - 1).tobytes() != wanted.tobytes():
-        raise AssertionError("what was loaded is not what the files say")
+    def check(self, root: pathlib.Path) -> None:
+        """Raises AssertionError unless what is loaded is what the Hugging Face files say."""
+        from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+
+        wanted = HuggingFaceCheckpoint(root, self.dtype)
+        dense = wanted.read_dense()
+        for name, found in zip(self._dtypes, self.load(), strict=True):
+            if np.asarray(found).tobytes() != dense[name].astype(self._dtypes[name]).tobytes():
+                raise AssertionError(f"{name} of {self.root} is not what the files say")
+        last = wanted.read_experts([self.experts[-1]])[self.experts[-1]]
+        if self.bank.read(len(self.experts) - 1).tobytes() != last.tobytes():
+            raise AssertionError(f"an expert of {self.root} is not what the files say")
+
+    def _ranges(self) -> list[tuple[pathlib.Path, int, int]]:
+        """(file, first byte, last byte + 1) of all that `load` reads."""
+        checkpoint, found = self.checkpoint, []
+        if hasattr(checkpoint, "places"):
+            found = checkpoint.dense_places()
+            return sorted(found + [p for e in self.experts for p in checkpoint.places(e)])
+        skipped = {f"e{e:03d}" for e in range(checkpoint.model.experts)}
+        skipped -= {f"e{e:03d}" for e in self.experts}
+        for path in sorted((self.root / "weights").rglob("0*")):
+            if path.is_file() and path.parent.name not in skipped:
+                found.append((path, 0, path.stat().st_size))
+        return found
+
+
+def measure(rank: Rank, source: str, samples: int, cold: bool) -> list[Record]:
+    """Times all in turn; prints and returns the records of loading."""
+    from eep_jax.relocation.digests import threads
+
+    work = {"load": rank.load, "one": lambda: rank.read(1), "all": lambda: rank.read(threads())}
+    taken = {name: [] for name in work}
     for _ in range(samples):
-        for work, taken in ((read, plain_s), (load, own_s)):
+        for name, body in work.items():
             if cold:
-                forget({path for path, _, _ in ranges})
+                forget({path for path, _, _ in rank.ranges})
             started = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - started)
-    own, plain = (nbytes / percentile(taken, 50) / 1e9 for taken in (own_s, plain_s))
-    state = "cold" if cold else "cached"
+            body()
+            taken[name].append(time.perf_counter() - started)
+    rates = {name: rank.nbytes / percentile(found, 50) / 1e9 for name, found in taken.items()}
+    model, state = rank.checkpoint.model, "cold" if cold else "cached"
+    shape = {"source": source, "bank": rank.dtype, "cache": state, "bytes": rank.nbytes}
+    shape |= {"hidden": model.hidden, "expert_hidden": model.expert_hidden, "samples": samples}
+    shape |= {"layers": model.moe_layers, "experts": len(rank.experts)}
     print(
-        f"loading   {state} {nbytes / 1e6:.0f} MB   {own:.2f} GB/s   read once {plain:.2f} GB/s   "
-        f"{own / plain:.0%}   n={samples}"
+        f"loading   {source} into {rank.dtype} {state} {rank.nbytes / 1e6:.0f} MB   "
+        f"{rates['load']:.2f} GB/s   read by one thread {rates['one']:.2f} GB/s, "
+        f"{rates['load'] / rates['one']:.0%}   by {threads()} {rates['all']:.2f} GB/s, "
+        f"{rates['load'] / rates['all']:.0%}   n={samples}",
+        flush=True,
     )
-    model = checkpoint.model
-    shape = {"hidden": model.hidden, "expert_hidden": model.expert_hidden, "samples": samples}
-    shape |= {"layers": model.moe_layers, "experts": len(experts), "cache": state}
     return [
         Record(
             bench="loading",
             metric="rate",
-            value=own,
+            value=rates["load"],
             unit="GB/s",
             device=cpu_device(),
             ranks=1,
-            shape=shape,
-            **compared(plain, own),
+            shape=shape | {"readers": readers},
+            **compared(rates[against], rates["load"]),
         )
+        for against, readers in (("one", 1), ("all", threads()))
     ]
 
 
@@ -141,6 +222,7 @@ def write_random(root: pathlib.Path) -> None:
 
     from eep_jax.models.families import registry
 
+    root.mkdir()
     (root / "config.json").write_text(json.dumps(FIELDS))
     model, family = registry.read_model(root), registry.family_of(FIELDS)
     shards = {"dense": list(family.dense(model).values())}

@@ -22,6 +22,7 @@ from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.kv_cache import KVCache, empty_cache, zeros_of_cache
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
+from eep_jax.models.weights import put_dense
 from eep_jax.tables import Tables, call_of, solo_tables
 from pallas_kernels.signals import first_round
 
@@ -102,8 +103,7 @@ class Engine:
             slab_bytes=heap.slab_bytes,
         )
         self._step, dtypes = make_step(config, spread)
-        # `device_put` compiles nothing, as `asarray` would for each shape.
-        self._dense = [jax.device_put(dense[name].astype(dtype)) for name, dtype in dtypes.items()]
+        self._dense = put_dense(dense, dtypes)
         self.bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
         self._store = store or ExecutableStore(None, step_facts(config, rank))

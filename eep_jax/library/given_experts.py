@@ -7,7 +7,8 @@ import numpy as np
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import expert_name
-from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.digests import digest
 
 
 class GivenExperts:

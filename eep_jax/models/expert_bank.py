@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from eep_jax.config import EngineConfig, ModelConfig
+from eep_jax.heap.copies import copy_values
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.placement import EMPTY
 from pallas_kernels.expert_gemm.config import WIDTH_MULTIPLE
@@ -159,38 +160,21 @@ class ExpertBank:
         self._heap.copy_in_all(_joined(moves, self.rank))
 
     def holds(self, slot: int, expert: int) -> None:
-        """The slot was written by `copy_all`, and holds this expert whole."""
+        """The slot was written by `copy_all` or since `begin`, and holds this expert whole."""
         self._contents[slot] = expert
 
-    def write_parts(self, slot: int, expert: int, parts) -> int:
-        """`write` of an expert that comes as (layer, matrix, `[F D]`), one after the other.
+    def target(self, slot: int) -> "SlotTarget":
+        """The slot's memory, to be filled block by block after `begin`."""
+        return SlotTarget(self.layout, self._heap, slot)
 
-        Returns how many bytes came. Until the last part is written the slot holds no expert; raises
-        ValueError for a part of another shape, or where parts are missing.
-        """
-        slot_region, (layers, matrices, width, hidden) = (
-            self.layout.slot(slot),
-            self.layout.expert_shape,
-        )
+    def begin(self, slot: int) -> None:
+        """The slot is being written, and holds no expert until `holds`; padding becomes zeros."""
         self._contents[slot] = EMPTY
-        room = self.layout.padded_shape[2] * hidden * slot_region.dtype.itemsize
-        written, nbytes = set(), 0
-        for layer, matrix, values in parts:
-            if np.shape(values) != (width, hidden):
-                raise ValueError(
-                    f"a part of expert {expert} is {np.shape(values)}, not {(width, hidden)}"
-                )
-            narrow = np.asarray(values).astype(slot_region.dtype, copy=False)
-            offset = slot_region.offset + (layer * matrices + matrix) * room
-            self._heap.write(offset, narrow)
-            if narrow.nbytes < room:
-                self._heap.write(offset + narrow.nbytes, np.zeros(room - narrow.nbytes, np.uint8))
-            written.add((layer, matrix))
-            nbytes += values.nbytes
-        if len(written) != layers * matrices:
-            raise ValueError(f"expert {expert} has {layers * matrices} parts, {len(written)} came")
-        self._contents[slot] = expert
-        return nbytes
+        region, shape = self.layout.slot(slot), self.layout.expert_shape
+        if region.shape != shape:
+            own, full = (math.prod(s[2:]) * self.dtype.itemsize for s in (shape, region.shape))
+            for matrix in range(math.prod(shape[:2])):
+                self._heap.fill_zero(region.offset + matrix * full + own, full - own)
 
     def clear(self, slot: int) -> None:
         self._contents[slot] = EMPTY
@@ -225,3 +209,52 @@ def _joined(copies: list[tuple[int, int, int, int]], own: int) -> list[tuple[int
                 continue
         joined.append((offset, rank, source, nbytes))
     return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotTarget:
+    """A slot that is written in any order, from several threads; see relocation/blocks.py.
+
+    `at` counts values of `[L 3 F D]` in C order, without padding.
+    """
+
+    layout: SlabLayout
+    heap: SymmetricHeap
+    slot: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.layout.bank.dtype
+
+    def memory(self, at: int, count: int) -> np.ndarray | None:
+        """`[count]` values in the slab; None on a device, and where padding lies between them."""
+        parts = list(self._parts(at, count))
+        if self.heap.device != "cpu" or len(parts) != 1:
+            return None
+        ((offset, _),) = parts
+        own = self.heap.whole()[self.heap.rank]
+        return own[offset : offset + count * self.dtype.itemsize].view(self.dtype)
+
+    def put(self, at: int, values: np.ndarray) -> None:
+        """Stores values, converted; a matrix that is turned must lie between paddings."""
+        memory = self.memory(at, values.size)
+        if memory is not None:
+            copy_values(memory.reshape(values.shape), values)
+            return
+        flat = np.ascontiguousarray(values).astype(self.dtype, copy=False).reshape(-1)
+        for offset, count in self._parts(at, flat.size):
+            self.heap.write(offset, flat[:count])
+            flat = flat[count:]
+
+    def _parts(self, at: int, count: int):
+        """(offset in the slab, values) of each run without padding in it."""
+        own, full = (math.prod(s[2:]) for s in (self.layout.expert_shape, self.layout.padded_shape))
+        base, itemsize = self.layout.slot(self.slot).offset, self.dtype.itemsize
+        if own == full:
+            yield base + at * itemsize, count
+            return
+        while count > 0:
+            matrix, inside = divmod(at, own)
+            run = min(count, own - inside)
+            yield base + (matrix * full + inside) * itemsize, run
+            at, count = at + run, count - run

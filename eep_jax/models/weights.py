@@ -1,5 +1,9 @@
 """Weights as named arrays: the dense part by path, each expert as one array over all layers."""
 
+import concurrent.futures
+import os
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +57,20 @@ def decoder_graph(config: ModelConfig, dtype=jnp.float32):
     graph, state = nnx.split(abstract)
     flat, tree = jax.tree_util.tree_flatten_with_path(state)
     return (graph, tree), {_path_name(path): leaf.dtype for path, leaf in flat}
+
+
+def put_dense(dense: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dtype]) -> list[jax.Array]:
+    """The weights of `decoder_graph` on JAX's device, in its order and dtypes.
+
+    A few at a time: `dense` may read a weight when it is looked up. Raises what that raises.
+    """
+
+    def put(name: str) -> jax.Array:
+        # `device_put` compiles nothing, as `asarray` would for each shape.
+        return jax.device_put(dense[name].astype(dtypes[name], copy=False))
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return list(threads.map(put, dtypes))
 
 
 def merge_decoder(graph, leaves) -> Decoder:

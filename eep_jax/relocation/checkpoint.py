@@ -3,7 +3,9 @@
     <directory>/manifest.json   model sizes, and the digest of every weight
     <directory>/weights/        Orbax: {"dense": {name: array}, "experts": {"e007": [L 3 F D]}}
 
-Orbax restores just the named leaves (`partial_restore`), so a repair reads only its orphans.
+A weight is one chunk, not compressed (`"chunks": "plain"` in the manifest): a file of its bytes,
+which several threads read to where they belong, comparing digests on the way. Orbax restores all of
+it, or just the named leaves; in that way checkpoints of other chunks are read.
 
 One that is written piece by piece (`conversion.py`), of which no more than a piece is ever in
 memory, has `"layout": "pieces"` in its manifest, and an Orbax checkpoint for each of its pieces:
@@ -14,7 +16,7 @@ memory, has `"layout": "pieces"` in its manifest, and an Orbax checkpoint for ea
 """
 
 import dataclasses
-import hashlib
+import functools
 import json
 import pathlib
 
@@ -24,18 +26,18 @@ import orbax.checkpoint as ocp
 
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
+from eep_jax.heap.copies import empty_aligned
 from eep_jax.models.weights import expert_name
+from eep_jax.relocation.block_loader import Job, load_arrays, wrong_digest
+from eep_jax.relocation.blocks import ArrayTarget, Block, Target
+from eep_jax.relocation.digests import digest, digest_like, is_blocked
 from eep_jax.relocation.manifest import MANIFEST, read_manifest
+from eep_jax.relocation.plain_arrays import PlainArray, plain_array, save_plain
 from eep_jax.relocation.shards import open_orbax
 
 WEIGHTS = "weights"
 PIECES = "pieces"  # value of "layout" in the manifest
-
-
-def digest(array: np.ndarray) -> str:
-    """Names the content of an array: 128 bits of BLAKE2b over its bytes, as hexadecimal."""
-    contiguous = np.ascontiguousarray(array)
-    return hashlib.blake2b(contiguous.view(np.uint8).reshape(-1).data, digest_size=16).hexdigest()
+PLAIN = "plain"  # value of "chunks" in the manifest
 
 
 def save_checkpoint(
@@ -44,12 +46,11 @@ def save_checkpoint(
     """Writes weights and manifest; `directory` must not exist. `facts` are kept in the manifest."""
     root = pathlib.Path(directory).absolute()
     root.mkdir(parents=True)
-    with open_orbax() as checkpointer:
-        tree = {"dense": dense, "experts": experts}
-        checkpointer.save(root / WEIGHTS, args=ocp.args.PyTreeSave(tree))
+    save_plain(root / WEIGHTS, {"dense": dense, "experts": experts})
     manifest = {
         "model": dataclasses.asdict(config),
         "dtype": str(next(iter(experts.values())).dtype),
+        "chunks": PLAIN,
         "facts": facts,
         "dense": {name: digest(array) for name, array in dense.items()},
         "experts": {name: digest(array) for name, array in experts.items()},
@@ -98,20 +99,67 @@ class Checkpoint:
         arrays = self._read("experts", [expert_name(e) for e in experts])
         return {e: arrays[expert_name(e)] for e in experts}
 
-    def _read(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+    def expert_job(self, expert: int, target: Target, in_place: bool) -> Job | None:
+        """How to load an expert block by block; None where its chunk is not plain."""
+        name = expert_name(expert)
+        expected = self.manifest["experts"].get(name, "")
+        if not self._is_plain or not is_blocked(expected):
+            return None
+        blocks = functools.partial(self._blocks, "experts", name, self.model.expert_shape)
+        return Job(self._title("experts", name), blocks, target, expected, in_place)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.manifest.get("chunks") == PLAIN
+
+    def _title(self, part: str, name: str) -> str:
+        return f"{part} weight {name} of {self.root}"
+
+    def _array(self, part: str, name: str) -> PlainArray:
+        pieces = self.manifest.get("layout") == PIECES
+        directory = f"{piece_of(name)}/{name}" if pieces else f"{part}.{name}"
+        return plain_array(self.root / WEIGHTS / directory)
+
+    def _blocks(self, part: str, name: str, shape: tuple[int, ...]) -> list[Block]:
         try:
+            array = self._array(part, name)
+            if array.shape != tuple(shape):
+                raise CheckpointError(f"it is {list(array.shape)}, not {list(shape)}")
+            return list(array.blocks())
+        except (CheckpointError, OSError) as error:
+            raise self._unreadable([name], error) from error
+
+    def _unreadable(self, names: list[str], error: Exception) -> CheckpointError:
+        return CheckpointError(f"cannot read {names} of {self.root / WEIGHTS}: {error}")
+
+    def _read(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+        expected = {name: self.manifest[part][name] for name in names}
+        try:
+            if self._is_plain and all(map(is_blocked, expected.values())):
+                return self._load(part, expected)
             arrays = self._restore(part, names)
+        except CheckpointError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise many types for unreadable storage
-            raise CheckpointError(
-                f"cannot read {names} of {self.root / WEIGHTS}: {error}"
-            ) from error
+            raise self._unreadable(names, error) from error
         for name, array in arrays.items():
-            found, expected = digest(array), self.manifest[part][name]
-            if found != expected:
-                raise CheckpointError(
-                    f"{part} weight {name} of {self.root} has digest {found}, the manifest says "
-                    f"{expected}; the stored bytes are damaged, restore them from a copy"
-                )
+            found = digest_like(expected[name], array)
+            if found != expected[name]:
+                raise wrong_digest(self._title(part, name), found, expected[name])
+        return arrays
+
+    def _load(self, part: str, expected: dict[str, str]) -> dict[str, np.ndarray]:
+        arrays, jobs = {}, []
+        for name, wanted in expected.items():
+            try:
+                head = self._array(part, name)
+            except CheckpointError as error:
+                raise self._unreadable([name], error) from error
+            arrays[name] = empty_aligned(head.shape, head.dtype)
+            blocks = functools.partial(self._blocks, part, name, head.shape)
+            target = ArrayTarget(arrays[name])
+            jobs.append(Job(self._title(part, name), blocks, target, wanted, in_place=True))
+        load_arrays(jobs)
         return arrays
 
     def _restore(self, part: str, names: list[str]) -> dict[str, np.ndarray]:

@@ -21,13 +21,15 @@ import shutil
 from typing import Protocol
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
+from eep_jax.heap.copies import empty_aligned
 from eep_jax.models.weights import expert_name
-from eep_jax.relocation.checkpoint import MANIFEST, PIECES, WEIGHTS, digest, piece_of, restore
-from eep_jax.relocation.shards import open_orbax
+from eep_jax.relocation.block_loader import load_array
+from eep_jax.relocation.checkpoint import MANIFEST, PIECES, PLAIN, WEIGHTS, piece_of
+from eep_jax.relocation.digests import digest
+from eep_jax.relocation.plain_arrays import plain_array, save_plain
 
 RECORD = "conversion.jsonl"
 LOCK = "conversion.lock"
@@ -173,15 +175,13 @@ class Conversion:
         digests = {name: digest(array) for name, array in arrays.items()}
         directory = self.root / WEIGHTS / piece
         try:
-            with open_orbax(compressed=False) as orbax:
-                arguments = {name: _one_chunk(array) for name, array in arrays.items()}
-                orbax.save(directory, args=ocp.args.PyTreeSave(item=arrays, save_args=arguments))
+            save_plain(directory, arrays)
             del arrays
-            stored = restore(directory, list(digests))
+            stored = {name: _stored(directory / name) for name in digests}
         except Exception as error:  # Orbax and TensorStore raise many types
             raise CheckpointError(self._why(piece, error)) from error
-        for name, array in stored.items():
-            if digest(array) != digests[name]:
+        for name, found in stored.items():
+            if found != digests[name]:
                 raise CheckpointError(
                     f"{name} in {directory} is not what was written there: the storage loses or "
                     "changes bytes; nothing of this piece is recorded"
@@ -214,6 +214,7 @@ class Conversion:
             "model": dataclasses.asdict(self._source.model),
             "dtype": self._source.manifest["dtype"],
             "layout": PIECES,
+            "chunks": PLAIN,
             "facts": {"converted": self._origin},
             "dense": {name: d for name, d in digests.items() if name not in experts},
             "experts": {name: d for name, d in digests.items() if name in experts},
@@ -274,8 +275,11 @@ def _origin(source: SourceOfWeights) -> dict:
     return {"name": source.model.name, "dtype": source.manifest["dtype"], "files": files}
 
 
-def _one_chunk(array: np.ndarray) -> ocp.SaveArgs:
-    return ocp.SaveArgs(chunk_byte_size=max(1, array.nbytes))
+def _stored(directory: pathlib.Path) -> str:
+    """The digest of an array as it is on storage now."""
+    head = plain_array(directory)
+    array = empty_aligned(head.shape, head.dtype)
+    return digest(load_array(array, str(directory), head.blocks))
 
 
 def _whole_lines(record: pathlib.Path) -> list[dict]:

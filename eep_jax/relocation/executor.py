@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,9 @@ from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.block_loader import BlockLoader, Job
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.digests import digest_like
 from eep_jax.relocation.fetch_ahead import FetchAhead
 from eep_jax.relocation.patience import Patience, Pending
 from eep_jax.relocation.rates import Rates
@@ -59,6 +62,7 @@ class Executor:
         self.rates = rates or Rates()
         self._patience, self._check = Patience(fetch_deadline_ms, beat), check
         self._fetches_at_once = fetches_at_once
+        self._loader = BlockLoader(fetch_deadline_ms, beat)
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
         self.bytes_moved: dict[str, int] = {}
 
@@ -78,12 +82,20 @@ class Executor:
             move = planned.get(slot)
             usable = move is not None and move.expert == expert
             sources = move.sources if usable else (CHECKPOINT_SOURCE,)
+            if self._loader.may_still_write(self._bank.target(slot)):
+                raise RelocationFailed(f"a read that hangs may still come into slot {slot}")
             wanted.append(Move(self._bank.rank, slot, expert, sources))
         failed = self._place_together([m for m in wanted if self._can_place(m)])
         left = [m for m in wanted if self._bank.contents[m.slot] != m.expert]
         ahead = self._fetch_ahead(left, failed)
-        for move in left:
+        # What is copied goes first: its source may be a slot that another expert is loaded into.
+        loaded = [m for m in left if m.slot not in failed and self._loads(*m.sources[:1])]
+        for move in [m for m in left if m not in loaded]:
             self._fill(move, failed.get(move.slot), ahead)
+            self._beat()
+        failed = self._load_together(loaded)
+        for move in [m for m in loaded if m.slot in failed]:
+            self._fill(move, failed[move.slot], ahead)
             self._beat()
         for slot, expert in enumerate(slots):
             if expert == EMPTY:
@@ -178,7 +190,7 @@ class Executor:
             (expert, source)
             for expert, sources in following
             for source in sources
-            if not (self.is_in_memory(source) or self._streams(source))
+            if not (self.is_in_memory(source) or self._loads(source))
         ]
         return FetchAhead(wanted, self._begin_fetch, _key, self._fetches_at_once)
 
@@ -191,8 +203,8 @@ class Executor:
             try:
                 if self.place(move, source):
                     return
-                if self._streams(source):
-                    self._stream(move, source)
+                if self._loads(source):
+                    self._load(move, in_place=source is move.sources[-1])
                     return
                 weights, seconds = self._fetch(move.expert, source, ahead)
                 written = time.monotonic()
@@ -208,17 +220,42 @@ class Executor:
             + ("; ".join(failures) or "the plan names none; see cluster.sources")
         )
 
-    def _streams(self, source: Source) -> bool:
-        return source.kind is SourceKind.CHECKPOINT and hasattr(self._checkpoint, "iter_expert")
+    def _loads(self, source: Source | None = None) -> bool:
+        """Whether it is a checkpoint that is read block by block, straight into a slot."""
+        if source is None or source.kind is not SourceKind.CHECKPOINT:
+            return False
+        job_of = getattr(self._checkpoint, "expert_job", None)
+        return job_of is not None and job_of(0, self._bank.target(0), False) is not None
 
-    def _stream(self, move: Move, source: Source) -> None:
-        """Writes an expert part by part as it is read, so that no more than a part is in memory."""
-        started, parts = time.monotonic(), self._checkpoint.iter_expert(move.expert)
-        key, end = _key(source), object()
-        patient = lambda: self._patience.run(key, lambda: next(parts, end))
-        nbytes = self._bank.write_parts(move.slot, move.expert, iter(patient, end))
-        self._learn(move)
-        self._note(move, source, nbytes, time.monotonic() - started)
+    def _job(self, move: Move, in_place: bool) -> Job | None:
+        target = self._bank.target(move.slot)
+        return self._checkpoint.expert_job(move.expert, target, in_place)
+
+    def _load(self, move: Move, in_place: bool) -> None:
+        # A read that hangs, and is given up, may come later: not where another source goes on.
+        if failures := self._load_together([move], in_place):
+            raise RelocationFailed(failures[move.slot])
+
+    def _load_together(self, moves: list[Move], in_place: bool = False) -> dict[int, str]:
+        """Loads from the checkpoint, by several threads; why not, by slot, where one failed.
+
+        A slot that failed holds nothing.
+        """
+        jobs, failures = {}, {}
+        for move in moves:
+            self._bank.begin(move.slot)
+            jobs[self._job(move, in_place or len(move.sources) == 1)] = move
+        for job in self._loader.load(list(jobs)):
+            move = jobs[job]
+            if job.error is not None:
+                failures[move.slot] = str(job.error)
+                continue
+            self._bank.holds(move.slot, move.expert)
+            self._learn(move)
+            stored_bytes = math.prod(self._bank.layout.expert_shape) * self._stored_dtype.itemsize
+            self._note(move, CHECKPOINT_SOURCE, stored_bytes, job.seconds)
+            self._beat()
+        return failures
 
     def _write_checked(self, move: Move, weights: np.ndarray) -> None:
         """Writes what `_fetch` returned, and looks at the slot if that is what is left to do."""
@@ -323,7 +360,8 @@ class Executor:
         if source.kind is SourceKind.CHECKPOINT:
             return
         narrow = weights.astype(self._stored_dtype, copy=False)
-        found, expected = digest(narrow), self._checkpoint.manifest["experts"][expert_name(expert)]
+        expected = self._checkpoint.manifest["experts"][expert_name(expert)]
+        found = digest_like(expected, narrow)
         if found != expected:
             raise RelocationFailed(f"digest {found} of expert {expert}, expected {expected}")
         # Narrowing rounds, so the digest alone does not see damage in the low bits.

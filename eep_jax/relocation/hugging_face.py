@@ -1,4 +1,4 @@
-"""A Hugging Face directory read as our checkpoint is: any expert alone, one tensor at a time.
+"""A Hugging Face directory read as our checkpoint is: any expert alone, a few blocks at a time.
 
 Ranks serve straight from it, each reading the experts of its slots. Nothing is written beside it.
 """
@@ -6,30 +6,45 @@ Ranks serve straight from it, each reading the experts of its slots. Nothing is 
 import collections.abc
 import functools
 import itertools
+import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
+from eep_jax.heap.copies import copy_values, empty_aligned
 from eep_jax.models.families import registry
 from eep_jax.models.families.quantized import (
+    BFLOAT16,
     MXFP4_BLOCK,
     from_fp8,
     from_mxfp4,
     quantization_of,
     scales_shape,
 )
-from eep_jax.models.families.tensors import ExpertPart, Stored
+from eep_jax.models.families.tensors import ExpertPart, Stored, as_stored, transposed
 from eep_jax.models.weights import expert_name
-from eep_jax.relocation.checkpoint import MANIFEST, digest, require_same_model
-from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFiles
+from eep_jax.relocation.block_loader import Job, load_arrays
+from eep_jax.relocation.blocks import (
+    ArrayTarget,
+    Block,
+    Files,
+    Gate,
+    MadeBlock,
+    Room,
+    Target,
+    TurnedBlock,
+    Worker,
+    plain_blocks,
+)
+from eep_jax.relocation.checkpoint import MANIFEST, require_same_model
+from eep_jax.relocation.digests import digest
+from eep_jax.relocation.safetensors_files import DTYPES, Place, SafetensorsFiles
 
 NARROW = ("F8_E4M3", "U8")  # what quantized weights are stored as
 _ENDS = ("", "_blocks", "_scales", "_scale_inv")  # of keys that belong together
-_AHEAD = 6  # matrices that are read ahead
-_COLUMNS = 64  # that are turned at once, so that both sides stay in the cache
 
 
 def is_hugging_face(directory) -> bool:
@@ -80,91 +95,114 @@ class HuggingFaceCheckpoint:
         """All weights outside the experts, by name, each read when it is looked up."""
         return _Dense(self._dense, self._read)
 
-    def iter_dense(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All weights outside the experts, one after the other."""
-        yield from self.read_dense().items()
-
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """Just these experts, each `[L 3 F D]`. Raises CheckpointError for unknown ones."""
-        found = {}
-        for expert in experts:
-            whole = np.empty(self.model.expert_shape, self.dtype)
-            for layer, matrix, values in self.iter_expert(expert):
-                whole[layer, matrix] = values
-            found[expert] = whole
+        found = {e: empty_aligned(self.model.expert_shape, self.dtype) for e in experts}
+        load_arrays([self.expert_job(e, ArrayTarget(out), True) for e, out in found.items()])
         return found
 
-    def iter_expert(self, expert: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(layer, matrix, `[F D]`) of one expert, one after the other; nothing else is read.
-
-        A matrix is to be used before the next one is asked for, which may take its memory, and not
-        to be written to: it may be the file itself.
-        """
+    def expert_job(self, expert: int, target: Target, in_place: bool) -> Job:
+        """How to load an expert block by block; nothing else is read."""
         if not 0 <= expert < self.model.experts:
             raise CheckpointError(f"{self.root} has no expert {expert} of {self.model.experts}")
-        parts = self._family.expert(self.model, expert)
-        groups = [list(g) for _, g in itertools.groupby(parts, lambda p: (p.layer, p.matrix))]
-        room = np.empty(self.model.expert_shape[2:], self.dtype)
-        for number, members in enumerate(groups):
-            # Storage is busy with what comes next while this is turned and written.
-            for part in itertools.chain(*groups[number + 1 : number + 1 + _AHEAD]):
-                self._announce(part.stored)
-            yield members[0].layer, members[0].matrix, self._matrix(members, room)
+        blocks = functools.partial(self._expert_blocks, expert)
+        return Job(f"expert {expert} of {self.root}", blocks, target, in_place=in_place)
 
     def places(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
         """(file, first byte, last byte + 1) of everything that is read for one expert."""
         parts = (part.stored for part in self._family.expert(self.model, expert))
         tensors = {(stored.key, stored.index) for stored in parts}
-        found = (self._files.place(key + end, index) for key, index in tensors for end in _ENDS)
-        return sorted(place for place in found if place is not None)
+        return self._spans((key, index) for key, index in tensors)
 
-    def _announce(self, stored: Stored) -> None:
-        for end in _ENDS:
-            self._files.announce(stored.key + end, stored.index)
+    def dense_places(self) -> list[tuple[pathlib.Path, int, int]]:
+        """The same of everything outside the experts."""
+        return self._spans({(stored.key, None) for stored in self._dense.values()})
 
-    def _matrix(self, parts: list[ExpertPart], room: np.ndarray) -> np.ndarray:
-        """One matrix `[F D]` of an expert, its bias in the rows below; in `room` if need be."""
-        width = self.model.expert_hidden
+    def _spans(self, tensors) -> list[tuple[pathlib.Path, int, int]]:
+        found = (self._files.find(key + end, index) for key, index in tensors for end in _ENDS)
+        return sorted((p.path, p.start, p.start + p.nbytes) for p in found if p is not None)
+
+    def _expert_blocks(self, expert: int) -> Iterator[Block]:
+        layers, matrices, *size = self.model.expert_shape
+        parts = self._family.expert(self.model, expert)
+        by_matrix = itertools.groupby(parts, lambda p: (p.layer, p.matrix))
+        members = {place: list(found) for place, found in by_matrix}
+        if len(members) != layers * matrices:
+            raise CheckpointError(
+                f"expert {expert} has {len(members)} of {layers * matrices} parts"
+            )
+        for (layer, matrix), found in members.items():
+            yield from self._matrix_blocks((layer * matrices + matrix) * math.prod(size), found)
+
+    def _matrix_blocks(self, at: int, parts: list[ExpertPart]) -> Iterable[Block]:
+        stored = parts[0].stored
+        if len(parts) == 1 and not self._is_quantized(stored):
+            place = self._files.place(stored.key, stored.shape, stored.index)
+            if stored.form is as_stored:
+                return plain_blocks(at, place.count, place.dtype, place.path, place.start)
+            if stored.form is transposed:
+                return [TurnedBlock(at, place.shape, place.dtype, place.path, place.start)]
+        return [MadeBlock(at, functools.partial(self._matrix, parts))]
+
+    def _matrix(self, parts: list[ExpertPart], files: Files, room: Room) -> np.ndarray:
+        """One matrix `[F D]` of an expert, its bias in the rows below."""
+        shape, width = self.model.expert_shape[2:], self.model.expert_hidden
+        out = room.take(shape[0] * shape[1] * self.dtype.itemsize).view(self.dtype).reshape(shape)
         for part in parts:
-            values = part.stored.form(self._tensor(part.stored))
+            values = part.stored.form(self._tensor(part.stored, files, room))
             if part.bias:
-                below = room[width:].reshape(-1)
+                below = out[width:].reshape(-1)
                 below[: values.size], below[values.size :] = values, 0
-            elif len(parts) == 1 and values.dtype == room.dtype and values.flags.c_contiguous:
-                return values
             else:
-                _copy(room[:width], values)
-        return room
+                copy_values(out[:width], values)
+        return out
 
     def _read(self, stored: Stored) -> np.ndarray:
-        return np.array(stored.form(self._tensor(stored)), order="C")
+        """One weight outside the experts."""
+        worker = Worker(Files(), Room(), Gate())
+        try:
+            if stored.form is as_stored and not self._is_quantized(stored):
+                place = self._files.place(stored.key, stored.shape)
+                values = empty_aligned(place.shape, place.dtype)
+                worker.files.read(place.path, place.start, values)
+                return values
+            values = stored.form(self._tensor(stored, worker.files, worker.room))
+            out = empty_aligned(values.shape, values.dtype)
+            copy_values(out, values)
+            return out
+        finally:
+            worker.files.close()
 
-    def _tensor(self, stored: Stored) -> np.ndarray:
-        """The tensor, or its part, as values: not copied unless it is quantized."""
+    def _tensor(self, stored: Stored, files: Files, room: Room) -> np.ndarray:
+        """The tensor, or its part, as values; in `room` unless it is quantized."""
         for reader in (self._mxfp4, self._fp8):
-            if (found := reader(stored)) is not None:
+            if (found := reader(stored, files, room)) is not None:
                 return found
-        whole = self._files.read(stored.key, stored.shape)
-        return whole if stored.index is None else whole[stored.index]
+        return _values(self._files.place(stored.key, stored.shape, stored.index), files, room)
 
-    def _fp8(self, stored: Stored) -> np.ndarray | None:
+    def _fp8(self, stored: Stored, files: Files, room: Room) -> np.ndarray | None:
         key = f"{stored.key}_scale_inv"
         if self._quantization.method != "fp8" or key not in self._files:
             return None
         block = self._quantization.block
-        scales = self._files.read(key, scales_shape(stored.shape, block))
-        return from_fp8(self._files.read(stored.key, stored.shape), scales, block)
+        scales = self._files.place(key, scales_shape(stored.shape, block))
+        weight = self._files.place(stored.key, stored.shape)
+        return from_fp8(_values(weight, files, room), _values(scales, files, room), block)
 
-    def _mxfp4(self, stored: Stored) -> np.ndarray | None:
+    def _mxfp4(self, stored: Stored, files: Files, room: Room) -> np.ndarray | None:
         key = f"{stored.key}_blocks"
         if self._quantization.method != "mxfp4" or key not in self._files:
             return None
         # There the last two axes are the other way round, so that blocks lie along the inputs.
         experts, inputs, outputs = stored.shape
         shape = (experts, outputs, inputs // MXFP4_BLOCK)
-        blocks = self._files.read(key, (*shape, MXFP4_BLOCK // 2))[stored.index]
-        scales = self._files.read(f"{stored.key}_scales", shape)[stored.index]
-        return from_mxfp4(blocks, scales).T
+        blocks = self._files.place(key, (*shape, MXFP4_BLOCK // 2), stored.index)
+        scales = self._files.place(f"{stored.key}_scales", shape, stored.index)
+        return from_mxfp4(_values(blocks, files, room), _values(scales, files, room)).T
+
+    def _is_quantized(self, stored: Stored) -> bool:
+        ends = ("blocks", "scale_inv") if self._quantization.method else ()
+        return any(f"{stored.key}_{end}" in self._files for end in ends)
 
     def _check_all(self) -> None:
         """Every tensor is there in its shape; nothing of it is read."""
@@ -178,28 +216,23 @@ class HuggingFaceCheckpoint:
             self._check(stored)
 
     def _check(self, stored: Stored) -> None:
-        quantized = any(f"{stored.key}_{name}" in self._files for name in ("blocks", "scale_inv"))
-        if quantized and self._quantization.method:
+        if self._is_quantized(stored):
             return
-        found = self._files.read(stored.key, stored.shape)
+        found = self._files.place(stored.key, stored.shape)
         if found.dtype in [DTYPES[name] for name in NARROW]:
-            raise CheckpointError(
-                f"{self._files.path_of(stored.key)}: {stored.key} is {found.dtype} without scales"
-            )
+            raise CheckpointError(f"{found.path}: {stored.key} is {found.dtype} without scales")
 
     def _stored_dtype(self) -> np.dtype:
-        return self._matrix_dtype(next(iter(self._family.expert(self.model, 0))).stored)
+        stored = next(iter(self._family.expert(self.model, 0))).stored
+        if self._is_quantized(stored):
+            return BFLOAT16
+        return self._files.place(stored.key, stored.shape).dtype
 
-    def _matrix_dtype(self, stored: Stored) -> np.dtype:
-        return self._tensor(stored).dtype
 
-
-def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    if values.flags.c_contiguous:
-        out[...] = values
-        return
-    for start in range(0, out.shape[1], _COLUMNS):
-        out[:, start : start + _COLUMNS] = values[:, start : start + _COLUMNS]
+def _values(place: Place, files: Files, room: Room) -> np.ndarray:
+    data = room.take(place.nbytes)
+    files.read(place.path, place.start, data)
+    return data.view(place.dtype).reshape(place.shape)
 
 
 class _Dense(collections.abc.Mapping):

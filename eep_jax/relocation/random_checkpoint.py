@@ -7,6 +7,7 @@ one matrix at a time, so that it needs room for no more than that.
 
 import collections.abc
 import functools
+import threading
 import zlib
 
 import jax
@@ -17,7 +18,8 @@ import numpy as np
 from eep_jax.config import ModelConfig, RunConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import dense_names, expert_name
-from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.digests import digest
 from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
 STORED = np.dtype(ml_dtypes.bfloat16)
@@ -54,6 +56,8 @@ class RandomCheckpoint:
                 experts, functools.cache(lambda n: digest(self._draw_expert(experts[n])))
             ),
         }
+        # Whoever asks from several threads must not need room for several draws.
+        self._one_draw = threading.Lock()
         # While it serves, a rank may have to draw an expert, but must compile nothing any more.
         self._draw_matrix = self._compile_draw((model.expert_hidden, model.hidden))
 
@@ -108,7 +112,8 @@ class RandomCheckpoint:
         return weights
 
     def _draw(self, draw, kind: int, name: int, number: int, scale: float, **shape) -> np.ndarray:
-        return np.asarray(draw(*_arguments(self.seed, kind, name, number, scale), **shape))
+        with self._one_draw:
+            return np.asarray(draw(*_arguments(self.seed, kind, name, number, scale), **shape))
 
     def _compile_draw(self, shape: tuple[int, ...]):
         return draw_normal.lower(*_arguments(self.seed, 0, 0, 0, 1.0), shape=shape).compile()

@@ -1,4 +1,4 @@
-"""Tensors in the safetensors files of a directory, mapped: what is read is what is used.
+"""Where tensors are in the safetensors files of a directory.
 
 A file is 8 bytes that hold the length of a JSON header, the header (dtype, shape and place of each
 tensor), and the bytes of the tensors (https://github.com/huggingface/safetensors). Files are opened
@@ -8,7 +8,7 @@ when a tensor of theirs is first asked for.
 import dataclasses
 import json
 import math
-import mmap
+import os
 import pathlib
 
 import ml_dtypes
@@ -39,41 +39,47 @@ class TensorInfo:
     end: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor is, or one part of its first axis, and what it is."""
+
+    path: pathlib.Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
 class SafetensorsFile:
-    """One file; its header is checked against its size, its tensors are views of a mapping."""
+    """One file, of which the header is read, and checked against its size."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         try:
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._bytes = np.frombuffer(self._map, np.uint8)
-            self.tensors = _header(self._bytes)
+                self.tensors = _header(file, os.fstat(file.fileno()).st_size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
 
-    def read(self, key: str) -> np.ndarray:
-        """The tensor as it is stored, not copied. Raises CheckpointError for an unknown dtype."""
+    def place(self, key: str, index: int | None = None) -> Place:
+        """A tensor, or `index` of its first axis. Raises CheckpointError for an unknown dtype."""
         info = self.tensors[key]
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: {key} has dtype {info.dtype}, supported are {sorted(DTYPES)}"
             )
-        return self._bytes[info.start : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
-
-    def place(self, key: str, index: int | None) -> tuple[int, int]:
-        """First byte, and the one after the last, of a tensor or of one part of its first axis."""
-        info = self.tensors[key]
+        whole = Place(self.path, info.start, DTYPES[info.dtype], info.shape)
         if index is None:
-            return info.start, info.end
-        row = (info.end - info.start) // info.shape[0]
-        return info.start + index * row, info.start + (index + 1) * row
-
-    def announce(self, key: str, index: int | None) -> None:
-        """These bytes are wanted soon: the system reads ahead."""
-        start, end = self.place(key, index)
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, end - first)
+            return whole
+        part = dataclasses.replace(whole, shape=whole.shape[1:])
+        return dataclasses.replace(part, start=whole.start + index * part.nbytes)
 
 
 class SafetensorsFiles:
@@ -101,8 +107,8 @@ class SafetensorsFiles:
         index = self.root / INDEX
         return index if index.exists() else self.root / ONE_FILE
 
-    def read(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor, not copied.
+    def place(self, key: str, shape: tuple[int, ...], index: int | None = None) -> Place:
+        """Where the tensor is, or `index` of its first axis; `shape` is that of all of it.
 
         Raises CheckpointError naming file, key, expected and found shape where it is not there, or
         of another shape.
@@ -122,19 +128,11 @@ class SafetensorsFiles:
             raise CheckpointError(
                 f"{file.path}: {key} has shape {list(found)}, expected {list(shape)}"
             )
-        return file.read(key)
+        return file.place(key, index)
 
-    def announce(self, key: str, index: int | None) -> None:
-        """The tensor, or this part of its first axis, is wanted soon. Never fails."""
-        if key in self._file_of and key in (file := self._opened(self._file_of[key])).tensors:
-            file.announce(key, index)
-
-    def place(self, key: str, index: int | None) -> tuple[pathlib.Path, int, int] | None:
-        """File, first byte, and the one after the last; None where there is no such tensor."""
-        if key not in self._file_of:
-            return None
-        file = self._opened(self._file_of[key])
-        return file.path, *file.place(key, index)
+    def find(self, key: str, index: int | None) -> Place | None:
+        """Where the tensor is, whatever its shape; None where there is no such tensor."""
+        return self._opened(self._file_of[key]).place(key, index) if key in self else None
 
     def _opened(self, name: str) -> SafetensorsFile:
         if name not in self._open:
@@ -160,13 +158,13 @@ def _files_by_key(root: pathlib.Path) -> dict[str, str]:
     )
 
 
-def _header(data: np.ndarray) -> dict[str, TensorInfo]:
-    if len(data) < 8:
-        raise ValueError(f"{len(data)} bytes are no header")
-    length = int(data[:8].view("<u8")[0])
-    if length > min(HEADER_BYTES_MAX, len(data) - 8):
-        raise ValueError(f"the header would be {length} bytes, the file has {len(data)}")
-    header, found = json.loads(data[8 : 8 + length].tobytes()), {}
+def _header(file, file_bytes: int) -> dict[str, TensorInfo]:
+    if file_bytes < 8:
+        raise ValueError(f"{file_bytes} bytes are no header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(HEADER_BYTES_MAX, file_bytes - 8):
+        raise ValueError(f"the header would be {length} bytes, the file has {file_bytes}")
+    header, found = json.loads(file.read(length)), {}
     for key, entry in header.items():
         if key == "__metadata__":
             continue
@@ -174,10 +172,10 @@ def _header(data: np.ndarray) -> dict[str, TensorInfo]:
         info = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
         width = DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 0
         expected = math.prod(info.shape) * width or end - start
-        if not 8 + length <= start <= end <= len(data) or end - start != expected:
+        if not 8 + length <= start <= end <= file_bytes or end - start != expected:
             raise ValueError(
                 f"{key} of {info.dtype}{list(info.shape)} would be bytes {start} to {end} of "
-                f"{len(data)}"
+                f"{file_bytes}"
             )
         found[key] = info
     return found

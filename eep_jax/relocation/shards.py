@@ -52,11 +52,9 @@ def map_shard(directory: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) 
     return np.memmap(path, np.uint8, "r").view(dtype).reshape(shape)
 
 
-def open_orbax(compressed: bool = True) -> ocp.Checkpointer:
-    """Weights that are converted are not compressed: bfloat16 shrinks little, and reads slower."""
-    return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=compressed)
-    )
+def open_orbax() -> ocp.Checkpointer:
+    """Restores checkpoints of any layout that Orbax has."""
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 class _NoOcdbt(logging.Filter):

@@ -9,8 +9,12 @@ from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFile
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    file = SafetensorsFile(path)
-    return {key: np.array(file.read(key)) for key in file.tensors}
+    data, file, found = path.read_bytes(), SafetensorsFile(path), {}
+    for key in file.tensors:
+        place = file.place(key)
+        flat = np.frombuffer(data, place.dtype, place.count, place.start)
+        found[key] = flat.reshape(place.shape).copy()
+    return found
 
 
 def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
@@ -27,6 +31,5 @@ def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
         data.append(raw)
         at += len(raw)
     text = json.dumps(header).encode()
-    # Another file under the old name: the old one may still be mapped.
     path.unlink(missing_ok=True)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))

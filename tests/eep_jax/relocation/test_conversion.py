@@ -11,15 +11,16 @@ import time
 
 import numpy as np
 import pytest
-import tensorstore as ts
 
 from eep_jax.config import ClusterConfig, EngineConfig, RunConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.relocation import conversion as module
-from eep_jax.relocation.checkpoint import MANIFEST, WEIGHTS, Checkpoint, digest
+from eep_jax.relocation.checkpoint import MANIFEST, WEIGHTS, Checkpoint, restore
 from eep_jax.relocation.conversion import LOCK, RECORD, Conversion
+from eep_jax.relocation.digests import digest
 from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
 from eep_jax.relocation.random_checkpoint import open_checkpoint
+from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.hf_directories import QWEN3, write_chat_model, write_directory
 from tests.support.parity import NAMES, ROOT
 
@@ -41,7 +42,7 @@ def assert_same(out, hf, dtype: str = "") -> None:
     assert found.model == wanted.model and found.manifest["dtype"] == wanted.manifest["dtype"]
     dense = found.read_dense()
     assert set(dense) == set(wanted.read_dense())
-    for name, array in wanted.iter_dense():
+    for name, array in wanted.read_dense().items():
         assert dense[name].dtype == array.dtype
         np.testing.assert_array_equal(dense[name], array)
     for expert in range(wanted.model.experts):
@@ -81,9 +82,22 @@ def test_serving_opens_it_with_its_tokenizer_and_template(hf, tmp_path):
 
 def test_an_expert_is_one_chunk(hf, tmp_path):
     convert(hf, tmp_path)
-    base = f"file://{tmp_path / WEIGHTS / 'e003'}/"
-    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
-    assert sum(b"zarr" not in key for key in keys) == 1
+    files = [path for path in (tmp_path / WEIGHTS / "e003" / "e003").iterdir() if path.stem]
+    chunk = tmp_path / WEIGHTS / "e003" / "e003" / "0.0.0.0"
+    assert [path for path in files if not path.name.startswith(".")] == [chunk]
+    (wanted,) = HuggingFaceCheckpoint(hf).read_experts([3]).values()
+    assert chunk.read_bytes() == wanted.tobytes()
+
+
+def test_orbax_restores_what_was_converted(hf, tmp_path):
+    convert(hf, tmp_path)
+    (expert,) = restore(tmp_path / WEIGHTS / "e003", ["e003"]).values()
+    np.testing.assert_array_equal(expert, Checkpoint(tmp_path).read_experts([3])[3])
+    dense = Checkpoint(tmp_path).read_dense()
+    names = [name for name in dense if name.startswith("layers/1/")]
+    for name, found in restore(tmp_path / WEIGHTS / "layers.1", names).items():
+        assert found.dtype == dense[name].dtype
+        np.testing.assert_array_equal(found, dense[name])
 
 
 def test_experts_are_converted_to_the_dtype_that_was_asked_for(hf, tmp_path):
@@ -201,25 +215,29 @@ class TestRefusals:
         assert not list((tmp_path / WEIGHTS).iterdir())
 
     def test_a_disk_that_fills_up_meanwhile(self, hf, tmp_path, monkeypatch):
-        real, calls = module.open_orbax, []
+        real, calls = module.save_plain, []
 
-        def full(**options):
+        def full(*arguments):
             calls.append(1)
             if len(calls) > 4:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return real(**options)
+            return real(*arguments)
 
-        monkeypatch.setattr(module, "open_orbax", full)
+        monkeypatch.setattr(module, "save_plain", full)
         assert "is full while writing" in self.refusal(hf, tmp_path)
         monkeypatch.undo()
         assert sum(not step.fresh for step in convert(hf, tmp_path)) == 4
         assert_same(tmp_path, hf)
 
     def test_storage_that_changes_bytes(self, hf, tmp_path, monkeypatch):
-        def changed(directory, names):
-            return {name: np.zeros(3) for name in names}
+        real = module.save_plain
 
-        monkeypatch.setattr(module, "restore", changed)
+        def change(directory, arrays):
+            real(directory, arrays)
+            for chunk in directory.rglob("0*"):
+                chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
+
+        monkeypatch.setattr(module, "save_plain", change)
         assert "changes bytes" in self.refusal(hf, tmp_path)
 
     def test_a_missing_shard_is_named(self, tmp_path):
@@ -230,12 +248,7 @@ class TestRefusals:
 
     def test_damage_that_comes_later_is_found_by_readers(self, hf, tmp_path):
         convert(hf, tmp_path)
-        store = ts.KvStore.open(
-            {"driver": "ocdbt", "base": f"file://{tmp_path / WEIGHTS / 'e005'}/"}
-        ).result()
-        for key in store.list().result():
-            if b"zarr" not in key:
-                store.write(key, b"damaged").result()
+        damage(tmp_path, "e005")
         checkpoint = Checkpoint(tmp_path)
         checkpoint.read_experts([4])
         with pytest.raises(CheckpointError, match="e005"):

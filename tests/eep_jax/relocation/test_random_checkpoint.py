@@ -12,7 +12,8 @@ from eep_jax.errors import CheckpointError
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import dense_names, expert_name
-from eep_jax.relocation.checkpoint import Checkpoint, digest
+from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.relocation.digests import digest
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.random_checkpoint import STORED, RandomCheckpoint, open_checkpoint
 from tests.support.models import a_model, a_run

@@ -1,4 +1,4 @@
-"""Promises of experts that come from Hugging Face files part by part, straight into the bank."""
+"""Promises of experts that come from Hugging Face files block by block, straight into the bank."""
 
 import itertools
 import json
@@ -11,11 +11,12 @@ import pytest
 from eep_jax.config import EngineConfig
 from eep_jax.errors import RelocationFailed
 from eep_jax.heap.loopback import open_all
-from eep_jax.models.expert_bank import ExpertBank, slab_layout
+from eep_jax.models.expert_bank import ExpertBank, SlotTarget, slab_layout
 from eep_jax.models.families import registry
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.blocks import MadeBlock
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
 from tests.support.parity import ROOT
@@ -69,57 +70,71 @@ def test_a_peers_expert_is_compared_with_the_directory():
     np.testing.assert_array_equal(world.bank.read(1), world.whole(4))
 
 
-def cut(world, after: int, then):
-    """The parts of every expert, of which `then()` comes in place of number `after`."""
-    parts_of = world.checkpoint.iter_expert
+def cut(world, after: int, then) -> None:
+    """Expert 5 is cut: `then(files, room)` makes what comes in place of block number `after`."""
+    job_of = world.checkpoint.expert_job
 
-    def iter_expert(expert):
-        yield from itertools.islice(parts_of(expert), after)
-        yield from then()
+    def expert_job(expert, target, in_place):
+        job = job_of(expert, target, in_place)
+        blocks = job.blocks
+        if isinstance(target, SlotTarget) and expert == 5:
+            job.blocks = lambda: [*itertools.islice(blocks(), after), MadeBlock(0, then)]
+        return job
 
-    world.checkpoint.iter_expert = iter_expert
+    world.checkpoint.expert_job = expert_job
 
 
 def test_a_read_that_fails_halfway_leaves_no_expert_in_the_slot():
     world = World(ROOT / "olmoe")
     world.executor.carry_out((1, EMPTY, EMPTY), ())
 
-    def fail():
+    def fail(files, room):
         raise OSError("the disk is gone")
 
     cut(world, 4, fail)
     with pytest.raises(
         RelocationFailed, match=r"expert 5 for slot 0: checkpoint: the disk is gone"
     ):
-        world.executor.carry_out((5, EMPTY, EMPTY), ())
-    assert world.bank.contents == (EMPTY,) * SLOTS
+        world.executor.carry_out((5, 1, EMPTY), ())
+    assert world.bank.contents == (EMPTY, 1, EMPTY), "what came before and beside it stays"
 
 
-def test_an_expert_of_which_parts_are_missing_is_none():
-    world = World(ROOT / "olmoe")
-    cut(world, 5, tuple)
-    with pytest.raises(RelocationFailed, match="expert 5 has 6 parts, 5 came"):
-        world.executor.carry_out((5, EMPTY, EMPTY), ())
-    assert world.bank.contents == (EMPTY,) * SLOTS
+FROM_TWO = (Source(SourceKind.CHECKPOINT), Source(SourceKind.PEER, 1, 0))
 
 
-def test_a_read_that_hangs_ends_with_the_deadline_and_writes_nothing_later():
-    hang = threading.Event()
+@pytest.mark.parametrize("sources", [FROM_TWO[:1], FROM_TWO], ids=["alone", "and a peer"])
+def test_a_read_that_hangs_ends_with_the_deadline_and_writes_nothing_later(sources):
+    hang, came = threading.Event(), threading.Event()
     world = World(ROOT / "olmoe", fetch_deadline_ms=200)
+    world.peer.write(0, 5, world.whole(5))
+    shape = world.checkpoint.model.expert_shape[2:]
 
-    def wait():
+    def wait(files, room):
         hang.wait(30)
-        yield 1, 2, np.zeros(world.checkpoint.model.expert_shape[2:], np.float32)
+        came.set()
+        return np.zeros(shape, np.float32)
 
     cut(world, 5, wait)
-    with pytest.raises(RelocationFailed, match="took longer than 200 ms"):
-        world.executor.carry_out((5, EMPTY, EMPTY), ())
+    moves = (Move(0, 0, 5, sources),)
+    if len(sources) == 1:
+        with pytest.raises(RelocationFailed, match="took longer than 200 ms"):
+            world.executor.carry_out((5, EMPTY, EMPTY), moves)
+        with pytest.raises(RelocationFailed, match="may still come into slot 0"):
+            world.executor.carry_out((5, EMPTY, EMPTY), moves)
+        assert world.bank.contents == (EMPTY,) * SLOTS
+    else:
+        world.executor.carry_out((5, EMPTY, EMPTY), moves)
+        assert world.executor.moved == {"peer": 1}
+    with pytest.raises(RelocationFailed, match="an earlier read from it still hangs"):
+        world.executor.carry_out((EMPTY, 6, EMPTY), ())
     before = world.bank.read(0)
     hang.set()
-    with pytest.raises(RelocationFailed):
-        world.executor.carry_out((5, EMPTY, EMPTY), ())
+    assert came.wait(30)
+    soon = [t for t in threading.enumerate() if t.name.startswith("load ")]
+    for thread in soon:
+        thread.join(30)
     np.testing.assert_array_equal(world.bank.read(0), before)
-    assert world.bank.contents == (EMPTY,) * SLOTS
+    assert world.executor.carry_out((EMPTY, EMPTY, 6), ()) == (EMPTY, EMPTY, 6), "it works again"
 
 
 def test_no_more_than_a_few_matrices_are_in_memory_at_once(tmp_path):
