@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from eep_jax.config import ModelConfig
+from eep_jax.heap.copies import copy_values, empty_aligned
 from eep_jax.models.decoder import Decoder, DenseModel
 
 
@@ -66,8 +67,13 @@ def put_dense(dense: Mapping[str, np.ndarray], dtypes: Mapping[str, np.dtype]) -
     """
 
     def put(name: str) -> jax.Array:
+        values = np.asarray(dense[name])
+        if values.dtype != dtypes[name]:
+            # So aligned, a CPU takes it as it is.
+            values, narrow = empty_aligned(values.shape, dtypes[name]), values
+            copy_values(values, narrow)
         # `device_put` compiles nothing, as `asarray` would for each shape.
-        return jax.device_put(dense[name].astype(dtypes[name], copy=False))
+        return jax.device_put(values)
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         return list(threads.map(put, dtypes))

@@ -161,14 +161,19 @@ class HuggingFaceCheckpoint:
         """One weight outside the experts."""
         worker = Worker(Files(), Room(), Gate())
         try:
-            if stored.form is as_stored and not self._is_quantized(stored):
-                place = self._files.place(stored.key, stored.shape)
-                values = empty_aligned(place.shape, place.dtype)
-                worker.files.read(place.path, place.start, values)
-                return values
-            values = stored.form(self._tensor(stored, worker.files, worker.room))
-            out = empty_aligned(values.shape, values.dtype)
-            copy_values(out, values)
+            if self._is_quantized(stored) or stored.form not in (as_stored, transposed):
+                values = stored.form(self._tensor(stored, worker.files, worker.room))
+                out = empty_aligned(values.shape, values.dtype)
+                copy_values(out, values)
+                return out
+            place = self._files.place(stored.key, stored.shape)
+            if stored.form is as_stored:
+                out = empty_aligned(place.shape, place.dtype)
+                worker.files.read(place.path, place.start, out)
+                return out
+            out = empty_aligned(place.shape[::-1], place.dtype)
+            block = TurnedBlock(0, place.shape, place.dtype, place.path, place.start)
+            block.carry(worker, ArrayTarget(out), in_place=True, checked=False)
             return out
         finally:
             worker.files.close()
