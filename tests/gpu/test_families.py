@@ -9,6 +9,8 @@ EEP_TEST_PLATFORM=gpu python -m pytest tests/gpu/test_families.py
 """
 
 import dataclasses
+import hashlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +215,11 @@ def test_a_position_has_the_same_logits_decoded_or_in_a_prompt_at_real_sizes():
         prompts = [[0, *random.integers(1, 8192, n).tolist()] for n in range(4, 64, 5)]
         produced = rank.greedy(prompts, 24)
         decoded = dict(rank.logits)
+        content = hashlib.blake2b(digest_size=8)
+        for place in sorted(decoded):
+            content.update(decoded[place].tobytes())
+        # The same of every process with these flags of XLA, or its products differ.
+        print(f"logits {content.hexdigest()} with XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}")
         # Others stand beside them now, and nine tokens more are read instead of decoded.
         begun = [[*prompt, *known[:9]] for prompt, known in zip(prompts, produced, strict=True)]
         assert rank.begin().greedy(begun, 15, seeds=[len(p) for p in prompts]) == [
