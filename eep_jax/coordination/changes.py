@@ -42,7 +42,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     if any(state.records[rank].status is None for rank in members):
         return state, ()  # a restarted supervisor first hears from all, or judges them dead
     try:
-        found, degrade = _found(state, joining), state.options.degrade
+        found, degrade = certain_placement(state, joining), state.options.degrade
         plan = plan_repair(found, members, degrade=degrade, supply=supply_of(state))
     except CoverageLost as error:
         return _block(state, members, str(error))
@@ -120,7 +120,7 @@ def prepare_for(state: CoordinatorState, rank: int, handles: dict[int, str] | No
     return send_to(state, rank, prepare)
 
 
-def _found(state: CoordinatorState, joining) -> Placement:
+def certain_placement(state: CoordinatorState, joining) -> Placement:
     """What the members and these joining ranks hold for certain, as far as it is wanted there."""
     found = with_loads(state.placement, state, joining)
     wrong = {

@@ -14,6 +14,7 @@ import dataclasses
 
 from eep_jax.coordination import background
 from eep_jax.coordination.changes import (
+    certain_placement,
     commit_change,
     is_ready,
     lost_preparation,
@@ -270,5 +271,9 @@ def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
 
 
 def missing(state: CoordinatorState) -> tuple[int, ...]:
-    """Experts without a live replica in the committed epoch, for reports."""
-    return missing_experts(state.placement, state.view.with_state(RankState.ACTIVE))
+    """Experts without a live replica in the committed epoch, for reports.
+
+    While blocked also those whose slots a plan that was given up may have overwritten.
+    """
+    placement = certain_placement(state, ()) if state.blocked else state.placement
+    return missing_experts(placement, state.view.with_state(RankState.ACTIVE))

@@ -115,14 +115,28 @@ def test_a_returning_rank_may_die_on_its_way_and_return_again(cluster):
     assert status["ranks"][1]["state"] == "active"
 
 
+def test_a_successor_that_is_there_at_once_waits_its_turn(cluster):
+    before = incarnation(cluster.status(), 2)
+    with cluster.load():
+        cluster.signal(2)
+        cluster.cluster.start_rank(2)  # nobody has seen the death yet
+        cluster.wait(is_out(2, before), "the eviction of rank 2")
+        after = cluster.wait_whole()
+    assert incarnation(after, 2) == before + 1
+
+
 def test_too_few_ranks_block_and_a_return_goes_on(cluster):
     """One rank has 8 slots for 16 experts: nothing is served, and nothing is lost."""
     with cluster.load():
         for rank in (0, 2, 3):
             cluster.signal(rank)
-        status = cluster.wait(lambda s: s["state"] == "blocked", "lost coverage")
-        assert "no live replica" in status["blocked"]
-        assert "slots_per_rank" in status["blocked"]
+        status = cluster.wait(
+            lambda s: f"experts {s['experts']['missing']} have no live replica" in s["blocked"],
+            "lost coverage",
+        )
+        assert status["state"] == "blocked"
+        assert "16 slots are needed and ranks [1] have 8" in status["blocked"]
+        assert "configure more slots_per_rank" in status["blocked"]
         code, answer = cluster.run(cluster.post({"model": "tiny-moe-kjv", "prompt": "x"}))
         assert code == 503
         assert "experts" in answer["error"]["message"]

@@ -12,6 +12,7 @@ import pytest
 from configs import tiny_cpu
 from eep_jax.models.weights import expert_name
 from eep_jax.relocation.shards import chunk_name
+from eep_jax.runtime.journal import replay
 from eep_jax.runtime.repairs import PAUSE_PHASES
 from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.processes import ClusterUnderTest, is_out
@@ -88,6 +89,7 @@ def test_orphans_come_from_the_one_source_that_is_allowed(tmp_path, source):
         assert record["change"] == "repair" and record["reason"].startswith("rank 1 is ending")
         assert record["moves"] == {source: len(lost)} and record["silent_ranks"] == []
         assert record["bytes"][source] > 0
+        assert record in replay(tmp_path / "journal.jsonl"), "it outlives the supervisor"
         seconds = record["seconds"]
         assert all(0 <= seconds[phase] < 5 for phase in PAUSE_PHASES)
         assert sum(seconds[phase] for phase in PAUSE_PHASES) == pytest.approx(seconds["total"])

@@ -311,6 +311,15 @@ class TestCoverage:
         assert coordinator.missing(cluster.state) == ()
         assert {state.mode for state in cluster.ranks.values()} == {Mode.SERVING}
 
+    def test_what_a_plan_that_was_given_up_may_have_overwritten_counts_as_lost(self):
+        cluster = a_serving_cluster(slots_per_rank=4, redundancy=2)
+        for rank in (2, 3, 1):  # the second death makes orphans, which go over replicas
+            cluster.feed(Ended(rank, 1))
+            del cluster.ranks[rank]
+        state = cluster.state
+        assert state.dirty and len(coordinator.missing(state)) > 8 - 4
+        assert f"experts {list(coordinator.missing(state))} have no live" in state.blocked
+
     def test_it_is_said_once_per_reason(self):
         cluster = a_serving_cluster(slots_per_rank=2)
         for rank in (2, 3):
