@@ -280,7 +280,8 @@ def _records(config: RunConfig, outcomes: dict[str, Outcome], commit: str, time:
             more = compared(pauses[baseline], pauses[name]) if baseline else {}
             add(f"pause_s {name}", pauses[name], "s", baseline, **more)
         add(f"detection_s {name}", outcome.summary.detection_s, "s")
-        recovered = recovered_after(outcome.times, outcome.marks["kill"])
+        marks = outcome.marks
+        recovered = recovered_after(outcome.times, marks["kill"], resumed_s=marks.get("resumed"))
         add(f"recovered_s {name}", recovered, "s")
         add(f"return_pause_s {name}", outcome.summary.return_gap_s, "s")
         for metric, value, unit in _repair_figures(outcome):

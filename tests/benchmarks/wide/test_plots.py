@@ -128,6 +128,13 @@ class TestRecovered:
         after = tuple((10 + pause_s + n / 100, 1) for n in range(500))
         assert recovered_after(self.STEADY + after, 10.0) == pytest.approx(pause_s, abs=0.011)
 
+    def test_tokens_that_were_under_way_do_not_count(self):
+        late = ((10.01, 1),)
+        after = tuple((10.04 + n / 100, 1) for n in range(500))
+        times = self.STEADY + late + after
+        assert recovered_after(times, 10.0) == pytest.approx(0.01)
+        assert recovered_after(times, 10.0, resumed_s=10.03) == pytest.approx(0.04)
+
     def test_a_rate_of_90_percent_is_not_enough(self):
         after = tuple((10 + n / 90, 1) for n in range(450))
         assert recovered_after(self.STEADY + after, 10.0) is None
