@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.digests import digest_like
 from eep_jax.relocation.fetch_ahead import FetchAhead
 from eep_jax.relocation.patience import Patience, Pending
+from eep_jax.relocation.placing import Placing, is_in_memory, require_shape
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import Transport, all_transports
@@ -63,6 +64,8 @@ class Executor:
         self._patience, self._check = Patience(fetch_deadline_ms, beat), check
         self._fetches_at_once = fetches_at_once
         self._loader = BlockLoader(fetch_deadline_ms, beat)
+        stored_bytes = bank.expert_bytes // bank.dtype.itemsize * self._stored_dtype.itemsize
+        self._placing = Placing(bank, check, self.fetch, stored_bytes, self._note)
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
         self.bytes_moved: dict[str, int] = {}
 
@@ -85,7 +88,10 @@ class Executor:
             if self._loader.may_still_write(self._bank.target(slot)):
                 raise RelocationFailed(f"a read that hangs may still come into slot {slot}")
             wanted.append(Move(self._bank.rank, slot, expert, sources))
-        failed = self._place_together([m for m in wanted if self._can_place(m)])
+        failed = {}
+        if placeable := [move for move in wanted if self._placing.can(move)]:
+            failed = self._placing.place(placeable)
+            self._beat()
         left = [m for m in wanted if self._bank.contents[m.slot] != m.expert]
         ahead = self._fetch_ahead(left, failed)
         # What is copied goes first: its source may be a slot that another expert is loaded into.
@@ -108,80 +114,11 @@ class Executor:
         Raises RelocationFailed where the copy is not what it should be.
         """
         only = dataclasses.replace(move, sources=(source,))
-        if not self._can_place(only):
+        if not self._placing.can(only):
             return False
-        if failures := self._place_together([only]):
+        if failures := self._placing.place([only]):
             raise RelocationFailed(failures[move.slot])
         return True
-
-    def _can_place(self, move: Move) -> bool:
-        """Whether the first source is here, and what it supplies can be checked in the slot."""
-        if self._check is None or not move.sources:
-            return False
-        source = move.sources[0]
-        is_there = self.is_in_memory(source) or self._is_own_backup(source)
-        if source.kind is SourceKind.LOCAL:
-            is_there = self._bank.contents[source.slot] == move.expert
-        return is_there and self._check.known(move.expert) is not None
-
-    def _is_own_backup(self, source: Source) -> bool:
-        return source.kind is SourceKind.BACKUP and source.rank == self._bank.rank
-
-    def _place_together(self, moves: list[Move]) -> dict[int, str]:
-        """Brings all of these at once from first sources; why not, by slot, where one is not right.
-
-        A slot that is not right holds nothing.
-        """
-        uploads = [move for move in moves if self._is_own_backup(move.sources[0])]
-        copies = [move for move in moves if move not in uploads]
-        in_bank = self._bank.expert_bytes
-        stored = in_bank // self._bank.dtype.itemsize * self._stored_dtype.itemsize
-        failed = self._placed(copies, self._copy, in_bank)
-        return failed | self._placed(uploads, self._upload, stored)
-
-    def _placed(
-        self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]], nbytes: int
-    ):
-        if not moves:
-            return {}
-        started, failures = time.monotonic(), bring(moves)
-        brought = [move for move in moves if move.slot not in failures]
-        found = self._check.of([move.slot for move in brought])
-        share_s = (time.monotonic() - started) / len(moves)
-        for move, fingerprint in zip(brought, found, strict=True):
-            expected = self._check.known(move.expert)
-            if fingerprint == expected:
-                self._bank.holds(move.slot, move.expert)
-                self._note(move, move.sources[0], nbytes, share_s)
-                continue
-            self._bank.clear(move.slot)
-            failures[move.slot] = (
-                f"fingerprint {fingerprint} of expert {move.expert}, expected {expected}"
-            )
-        self._beat()
-        return failures
-
-    def _copy(self, moves: list[Move]) -> dict[int, str]:
-        """Inside the heap."""
-        self._bank.copy_all([(m.slot, m.sources[0].rank, m.sources[0].slot) for m in moves])
-        return {}
-
-    def _upload(self, moves: list[Move]) -> dict[int, str]:
-        """From the own backups, one after the other on its way."""
-        failures = {}
-
-        def fetched() -> Iterator[tuple[int, int, np.ndarray]]:
-            for move in moves:
-                try:
-                    weights = self.fetch(move.expert, move.sources[0])
-                    self._require_shape(move.expert, weights)
-                except Exception as error:  # any failure of a source means the next source
-                    failures[move.slot] = str(error)
-                    continue
-                yield move.slot, move.expert, weights
-
-        self._bank.write_all(fetched())
-        return failures
 
     def _fetch_ahead(self, moves: list[Move], failed: dict[int, str]) -> FetchAhead:
         """Of those whose next source is storage or a network, and answers as a whole."""
@@ -321,9 +258,7 @@ class Executor:
 
     def is_in_memory(self, source: Source) -> bool:
         """Whether fetching from it is a copy within this host, which takes no time to speak of."""
-        if source.kind is SourceKind.PEER:
-            return self._bank.is_mapped(source.rank)
-        return source.kind is SourceKind.LOCAL
+        return is_in_memory(self._bank, source)
 
     def _fetch(self, expert: int, source: Source, ahead: FetchAhead) -> tuple[np.ndarray, float]:
         """(weights, seconds). Of the right digest, or the expert's fingerprint is known.
@@ -356,7 +291,7 @@ class Executor:
 
         What comes from the checkpoint was compared there, as far as it has digests.
         """
-        self._require_shape(expert, weights)
+        require_shape(self._bank, expert, weights)
         if source.kind is SourceKind.CHECKPOINT:
             return
         narrow = weights.astype(self._stored_dtype, copy=False)
@@ -369,12 +304,6 @@ class Executor:
             narrow.astype(weights.dtype), weights
         ):
             raise RelocationFailed(f"expert {expert} has bits that its stored dtype cannot hold")
-
-    def _require_shape(self, expert: int, weights: np.ndarray) -> None:
-        if weights.shape != self._bank.layout.expert_shape:
-            raise RelocationFailed(
-                f"expert {expert} has shape {weights.shape}, not {self._bank.layout.expert_shape}"
-            )
 
 
 def _key(source: Source) -> tuple[str, int]:

@@ -1,8 +1,9 @@
 """Brings experts while steps go on: what takes long happens in a thread, the rest between two.
 
-A slot whose copy the device can check is copied inside the heap, between two steps. Else a source
-in memory is copied out between two steps; storage and networks are read in a thread, as every
-digest is computed in one. So a step waits for one copy of an expert at a time, and no longer.
+What is in this host's memory and can be checked in its slot, of a bank or an own backup, is brought
+there between two steps (`placing.py`). Else a slot is copied out between two steps; storage and
+networks are read in a thread, as every digest is computed in one. So a step waits for one copy of
+an expert at a time, and no longer.
 """
 
 import dataclasses

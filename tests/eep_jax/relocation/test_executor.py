@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from eep_jax.errors import RelocationFailed
+from eep_jax.errors import HeapError, RelocationFailed
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.placement import EMPTY
@@ -146,6 +146,20 @@ def test_a_bank_that_cannot_hold_what_is_stored_is_refused_at_once(pristine_chec
 def test_a_local_slot_that_holds_something_else_is_no_source(world):
     world.bank.write(1, 6, world.right[5])
     world.executor.carry_out((5, 6, EMPTY, EMPTY), (bring(5, 0, *EVERY_SOURCE),))
+    assert world.executor.moved == {"checkpoint": 1}
+
+
+def test_a_copy_that_the_heap_refuses_is_followed_by_the_next_source(world, monkeypatch):
+    world.peer.write(2, 5, world.right[5])
+
+    def refuses(*_):
+        raise HeapError("the driver says no")
+
+    monkeypatch.setattr(world.heaps[0], "copy_in_all", refuses)
+    monkeypatch.setattr(world.heaps[0], "read", refuses)
+    world.executor.carry_out((5, EMPTY, EMPTY, EMPTY), (bring(5, 0, (PEER, 1, 2), CHECKPOINT),))
+    monkeypatch.undo()
+    world.check((5, EMPTY, EMPTY, EMPTY))
     assert world.executor.moved == {"checkpoint": 1}
 
 
