@@ -3,6 +3,10 @@
 A head's key is `key_up[h] @ latent` beside one rotated key of all heads, its value is
 `latent @ value_up[h]`. Instead of making keys and values of every position, the query is taken
 through `key_up` once, and the weighed latent through `value_up`: the products are the same.
+
+XLA computes it on GPUs, too: cuDNN's fused kernels, as JAX has them, take heads of up to 256
+channels, and a latent with its key has more (576 in DeepSeek-V3). How far from what it must read
+that is, `benchmarks.bench_attention --cases=latents` measures; no GPU has run it yet.
 """
 
 import functools

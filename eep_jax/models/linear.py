@@ -17,7 +17,8 @@ def dot_of_rows(x: Float[Array, "*T D"], weights: Float[Array, "D N"], *argument
     """As `lax.dot_general`; on a GPU a row that is alone gets one of zeros beside it.
 
     XLA makes a product of one row and few enough weights a sum of products, each of which it rounds
-    to bfloat16 and writes to memory first: it is less exact, and took four times as long.
+    to bfloat16 and writes to memory first. That is less exact, and slower: of one sequence, a layer
+    of Qwen3-30B-A3B took an H100 107 us so, and 154 us without the row beside it.
     """
     if platform() == "cpu" or x.size != x.shape[-1]:
         return lax.dot_general(x, weights, *arguments, **options)
