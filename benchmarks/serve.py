@@ -22,13 +22,14 @@ import aiohttp
 from absl import app
 from absl import flags as absl_flags
 
-from benchmarks.harness import Record, append, commit, cpu_device, gpu_device, now
+from benchmarks.harness import Record, append, commit, cpu_device, now
 from benchmarks.serving import statistics as stats
 from benchmarks.serving.client import Pace, Sample, Target, run
 from benchmarks.serving.fault_plan import EXAMPLE, Phase, parse_plan
 from benchmarks.serving.own_cluster import Played, play, started, summary_of
 from benchmarks.serving.series import cdf_record, timeline_record
 from benchmarks.serving.workload import TEXT, Workload, make_jobs
+from benchmarks.wide.workers import Machine
 from launch import flags
 from launch.cluster import ClusterFailed, LocalCluster
 from launch.console import say
@@ -93,10 +94,13 @@ def main() -> int:
         return 1
     for line in stats.lines(serving):
         print(line)
-    on_gpu = values.url is None and config.platform == "gpu"
-    device = gpu_device() if on_gpu else cpu_device()
+    device, facts = cpu_device(), {}
+    if values.url is None:
+        gpus = flags.gpus() if config.platform == "gpu" else ()
+        machine = Machine(config.platform, ranks, gpus[:ranks])
+        device, facts = machine.device, machine.facts
     common = {"device": device, "ranks": ranks, "commit": before[0], "time": before[1]}
-    common["shape"] = _shape(name, workload, pace, len(done.samples))
+    common["shape"] = _shape(name, workload, pace, len(done.samples)) | facts
     records = stats.records(serving, **common) + _fault_records(done, common)
     records += [
         cdf_record("serve", name, latency, seconds, common)

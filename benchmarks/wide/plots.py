@@ -1,6 +1,5 @@
 """Pictures of what ranks on GPUs of their own did: exchanges over tokens, and plans of failures."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import Record
 from benchmarks.wide.exchange_report import PUBLISHED
+from benchmarks.wide.plans import sizes_of
 from launch.timeline import COLOURS, FILL, GRID, INK, LINE
 
 OURS = {
@@ -104,16 +104,6 @@ def plans(curves: Sequence[Record]) -> Figure | None:
     text = f"Plans of failures under load; {curves[0].device}"
     figure.suptitle(text, fontsize=10, x=0.01, ha="left")
     return figure
-
-
-def sizes_of(plan: str) -> str:
-    """Ranks that are left after each phase: `[[0,1,2],[0,-1,2],[0,2],[0,1,2]]` is `3->2->3`."""
-    sizes: list[int] = []
-    for phase in re.findall(r"\[([-0-9,]+)\]", plan):
-        alive = sum(not word.startswith("-") for word in phase.split(","))
-        if not sizes or alive != sizes[-1]:
-            sizes.append(alive)
-    return "->".join(map(str, sizes))
 
 
 def _plain(axes: Axes) -> None:

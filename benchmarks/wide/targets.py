@@ -5,9 +5,11 @@ value is shown and nothing is reached or missed.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness import Record
+from benchmarks.wide.plans import sizes_of
 
 TOKENS = 128
 AT_128 = {"tokens": TOKENS, "hidden": 7168}
@@ -37,6 +39,7 @@ def summary(records: Sequence[Record], ranks: int) -> list[Target]:
         _worst(records, "relocation / peer copy", "wide_sources", "peer moved", 0.8, min),
         *_recovery(records, wide),
     ]
+    lines += _plans(records)
     if scaling := _scaling(records, ranks):
         lines.append(scaling)
     return lines
@@ -146,6 +149,23 @@ def _recovery(records, wide: bool) -> list[Target]:
         of("orphans from backup: pause", "pause_s elastic", 2.0, **backup),
         _worst(records, "backup / host-to-device copy", "sources", "backup moved", 0.8, min),
     ]
+
+
+def _plans(records) -> list[Target]:
+    """The longest pause of each plan. Where more ranks die at once than there are replicas but
+    one, experts have to be loaded."""
+    plans: dict[str, list[Record]] = {}
+    for r in records:
+        if r.bench == "serve" and r.metric == "pause_s":
+            plans.setdefault(r.shape["fault_plan"], []).append(r)
+    lines = []
+    for plan, found in plans.items():
+        longest, sizes = max(found, key=lambda r: r.value), sizes_of(plan)
+        counts = [int(size) for size in sizes.split("->")]
+        most = max(a - b for a, b in itertools.pairwise(counts))
+        aim = 0.2 if most == 1 else 2.0
+        lines.append(_line(f"{sizes}: longest pause", longest, longest.value, aim, _s, least=False))
+    return lines
 
 
 def _scaling(records, ranks: int) -> Target | None:

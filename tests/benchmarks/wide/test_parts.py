@@ -9,7 +9,8 @@ import pytest
 from benchmarks.harness import Record
 from benchmarks.serving.fault_plan import parse_plan
 from benchmarks.wide import targets
-from benchmarks.wide.parts import overrides_of, parts_of, plans_of
+from benchmarks.wide.parts import overrides_of, parts_of
+from benchmarks.wide.plans import plans_of
 from benchmarks.wide.running import Part, chosen, run_parts
 from benchmarks.wide.workers import (
     Machine,
@@ -198,6 +199,17 @@ class TestTargets:
         assert lines["kill: pause"].verdict == "reached"
         assert lines["kill: pause / restart"].value == "1/250"
         assert lines["orphans from backup: pause"].value == "1.500 s"
+
+    def test_the_longest_pause_of_a_plan_counts_and_orphans_may_take_longer(self):
+        plans = {"[[0,1,2,3],[0,-1,-2,3],[0,3]]": (0.1, 1.5), "[[0,1],[0,-1],[0]]": (0.3,)}
+        pauses = [
+            a_record("serve", "pause_s", value, fault_plan=plan)
+            for plan, values in plans.items()
+            for value in values
+        ]
+        lines = self.lines(*pauses, ranks=4)
+        both, one = lines["4->2: longest pause"], lines["2->1: longest pause"]
+        assert (both.value, both.verdict) == ("1.500 s", "reached") and one.verdict == "MISSED"
 
     def test_ranks_that_share_a_gpu_reach_nothing(self):
         shared = a_record("wide_dispatch", "time p50", 1.0, **AT_128, **{"link": "shared_gpu"})

@@ -11,7 +11,7 @@ from benchmarks import plot
 from benchmarks.harness import Record
 from benchmarks.serving.recovered import recovered_after
 from benchmarks.serving.series import identity, timeline_record
-from benchmarks.wide import plots
+from benchmarks.wide import plans, plots
 from benchmarks.wide.exchange import FP8, Family
 from benchmarks.wide.exchange_report import Found, published, records_of
 from benchmarks.wide.workers import Machine
@@ -99,7 +99,7 @@ def a_plan(plan: str) -> Record:
 
 def test_plans_are_drawn_with_the_ranks_that_each_leaves():
     chain = "[[0,1,2],[0,-1,2],[0,2],[-0,2],[2],[0,1,2]]"
-    assert plots.sizes_of(chain) == "3->2->1->3"
+    assert plans.sizes_of(chain) == "3->2->1->3"
     figure = plots.plans([a_plan(chain), a_plan("[[0,1],[0,-1],[0]]")])
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title(loc="left")[:7] for axes in figure.axes] == ["3->2->1", "2->1:  "]
