@@ -51,16 +51,22 @@ def parts_of(machine: Machine, directory: pathlib.Path, small: bool) -> list[Par
         found += _correct(machine, sizes)
     found += _exchange(machine, directory, sizes, small)
     found += _decode(machine, directory, sizes, small)
-    found += _relocation(machine, directory, sizes, small)
-    found += _recovery(machine, directory, sizes, small)
+    if machine.ranks > 1:
+        found.append(_relocation(machine, directory, sizes))
+        found += _recovery(machine, directory, sizes, small)
+    if machine.platform == "gpu" and not small:
+        found.append(_sources(machine, directory, sizes))
     if machine.ranks >= 4:
         found += _chained(machine, directory, sizes, small)
     return found if small else [*found, *_long(machine, directory, sizes)]
 
 
+def _gpus(machine: Machine) -> tuple[str, ...]:
+    return (f"--gpus={','.join(machine.gpus)}",) if machine.gpus else ()
+
+
 def _ranks(machine: Machine) -> tuple[str, ...]:
-    gpus = (f"--gpus={','.join(machine.gpus)}",) if machine.gpus else ()
-    return (f"--ranks={machine.ranks}", *gpus)
+    return (f"--ranks={machine.ranks}", *_gpus(machine))
 
 
 def _out(directory: pathlib.Path, name: str) -> str:
@@ -147,16 +153,8 @@ def _recovery(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bo
     # NCCL cannot put two ranks on one GPU, so there is no static sharding to restart there.
     systems = "elastic" if cpu or machine.link == "shared_gpu" else "elastic,rejit,restart"
     limit_s = 150.0 if small else 330.0
-    if machine.ranks < 2:
-        return []
-    found = [
-        Part(
-            "recovery",
-            "recovery",
-            (*common, f"--systems={systems}", _out(directory, "recovery")),
-            limit_s,
-        )
-    ]
+    command = (*common, f"--systems={systems}", _out(directory, "recovery"))
+    found = [Part("recovery", "recovery", command, limit_s)]
     once = ("--override=cluster.redundancy=1", "--override=cluster.sources=local,peer,backup")
     # Memory of all ranks together for each expert once, and one more under way.
     own = -(-experts_of(config) // machine.ranks) + 2
@@ -170,26 +168,19 @@ def _recovery(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bo
     return found
 
 
-def _relocation(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
-    """Experts from another GPU, then (on one GPU) from host memory and storage."""
-    if machine.ranks < 2:
-        return []
+def _relocation(machine: Machine, directory: pathlib.Path, sizes: Sizes) -> Part:
+    """Experts from another GPU."""
     config = "tiny_cpu" if machine.platform == "cpu" else "small_moe_h100x1"
-    common = (f"--config={config}", f"--samples={sizes.samples // 3 + 1}")
-    gpus = tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
-    wide = ("benchmarks.bench_wide_sources", f"--platform={machine.platform}", *common, *gpus)
-    found = [
-        Part(
-            "recovery",
-            "relocation",
-            (*wide, _out(directory, "relocation"), "--deadline_s=90"),
-            100.0,
-        )
-    ]
-    if not small:
-        alone = ("benchmarks.bench_sources", *common, *gpus, _out(directory, "sources"))
-        found.append(Part("recovery", "sources", alone, 150.0))
-    return found
+    command = ("benchmarks.bench_wide_sources", f"--platform={machine.platform}", *_gpus(machine))
+    command += (f"--config={config}", f"--samples={sizes.samples // 3 + 1}", "--deadline_s=90")
+    return Part("recovery", "relocation", (*command, _out(directory, "relocation")), 100.0)
+
+
+def _sources(machine: Machine, directory: pathlib.Path, sizes: Sizes) -> Part:
+    """Experts from host memory and storage, on one GPU."""
+    command = ("benchmarks.bench_sources", "--config=small_moe_h100x1", *_gpus(machine))
+    command += (f"--samples={sizes.samples // 3 + 1}", _out(directory, "sources"))
+    return Part("recovery", "sources", command, 150.0)
 
 
 def _chained(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: bool) -> list[Part]:
@@ -200,7 +191,7 @@ def _chained(machine: Machine, directory: pathlib.Path, sizes: Sizes, small: boo
     found = []
     for name, plan in plans_of(machine.ranks).items():
         command = ("benchmarks.serve", f"--config={config}", *overrides_of(config, machine.ranks))
-        command += tuple(word for word in _ranks(machine) if word.startswith("--gpus"))
+        command += _gpus(machine)
         command += (f"--fault_plan={plan}", f"--concurrency={8 if small else 48}")
         command += (f"--phase_s={3 if small else 6}", _out(directory, name))
         # Each run compiles the same: on GPUs the first one keeps it for the others.
