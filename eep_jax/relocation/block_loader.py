@@ -34,7 +34,6 @@ class Job:
     digest: str = ""
     in_place: bool = False
     error: Exception | None = None
-    seconds: float = 0.0  # since it began, or since the job before it was done
     _left: int = 1  # blocks, and the list of them
     _found: list[bytes] = dataclasses.field(default_factory=list)
 
@@ -58,8 +57,7 @@ class BlockLoader:
             run.fail_all(TimeoutError("an earlier read from it still hangs"))
         else:
             run.start()
-        moved_s = finished_s = time.monotonic()
-        progress = 0
+        moved_s, progress = time.monotonic(), 0
         for _ in jobs:
             while (job := run.next_done(BEAT_S)) is None:
                 self._beat()
@@ -70,7 +68,6 @@ class BlockLoader:
                     run.give_up(f"it took longer than {self._deadline_s * 1000:.0f} ms")
                     self._given_up.append(run)
             moved_s = time.monotonic()
-            job.seconds, finished_s = moved_s - finished_s, moved_s
             yield job
         run.end()
 

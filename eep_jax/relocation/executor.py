@@ -178,7 +178,7 @@ class Executor:
 
         A slot that failed holds nothing.
         """
-        jobs, failures = {}, {}
+        jobs, failures, started = {}, {}, time.monotonic()
         for move in moves:
             self._bank.begin(move.slot)
             jobs[self._job(move, in_place or len(move.sources) == 1)] = move
@@ -189,9 +189,11 @@ class Executor:
                 continue
             self._bank.holds(move.slot, move.expert)
             self._learn(move)
-            stored_bytes = math.prod(self._bank.layout.expert_shape) * self._stored_dtype.itemsize
-            self._note(move, CHECKPOINT_SOURCE, stored_bytes, job.seconds)
             self._beat()
+        stored_bytes = math.prod(self._bank.layout.expert_shape) * self._stored_dtype.itemsize
+        for move in [m for m in moves if m.slot not in failures]:
+            share_s = (time.monotonic() - started) / len(moves)
+            self._note(move, CHECKPOINT_SOURCE, stored_bytes, share_s)
         return failures
 
     def _write_checked(self, move: Move, weights: np.ndarray) -> None:

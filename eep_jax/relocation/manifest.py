@@ -20,7 +20,7 @@ def read_manifest(directory) -> tuple[dict, ModelConfig]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{root} is no checkpoint: {error!r}; expected {MANIFEST} and weights/ as "
-            "launch.convert or launch.train_tiny write them, or config.json of a Hugging Face directory"
+            f"launch.convert or launch.train_tiny write them, or {HUGGING_FACE_CONFIG} of Hugging Face"
         ) from error
 
 
