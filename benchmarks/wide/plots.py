@@ -18,7 +18,10 @@ OURS = {
     ("wide_combine", "combine", "per_rank"): ("#c77700", "per_rank"),
     ("wide_combine_home", "combine", "per_choice"): ("#2e7d32", "per_choice, sent by the GEMM"),
 }
-THEIRS = {"all_to_all": "NCCL all_to_all", "ragged_all_to_all": "ragged_all_to_all"}
+THEIRS = {
+    "all_to_all": ("x--", "NCCL all_to_all"),
+    "ragged_all_to_all": ("+-.", "ragged_all_to_all"),
+}
 MARKERS = "sD^v"
 
 
@@ -33,11 +36,11 @@ def exchanges(records: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(8.6, 4.0), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), PUBLISHED, strict=True):
         _ours(axes, name, alike)
-        for collective, label in THEIRS.items():
+        for collective, (style, label) in THEIRS.items():
             of = (r for r in alike if r.shape.get("collective") == collective)
             if points := by_tokens(of):
                 values = [r.value for r in points.values()]
-                axes.plot(list(points), values, "--", color=INK, lw=0.9, label=label)
+                axes.plot(list(points), values, style, color=INK, lw=0.9, ms=5, label=label)
         for (who, figures), marker in zip(PUBLISHED[name].items(), MARKERS, strict=False):
             axes.plot(
                 list(figures), list(figures.values()), marker, ms=4, color="#9a9a9a", label=who
