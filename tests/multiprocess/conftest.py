@@ -2,12 +2,14 @@
 
 import pytest
 
+from eep_jax.config import ClusterConfig
 from tests.support.processes import ClusterUnderTest
 
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory):
-    with ClusterUnderTest(tmp_path_factory.mktemp("run")) as cluster:
+    nice = ClusterConfig.joiner_nice
+    with ClusterUnderTest(tmp_path_factory.mktemp("run"), joiner_nice=nice) as cluster:
         yield cluster
 
 

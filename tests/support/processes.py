@@ -43,15 +43,16 @@ class ClusterUnderTest:
         requests=None,
         respawn_delay_ms: int = 500,
         whole_s: float = WHOLE_S,
+        joiner_nice: int = 0,
     ):
         """`requests` are what `load` sends, `jobs()` unless given.
 
         `truth`: whether completions are to be compared with those of an unharmed run. `whole_s` is
-        how long all ranks may take to start.
+        how long all ranks may take to start. A rank comes back soonest with a `joiner_nice` of 0.
         """
         words = ["--config=tiny_cpu", "--port=0", *arguments]
         words += [f"--override={o}" for o in overrides]
-        self.cluster = LocalCluster(words, ranks, str(run_dir), respawn_delay_ms)
+        self.cluster = LocalCluster(words, ranks, str(run_dir), respawn_delay_ms, joiner_nice)
         self._wants_truth, self.requests = truth, requests or jobs()
         self._whole_s = whole_s
         self._loop = asyncio.new_event_loop()
