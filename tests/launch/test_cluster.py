@@ -1,6 +1,7 @@
 """The launcher brings processes back, gives up with a reason, and leaves nothing behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import time
 import pytest
 from aiohttp import web
 
+from eep_jax.config import ClusterConfig
+from eep_jax.runtime.priority import nice_of
 from launch import cluster as cluster_module
 from launch.cluster import (
     DELAY_MAX_MS,
@@ -105,6 +108,22 @@ class TestStart:
         assert len(token) >= 32
         LocalCluster([], 1, str(tmp_path), -1)
         assert path.read_text() == token
+
+    def test_only_a_process_that_returns_is_put_behind_those_that_serve(self, scripted):
+        told = "import os; print(os.environ.get('EEP_PRIORITY_LOWERED'));" + SLEEP
+        cluster = scripted(rank0=told, rank1=told)
+        cluster.start()
+        cluster.children["rank1"].process.kill()
+        cluster.children["rank1"].process.wait(DEADLINE_S)
+        cluster.start_rank(1)
+        wanted = {SUPERVISOR: 0, "rank0": 0, "rank1": ClusterConfig.joiner_nice}
+        with contextlib.suppress(FileNotFoundError):  # of a kernel without autogroups
+            assert {name: nice_of(cluster.pid(name)) for name in wanted} == wanted
+        ends_s = time.monotonic() + DEADLINE_S
+        while not cluster.log_tail("rank1").endswith("1") and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        assert cluster.log_tail("rank1").endswith("1"), "it knows what to take back"
+        assert cluster.log_tail("rank0") in ("", "None")
 
 
 class TestWatch:
