@@ -20,7 +20,8 @@ def read_manifest(directory) -> tuple[dict, ModelConfig]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{root} is no checkpoint: {error!r}; expected {MANIFEST} and weights/ as "
-            f"launch.convert or launch.train_tiny write them, or {HUGGING_FACE_CONFIG} of Hugging Face"
+            f"launch.convert or launch.train_tiny write them, or {HUGGING_FACE_CONFIG} of "
+            "Hugging Face"
         ) from error
 
 
