@@ -25,8 +25,28 @@ def records_of(
             if len(lines) == machine.ranks:
                 samples[name] = slowest(lines)
         records += _of_batch(samples, config, machine, common, read_bytes_per_s)
+        records += _agreeing(found, index, config, machine, common)
         records += _profile(found, index, config, machine, common)
     return records
+
+
+def _agreeing(found: Found, index: int, config: RunConfig, machine: Machine, common):
+    """The share of tokens that a system gives as the first one does, from the same cache. Logits
+    of drawn weights are close, so in a deep stack roundings let others win."""
+    fields = {"bench": "wide_decode", "device": machine.device, "ranks": machine.ranks, **common}
+    shares: dict[str, list[float]] = {}
+    for _, line in found.of("step", family=f"size{index}"):
+        shares.setdefault(line["name"], []).append(line["agreeing"])
+    return [
+        Record(
+            metric="tokens_agreeing",
+            value=sum(values) / len(values),
+            unit="",
+            shape=shape_of(config, machine) | {"system": name},
+            **fields,
+        )
+        for name, values in shares.items()
+    ]
 
 
 def _profile(found: Found, index: int, config: RunConfig, machine: Machine, common):

@@ -140,7 +140,8 @@ class TestSizes:
 def test_records_compare_with_the_best_static_system_and_live_with_compiled_in():
     config = with_sizes(load_config("tiny_gpu"), ranks=2, batch=8, layers=3, context_tokens=32)
     times = {"live": [110.0, 100.0], "fixed": [100.0, 90.0], "psum": [400.0], "ring": [200.0]}
-    step = lambda name, us: {"kind": "step", "family": "size0", "name": name, "samples_us": us}
+    common = {"kind": "step", "family": "size0", "agreeing": 0.75}
+    step = lambda name, us: common | {"name": name, "samples_us": us}
     lines = [(rank, step(name, us)) for name, us in times.items() for rank in (0, 1)]
     lines.append((0, step("all_to_all", [1.0])))  # of one rank only: not counted
     lines.append((1, {"kind": "read", "bytes_per_s": 1e12}))
@@ -154,5 +155,6 @@ def test_records_compare_with_the_best_static_system_and_live_with_compiled_in()
     assert rates["live"].value == pytest.approx(16 / 100e-6) and rates["live"].bound
     member = next(r for r in records if r.metric == "membership p50")
     assert [r.value for r in records if r.metric == "share_experts"] == [0.7]
+    assert {r.value for r in records if r.metric == "tokens_agreeing"} == {0.75}
     assert member.ratio == pytest.approx(100 / 90)
     assert member.shape["link"] == "shared_gpu" and "shared by 2 ranks" in member.device
