@@ -129,8 +129,8 @@ class Bench:
     def _plain_host_copy(self) -> Callable[[], None]:
         sources = [np.array(w).reshape(-1).view(np.uint8) for w in self.experts.values()]
         if not self.on_gpu:
-            target = np.empty_like(sources[0])
-            return lambda: [np.copyto(target, source) for source in sources] and None
+            pairs = [(np.zeros_like(source), source) for source in sources]  # as many targets
+            return lambda: [np.copyto(*pair) for pair in pairs] and None
         from benchmarks.pinned_copy import PinnedCopy
 
         pinned = PinnedCopy(sources)
