@@ -20,7 +20,7 @@ from eep_jax.errors import CheckpointError
 from eep_jax.heap.copies import copy_values
 from eep_jax.relocation.digests import BLOCK_BYTES, block_digest
 
-_TURNED_BYTES = 256 << 10  # of a turned matrix that are read before they are turned
+_TURNED_BYTES = 512 << 10  # of a turned matrix that are read before they are turned
 _AHEAD_BYTES = 16 << 20  # that storage is asked for where the system does not remember the bytes
 
 
