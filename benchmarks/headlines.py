@@ -139,6 +139,17 @@ HEADLINES = (
     Headline("Experts from another rank's bank", "sources", "peer moved", {}, "plain copy"),
     Headline("Experts from a backup in host memory", "sources", "backup moved", {}, "plain copy"),
     Headline("Experts from a backup by Orbax P2P", "sources", "p2p moved", {}, "plain socket copy"),
+    *(
+        Headline(
+            f"A rank's weights from {said}, {cache}",
+            "loading",
+            "rate",
+            {"source": source, "bank": "bfloat16", "cache": state, "readers": 1},
+            "one thread that only reads",
+        )
+        for source, said in (("orbax", "a converted checkpoint"), ("safetensors", "safetensors"))
+        for state, cache in (("cold", "not cached"), ("cached", "cached by the system"))
+    ),
     Headline(
         "Decode throughput, every expert twice",
         "static",
