@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -100,6 +101,16 @@ def test_a_read_that_fails_halfway_leaves_no_expert_in_the_slot():
 
 
 FROM_TWO = (Source(SourceKind.CHECKPOINT), Source(SourceKind.PEER, 1, 0))
+
+
+def test_an_expert_of_which_parts_are_missing_is_none():
+    world = World(ROOT / "olmoe")
+    whole = world.checkpoint._family
+    less = types.SimpleNamespace(expert=lambda *of: list(whole.expert(*of))[:-1])
+    world.checkpoint._family = less
+    with pytest.raises(RelocationFailed, match=r"expert 5 has \d+ of \d+ parts"):
+        world.executor.carry_out((5, EMPTY, EMPTY), ())
+    assert world.bank.contents == (EMPTY,) * SLOTS
 
 
 @pytest.mark.parametrize("sources", [FROM_TWO[:1], FROM_TWO], ids=["alone", "and a peer"])
