@@ -14,6 +14,8 @@ else:
 # Several ranks in one process share XLA's pool, and each may sit in a callback that waits.
 os.environ["NPROC"] = "16"
 
+import resource
+
 import hypothesis
 import jaxtyping
 import pytest
@@ -34,6 +36,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("project")
+
+
+# Ranks of one process hold their slabs as files, and shells allow 1024 by default.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+FILES = 8192 if _hard == resource.RLIM_INFINITY else min(8192, _hard)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(_soft, FILES), _hard))
 
 
 def pytest_addoption(parser):

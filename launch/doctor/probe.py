@@ -34,6 +34,7 @@ PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
     "ml-dtypes",
     "aiohttp",
     "msgpack",
+    "xxhash",
     "tokenizers",
     "jinja2",
     "prometheus-client",

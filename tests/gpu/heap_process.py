@@ -4,12 +4,13 @@ python -m tests.gpu.heap_process RANK RANKS SLAB_BYTES     # prints its handle, 
 """
 
 import os
-import select
 import signal
 import subprocess
 import sys
 
 import numpy as np
+
+from tests.support.waiting import is_readable
 
 REPLY_DEADLINE_S = 60  # the first reply includes the start of CUDA
 
@@ -48,7 +49,7 @@ class HeapProcess:
     def _answer(self) -> str:
         descriptor = self._process.stdout.fileno()
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([descriptor], [], [], REPLY_DEADLINE_S)
+            ready = is_readable(descriptor, REPLY_DEADLINE_S)
             read = os.read(descriptor, 4096) if ready else b""
             if not read:
                 raise TimeoutError(f"no answer in {REPLY_DEADLINE_S} s, or the process ended")

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pathlib
-import select
 import signal
 import stat
 import subprocess
@@ -29,6 +28,7 @@ from launch.cluster import (
     is_whole,
     rank_name,
 )
+from tests.support.waiting import is_readable
 
 DEADLINE_S = 20.0
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +78,7 @@ async def watched(cluster: LocalCluster, condition) -> None:
 
 
 def has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], DEADLINE_S)[0])
+    return is_readable(pidfd, DEADLINE_S)
 
 
 class TestStart:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from eep_jax.heap.mirror_nixl import load_nixl
 from tests.support.mirrors import SLAB_BYTES
 from tests.support.netns import ADDRESSES, a_cable, why_not
+from tests.support.waiting import is_readable
 
 pytestmark = pytest.mark.multiprocess
 
@@ -35,7 +35,7 @@ class Process:
 
     def ask(self, verb: str, *arguments):
         self._process.stdin.write(json.dumps([verb, *arguments]) + "\n")
-        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_S)
+        readable = is_readable(self._process.stdout.fileno(), ANSWER_S)
         assert readable, f"{verb} was not answered within {ANSWER_S} s"
         return json.loads(self._process.stdout.readline())
 

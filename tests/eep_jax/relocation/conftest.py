@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from eep_jax.heap import loopback
 from eep_jax.models.weights import expert_name
 from eep_jax.relocation.checkpoint import save_checkpoint
 from tests.support.models import a_model, rounded_weights
@@ -22,3 +23,13 @@ def pristine_checkpoint(tmp_path_factory):
 @pytest.fixture
 def checkpoint_dir(pristine_checkpoint, tmp_path):
     return shutil.copytree(pristine_checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def heaps_are_closed():
+    """Those that the tests of a module opened: each holds files and memory."""
+    before = set(loopback._open_heaps)
+    yield
+    for name, heap in list(loopback._open_heaps.items()):
+        if name not in before:
+            heap.close()

@@ -1,7 +1,6 @@
 """A process is told apart from another that got its pid later."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from eep_jax.runtime.identity import (
     open_process,
     start_ticks,
 )
+from tests.support.waiting import is_readable
 
 DEADLINE_S = 10.0
 
@@ -29,7 +29,7 @@ def child():
 
 
 def has_ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], DEADLINE_S)[0])
+    return is_readable(pidfd, DEADLINE_S)
 
 
 def test_processes_of_one_machine_share_a_boot_id():
