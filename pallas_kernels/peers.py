@@ -12,7 +12,7 @@ A `Word` is an integer of one thread. Addresses are 64-bit Words.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, scf
@@ -20,6 +20,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 VECTOR_BYTES = 16  # the widest access of one thread
+CHUNKS_UNDER_WAY = 8  # of a row, for each thread that copies it
 WARP = 32  # threads
 ABORT_POLL_ROUNDS = 64  # looks at a flag between two at the abort word, which is off the GPU
 
@@ -420,6 +421,21 @@ def narrow_e4m3(words: Sequence[Word], scale: ir.Value) -> list[Word]:
 # Rows.
 
 
+def pieces_of(count: int, threads: int, at_once: int) -> Iterator[tuple[list[Word], Word | None]]:
+    """Which of a row's `count` pieces this thread takes, up to `at_once` together.
+
+    The second is whether they exist, None where they do for all threads; where not, the first
+    piece stands for them and may be read. `threads` is a power of two.
+    """
+    index, full = lane(threads), count // threads
+    for first in range(0, full, at_once):
+        yield [index + threads * j for j in range(first, min(first + at_once, full))], None
+    if count % threads:
+        last = index + threads * full
+        inside = last < count
+        yield [select(inside, last, 0)], inside
+
+
 def copy_row(
     source: Word,
     targets: Callable[[], Sequence[tuple[Word, Word]]],
@@ -431,10 +447,8 @@ def copy_row(
     `threads`, a power of two, share the work. The targets are worked out while the row is under
     way.
     """
-    chunks, index = row_bytes // VECTOR_BYTES, lane(threads)
-    full, known = chunks // threads, []
-
-    def some(places: Sequence[Word], inside: Word | None = None) -> None:
+    known = []
+    for places, inside in pieces_of(row_bytes // VECTOR_BYTES, threads, CHUNKS_UNDER_WAY):
         offsets = [(place * VECTOR_BYTES).wide() for place in places]
         # All loads are under way before the first store waits for one.
         loaded = [load_wide(source + offset) for offset in offsets]
@@ -444,13 +458,6 @@ def copy_row(
             with when(wanted if inside is None else wanted & inside):
                 for offset, values in zip(offsets, loaded, strict=True):
                     store_wide(target + offset, values)
-
-    for first in range(0, full, 8):
-        some([index + threads * j for j in range(first, min(first + 8, full))])
-    if chunks % threads:
-        last = index + threads * full
-        inside = last < chunks
-        some([select(inside, last, 0)], inside)
 
 
 # Words that other processes write or read.

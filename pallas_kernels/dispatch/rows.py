@@ -1,4 +1,4 @@
-"""A token's row on its way out of a kernel: as it is, or narrowed to fp8 as it leaves."""
+"""A token's row, narrowed to fp8 on its way out of a kernel."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,10 +28,8 @@ def send_narrowed(
 
     As `peers.copy_row`: `threads`, a power of two and whole warps, share the work.
     """
-    index, known = peers.lane(threads), []
-    full, rest = divmod(pieces(hidden), threads)
-
-    def some(places: Sequence[Word], inside: Word | None = None) -> None:
+    known = []
+    for places, inside in peers.pieces_of(pieces(hidden), threads, PIECES_UNDER_WAY):
         starts = [source + (place * (2 * PIECE)).wide() for place in places]
         # All loads are under way before the first of them is waited for.
         loaded = [
@@ -53,11 +51,3 @@ def send_narrowed(
                     with peers.when(place % LANES == 0):
                         at = target + (place // LANES * 4 + hidden).wide()
                         peers.store(at, peers.float_word(scale))
-
-    for first in range(0, full, PIECES_UNDER_WAY):
-        last = min(first + PIECES_UNDER_WAY, full)
-        some([index + threads * j for j in range(first, last)])
-    if rest:
-        place = index + threads * full
-        inside = place < pieces(hidden)
-        some([peers.select(inside, place, 0)], inside)
