@@ -16,7 +16,6 @@ right, and its times are of the turns. Such records say `link: shared_gpu`.
 
 import dataclasses
 import pathlib
-import shutil
 import sys
 import time
 
@@ -25,7 +24,8 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, now
+from benchmarks.harness import Record, commit, now
+from benchmarks.wide.ending import finish
 from benchmarks.wide.exchange import FP8, Family
 from benchmarks.wide.exchange_report import Found, published, read_found, records_of
 from benchmarks.wide.workers import (
@@ -67,23 +67,15 @@ def main() -> int:
     machine = machine_of(values.platform, values.ranks, gpus)
     families = families_of(machine, _tokens(), values.hidden, values.experts, values.top_k)
     told = {"commit": commit(), "time": now()}
-    given = values.directory
-    directory = fresh_directory(given)
+    directory = fresh_directory(values.directory)
     say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {directory}")
     problems = _run(machine, families, directory)
     found = read_found(directory, machine.ranks)
     problems += found.failures
     records = records_of(found, families, machine, told)
-    if records:
-        show(found, records)
-        if values.out:
-            append(pathlib.Path(values.out), records)
-            say(f"appended {len(records)} records to {values.out}")
-    for problem in problems:
-        say(problem, "bold red")
-    if not problems and given is None:
-        shutil.rmtree(directory, ignore_errors=True)
-    return 1 if problems else 0
+    temporary = directory if values.directory is None else None
+    shown = lambda: show(found, records)
+    return finish(records, problems, shown, out=values.out, temporary=temporary)
 
 
 def _tokens() -> tuple[int, ...]:

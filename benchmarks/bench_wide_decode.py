@@ -14,7 +14,6 @@ experts are on the same ranks, each once. Steps are the compiled ones, without s
 """
 
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -23,10 +22,11 @@ from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, now
+from benchmarks.harness import Record, commit, now
 from benchmarks.static.processes import free_port
 from benchmarks.wide.decode_report import records_of
 from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
+from benchmarks.wide.ending import finish
 from benchmarks.wide.exchange_report import read_found
 from benchmarks.wide.workers import (
     Machine,
@@ -73,8 +73,7 @@ def main() -> int:
     systems, sizes = _systems(machine), _sizes(config, machine)
     configs = [with_sizes(config, ranks=machine.ranks, **size) for size in sizes]
     told = {"commit": commit(), "time": now()}
-    given = values.directory
-    directory = fresh_directory(given)
+    directory = fresh_directory(values.directory)
     layers = sorted({c.model.layers for c in configs})
     say(
         f"{machine.device}: {machine.ranks} ranks of {config.model.name}, {layers} of "
@@ -84,16 +83,9 @@ def main() -> int:
     found = read_found(directory, machine.ranks)
     problems += found.failures
     records = records_of(found, configs, machine, told)
-    if records:
-        show(records)
-        if values.out:
-            append(pathlib.Path(values.out), records)
-            say(f"appended {len(records)} records to {values.out}")
-    for problem in problems:
-        say(problem, "bold red")
-    if not problems and given is None:
-        shutil.rmtree(directory, ignore_errors=True)
-    return 1 if problems else 0
+    temporary = directory if values.directory is None else None
+    shown = lambda: show(records)
+    return finish(records, problems, shown, out=values.out, temporary=temporary)
 
 
 def _config() -> RunConfig:
