@@ -94,3 +94,34 @@ def test_a_process_that_is_gone_is_not_opened(child):
     child.kill()
     child.wait(DEADLINE_S)
     assert open_process(child.pid, ticks) is None
+
+
+def test_who_lacks_descriptors_to_look_with_takes_nobody_for_dead():
+    """A full server must not evict its ranks: what it cannot see is not gone."""
+    code = """
+import os, resource
+from eep_jax.runtime.identity import is_ending, open_process, start_ticks
+pid = os.getppid()
+ticks = start_ticks(pid)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    pass
+for look in (lambda: start_ticks(pid), lambda: open_process(pid, ticks)):
+    for spare in (0, 1):  # for the pidfd, or for what is read after it was opened
+        closed = [os.close(taken.pop()) for _ in range(spare)]
+        try:
+            found = look()
+            assert found == ticks, found
+        except OSError as error:
+            print(error.strerror)
+        taken += [os.dup(0) for _ in closed]
+print(is_ending(pid), is_ending(os.getpid()))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Too many open files"] * 3 + ["False False"]
