@@ -49,7 +49,6 @@ from eep_jax.runtime.identity import (
     is_ending,
     kill_process,
     open_process,
-    start_ticks,
 )
 from eep_jax.runtime.journal import Journal, replay
 from eep_jax.runtime.repairs import ChangeTotals, RepairLog
@@ -340,7 +339,7 @@ class Supervisor:
         return (
             process is not None
             and self.state.records[hello.rank].believed
-            and (process.pid, process.ticks) == (hello.pid, start_ticks(hello.pid))
+            and (process.pid, process.ticks) == (hello.pid, hello.ticks)
         )
 
     def _register(self, connection: Connection) -> None:
@@ -463,11 +462,8 @@ class Supervisor:
             hello = connection.hello
             connection.incarnation = message.incarnation
             self._register(connection)
-            facts = {"rank": hello.rank, "incarnation": message.incarnation, "pid": hello.pid}
-            if hello.host == self._host:
-                facts["ticks"] = start_ticks(hello.pid)
-            else:
-                facts |= {"ticks": hello.ticks, "host": hello.host}
+            facts = dataclasses.asdict(_process_of(hello, message.incarnation))
+            facts |= {} if hello.host == self._host else {"host": hello.host}
             self._journal.append("process", facts)
             self._watch_sender(hello, message.incarnation)
         elif isinstance(message, Refused):
@@ -532,7 +528,8 @@ class Supervisor:
 
     def _watch_sender(self, hello: messages.Hello, incarnation: int) -> None:
         if hello.host == self._host:
-            self._watch(hello.rank, incarnation, hello.pid, start_ticks(hello.pid))
+            # Its own word for when it started: who has this pid now may be another process.
+            self._watch(hello.rank, incarnation, hello.pid, hello.ticks)
         else:
             self._hosts.watch(hello.host, _process_of(hello, incarnation))
 
@@ -657,7 +654,7 @@ class Supervisor:
 
 
 def _process_of(hello: messages.Hello, incarnation: int) -> messages.HostProcess:
-    """A process of another host, as it says itself."""
+    """The process that says Hello, as it is known on its host."""
     return messages.HostProcess(
         rank=hello.rank, incarnation=incarnation, pid=hello.pid, ticks=hello.ticks
     )

@@ -359,6 +359,17 @@ class TestProcesses:
             assert world.supervisor.state.records[0].incarnation == 1
 
     @story
+    async def test_a_pid_that_is_another_process_now_is_not_taken_for_the_rank(self, tmp_path):
+        """A rank may die, and its pid be used again, before its Hello is read."""
+        async with a_world(tmp_path, fenced_grace_ms=0) as world:
+            await world.start_supervisor()
+            world.start_rank(0)
+            gone = world.start_rank(1, ticks=1)  # its body started at another time
+            await world.until(lambda: world.supervisor.state.records[1].ended)
+            assert world.supervisor.status()["ranks"][1]["pid"] is None
+            assert gone.body.poll() is None, "an innocent process was killed"
+
+    @story
     async def test_tokens_that_cannot_be_are_refused(self, tmp_path):
         async with a_world(tmp_path) as world:
             await world.form()
