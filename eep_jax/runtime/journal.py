@@ -12,10 +12,14 @@ import time
 
 
 class Journal:
-    """Appends to `path`. `compact` replaces the file when it has grown past `bytes_max`."""
+    """Appends to `path`. The owner compacts it when it `is_full`: grown past `bytes_max`.
+
+    What is still so large when it was compacted is left alone until it has doubled, so writing it
+    anew costs no more than what was appended.
+    """
 
     def __init__(self, path: pathlib.Path, bytes_max: int = 16 << 20):
-        self.path, self.bytes_max = pathlib.Path(path), bytes_max
+        self.path, self._bytes_max, self._full_at = pathlib.Path(path), bytes_max, bytes_max
         _drop_partial_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -28,7 +32,7 @@ class Journal:
 
     @property
     def is_full(self) -> bool:
-        return self._file.tell() > self.bytes_max
+        return self._file.tell() > self._full_at
 
     def compact(self, records: list[dict]) -> None:
         """Puts `records` in place of everything, in one step: all of it happens or nothing."""
@@ -39,6 +43,7 @@ class Journal:
         os.replace(fresh, self.path)
         self._file.close()
         self._file = self.path.open("a", encoding="utf-8")
+        self._full_at = max(self._bytes_max, 2 * self._file.tell())
 
     def close(self) -> None:
         self._file.close()

@@ -85,6 +85,25 @@ def test_it_is_full_beyond_its_limit_and_compaction_makes_room(path):
     journal.close()
 
 
+def test_what_stays_large_when_compacted_is_left_alone_until_it_has_doubled(path):
+    """Else a supervisor with many long requests would do nothing but write its journal anew."""
+    journal = Journal(path, bytes_max=200)
+    kept = [{"kind": "b", "text": "x" * 1_000}]
+    journal.compact(kept)
+    assert not journal.is_full
+    for _ in range(2):
+        size = path.stat().st_size
+        while not journal.is_full:
+            journal.append("a", {})
+        assert 2 * size < path.stat().st_size < 2 * size + 200
+        journal.compact(kept)
+    journal.compact([])
+    while not journal.is_full:
+        journal.append("a", {})
+    assert path.stat().st_size < 400, "the limit is the old one again"
+    journal.close()
+
+
 def test_an_existing_journal_may_be_full_from_the_start(path):
     write(path, *"abcdef")
     journal = Journal(path, bytes_max=50)
