@@ -14,7 +14,10 @@ EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What the journal says. Lists are by rank; `processes` holds the newest of each rank."""
+    """What the journal says. Lists are by rank; `processes` holds the newest of each rank.
+
+    Where that of an incarnation which was issued is not there, it has ended, or never began.
+    """
 
     view: View
     placement: Placement
@@ -43,6 +46,8 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
                 out = frozenset(record["out"])
             case "prepare" | "tried":
                 tried = max(tried, record["epoch"])
+            case "incarnation":
+                issued[record["rank"]] = max(issued[record["rank"]], record["incarnation"])
             case "process":
                 rank, incarnation = record["rank"], record["incarnation"]
                 issued[rank] = max(issued[rank], incarnation)
@@ -80,6 +85,9 @@ def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entr
         facts |= {"host": host} if host else {}
         records.append({"kind": "process", **facts})
     for rank, record in enumerate(state.records):
+        if record.incarnation:  # `processes` may not have it any more, and it is never given twice
+            facts = {"rank": rank, "incarnation": record.incarnation}
+            records.append({"kind": "incarnation", **facts})
         if record.fenced:
             facts = {"rank": rank, "incarnation": record.fenced, "time": 0.0}
             records.append({"kind": "dead", "reason": "before the journal was cut", **facts})

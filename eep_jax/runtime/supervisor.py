@@ -581,6 +581,9 @@ class Supervisor:
             await asyncio.sleep(max(ENDING_POLL_MS, len(self._processes)) / 1000)
 
     def _watch_known_processes(self) -> None:
+        for rank, record in enumerate(self.state.records):
+            if record.incarnation and (rank, record.incarnation) not in self._restored_processes:
+                self._feed(Ended(rank, record.incarnation))
         for (rank, incarnation), (pid, ticks, host) in self._restored_processes.items():
             if host:
                 facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}

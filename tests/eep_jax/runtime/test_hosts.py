@@ -157,6 +157,29 @@ class TestRanksOfAnotherHost:
             async with a_launcher(world):
                 await world.until(lambda: record(world, 1).ended)
 
+    @story
+    async def test_never_get_the_number_of_one_that_ended_before_the_journal_was_cut(
+        self, tmp_path
+    ):
+        """An old process that is cut off somewhere would be taken for the new one."""
+        async with a_world(tmp_path) as world:
+            await world.start_supervisor()
+            async with a_launcher(world):
+                world.start_rank(0, **HOME)
+                away = world.start_rank(1, **AWAY)
+                await world.until(world.is_whole)
+                await away.close()
+                await world.until(lambda: record(world, 1).ended)
+            supervisor = world.supervisor
+            supervisor._journal.compact(supervisor._snapshot())
+            await world.stop_supervisor()
+            await world.start_supervisor()
+            await world.until(lambda: record(world, 1).ended)
+            async with a_launcher(world):
+                world.start_rank(1, **AWAY)
+                await world.until(world.is_whole)
+            assert record(world, 1).incarnation == 2
+
 
 class TestProcessWatch:
     def test_says_who_ended_and_kills_exactly_the_process_it_is_told(self):
