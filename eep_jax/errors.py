@@ -18,7 +18,14 @@ class CheckpointError(EepError):
 
 
 class RelocationFailed(EepError):
-    """No source could supply an expert; the message names every source tried and why it failed."""
+    """No source could supply an expert; the message names every source tried and why it failed.
+
+    `lost` says so of each expert that is missing now, where several were to be brought.
+    """
+
+    def __init__(self, message: str, lost: dict[int, str] | None = None):
+        super().__init__(message)
+        self.lost = lost or {}
 
 
 class HeapError(EepError):

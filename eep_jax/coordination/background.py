@@ -13,10 +13,12 @@ thought of anew when it is calm again.
 import dataclasses
 
 from eep_jax.coordination.protocol import Fetch, Mode, Status
+from eep_jax.coordination.shortages import avoided, explain
 from eep_jax.coordination.state import Background, CoordinatorState, Note, Send
 from eep_jax.membership.view import RankState
 from eep_jax.placement.balance import Aim, next_step
 from eep_jax.placement.load import settled
+from eep_jax.placement.placement import missing_experts
 from eep_jax.placement.planner import Plan
 from eep_jax.placement.sources import Supply
 
@@ -37,6 +39,7 @@ def advance(
     failed = {m.rank: m.expert for m in task.plan.moves if _has_failed(state, task, m)}
     if failed:
         facts = {"ranks": sorted(failed), "experts": sorted(failed.values())}
+        facts["reason"] = explain(state)
         retry_ms = now_ms + state.options.background_retry_ms
         state = dataclasses.replace(state, background=None, background_from_ms=retry_ms)
         return state, (*commands, Note("fetch_failed", facts)), None
@@ -88,7 +91,8 @@ def fetches(state: CoordinatorState, only: int | None = None) -> tuple[Send, ...
 def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorState:
     leaving = draining(state)
     if leaving and has_room(state, leaving):
-        return _with_task(state, now_ms, **_drain(state, supply, leaving))
+        task = _drain(state, supply, leaving)
+        return state if task is None else _with_task(state, now_ms, **task)
     if state.options.background_experts == 0:
         return state
     aim = _aim(state, state.balancing)
@@ -118,6 +122,7 @@ def _aim(state: CoordinatorState, loads: tuple[float, ...]) -> Aim:
         moves_max=state.options.background_experts,
         loads=loads,
         imbalance_max=state.options.imbalance_max,
+        avoid=avoided(state),
     )
 
 
@@ -127,14 +132,16 @@ def has_room(state: CoordinatorState, leaving) -> bool:
     return staying * state.options.slots_per_rank >= state.options.experts
 
 
-def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict:
-    """The next step of a drain, as far as a task is made of it."""
+def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict | None:
+    """The next step of a drain, as far as a task is made of it; None while it has to wait."""
     staying = tuple(rank for rank in state.view.in_epoch if rank not in leaving)
     moves_max = max(1, state.options.background_experts)
     names = ", ".join(map(str, leaving))
-    aim = Aim(members=staying, redundancy=1, moves_max=moves_max)
+    aim = Aim(members=staying, redundancy=1, moves_max=moves_max, avoid=avoided(state))
     if (plan := next_step(state.placement, aim, supply)) is not None:
         return {"kind": "background", "plan": plan, "reason": f"before ranks {names} leave"}
+    if missing_experts(state.placement, staying):
+        return None  # no source supplies what the leaving ranks have, for now: see shortages
     plan = Plan(placement=state.placement.without_ranks(leaving))
     return {"kind": "drain", "plan": plan, "reason": f"ranks {names} leave", "leaving": leaving}
 

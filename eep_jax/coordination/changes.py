@@ -6,6 +6,7 @@ from eep_jax.coordination import background
 from eep_jax.coordination.loading import ready_to_join, supply_of, with_loads
 from eep_jax.coordination.protocol import Commit, Mode, Prepare, StandBy, Status
 from eep_jax.coordination.records import handles_of, send_to, unsettled_places, want_resync
+from eep_jax.coordination.shortages import avoided, explain
 from eep_jax.coordination.state import Change, CoordinatorState, Note, RankRecord, Send
 from eep_jax.errors import CoverageLost
 from eep_jax.membership import moves
@@ -43,9 +44,11 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
         return state, ()  # a restarted supervisor first hears from all, or judges them dead
     try:
         found, degrade = certain_placement(state, joining), state.options.degrade
-        plan = plan_repair(found, members, degrade=degrade, supply=supply_of(state))
+        supply, avoid = supply_of(state), avoided(state)
+        plan = plan_repair(found, members, degrade=degrade, supply=supply, avoid=avoid)
     except CoverageLost as error:
-        return _block(state, members, str(error))
+        why = explain(state)
+        return _block(state, members, f"{error}: {why}" if why else str(error))
     view = moves.at_epoch(state.view, view, state.epoch_tried + 1)
     dead = [f"rank {rank} is out" for rank in suspects]
     back = [f"rank {rank} comes in" for rank in joining]
@@ -159,6 +162,9 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
         change=None,
         dirty=frozenset(),
         dropped=change.plan.dropped,
+        shortages=dataclasses.replace(state.shortages, tries=0)
+        if not state.shortages.reasons
+        else state.shortages,
     )
     facts = {
         "change": change.kind,
@@ -191,6 +197,7 @@ def is_ready(record: RankRecord, change: Change) -> bool:
         and status is not None
         and status.mode is Mode.READY
         and status.prepared == change.view.epoch
+        and not status.lost
     )
 
 
@@ -201,12 +208,16 @@ def _why_hopeless(state: CoordinatorState, change: Change) -> str:
     if gone:
         return f"ranks {gone} died while epoch {epoch} was prepared"
     lost = [r for r in members if lost_preparation(state.records[r].status, epoch)]
+    short = {r: sorted(found) for r in lost if (found := state.records[r].status.lost)}
+    if short:
+        said = "; ".join(f"rank {rank} could not get experts {e}" for rank, e in short.items())
+        return f"{said}"
     return f"ranks {lost} cannot prepare epoch {epoch} any more" if lost else ""
 
 
 def lost_preparation(status: Status, epoch: int) -> bool:
     """A rank listens to no Prepare older than its newest, which a dead supervisor may have sent."""
-    at_work = status.mode in (Mode.PREPARING, Mode.READY)
+    at_work = status.mode is Mode.PREPARING or (status.mode is Mode.READY and not status.lost)
     return status.prepared > epoch or (status.prepared == epoch and not at_work)
 
 

@@ -28,6 +28,7 @@ from eep_jax.coordination.loading import assign_loads, load_for
 from eep_jax.coordination.protocol import Commit, Fenced, Mode, Refused, StandBy, Status, Welcome
 from eep_jax.coordination.quiet import is_quiet, look
 from eep_jax.coordination.records import OUTSIDE, send_to, want_resync, with_record
+from eep_jax.coordination.shortages import forget_old, note_lost
 from eep_jax.coordination.state import (
     Answer,
     Arrived,
@@ -214,6 +215,7 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
     if record.status is not None and status.sequence <= record.status.sequence:
         return state, ()
     state = with_record(state, rank, status=status, heard_ms=now_ms, channel_lost_ms=None)
+    state = note_lost(state, status, now_ms)
     # A rank may know of an epoch that a supervisor which died had tried.
     tried = max(state.epoch_tried, status.epoch, status.prepared)
     if tried != state.epoch_tried:
@@ -263,7 +265,7 @@ def _put_in_step(state: CoordinatorState, status: Status):
 
 
 def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    state, commands = bury_dead(state, now_ms)
+    state, commands = bury_dead(forget_old(state, now_ms), now_ms)
     for step in (start_change, commit_change, assign_loads, start_background):
         state, more = step(state, now_ms)
         commands += more

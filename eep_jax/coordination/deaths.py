@@ -8,7 +8,7 @@ from eep_jax.coordination.state import CoordinatorState, Kill, Note
 from eep_jax.membership import moves
 from eep_jax.membership.detector import Signs, judge
 from eep_jax.membership.view import RankState
-from eep_jax.placement.placement import holds
+from eep_jax.placement.placement import EMPTY, holds
 
 
 def bury_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
@@ -70,6 +70,10 @@ def _disagreement(state: CoordinatorState, rank: int) -> str:
         expected = state.placement.slots[rank]
     if expected is None or holds(status.contents, expected):
         return ""
+    if len(status.contents) == len(expected) and status.mode is Mode.READY:
+        wrong = {e for held, e in zip(status.contents, expected, strict=True) if held != e}
+        if wrong <= {EMPTY, *status.lost}:
+            return ""  # it says itself what it could not get: see shortages
     return f"rank {rank} holds experts {status.contents}, its placement says {expected}"
 
 

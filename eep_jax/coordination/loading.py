@@ -2,6 +2,7 @@
 
 from eep_jax.coordination.protocol import Load
 from eep_jax.coordination.records import OUTSIDE, handles_of, send_to, unsettled_places, with_record
+from eep_jax.coordination.shortages import avoided
 from eep_jax.coordination.state import CoordinatorState, RankRecord
 from eep_jax.membership.view import RankState
 from eep_jax.placement.placement import EMPTY, Placement, holds
@@ -40,7 +41,8 @@ def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
     base = with_loads(state.placement, state, loading)
     counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].believed]
     held = {rank: state.records[rank].status.contents for rank in waiting}
-    return plan_admission(base, counted, waiting, options.redundancy, held).placement
+    avoid = avoided(state)
+    return plan_admission(base, counted, waiting, options.redundancy, held, avoid).placement
 
 
 def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:

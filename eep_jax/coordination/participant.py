@@ -6,9 +6,10 @@
                                                  ├──────Prepare────── HOLDING ◀───────────┤
                                                  └──────Prepare───────────────────────────┘
 A rank that serves may be told to Fetch experts beside its steps. One that is drained goes from
-anywhere to STANDBY, which is as good as OFFERED. Fenced, or a failed preparation, ends the process
-from anywhere. A rank that is no member goes back from PREPARING or READY to OFFERED where a Load
-asks for other experts: its change was given up.
+anywhere to STANDBY, which is as good as OFFERED. An expert that no source supplies is named in the
+Status as `lost`, and ends nothing: what follows is the supervisor's to say. Fenced, or a peer that
+cannot be mapped, ends the process from anywhere. A rank that is no member goes back from PREPARING
+or READY to OFFERED where a Load asks for other experts: its change was given up.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class ParticipantState:
     left: int = 0  # the epoch it was drained in; nothing older than that is followed any more
     contents: tuple[int, ...] = ()
     accused: tuple[int, ...] = ()
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)  # see Status
     failure: str = ""
 
     @property
@@ -62,9 +64,10 @@ class WarmedUp:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A Load was carried out; `contents` are what the bank holds now."""
+    """A Load was carried out; `contents` are what the bank holds now, `lost` what it could not."""
 
     contents: tuple[int, ...]
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Fetched:
 
     number: int
     contents: tuple[int, ...]
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Prepared:
 
     epoch: int
     contents: tuple[int, ...]
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,35 +171,37 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
             # `prepare` stays: what was given up must not be taken up again.
             contents = _unwritten(state.contents, event.moves)
             state = change(state, mode=Mode.OFFERED, load=event, contents=contents, fetch=None)
-            return state, (FillBank(event),)
-        case Loaded(contents=contents) if state.mode is Mode.OFFERED:
-            return change(state, contents=contents, load=None), (Report(),)
+            return change(state, lost={}), (FillBank(event),)
+        case Loaded(contents=contents, lost=lost) if state.mode is Mode.OFFERED:
+            return change(state, contents=contents, lost=lost, load=None), (Report(),)
         case Fetch() if state.mode is Mode.SERVING and event.epoch == state.epoch:
             if state.fetch is not None and state.fetch.number >= event.number:
                 return state, ()  # under way, and it will be reported
             if state.fetched >= event.number:
                 return state, (Report(),)
             contents = _unwritten(state.contents, event.moves)
-            return change(state, fetch=event, contents=contents), (FillSlots(event),)
-        case Fetched(number=number, contents=contents):
+            return change(state, fetch=event, contents=contents, lost={}), (FillSlots(event),)
+        case Fetched(number=number, contents=contents, lost=lost):
             if state.fetch is None or state.fetch.number != number:
                 return state, ()
-            return change(state, fetch=None, fetched=number, contents=contents), (Report(),)
+            state = change(state, fetch=None, fetched=number, contents=contents, lost=lost)
+            return state, (Report(),)
         case Prepare() if state.mode is not Mode.ALONE:
             if event.epoch <= max(state.epoch, state.prepared, state.left):
                 return state, (Report(),)
             contents = _unwritten(state.contents, event.moves)
             state = change(state, mode=Mode.PREPARING, prepare=event, load=None, fetch=None)
-            return change(state, contents=contents), (CarryOut(event),)
+            return change(state, contents=contents, lost={}), (CarryOut(event),)
         case StandBy(epoch=epoch) if state.mode is not Mode.ALONE:
             if epoch < max(state.epoch, state.prepared) or epoch <= state.left:
                 return state, ()
             state = change(state, mode=Mode.STANDBY, epoch=0, left=epoch, view=None, placement=None)
-            return change(state, prepare=None, load=None, fetch=None, accused=()), (Report(),)
-        case Prepared(epoch=epoch, contents=contents):
+            state = change(state, prepare=None, load=None, fetch=None, accused=(), lost={})
+            return state, (Report(),)
+        case Prepared(epoch=epoch, contents=contents, lost=lost):
             if state.mode is not Mode.PREPARING or epoch != state.prepared:
                 return state, ()  # a newer Prepare or Load writes by now, and will report
-            return change(state, mode=Mode.READY, contents=contents), (Report(),)
+            return change(state, mode=Mode.READY, contents=contents, lost=lost), (Report(),)
         case Commit(epoch=epoch):
             if state.mode is not Mode.READY or epoch != state.prepared:
                 return state, ()
@@ -222,5 +229,6 @@ def _serve(state: ParticipantState) -> tuple[ParticipantState, tuple]:
         placement=prepare.placement,
         prepare=None,
         accused=(),
+        lost={},
     )
     return serving, (Resume(prepare.epoch, prepare.view, prepare.placement), Report())

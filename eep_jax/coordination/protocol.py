@@ -39,6 +39,8 @@ class Status:
     contents: tuple[int, ...] = ()  # expert in each slot of its bank, as written and verified
     fetched: int = 0  # number of the last Fetch it went through; `contents` say what came of it
     accused: tuple[int, ...] = ()  # ranks its held step timed out on
+    # Experts that no source supplied for the last Load, Fetch or Prepare, and why.
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
     stalled_ms: int = 0  # how long its engine loop has not moved
     handle: str = ""  # how peers reach its slab
     failure: str = ""  # why it cannot go on; fatal to this rank

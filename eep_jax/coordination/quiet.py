@@ -17,7 +17,17 @@ from eep_jax.coordination.state import CoordinatorState, RankRecord
 from eep_jax.membership.view import RankState
 
 # What of a Status decides anything, beside the time of its coming and what it measured.
-_TELLING = ("mode", "epoch", "prepared", "contents", "fetched", "accused", "stalled_ms", "failure")
+_TELLING = (
+    "mode",
+    "epoch",
+    "prepared",
+    "contents",
+    "fetched",
+    "accused",
+    "lost",
+    "stalled_ms",
+    "failure",
+)
 _USUAL = (Mode.SERVING, Mode.PREPARING, Mode.READY)
 
 
@@ -47,7 +57,7 @@ def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: i
     if known is None or now_ms >= known.due_ms or not isinstance(event, Status):
         return False
     rank, same = event.rank, ("view", "change", "placement", "resync", "background", "blocked")
-    if event.mode not in _USUAL or event.accused or rank == known.witness:
+    if event.mode not in _USUAL or event.accused or event.lost or rank == known.witness:
         return False
     if before.view.members[rank].state is not RankState.ACTIVE:
         return False

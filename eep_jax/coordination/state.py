@@ -92,6 +92,15 @@ class Background:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortages:
+    """Why a rank could not get an expert, by `(rank, expert)`; see `shortages`."""
+
+    reasons: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    until_ms: int = 0  # then it is tried again
+    tries: int = 0  # in vain, one after the other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinatorState:
     """`view` and `placement` are the committed ones, with suspects and joining ranks marked.
 
@@ -106,6 +115,7 @@ class CoordinatorState:
     change: Change | None = None
     dirty: frozenset[tuple[int, int]] = frozenset()  # places an abandoned plan may have written
     dropped: tuple[int, ...] = ()  # experts given up under `degrade`
+    shortages: Shortages = dataclasses.field(default_factory=Shortages)
     blocked: str = ""  # why there is no coverage, empty while all is well
     resync: str = ""  # why the members must agree anew, empty if not
     out: frozenset[int] = frozenset()  # ranks that the operator took out, or wants out

@@ -26,6 +26,7 @@ class Aim:
     moves_max: int  # of one rank in one step
     loads: tuple[float, ...] = ()  # chosen how often, by expert; empty: not known, no balancing
     imbalance_max: float = 1.25  # of the most loaded rank to the mean, that is left alone
+    avoid: frozenset[tuple[int, int]] = frozenset()  # (rank, expert) that were tried in vain
 
     @property
     def replicas_wanted(self) -> int:
@@ -121,7 +122,7 @@ class _Step:
                 return
 
     def _give(self, expert: int) -> bool:
-        lacking = [r for r in self.aim.members if not self._has(r, expert)]
+        lacking = [r for r in self.aim.members if self._may_get(r, expert)]
         if fillable := [r for r in lacking if self._free(r)]:
             self._fill(min(fillable, key=self._weight), expert)
             return True
@@ -151,7 +152,7 @@ class _Step:
         for rank in sorted((r for r in self.aim.members if self._free(r)), key=self._weight):
             for other in lacking:
                 for slot, moving in self._releasable(other):
-                    if not self._has(rank, moving):
+                    if self._may_get(rank, moving):
                         self._fill(rank, moving)
                         self._release(other, slot)
                         self._promise(other, expert)
@@ -183,7 +184,7 @@ class _Step:
         hot = min(loads, key=lambda r: (-loads[r], r))
         for _, expert in self._kept(hot):
             for rank in self.aim.members:
-                if self._has(rank, expert):
+                if not self._may_get(rank, expert):
                     continue
                 if self._free(rank):
                     for leaves in (EMPTY, hot):
@@ -227,6 +228,9 @@ class _Step:
 
     def _has(self, rank: int, expert: int) -> bool:
         return expert in self._held[rank]
+
+    def _may_get(self, rank: int, expert: int) -> bool:
+        return not self._has(rank, expert) and (rank, expert) not in self.aim.avoid
 
     def _is_spare(self, rank: int, expert: int) -> bool:
         """Whether another member has the expert, and not only the promise of it."""

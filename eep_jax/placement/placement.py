@@ -90,6 +90,13 @@ def holds(contents, slots) -> bool:
     return len(contents) == len(slots) and all(e in (EMPTY, held) for held, e in wanted)
 
 
+def _more_slots(placement: Placement, active) -> str:
+    """What these ranks would have needed, as a setting; '' where there is no rank."""
+    if not active:
+        return ""
+    return f"configure cluster.slots_per_rank={-(-placement.experts // len(active))} or more, "
+
+
 def require_room(placement: Placement, active) -> None:
     """Raises CoverageLost where the active ranks have fewer slots than there are experts."""
     active = tuple(active)
@@ -99,5 +106,5 @@ def require_room(placement: Placement, active) -> None:
         raise CoverageLost(
             f"experts {list(missing)} have no live replica: {placement.experts} slots are needed "
             f"and ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); bring "
-            "a rank back, configure more slots_per_rank, or choose policy 'degrade'"
+            f"a rank back, {_more_slots(placement, active)}or choose cluster.policy=degrade"
         )

@@ -6,6 +6,7 @@ then slot, then expert.
 
 import dataclasses
 
+from eep_jax.errors import CoverageLost
 from eep_jax.placement.placement import EMPTY, Placement, check, missing_experts, require_room
 from eep_jax.placement.sources import Source, Supply, rank_sources
 
@@ -65,15 +66,22 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
 
 
 def plan_repair(
-    placement: Placement, active, *, degrade: bool = False, supply: Supply | None = None
+    placement: Placement,
+    active,
+    *,
+    degrade: bool = False,
+    supply: Supply | None = None,
+    avoid: frozenset[tuple[int, int]] = frozenset(),
 ) -> Plan:
     """Covers every expert on the active ranks again: exactly one move for each orphan, no other.
 
     An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has
     most. The rank with the fewest experts takes first. With `degrade`, experts that find no slot
-    are dropped and named instead. `supply` says what else than the banks can be read from.
+    are dropped and named instead. `supply` says what else than the banks can be read from. `avoid`
+    names each `(rank, expert)` that was tried in vain.
 
-    Raises CoverageLost where the active ranks have too few slots and `degrade` is not chosen.
+    Raises CoverageLost where the active ranks have too few slots, or may not be asked for an
+    expert, and `degrade` is not chosen.
     """
     active = tuple(sorted(active))
     away = set(range(len(placement.slots))) - set(active)
@@ -82,23 +90,36 @@ def plan_repair(
         require_room(kept, active)
     target, moves, dropped = kept, [], []
     for expert in missing_experts(kept, active):
-        place = _slot_for_orphan(target, active)
+        place = _slot_for_orphan(target, [r for r in active if (r, expert) not in avoid])
         if place is None:
             dropped.append(expert)
             continue
         target = target.with_expert(*place, expert)
         moves.append((*place, expert))
+    if dropped and not degrade:
+        raise CoverageLost(
+            f"experts {dropped} have no live replica, and no source supplied them; mend what is "
+            "named here, which is tried again by itself, bring a rank back that holds them, or "
+            "choose cluster.policy=degrade"
+        )
     return _with_sources(kept, target, moves, tuple(dropped), supply)
 
 
-def plan_admission(placement: Placement, active, joining, redundancy: int, held=None) -> Plan:
+def plan_admission(
+    placement: Placement,
+    active,
+    joining,
+    redundancy: int,
+    held=None,
+    avoid: frozenset[tuple[int, int]] = frozenset(),
+) -> Plan:
     """Fills the slots of joining ranks; the slots of active ranks are left as they are.
 
     Joiners first take orphans, then the experts with the fewest replicas, up to `redundancy`
     replicas each. A joiner that this leaves with less than its share of a whole cluster (all
     experts survived elsewhere) takes further replicas, and so a part of the work. `held[rank]`
     names what a joiner's bank already holds (slot -> expert): among equally needy experts these go
-    first, and stay in their slot at no move.
+    first, and stay in their slot at no move. `avoid` is as for `plan_repair`.
     """
     joining = tuple(sorted(joining))
     members = tuple(sorted({*active, *joining}))
@@ -107,7 +128,8 @@ def plan_admission(placement: Placement, active, joining, redundancy: int, held=
     target, moves, held = kept, [], held or {}
     while (place := _next_free(target, joining)) is not None:
         rank, _ = place
-        expert = _neediest(target, rank, members, redundancy, held.get(rank, ()))
+        refused = {e for r, e in avoid if r == rank}
+        expert = _neediest(target, rank, members, redundancy, held.get(rank, ()), refused)
         if expert is None:
             joining = tuple(r for r in joining if r != rank)
             continue
@@ -155,7 +177,9 @@ def _next_free(placement: Placement, ranks) -> tuple[int, int] | None:
     return rank, placement.slots[rank].index(EMPTY)
 
 
-def _neediest(placement: Placement, rank: int, members, redundancy: int, held) -> int | None:
+def _neediest(
+    placement: Placement, rank: int, members, redundancy: int, held, refused
+) -> int | None:
     replicas = placement.replicas()
     inside = set(members)
     count = lambda e: sum(r in inside for r, _ in replicas.get(e, ()))
@@ -164,7 +188,9 @@ def _neediest(placement: Placement, rank: int, members, redundancy: int, held) -
     wanted = [
         (count(e), e not in held, e)
         for e in range(placement.experts)
-        if (count(e) < redundancy or taken < share) and e not in placement.slots[rank]
+        if (count(e) < redundancy or taken < share)
+        and e not in placement.slots[rank]
+        and e not in refused
     ]
     return min(wanted)[2] if wanted else None
 

@@ -74,11 +74,11 @@ class Executor:
 
         What a slot already holds is not fetched again, so carrying out the same plan twice, or a
         plan after an abandoned one, moves only what is missing. Slots not named by a move fall back
-        to the checkpoint. Raises RelocationFailed where no source of an expert works; what was
-        written before stays.
+        to the checkpoint. Raises RelocationFailed where no source of an expert works, after all
+        others were brought; it names those that are missing.
         """
         planned = {move.slot: move for move in moves}
-        wanted = []
+        wanted, lost = [], {}
         for slot, expert in enumerate(slots):
             if expert == EMPTY or self._bank.contents[slot] == expert:
                 continue
@@ -86,7 +86,8 @@ class Executor:
             usable = move is not None and move.expert == expert
             sources = move.sources if usable else (CHECKPOINT_SOURCE,)
             if self._loader.may_still_write(self._bank.target(slot)):
-                raise RelocationFailed(f"a read that hangs may still come into slot {slot}")
+                lost[expert] = f"a read that hangs may still come into slot {slot}"
+                continue
             wanted.append(Move(self._bank.rank, slot, expert, sources))
         failed = {}
         if placeable := [move for move in wanted if self._placing.can(move)]:
@@ -96,17 +97,28 @@ class Executor:
         ahead = self._fetch_ahead(left, failed)
         # What is copied goes first: its source may be a slot that another expert is loaded into.
         loaded = [m for m in left if m.slot not in failed and self._loads(*m.sources[:1])]
-        for move in [m for m in left if m not in loaded]:
-            self._fill(move, failed.get(move.slot), ahead)
-            self._beat()
+        lost |= self._fill_all([m for m in left if m not in loaded], failed, ahead)
         failed = self._load_together(loaded)
-        for move in [m for m in loaded if m.slot in failed]:
-            self._fill(move, failed[move.slot], ahead)
-            self._beat()
+        lost |= self._fill_all([m for m in loaded if m.slot in failed], failed, ahead)
         for slot, expert in enumerate(slots):
             if expert == EMPTY:
                 self._bank.clear(slot)
+        if lost:
+            raise RelocationFailed("; ".join(lost.values()), lost)
         return self._bank.contents
+
+    def _fill_all(
+        self, moves: list[Move], failed: dict[int, str], ahead: FetchAhead
+    ) -> dict[int, str]:
+        """One after the other; why not, by expert, where no source works."""
+        lost = {}
+        for move in moves:
+            try:
+                self._fill(move, failed.get(move.slot), ahead)
+            except RelocationFailed as error:
+                lost[move.expert] = str(error)
+            self._beat()
+        return lost
 
     def place(self, move: Move, source: Source) -> bool:
         """Brings an expert out of this host's memory, if its slot can be checked; else False.
@@ -133,7 +145,7 @@ class Executor:
 
     def _fill(self, move: Move, failed: str | None, ahead: FetchAhead) -> None:
         """From one source after the other; `failed` says why the first one is not tried again."""
-        failures = [] if failed is None else [f"{_name(move.sources[0])}: {failed}"]
+        failures = [] if failed is None else [f"{name_of(move.sources[0])}: {failed}"]
         if failures:
             _log.warning("expert %d from %s", move.expert, failures[0])
         for source in move.sources[len(failures) :]:
@@ -147,8 +159,8 @@ class Executor:
                 written = time.monotonic()
                 self._write_checked(move, weights)
             except Exception as error:  # any failure of a source means the next source
-                failures.append(f"{_name(source)}: {error}")
-                _log.warning("expert %d from %s failed: %s", move.expert, _name(source), error)
+                failures.append(f"{name_of(source)}: {error}")
+                _log.warning("expert %d from %s failed: %s", move.expert, name_of(source), error)
                 continue
             self._note(move, source, weights.nbytes, seconds + time.monotonic() - written)
             return
@@ -226,7 +238,7 @@ class Executor:
             "expert %d into slot %d from %s in %.1f ms",
             move.expert,
             move.slot,
-            _name(source),
+            name_of(source),
             seconds * 1e3,
         )
 
@@ -313,6 +325,6 @@ def _key(source: Source) -> tuple[str, int]:
     return source.kind.value, source.rank
 
 
-def _name(source: Source) -> str:
+def name_of(source: Source) -> str:
     place = f" rank {source.rank} slot {source.slot}" if source.rank >= 0 else ""
     return source.kind.value + place

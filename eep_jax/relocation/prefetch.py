@@ -16,7 +16,7 @@ import numpy as np
 
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source
-from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.executor import Executor, name_of
 from eep_jax.relocation.patience import Patience
 
 _log = logging.getLogger(__name__)
@@ -46,11 +46,18 @@ class Prefetch:
         self._move: Move | None = None
         self._sources: list[Source] = []
         self._read: _Read | None = None
+        self._failures: list[str] = []
+
+    @property
+    def failure(self) -> str:
+        """Why the last expert that failed did: every source that was tried."""
+        return "; ".join(self._failures) or "the plan names no source; see cluster.sources"
 
     def advance(self, move: Move) -> bool | None:
         """Goes on with `move`; None while it is under way, else whether its slot now holds it."""
         if self._move != move:  # an earlier one was given up; what it read is forgotten
             self._move, self._sources, self._read = move, list(move.sources), None
+            self._failures = []
         if self._read is not None:
             if not self._read.done.is_set():
                 return None
@@ -66,12 +73,16 @@ class Prefetch:
                     self._move = None
                     return True
             except Exception as error:  # any failure of a source means the next source
-                _log.warning("expert %d from %s failed: %s", move.expert, source, error)
+                self._failed(move.expert, source, error)
                 continue
             self._begin(move.expert, source)
             return None
         self._move = None
         return False
+
+    def _failed(self, expert: int, source: Source, error: Exception) -> None:
+        self._failures.append(f"expert {expert} from {name_of(source)}: {error}")
+        _log.warning("expert %d from %s failed: %s", expert, name_of(source), error)
 
     def _begin(self, expert: int, source: Source) -> None:
         read = self._read = _Read(source, time.monotonic())
@@ -80,7 +91,7 @@ class Prefetch:
             try:
                 copied = self._executor.fetch(expert, source)
             except Exception as error:  # any failure of a source means the next source
-                _log.warning("expert %d from %s failed: %s", expert, source, error)
+                self._failed(expert, source, error)
                 read.done.set()
                 return
             read.seconds = time.monotonic() - read.started_s
@@ -97,6 +108,6 @@ class Prefetch:
             self._executor.verify(expert, copied, source)
             read.weights = copied
         except Exception as error:
-            _log.warning("expert %d from %s failed: %s", expert, source, error)
+            self._failed(expert, source, error)
         read.done.set()
         self._on_done()

@@ -30,6 +30,7 @@ EXIT_OK, EXIT_FENCED = 0, 75
 SLEEP_MS = 50
 ATTACH_TRIES_MS = 6_000  # a peer that does not answer is usually dead, and soon out of the plan
 TELEMETRY_MS = 500
+REASON_CHARACTERS_MAX = 1_000  # of a failure that is told to the supervisor
 HOLD_TRIES_MS = 1_000  # for all ranks to stop at one round; then a planned change aborts the step
 
 
@@ -169,7 +170,8 @@ class Agent:
             if limit := self._engine.config.cluster.background_bytes_per_s:
                 self._fetch_from_s = time.monotonic() + bank.expert_bytes / limit
             return True
-        self._feed(p.Fetched(fetch.number, bank.contents))
+        lost = {missing[0].expert: self._prefetch.failure} if missing else {}
+        self._feed(p.Fetched(fetch.number, bank.contents, lost))
         return True
 
     def _accept(self, request) -> None:
@@ -246,7 +248,8 @@ class Agent:
         slots = prepare.placement.slots[self._rank]
         self._watch.detached(time.monotonic() - started)
         with self._watch.fetching():
-            result = self._relocate(slots, prepare.moves, lambda c: p.Prepared(prepare.epoch, c))
+            done = lambda contents, lost: p.Prepared(prepare.epoch, contents, lost)
+            result = self._relocate(slots, prepare.moves, done)
         if prepare.epoch == 1:  # nobody served yet
             self._executor.measure_memory(list(self._attached))
         # No step runs here, and none of the new epoch can run anywhere before the Commit.
@@ -258,10 +261,12 @@ class Agent:
         return result
 
     def _relocate(self, slots, moves, done):
+        """What could not be had is told, with the reason; to end for it would help nobody."""
         try:
-            return done(self._executor.carry_out(slots, moves))
+            return done(self._executor.carry_out(slots, moves), {})
         except RelocationFailed as error:
-            return p.Broken(str(error))
+            short = {expert: why[:REASON_CHARACTERS_MAX] for expert, why in error.lost.items()}
+            return done(self._engine.bank.contents, short)
 
     def _attach(self, peer: int, handle: str) -> None:
         if handle and self._attached.get(peer) != handle:
@@ -298,6 +303,7 @@ class Agent:
             fetched=state.fetched,
             contents=self._engine.bank.contents,
             accused=state.accused,
+            lost=state.lost,
             handle=self._heap.export(),
             failure=state.failure,
             backup=Backup() if backups is None else backups.offer,

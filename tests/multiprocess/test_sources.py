@@ -4,6 +4,7 @@ import collections
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import signal
 
@@ -14,6 +15,7 @@ from eep_jax.models.weights import expert_name
 from eep_jax.relocation.shards import chunk_name
 from eep_jax.runtime.journal import replay
 from eep_jax.runtime.repairs import PAUSE_PHASES
+from launch.cluster import is_whole
 from tests.eep_jax.relocation.test_checkpoint import damage
 from tests.support.processes import ClusterUnderTest, is_out
 
@@ -206,6 +208,32 @@ def stall(checkpoint: pathlib.Path) -> int:
         path.unlink()
         os.mkfifo(path)
     return len(files)
+
+
+def test_a_damaged_checkpoint_ends_no_rank_and_is_tried_again_until_it_is_mended(tmp_path):
+    """At the first start, and for an orphan. The answer names expert, file and both digests."""
+    checkpoint = shutil.copytree(tiny_cpu.get_config().checkpoint, tmp_path / "checkpoint")
+    options = (ONE_REPLICA, "cluster.backup_bytes=0", f"checkpoint={checkpoint}")
+    names = rf"experts \[6\] have no .*e006 of {checkpoint} has digest \w+, the manifest says \w+"
+    damage(checkpoint, expert_name(6))
+    cluster = ClusterUnderTest(tmp_path / "run", *options, respawn_delay_ms=STAY_DEAD)
+    blocked = lambda status: re.search(names, status["blocked"])
+    with cluster.started():
+        cluster.wait(blocked, "the reason why nothing is served", 90.0)
+        pids = [cluster.pid(rank) for rank in range(RANKS)]
+        damage(checkpoint, expert_name(6))  # what is flipped twice is mended
+        before = cluster.wait(is_whole, "the start once it is mended")
+        assert [rank["incarnation"] for rank in before["ranks"]] == [1] * RANKS
+
+        victim = next(r for r in range(RANKS) if 6 in before["experts"]["placement"][r])
+        damage(checkpoint, expert_name(6))
+        cluster.signal(victim)
+        status = cluster.wait(blocked, "the reason why it stopped")
+        assert [r for r in range(RANKS) if status["ranks"][r]["state"] != "active"] == [victim]
+        damage(checkpoint, expert_name(6))
+        cluster.wait(is_out(victim), "the repair once it is mended")
+        survivors = set(range(RANKS)) - {victim}
+        assert [cluster.pid(r) for r in survivors] == [pids[r] for r in survivors]
 
 
 def test_a_backup_that_dies_with_its_rank_is_replaced_by_the_next_source(tmp_path):

@@ -55,6 +55,7 @@ class Cluster:
         self.pids = itertools.count(1)
         self.holds = self.holds_given_up = 0  # for planned changes
         self.from_backup = 0  # experts
+        self.starved: set[int] = set()  # experts that no source supplies
         self.supervisor: SupervisorProcess | None = SupervisorProcess(self)
 
     def after(self, duration_ms: int, action) -> None:
@@ -128,6 +129,8 @@ class Cluster:
 
     def fetch(self, expert: int, source) -> bool:
         """Whether `source` supplies the expert now."""
+        if expert in self.starved:
+            return False
         if is_checkpoint(source):
             return self.random.random() >= self.timing.checkpoint_failure
         peers = [p for p in self.living() if p.rank == source.rank]

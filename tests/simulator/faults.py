@@ -93,7 +93,7 @@ def slow_repair(cluster: Cluster, dice: random.Random) -> None:
 
 def fail_fetches(cluster: Cluster, dice: random.Random) -> None:
     cluster.timing.peer_failure = dice.choice((0.2, 1.0))
-    cluster.timing.checkpoint_failure = dice.choice((0.0, 0.05))
+    cluster.timing.checkpoint_failure = dice.choice((0.0, 0.05, 1.0))
 
 
 def fail_backups(cluster: Cluster, dice: random.Random) -> None:

@@ -113,6 +113,7 @@ class RankProcess:
             fetched=self.state.fetched,
             contents=self.state.contents,
             accused=self.state.accused,
+            lost=self.state.lost,
             stalled_ms=self.cluster.now_ms - self.stuck_since_ms if stalled else 0,
             handle=f"slab-{self.pid}",
             failure=self.state.failure,
@@ -203,16 +204,16 @@ class RankProcess:
             self.after(HEARTBEAT_MS, self.end_task)
             return
         task, moves = self.task, self._moves()
-        self.task = None
+        self.task, lost = None, {}
         for move in moves:
-            if not any(self.cluster.fetch(move.expert, source) for source in move.sources):
-                self.feed(participant.Broken(f"no source supplied expert {move.expert}"))
-                return
-            self.bank[move.slot] = move.expert
+            if any(self.cluster.fetch(move.expert, source) for source in move.sources):
+                self.bank[move.slot] = move.expert
+            else:
+                lost[move.expert] = f"no source has expert {move.expert}"
         if isinstance(task, participant.FillBank):
-            self.feed(participant.Loaded(tuple(self.bank)))
+            self.feed(participant.Loaded(tuple(self.bank), lost))
         else:
-            self.feed(participant.Prepared(task.prepare.epoch, tuple(self.bank)))
+            self.feed(participant.Prepared(task.prepare.epoch, tuple(self.bank), lost))
         if self.next_task is not None and self.task is None:
             self.start_task()
 
@@ -241,7 +242,8 @@ class RankProcess:
             self.fetch_one()
             return
         fetch, self.task = self.task.fetch, None
-        self.feed(participant.Fetched(fetch.number, tuple(self.bank)))
+        lost = {move.expert: f"no source has expert {move.expert}"}
+        self.feed(participant.Fetched(fetch.number, tuple(self.bank), lost))
         if self.next_task is not None and self.task is None:
             self.start_task()
 

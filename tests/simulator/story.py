@@ -11,12 +11,14 @@ class Story:
     """One cluster, told what to do line by line. `run` returns what happened, then who is in.
 
     start 4 [experts=8 slots=3 redundancy=1 degrade=1]   four ranks that serve in epoch 1
-    form 4 ...     the same, told from the beginning; late=1: the last of them has no process yet
+    form 4 ...     the same, told from the beginning; late=1: the last of them has no process yet;
+                   starved=2: no source supplies expert 2
     spawn 2        a new process of rank 2        kill 2     SIGKILL; `vanish 2` is one not seen
     stop 1         SIGSTOP                        wake 1     SIGCONT
     drain 3        the operator takes rank 3 out  grow 3     and wants it back
     accuse 0 2     a step of 0 timed out on 2     stick 1    engine hangs, heartbeats go on
     corrupt 1      it finds that its bank is not what its placement says
+    starve 4       no source supplies expert 4    mend 4     they do again
     advance 500    milliseconds pass              show       each rank's mode and experts
     until commit   time passes until the next line of news that starts with this word
     drop commit 3  the next Commit to 3 is lost   cut 1 2    ranks out of reach; `cut` alone: none
@@ -50,6 +52,8 @@ class Story:
             background_experts=values.get("background", 2),
         )
         self.cluster = Cluster(options, seed=0)
+        if "starved" in values:
+            self.cluster.starved.add(values["starved"])
         for rank in range(int(ranks) - values.get("late", 0)):
             self.cluster.spawn(rank)
         self.cluster.run_for(2_000)
@@ -90,6 +94,12 @@ class Story:
         process = self._process(rank)
         contents = (process.bank[-1], *process.bank[1:])
         process.feed(Broken(f"its bank holds {contents}, its placement says {tuple(process.bank)}"))
+
+    def starve(self, expert: str) -> None:
+        self.cluster.starved.add(int(expert))
+
+    def mend(self, expert: str) -> None:
+        self.cluster.starved.remove(int(expert))
 
     def advance(self, duration_ms: str) -> None:
         self.cluster.run_for(int(duration_ms))

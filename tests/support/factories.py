@@ -96,6 +96,7 @@ class ByHand:
             "fetched": state.fetched,
             "contents": state.contents,
             "accused": state.accused,
+            "lost": state.lost,
             "handle": f"slab-{rank}",
             "failure": state.failure,
         }

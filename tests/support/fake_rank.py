@@ -112,6 +112,7 @@ class FakeRank:
                 fetched=self.state.fetched,
                 contents=self.state.contents,
                 accused=self.state.accused,
+                lost=self.state.lost,
                 handle=f"slab-{self.rank}",
                 failure=self.state.failure,
             )

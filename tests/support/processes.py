@@ -58,10 +58,22 @@ class ClusterUnderTest:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
-    def __enter__(self) -> "ClusterUnderTest":
+    def _start(self) -> None:
         self._thread.start()
         self.cluster.start()
         self._watch = asyncio.run_coroutine_threadsafe(self.cluster.watch(), self._loop)
+
+    @contextlib.contextmanager
+    def started(self):
+        """Its processes run, whatever becomes of them; `with` itself waits until all serve."""
+        self._start()
+        try:
+            yield self
+        finally:
+            self.__exit__()
+
+    def __enter__(self) -> "ClusterUnderTest":
+        self._start()
         try:
             self.wait_whole()
             self.truth = []

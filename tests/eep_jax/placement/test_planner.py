@@ -94,6 +94,25 @@ class TestInitialPlacement:
 
 
 class TestRepair:
+    @given(whole_clusters(), st.data())
+    def test_what_was_tried_in_vain_is_not_asked_for_again(self, cluster, data):
+        placement, _ = cluster
+        ranks = range(len(placement.slots))
+        active = sorted(data.draw(st.sets(st.sampled_from(ranks), min_size=1)))
+        placement = placement.without_ranks(set(ranks) - set(active))
+        missing = missing_experts(placement, active)
+        pairs = [(rank, expert) for rank in active for expert in missing]
+        avoid = frozenset(data.draw(st.sets(st.sampled_from(pairs)))) if pairs else frozenset()
+        try:
+            plan = plan_repair(placement, active, avoid=avoid)
+        except CoverageLost:
+            assert avoid or not has_room(placement, active)
+            plan = plan_repair(placement, active, avoid=avoid, degrade=True)
+            assert plan.dropped
+        assert not avoid & {(move.rank, move.expert) for move in plan.moves}
+        held = missing_experts(plan.placement, active)
+        assert set(held) <= set(plan.dropped)
+
     @given(whole_clusters())
     def test_every_subset_of_ranks_is_covered_or_said_to_be_too_small(self, cluster):
         placement, _ = cluster

@@ -207,6 +207,7 @@ def test_when_all_sources_fail_each_is_named_with_its_reason(world):
     with pytest.raises(RelocationFailed) as raised:
         world.executor.carry_out((5, 3, EMPTY, EMPTY), moves)
     said = str(raised.value)
+    assert raised.value.lost.keys() == {3, 5} and raised.value.lost[5] in said
     assert "no source has expert 5 for slot 0" in said
     assert "local rank 0 slot 1: slot 1 holds" in said
     found = "digest" if world.slot_check is None else "fingerprint"
@@ -220,6 +221,15 @@ def test_what_was_written_before_a_failure_stays(world):
     with pytest.raises(RelocationFailed):
         world.executor.carry_out((3, 6, EMPTY, EMPTY), ())
     world.check((3, EMPTY, EMPTY, EMPTY))
+
+
+def test_one_that_no_source_has_keeps_no_other_from_coming(world):
+    world.peer.write(2, 6, world.right[6])
+    moves = (bring(5, 0, (PEER, 1, 2)), bring(3, 1, CHECKPOINT), bring(6, 2, (PEER, 1, 2)))
+    with pytest.raises(RelocationFailed) as raised:
+        world.executor.carry_out((5, 3, 6, EMPTY), moves)
+    assert raised.value.lost.keys() == {5}
+    world.check((EMPTY, 3, 6, EMPTY))
 
 
 def test_repairs_as_planned_leave_every_expert_right(world):

@@ -1,0 +1,94 @@
+"""Experts that no source supplied to a rank: who asks next, what is given up, and why. Pure.
+
+1. A rank brings what it can, stays alive, and names the rest in its Status as `lost`.
+2. That expert goes to another rank: what is wrong may be the first one's network or disk.
+3. Once RANKS_TRIED ranks could not get it, it is left alone. Without a replica of it the cluster is
+   blocked, or goes on without it (`degrade`); what else is to be brought is not held up.
+4. After a while, twice as long each time, all of that is forgotten, and it is tried anew: when the
+   file is mended or the host is back, nobody has to start anything.
+"""
+
+import dataclasses
+
+from eep_jax.coordination.protocol import Mode, Status
+from eep_jax.coordination.records import OUTSIDE, want_resync, with_record
+from eep_jax.coordination.state import CoordinatorState, Shortages
+from eep_jax.placement.placement import EMPTY
+
+RANKS_TRIED = 2
+RETRY_MS, RETRY_MAX_MS = 2_000, 32_000
+NAMED_MAX = 3  # experts whose reasons are told
+
+
+def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> CoordinatorState:
+    """Remembers what a rank that just reported could not get for what it was last told.
+
+    A rank on its way in is not asked for it again: it comes in without.
+    """
+    if not status.lost:
+        return state
+    rank, record = status.rank, state.records[status.rank]
+    wanted = _wanted(state, status)
+    slots = [s for s, e in enumerate(wanted) if status.contents[s] != e and e in status.lost]
+    if not slots:
+        return state
+    known = state.shortages
+    reasons = {(rank, wanted[slot]): status.lost[wanted[slot]] for slot in slots}
+    if not reasons.keys() <= known.reasons.keys():
+        wait_ms = min(RETRY_MS << known.tries, RETRY_MAX_MS)
+        until_ms = known.until_ms if known.reasons else now_ms + wait_ms
+        tries = known.tries if known.reasons else min(known.tries + 1, 8)
+        found = Shortages(reasons=known.reasons | reasons, until_ms=until_ms, tries=tries)
+        state = dataclasses.replace(state, shortages=found)
+    if record.load is not None and wanted is record.load.slots:
+        kept = tuple(EMPTY if slot in slots else e for slot, e in enumerate(wanted))
+        moves = tuple(move for move in record.load.moves if move.slot not in slots)
+        load = dataclasses.replace(record.load, slots=kept, moves=moves)
+        state = with_record(state, rank, load=load)
+    return state
+
+
+def _wanted(state: CoordinatorState, status: Status) -> tuple[int, ...]:
+    """The slots that a rank was told to fill; empty where its `lost` is of something older."""
+    change, task = state.change, state.background
+    load = state.records[status.rank].load
+    if len(status.contents) != state.options.slots_per_rank:
+        return ()
+    if change is not None and status.rank in change.takes_part:
+        is_of_change = status.mode is Mode.READY and status.prepared == change.view.epoch
+        return change.plan.placement.slots[status.rank] if is_of_change else ()
+    if task is not None and status.fetched == task.number:
+        return task.plan.placement.slots[status.rank]
+    if load is not None and status.mode in OUTSIDE and status.epoch == 0:
+        return load.slots
+    return ()
+
+
+def forget_old(state: CoordinatorState, now_ms: int) -> CoordinatorState:
+    """Lets everything be tried again once the time for that has come."""
+    known = state.shortages
+    if not known.reasons or now_ms < known.until_ms:
+        return state
+    short = sorted({expert for _, expert in known.reasons} & set(state.dropped))
+    state = dataclasses.replace(state, shortages=dataclasses.replace(known, reasons={}))
+    if short and state.options.background_experts == 0:  # else it is done while ranks serve
+        return want_resync(state, f"experts {short} are tried again")
+    return state
+
+
+def avoided(state: CoordinatorState) -> frozenset[tuple[int, int]]:
+    """Which `(rank, expert)` no plan shall bring together now."""
+    by_expert: dict[int, set[int]] = {}
+    for rank, expert in state.shortages.reasons:
+        by_expert.setdefault(expert, set()).add(rank)
+    ranks = set(state.view.ranks)
+    tried = lambda found: ranks if len(found) >= min(RANKS_TRIED, len(ranks)) else found
+    return frozenset((rank, e) for e, found in by_expert.items() for rank in tried(found))
+
+
+def explain(state: CoordinatorState) -> str:
+    """Why experts could not be had, one reason for each; '' where nothing is known to be short."""
+    reasons = {expert: why for (_, expert), why in sorted(state.shortages.reasons.items())}
+    told = [why for _, why in sorted(reasons.items())[:NAMED_MAX]]
+    more = len(reasons) - len(told)
+    return "; ".join(told) + (f"; and {more} experts more" if more > 0 else "")
