@@ -29,15 +29,16 @@ class RemoteProcess:
 class HostWatch:
     """The launchers that are connected, and the processes that they watch for this supervisor.
 
-    `on_ending` and `on_ended` are called with (rank, incarnation), each once for a process.
+    `on_ending` and `on_ended` are called once for a process; the latter also with why it is taken
+    for ended though nobody saw it end, or ''.
     """
 
     def __init__(
         self,
         run: str,
         now_ms: Callable[[], int],
-        on_ending: Callable[[int, int], None],
-        on_ended: Callable[[int, int, str], None],
+        on_ending: Callable[[messages.HostProcess], None],
+        on_ended: Callable[[messages.HostProcess, str], None],
     ):
         self._run, self._now_ms = run, now_ms
         self._on_ending, self._on_ended = on_ending, on_ended
@@ -98,7 +99,7 @@ class HostWatch:
             if found.host not in in_use and silent_ms > lost_ms:
                 del self.processes[key]
                 why = f"its host {found.host} was silent for {silent_ms} ms, and has no member"
-                self._on_ended(*key, why)
+                self._on_ended(found.process, why)
 
     def shut_down(self) -> None:
         """Tells all launchers that the run is over."""
@@ -128,16 +129,17 @@ class HostWatch:
 
     def _known(self, host: str, process: messages.HostProcess) -> RemoteProcess | None:
         found = self.processes.get((process.rank, process.incarnation))
-        return found if found == RemoteProcess(host, process, getattr(found, "ending", 0)) else None
+        same = found is not None and (found.host, found.process) == (host, process)
+        return found if same else None
 
     def _ending(self, host: str, process: messages.HostProcess) -> None:
         found = self._known(host, process)
         if found is not None and not found.ending:
             found.ending = True
-            self._on_ending(process.rank, process.incarnation)
+            self._on_ending(process)
 
     def _ended(self, host: str, process: messages.HostProcess) -> None:
         if self._known(host, process) is not None:
             del self.processes[process.rank, process.incarnation]
-            self._on_ended(process.rank, process.incarnation, "")
+            self._on_ended(process, "")
             self._tell(host)

@@ -44,13 +44,9 @@ from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.control import Connection, ControlServer
 from eep_jax.runtime.hosts import HostWatch
 from eep_jax.runtime.http_api import build_app
-from eep_jax.runtime.identity import (
-    host_id,
-    is_ending,
-    kill_process,
-    open_process,
-)
+from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.journal import Journal, replay
+from eep_jax.runtime.local_processes import LocalProcesses
 from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
@@ -66,18 +62,6 @@ EVENTS_MAX = 500
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 PIDS_MAX = 4 << 20  # of Linux
-ENDING_POLL_MS = 10
-
-
-@dataclasses.dataclass
-class Process:
-    """A rank's process on this machine. `pidfd` is None once it is known to have ended."""
-
-    pid: int
-    ticks: int
-    pidfd: int | None
-    ending: bool = False
-    alive_ms: int = 0  # when it was last seen not to be ending
 
 
 class Supervisor:
@@ -100,11 +84,13 @@ class Supervisor:
         self._hosts = HostWatch(
             config.name,
             self._clock.now_ms,
-            lambda rank, incarnation: self._feed(Ending(rank, incarnation)),
-            self._ended_elsewhere,
+            self._on_process_ending,
+            self._on_process_ended,
+        )
+        self._local = LocalProcesses(
+            self._clock.now_ms, self._on_process_ending, self._on_process_ended
         )
         self._connections: dict[int, Connection] = {}
-        self._processes: dict[tuple[int, int], Process] = {}
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
         self.event_counts, self.change_totals = collections.Counter(), ChangeTotals()
@@ -165,7 +151,7 @@ class Supervisor:
             )
             self._write_endpoint(control_port, http_port)
             self._watch_known_processes()
-            endings = asyncio.create_task(self._watch_endings())
+            endings = asyncio.create_task(self._local.keep_looking())
             _log.info("serving on http://%s:%d", serve.host, http_port)
             if ready is not None:
                 ready.set()
@@ -214,11 +200,7 @@ class Supervisor:
         await asyncio.sleep(0.1)  # for the writers to pass the last message on
         for runner in runners:
             await runner.cleanup()
-        loop = asyncio.get_running_loop()
-        for process in self._processes.values():
-            if process.pidfd is not None:
-                loop.remove_reader(process.pidfd)
-                os.close(process.pidfd)
+        self._local.close()
         self._journal.close()
 
     # Messages of ranks.
@@ -335,12 +317,8 @@ class Supervisor:
                 and found.host == hello.host
                 and found.process == _process_of(hello, incarnation)
             )
-        process = self._processes.get((hello.rank, incarnation))
-        return (
-            process is not None
-            and self.state.records[hello.rank].believed
-            and (process.pid, process.ticks) == (hello.pid, hello.ticks)
-        )
+        known = _process_of(hello, incarnation) in self._local.known
+        return known and self.state.records[hello.rank].believed
 
     def _register(self, connection: Connection) -> None:
         before = self._connections.get(connection.hello.rank)
@@ -445,9 +423,9 @@ class Supervisor:
     def _silent_ms(self, rank: int, now_ms: int) -> int:
         """How long ago a rank that was judged dead last gave a sign of life."""
         record = self.state.records[rank]
-        process = self._processes.get((rank, record.incarnation))
-        ending = process is not None and (record.ending or record.ended)
-        return max(0, now_ms - (process.alive_ms if ending else record.heard_ms))
+        alive_ms = self._local.alive_ms(rank, record.incarnation)
+        ending = alive_ms is not None and (record.ending or record.ended)
+        return max(0, now_ms - (alive_ms if ending else record.heard_ms))
 
     def _release(self, rank: int) -> None:
         """Requests of a rank that is out go to others, with the tokens it said before."""
@@ -476,10 +454,8 @@ class Supervisor:
             connection.send(message)
 
     def _kill(self, rank: int, incarnation: int, reason: str) -> None:
-        process = self._processes.get((rank, incarnation))
         _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
-        if process is not None and process.pidfd is not None:
-            kill_process(process.pidfd)
+        self._local.kill(rank, incarnation)
         self._hosts.end(rank, incarnation)
 
     # Requests.
@@ -527,69 +503,34 @@ class Supervisor:
     # Processes.
 
     def _watch_sender(self, hello: messages.Hello, incarnation: int) -> None:
+        process = _process_of(hello, incarnation)
         if hello.host == self._host:
-            # Its own word for when it started: who has this pid now may be another process.
-            self._watch(hello.rank, incarnation, hello.pid, hello.ticks)
+            self._local.watch(process)
         else:
-            self._hosts.watch(hello.host, _process_of(hello, incarnation))
+            self._hosts.watch(hello.host, process)
 
-    def _ended_elsewhere(self, rank: int, incarnation: int, why: str) -> None:
-        """A process of another host is known to have ended, or is lost with its host: `why`."""
-        facts = {"rank": rank, "incarnation": incarnation}
+    def _on_process_ending(self, process: messages.HostProcess) -> None:
+        self._feed(Ending(process.rank, process.incarnation))
+
+    def _on_process_ended(self, process: messages.HostProcess, why: str = "") -> None:
+        """It is known to have ended, or is lost with its host: `why`."""
+        facts = {"rank": process.rank, "incarnation": process.incarnation, "pid": process.pid}
         self._note("ended", facts | ({"reason": why} if why else {}))
-        self._feed(Ended(rank, incarnation))
+        self._feed(Ended(process.rank, process.incarnation))
 
     def _believed(self) -> set[tuple[int, int]]:
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.believed}
-
-    def _watch(self, rank: int, incarnation: int, pid: int, ticks: int) -> None:
-        """Reports Ended as soon as the process is gone, by whatever cause."""
-        if (rank, incarnation) in self._processes:
-            return
-        for key in [
-            k for k in self._processes if k[0] == rank and self._processes[k].pidfd is None
-        ]:
-            del self._processes[key]
-        pidfd = open_process(pid, ticks)
-        process = Process(pid, ticks, pidfd, alive_ms=self._clock.now_ms())
-        self._processes[rank, incarnation] = process
-        if pidfd is None:
-            self._feed(Ended(rank, incarnation))
-            return
-
-        def ended() -> None:
-            asyncio.get_running_loop().remove_reader(pidfd)
-            os.close(pidfd)
-            process.pidfd = None
-            self._note("ended", {"rank": rank, "incarnation": incarnation, "pid": pid})
-            self._feed(Ended(rank, incarnation))
-
-        asyncio.get_running_loop().add_reader(pidfd, ended)
-
-    async def _watch_endings(self) -> None:
-        """Reports Ending as soon as a process begins to exit, which is well before it is gone."""
-        while True:
-            for (rank, incarnation), process in list(self._processes.items()):
-                if process.pidfd is None or process.ending:
-                    continue
-                if is_ending(process.pid):
-                    process.ending = True
-                    self._feed(Ending(rank, incarnation))
-                else:
-                    process.alive_ms = self._clock.now_ms()
-            # A look takes some 20 us; with many ranks they stay a small part of the time.
-            await asyncio.sleep(max(ENDING_POLL_MS, len(self._processes)) / 1000)
 
     def _watch_known_processes(self) -> None:
         for rank, record in enumerate(self.state.records):
             if record.incarnation and (rank, record.incarnation) not in self._restored_processes:
                 self._feed(Ended(rank, record.incarnation))
         for (rank, incarnation), (pid, ticks, host) in self._restored_processes.items():
+            facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
             if host:
-                facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
                 self._hosts.watch(host, messages.HostProcess(**facts))
             else:
-                self._watch(rank, incarnation, pid, ticks)
+                self._local.watch(messages.HostProcess(**facts))
 
     def host_of(self, rank: int) -> str | None:
         """The id of the host that a rank called from, None while it has no channel."""
@@ -600,8 +541,7 @@ class Supervisor:
         """As the process's own host counts, or None if it is not known to live."""
         if (found := self._hosts.processes.get((rank, incarnation))) is not None:
             return found.process.pid
-        process = self._processes.get((rank, incarnation))
-        return process.pid if process is not None and process.pidfd is not None else None
+        return self._local.pid_of(rank, incarnation)
 
     # Restart.
 
@@ -630,7 +570,7 @@ class Supervisor:
         self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
 
     def _snapshot(self) -> list[dict]:
-        processes = {key: (p.pid, p.ticks, "") for key, p in self._processes.items()}
+        processes = {(p.rank, p.incarnation): (p.pid, p.ticks, "") for p in self._local.known}
         for key, found in self._hosts.processes.items():
             processes[key] = (found.process.pid, found.process.ticks, found.host)
         commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"]

@@ -211,7 +211,7 @@ class TestProcessWatch:
 class TestHostWatch:
     def test_a_report_of_another_host_or_process_changes_nothing(self):
         ended = []
-        watch = HostWatch("tiny", lambda: 0, lambda *_: None, lambda *key: ended.append(key))
+        watch = HostWatch("tiny", lambda: 0, lambda *_: None, lambda *what: ended.append(what))
         process = messages.HostProcess(rank=1, incarnation=2, pid=7, ticks=8)
         watch.watch("b", process)
         other = messages.HostProcess(rank=1, incarnation=2, pid=9, ticks=8)
@@ -228,7 +228,7 @@ class TestHostWatch:
         watch.on_message(Caller("b"), messages.HostReport(ending=(process,)))
         watch.on_message(Caller("b"), messages.HostReport(ended=(process,)))
         watch.on_message(Caller("b"), messages.HostReport(ended=(process,)))
-        assert ended == [(1, 2, "")]
+        assert ended == [(process, "")]
 
     def test_a_launcher_of_another_run_is_refused(self):
         watch = HostWatch("tiny", lambda: 0, lambda *_: None, lambda *_: None)
