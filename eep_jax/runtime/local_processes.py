@@ -5,6 +5,7 @@ after it is neither watched nor killed.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -20,13 +21,14 @@ LOOK_MS = 10
 
 @dataclasses.dataclass(eq=False)
 class _Watched:
-    """`pidfd` is None before it was opened, and once the process is known to have ended."""
+    """`pidfd` is None while it cannot be opened, and once the process is known to have ended."""
 
     process: HostProcess
     alive_ms: int  # when it was last seen not to be ending
     pidfd: int | None = None
     ending: bool = False
     ended: bool = False
+    to_kill: bool = False  # also once it can be opened
 
 
 class LocalProcesses:
@@ -57,13 +59,20 @@ class LocalProcesses:
             if old[0] == process.rank and found.ended:
                 del self._watched[old]
         self._watched[key] = watched = _Watched(process, self._now_ms())
-        self._open(watched)
+        try:
+            self._open(watched)
+        except OSError as error:
+            # Tried again at every look: nobody else would see it end, and so nobody could ever
+            # take its place.
+            _log.error("the process of rank %d cannot be watched yet: %s", process.rank, error)
 
     def kill(self, rank: int, incarnation: int) -> None:
         """SIGKILL to exactly that process; nothing if it has ended, or is not one of these."""
         watched = self._watched.get((rank, incarnation))
-        if watched is not None and watched.pidfd is not None:
-            kill_process(watched.pidfd)
+        if watched is not None:
+            watched.to_kill = True
+            if watched.pidfd is not None:
+                kill_process(watched.pidfd)
 
     @property
     def known(self) -> list[HostProcess]:
@@ -84,7 +93,7 @@ class LocalProcesses:
         """Reports who begins to exit, which is well before it is gone. Runs until cancelled."""
         while True:
             for watched in list(self._watched.values()):
-                if not watched.ended and not watched.ending:
+                if not watched.ended:
                     self._look(watched)
             # A look takes some 20 us; with many ranks they stay a small part of the time.
             await asyncio.sleep(max(LOOK_MS, len(self._watched)) / 1000)
@@ -97,14 +106,22 @@ class LocalProcesses:
         self._watched.clear()
 
     def _open(self, watched: _Watched) -> None:
+        """Takes hold of the process, or finds it gone. Raises OSError if it cannot be seen."""
         loop = asyncio.get_running_loop()
         watched.pidfd = open_process(watched.process.pid, watched.process.ticks)
         if watched.pidfd is None:
             loop.call_soon(self._end, watched)
-        else:
-            loop.add_reader(watched.pidfd, self._end, watched)
+            return
+        loop.add_reader(watched.pidfd, self._end, watched)
+        if watched.to_kill:
+            kill_process(watched.pidfd)
 
     def _look(self, watched: _Watched) -> None:
+        if watched.pidfd is None:
+            with contextlib.suppress(OSError):
+                self._open(watched)
+        if watched.ending:
+            return
         if is_ending(watched.process.pid):
             watched.ending = True
             self._on_ending(watched.process)

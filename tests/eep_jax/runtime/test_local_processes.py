@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 
-from eep_jax.runtime.identity import start_ticks
+from eep_jax.runtime import local_processes
+from eep_jax.runtime.identity import open_process, start_ticks
 from eep_jax.runtime.local_processes import LocalProcesses
 from eep_jax.runtime.messages import HostProcess
 from tests.support.control_world import story
@@ -163,3 +165,31 @@ async def test_nothing_is_told_once_it_is_closed():
         world.end(process)
         await asyncio.sleep(0.05)
         assert not world.ended
+
+
+@story
+async def test_one_that_cannot_be_opened_for_want_of_descriptors_is_tried_again(monkeypatch):
+    """Else a rank that is let in at that moment could never be replaced: its end is not seen."""
+    full = True
+
+    def open_if_room(pid: int, ticks: int) -> int | None:
+        if full:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_process(pid, ticks)
+
+    monkeypatch.setattr(local_processes, "open_process", open_if_room)
+    async with watched() as world:
+        first, second, gone = (world.start(rank) for rank in range(3))
+        for process in (first, second, gone):
+            world.local.watch(process)
+        world.end(gone)
+        world.local.kill(1, 1)
+        await asyncio.sleep(0.05)
+        assert (world.ended, world.code(second)) == ([], None), "nobody could look"
+        assert world.local.pid_of(0, 1) == first.pid
+        full = False
+        await world.until(lambda: len(world.ended) == 2)
+        assert {p.rank for p in world.ended} == {1, 2}
+        await world.until(lambda: world.code(second) == -signal.SIGKILL)
+        world.end(first)
+        await world.until(lambda: world.ended[-1] == first)
