@@ -77,7 +77,7 @@ class HostWatch:
             self.processes[key] = RemoteProcess(host, process)
             self._tell(host)
 
-    def end(self, rank: int, incarnation: int) -> None:
+    def kill(self, rank: int, incarnation: int) -> None:
         """Has this process killed, if it is on another host and lives."""
         found = self.processes.get((rank, incarnation))
         if found is not None:

@@ -7,6 +7,8 @@ from eep_jax.coordination.state import CoordinatorState
 from eep_jax.engine.request import Request
 from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
+from eep_jax.runtime.messages import HostProcess
+from eep_jax.runtime.rank_processes import OWN_HOST
 from eep_jax.runtime.requests import Entry
 
 EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "repair")
@@ -25,8 +27,7 @@ class Restored:
     issued: list[int]
     fenced: list[int]
     out: frozenset[int]  # ranks that the operator took out
-    # (rank, incarnation) -> (pid, start ticks, host; "" is the supervisor's own)
-    processes: dict[tuple[int, int], tuple[int, int, str]]
+    processes: list[tuple[str, HostProcess]]  # (host, process)
     entries: list[Entry]
     events: list[dict]
 
@@ -51,8 +52,13 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
             case "process":
                 rank, incarnation = record["rank"], record["incarnation"]
                 issued[rank] = max(issued[rank], incarnation)
-                host = record.get("host", "")
-                processes[rank, incarnation] = (record["pid"], record["ticks"], host)
+                process = HostProcess(
+                    rank=rank,
+                    incarnation=incarnation,
+                    pid=record["pid"],
+                    ticks=record["ticks"],
+                )
+                processes[rank, incarnation] = (record.get("host", OWN_HOST), process)
             case "dead":
                 rank = record["rank"]
                 fenced[rank] = max(fenced[rank], record["incarnation"])
@@ -69,21 +75,24 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
         issued=issued,
         fenced=fenced,
         out=out,
-        processes={k: v for k, v in processes.items() if k[1] == issued[k[0]]},
+        processes=[p for key, p in processes.items() if key[1] == issued[key[0]]],
         entries=list(entries.values()),
         events=[r for r in records if r["kind"] in EVENT_KINDS],
     )
 
 
-def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entries) -> list[dict]:
+def snapshot(
+    state: CoordinatorState,
+    commits: list[dict],
+    processes: list[tuple[str, HostProcess]],
+    entries,
+) -> list[dict]:
     """Records from which `read_back` makes the same; `commits` are the last one, if any."""
     records = [{"kind": "tried", "epoch": state.epoch_tried}, *commits]
     if state.out:
         records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
-    for (rank, incarnation), (pid, ticks, host) in processes.items():
-        facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
-        facts |= {"host": host} if host else {}
-        records.append({"kind": "process", **facts})
+    for host, process in processes:
+        records.append({"kind": "process", **process_facts(host, process)})
     for rank, record in enumerate(state.records):
         if record.incarnation:  # `processes` may not have it any more, and it is never given twice
             facts = {"rank": rank, "incarnation": record.incarnation}
@@ -99,6 +108,11 @@ def snapshot(state: CoordinatorState, commits: list[dict], processes: dict, entr
             facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
             records.append({"kind": "finished", **facts})
     return records
+
+
+def process_facts(host: str, process: HostProcess) -> dict:
+    """What the journal keeps of a process that was let in."""
+    return dataclasses.asdict(process) | ({} if host == OWN_HOST else {"host": host})
 
 
 def _view_of(commit: dict) -> View:

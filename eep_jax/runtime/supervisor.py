@@ -47,10 +47,11 @@ from eep_jax.runtime.http_api import build_app
 from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.journal import Journal, replay
 from eep_jax.runtime.local_processes import LocalProcesses
+from eep_jax.runtime.rank_processes import RankProcesses
 from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.requests import Entry, RequestBook
-from eep_jax.runtime.restart import read_back, snapshot
+from eep_jax.runtime.restart import process_facts, read_back, snapshot
 from eep_jax.runtime.serving import Serving
 from eep_jax.runtime.supervisor_files import ENDPOINT, JOURNAL
 from eep_jax.runtime.tokenizer import open_tokenizer, tokenizer_directory
@@ -80,7 +81,7 @@ class Supervisor:
         Raises ValueError where the model's tokenizer or chat template cannot be used.
         """
         self.config, self._run_dir = config, pathlib.Path(run_dir)
-        self._clock, self._host = clock or SystemClock(), host_id(host)
+        self._clock = clock or SystemClock()
         self._hosts = HostWatch(
             config.name,
             self._clock.now_ms,
@@ -90,6 +91,7 @@ class Supervisor:
         self._local = LocalProcesses(
             self._clock.now_ms, self._on_process_ending, self._on_process_ended
         )
+        self._processes = RankProcesses(host_id(host), self._local, self._hosts)
         self._connections: dict[int, Connection] = {}
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
@@ -269,7 +271,7 @@ class Supervisor:
             self._let_in(connection)
         elif hello.incarnation == newest:
             self._register(connection)
-            self._watch_sender(hello, hello.incarnation)
+            self._processes.watch(hello.host, _process_of(hello, hello.incarnation))
         else:
             reason = (
                 f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
@@ -282,7 +284,7 @@ class Supervisor:
         if reason := self._out_of_reach(hello):
             _log.error("rank %d cannot take part: %s", hello.rank, reason)
             connection.send(Fenced(reason=reason))
-        elif hello.host != self._host and not self._hosts.has_launcher(hello.host):
+        elif not self._processes.can_watch(hello.host):
             reason = (
                 f"no launcher of host {hello.host} has called, so nobody would see rank "
                 f"{hello.rank} die: start ranks there with python -m launch.node"
@@ -309,16 +311,9 @@ class Supervisor:
 
     def _is_process(self, hello: messages.Hello, incarnation: int) -> bool:
         """Whether the caller is the very process that has this incarnation of its rank."""
-        if hello.host != self._host:
-            found = self._hosts.processes.get((hello.rank, incarnation))
-            return (
-                found is not None
-                and self.state.records[hello.rank].believed
-                and found.host == hello.host
-                and found.process == _process_of(hello, incarnation)
-            )
-        known = _process_of(hello, incarnation) in self._local.known
-        return known and self.state.records[hello.rank].believed
+        process = _process_of(hello, incarnation)
+        believed = self.state.records[hello.rank].believed
+        return believed and self._processes.knows(hello.host, process)
 
     def _register(self, connection: Connection) -> None:
         before = self._connections.get(connection.hello.rank)
@@ -423,7 +418,7 @@ class Supervisor:
     def _silent_ms(self, rank: int, now_ms: int) -> int:
         """How long ago a rank that was judged dead last gave a sign of life."""
         record = self.state.records[rank]
-        alive_ms = self._local.alive_ms(rank, record.incarnation)
+        alive_ms = self._processes.alive_ms(rank, record.incarnation)
         ending = alive_ms is not None and (record.ending or record.ended)
         return max(0, now_ms - (alive_ms if ending else record.heard_ms))
 
@@ -440,10 +435,9 @@ class Supervisor:
             hello = connection.hello
             connection.incarnation = message.incarnation
             self._register(connection)
-            facts = dataclasses.asdict(_process_of(hello, message.incarnation))
-            facts |= {} if hello.host == self._host else {"host": hello.host}
-            self._journal.append("process", facts)
-            self._watch_sender(hello, message.incarnation)
+            process, host = _process_of(hello, message.incarnation), hello.host
+            self._journal.append("process", process_facts(self._processes.named(host), process))
+            self._processes.watch(host, process)
         elif isinstance(message, Refused):
             _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
         connection.send(message)
@@ -455,8 +449,7 @@ class Supervisor:
 
     def _kill(self, rank: int, incarnation: int, reason: str) -> None:
         _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
-        self._local.kill(rank, incarnation)
-        self._hosts.end(rank, incarnation)
+        self._processes.kill(rank, incarnation)
 
     # Requests.
 
@@ -502,13 +495,6 @@ class Supervisor:
 
     # Processes.
 
-    def _watch_sender(self, hello: messages.Hello, incarnation: int) -> None:
-        process = _process_of(hello, incarnation)
-        if hello.host == self._host:
-            self._local.watch(process)
-        else:
-            self._hosts.watch(hello.host, process)
-
     def _on_process_ending(self, process: messages.HostProcess) -> None:
         self._feed(Ending(process.rank, process.incarnation))
 
@@ -522,15 +508,12 @@ class Supervisor:
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.believed}
 
     def _watch_known_processes(self) -> None:
+        for host, process in self._restored_processes:
+            self._processes.watch(host, process)
+        known = {(process.rank, process.incarnation) for _, process in self._restored_processes}
         for rank, record in enumerate(self.state.records):
-            if record.incarnation and (rank, record.incarnation) not in self._restored_processes:
+            if record.incarnation and (rank, record.incarnation) not in known:
                 self._feed(Ended(rank, record.incarnation))
-        for (rank, incarnation), (pid, ticks, host) in self._restored_processes.items():
-            facts = {"rank": rank, "incarnation": incarnation, "pid": pid, "ticks": ticks}
-            if host:
-                self._hosts.watch(host, messages.HostProcess(**facts))
-            else:
-                self._local.watch(messages.HostProcess(**facts))
 
     def host_of(self, rank: int) -> str | None:
         """The id of the host that a rank called from, None while it has no channel."""
@@ -539,9 +522,7 @@ class Supervisor:
 
     def pid_of(self, rank: int, incarnation: int) -> int | None:
         """As the process's own host counts, or None if it is not known to live."""
-        if (found := self._hosts.processes.get((rank, incarnation))) is not None:
-            return found.process.pid
-        return self._local.pid_of(rank, incarnation)
+        return self._processes.pid_of(rank, incarnation)
 
     # Restart.
 
@@ -570,11 +551,9 @@ class Supervisor:
         self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
 
     def _snapshot(self) -> list[dict]:
-        processes = {(p.rank, p.incarnation): (p.pid, p.ticks, "") for p in self._local.known}
-        for key, found in self._hosts.processes.items():
-            processes[key] = (found.process.pid, found.process.ticks, found.host)
         commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"]
-        return snapshot(self.state, commits[-1:], processes, self.book.entries.values())
+        entries = self.book.entries.values()
+        return snapshot(self.state, commits[-1:], self._processes.known, entries)
 
     def _endpoint_before(self) -> dict:
         try:
