@@ -15,7 +15,7 @@ import pathlib
 
 from aiohttp import web
 
-from eep_jax.config import SOURCES, RunConfig
+from eep_jax.config import RunConfig
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
 from eep_jax.coordination.scaling import Wish, ranks_out
@@ -47,6 +47,12 @@ from eep_jax.runtime.http_api import build_app
 from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.journal import Journal, replay
 from eep_jax.runtime.local_processes import LocalProcesses
+from eep_jax.runtime.message_checks import (
+    check_hello,
+    check_progress,
+    check_status,
+    check_telemetry,
+)
 from eep_jax.runtime.rank_processes import RankProcesses
 from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
@@ -62,7 +68,6 @@ TICK_MS = 50
 EVENTS_MAX = 500
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
-PIDS_MAX = 4 << 20  # of Linux
 
 
 class Supervisor:
@@ -215,7 +220,8 @@ class Supervisor:
         if not connection.incarnation:
             raise ProtocolError(f"{type(message).__name__} before the Hello was answered")
         if isinstance(message, Status):
-            self._check_status(connection, message)
+            rank, incarnation = connection.hello.rank, connection.incarnation
+            check_status(message, rank, incarnation, self.config)
             self._feed(message, connection)
         elif self._is_current(connection):
             self._on_report(connection, message)
@@ -240,11 +246,7 @@ class Supervisor:
         self._assign()
 
     def _on_telemetry(self, rank: int, telemetry: messages.Telemetry) -> None:
-        experts = self.config.model.experts
-        if len(telemetry.chosen) not in (0, experts) or any(n < 0 for n in telemetry.chosen):
-            raise ProtocolError(
-                f"rank {rank} counted {telemetry.chosen!r:.80}, expected {experts} counts"
-            )
+        check_telemetry(telemetry, rank, self.config)
         self.telemetry[rank] = telemetry
         if telemetry.change is not None:
             self._repairs.told(rank, telemetry.change)
@@ -253,14 +255,7 @@ class Supervisor:
             self._feed(Measured(telemetry.chosen))
 
     def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
-        if not 0 <= hello.rank < self.config.cluster.ranks:
-            raise ProtocolError(f"rank {hello.rank} is not in 0..{self.config.cluster.ranks - 1}")
-        if hello.run != self.config.name:
-            raise ProtocolError(
-                f"rank {hello.rank} runs {hello.run!r}, this is {self.config.name!r}"
-            )
-        if not 0 < hello.pid < PIDS_MAX:
-            raise ProtocolError(f"rank {hello.rank} says its pid is {hello.pid}")
+        check_hello(hello, self.config)
         if hello != connection.hello or self._connections.get(hello.rank) is connection:
             raise ProtocolError(f"rank {hello.rank} introduced itself twice")
         newest = self.state.records[hello.rank].incarnation
@@ -321,29 +316,8 @@ class Supervisor:
         if before is not None:
             before.close()  # its rank has called again, so nobody is at the other end
 
-    def _check_status(self, connection: Connection, status: Status) -> None:
-        if (status.rank, status.incarnation) != (connection.hello.rank, connection.incarnation):
-            raise ProtocolError(
-                f"a Status of rank {status.rank} incarnation {status.incarnation} on the channel "
-                f"of rank {connection.hello.rank} incarnation {connection.incarnation}"
-            )
-        cluster = self.config.cluster
-        if len(status.contents) not in (0, cluster.slots_per_rank):  # none while it loads
-            raise ProtocolError(f"{len(status.contents)} slots, expected {cluster.slots_per_rank}")
-        if not set(status.backup.experts) <= set(range(self.config.model.experts)):
-            raise ProtocolError(f"backups of {status.backup.experts!r:.80}, not all are experts")
-        if not set(status.rates) <= set(SOURCES):
-            raise ProtocolError(f"rates of {set(status.rates)!r:.80}, expected some of {SOURCES}")
-        if any(not 0 <= rank < cluster.ranks for rank in status.accused):
-            raise ProtocolError(
-                f"accused ranks {status.accused} are not all in 0..{cluster.ranks - 1}"
-            )
-
     def _on_progress(self, rank: int, progress) -> None:
-        if progress.finish not in ("", "length", "stop"):
-            raise ProtocolError(f"rank {rank} ends {progress.id} with {progress.finish!r:.40}")
-        if any(not 0 <= token < self.config.model.vocab_size for token in progress.tokens):
-            raise ProtocolError(f"rank {rank} produced {progress.tokens!r:.80}, not all are tokens")
+        check_progress(progress, rank, self.config)
         entry = self.book.produced(rank, progress)
         if entry is None:
             return
