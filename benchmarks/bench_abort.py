@@ -47,6 +47,7 @@ def main(_) -> None:
 
     def call(epoch: int, deadline_ms: int) -> Call:
         return Call(
+            rank=np.int32(0),
             active=np.ones(2, np.int32),
             epoch=np.uint32(epoch),
             round=np.uint32(first_round(epoch)),
@@ -57,7 +58,7 @@ def main(_) -> None:
         )
 
     def exchange(x, slots, weights, memory, call):
-        place = {"layout": layout, "rank": 0, "slots_per_rank": SLOTS}
+        place = {"layout": layout, "slots_per_rank": SLOTS}
         return dispatch(x, slots, weights, memory, call, **place)[3]
 
     run = jax.jit(exchange).lower(x, slots, weights, memory, call(1, 1)).compile()

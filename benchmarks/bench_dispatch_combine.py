@@ -169,9 +169,9 @@ def dispatch_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
     mine = [(data.x[r], data.slots[r], data.weights[r], data.heap) for r in range(RANKS)]
     turn, sent, received = call, [], []
     for rank in range(RANKS):
-        sent.append(loop.send(*mine[rank], _after(turn, sent), np.int32(rank)))
+        sent.append(loop.send(*mine[rank], _at(rank, _after(turn, sent))))
     for rank in range(RANKS):
-        received.append(loop.dispatch(*mine[rank], _after(turn, sent), np.int32(rank)))
+        received.append(loop.dispatch(*mine[rank], _at(rank, _after(turn, sent))))
         turn = turn.after(received[-1][3])
     wish = functools.reduce(jnp.maximum, [got[4] for got in received])
     return received, dataclasses.replace(turn.next(), wish=wish)
@@ -182,14 +182,18 @@ def combine_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
     turn, sent, sums = call, [], []
     for rank in range(RANKS):
         outgoing = (data.results, data.received[rank], data.shares, data.heap)
-        sent.append(loop.send_home(*outgoing, _after(turn, sent), np.int32(rank)))
+        sent.append(loop.send_home(*outgoing, _at(rank, _after(turn, sent))))
     everyone = jnp.concatenate(sent)
     for rank in range(RANKS):
         own = (data.slots[rank], data.weights[rank], data.heap)
-        y, suspicion = loop.receive_home(*own, turn, np.int32(rank), everyone)
+        y, suspicion = loop.receive_home(*own, _at(rank, turn), everyone)
         sums.append(y)
         turn = turn.after(suspicion)
     return sums, turn.next()
+
+
+def _at(rank: int, call: Call) -> Call:
+    return dataclasses.replace(call, rank=np.int32(rank))
 
 
 def _after(call: Call, sent: list) -> Call:
@@ -203,8 +207,8 @@ def _after(call: Call, sent: list) -> Call:
 def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
     """What is timed. A rank is given the suspicion of the one before, so they take turns."""
     for rank in range(RANKS):
-        mine = (data.x[rank], data.slots[rank], data.weights[rank], data.heap, call, np.int32(rank))
-        received = loop.dispatch_alone(*mine)
+        mine = (data.x[rank], data.slots[rank], data.weights[rank], data.heap)
+        received = loop.dispatch_alone(*mine, _at(rank, call))
         call = dataclasses.replace(call.after(received[3]), wish=received[4])
     return call.next()
 
@@ -212,7 +216,7 @@ def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
 def combine_alone(loop: Loopback, call: Call, data: Data) -> Call:
     """What is timed: sending, posting, waiting and summing."""
     for rank in range(RANKS):
-        at = (data.heap, call, np.int32(rank))
+        at = (data.heap, _at(rank, call))
         outgoing = (data.results, data.received[rank], data.shares)
         sent = loop.send_home_alone(*outgoing, *at)
         own = (data.slots[rank], data.weights[rank])
@@ -226,7 +230,7 @@ def combine_home(loop: Loopback, call: Call, data: Data) -> Call:
     sent = jnp.zeros(1, jnp.int32)
     for rank in range(RANKS):
         own = (data.slots[rank], data.weights[rank], data.heap)
-        _, suspicion = loop.receive_home_alone(*own, call, np.int32(rank), sent)
+        _, suspicion = loop.receive_home_alone(*own, _at(rank, call), sent)
         call = call.after(suspicion)
     return call.next()
 
@@ -412,7 +416,7 @@ def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[
     for index, tokens in enumerate(family.tokens):
         loop = family.loopback(tokens)
         # An epoch of its own: no flag of the size before is ever right.
-        call = jax.tree.map(jnp.asarray, memory.call(epoch=index + 1))
+        call = jax.tree.map(jnp.asarray, memory.call(rank=0, epoch=index + 1))
         shapes = abstract_data(tokens, family.layout)
         slots = random_routing(np.random.default_rng(seed), RANKS, tokens, CHOICES, EXPERTS)
         worlds[tokens] = call, bytes_of(slots, family.layout)

@@ -76,7 +76,6 @@ class World:
     def spread(self) -> ExpertSpread:
         return ExpertSpread(
             layout=self.layout.window,
-            rank=RANK,
             slots_per_rank=self.layout.slots,
             tile_rows=self.config.engine.row_tile,
         )
@@ -94,6 +93,7 @@ class World:
     def call(self, tables: Tables, abort_address: np.ndarray, deadline_ms: int = 10_000) -> Call:
         """As `Engine` makes it, for the first step of the tables' epoch."""
         return Call(
+            rank=np.int32(RANK),
             active=tables.active,
             epoch=tables.epoch,
             round=np.uint32(first_round(int(tables.epoch))),

@@ -26,8 +26,8 @@ class Loopback:
     """Windows of R ranks on this GPU, and the phases of an exchange, one rank at a time.
 
     No rank may wait before all have posted: all `send`, then all run `dispatch`, the kernel of
-    serving, which finds the flags there. The rank is an argument of the compiled phases, so all
-    ranks share their executables. Memory is made at its first use.
+    serving, which finds the flags there. The rank is told with the call, so all ranks share
+    the executables. Memory is made at its first use.
     """
 
     layout: WindowLayout
@@ -57,10 +57,13 @@ class Loopback:
     def abort(self) -> jax.Array:
         return jax.block_until_ready(jnp.zeros(8, jnp.uint32))
 
-    def call(self, active=None, epoch: int = 1, steps: int = 0, deadline_ms: int = 1000) -> Call:
-        """A call of all ranks (or of `active`), `steps` exchanges after the epoch's first."""
+    def call(
+        self, rank: int, active=None, epoch: int = 1, steps: int = 0, deadline_ms: int = 1000
+    ) -> Call:
+        """Of one of all ranks (or of `active`), `steps` exchanges after the epoch's first."""
         ranks, address = self.layout.ranks, self.abort.unsafe_buffer_pointer()
         return Call(
+            rank=np.int32(rank),
             active=np.ones(ranks, np.int32) if active is None else np.asarray(active, np.int32),
             epoch=np.uint32(epoch),
             round=np.uint32(first_round(epoch) + steps),
@@ -72,7 +75,7 @@ class Loopback:
 
     @functools.cached_property
     def send(self):
-        """`(x [T D], slots [T K], weights [T K], heap, call, rank) -> sent`; posts the flags."""
+        """`(x [T D], slots [T K], weights [T K], heap, call) -> sent`; posts the flags."""
         return jax.jit(functools.partial(self._exchange, dispatch_gpu.send))
 
     @functools.cached_property
@@ -88,13 +91,11 @@ class Loopback:
 
     @functools.cached_property
     def receive(self):
-        """`(heap, call, rank, sent, tokens)`: what `dispatch` does after it has sent."""
+        """`(heap, call, sent, tokens)`: what `dispatch` does after it has sent."""
 
-        def run(heap, call, rank, sent, tokens):
+        def run(heap, call, sent, tokens):
             shape = (tokens, self.layout.choices)
-            return dispatch_gpu.receive(
-                shape, heap, call, rank, sent, self.place, self.dispatch_config
-            )
+            return dispatch_gpu.receive(shape, heap, call, sent, self.place, self.dispatch_config)
 
         return jax.jit(run, static_argnames="tokens")
 
@@ -103,7 +104,7 @@ class Loopback:
 
     @functools.cached_property
     def send_home(self):
-        """`(results [R T K D], slots, weights [R T K], heap, call, rank) -> sent`; posts flags."""
+        """`(results [R T K D], slots, weights [R T K], heap, call) -> sent`; posts flags."""
         return jax.jit(functools.partial(self._send_home, stand_in=False))
 
     @functools.cached_property
@@ -117,7 +118,7 @@ class Loopback:
 
     @functools.cached_property
     def receive_home(self):
-        """`(slots [T K], weights [T K], heap, call, rank, sent) -> (y [T D], suspicion)`."""
+        """`(slots [T K], weights [T K], heap, call, sent) -> (y [T D], suspicion)`."""
         return jax.jit(functools.partial(self._receive_home, stand_in=False))
 
     @functools.cached_property

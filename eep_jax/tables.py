@@ -65,12 +65,13 @@ def solo_tables(ranks: int, experts: int, slots_per_rank: int, rank: int) -> Tab
     )
 
 
-def call_of(tables: Tables, deadline_ms: int, abort_address: int) -> Call:
-    """What an epoch's exchanges are told; round and wish are filled in for each step.
+def call_of(tables: Tables, rank: int, deadline_ms: int, abort_address: int) -> Call:
+    """What an epoch's exchanges on `rank` are told; round and wish are filled in for each step.
 
     `abort_address` is where kernels read the abort word (`SymmetricHeap.control_address`).
     """
     return Call(
+        rank=np.int32(rank),
         active=tables.active,
         epoch=tables.epoch,
         round=np.uint32(0),

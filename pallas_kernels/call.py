@@ -27,6 +27,7 @@ class Call:
     was aborted: a later epoch is being prepared, and the remaining exchanges return at once.
     """
 
+    rank: Int32[Array, ""]  # this one
     active: Int32[Array, "R"]  # 1 for the ranks of this epoch
     epoch: UInt32[Array, ""]
     round: UInt32[Array, ""]
@@ -38,10 +39,10 @@ class Call:
         default_factory=lambda: np.zeros(2, np.uint32)
     )
 
-    def scalars(self) -> UInt32[Array, "6"]:
-        """Epoch, round, deadline, wish and abort address in one array, as the kernels take them."""
-        few = jnp.stack([self.epoch, self.round, self.deadline_ms, self.wish])
-        return jnp.concatenate([few, jnp.asarray(self.abort_address)])
+    def scalars(self) -> UInt32[Array, "5"]:
+        """Rank, epoch, round, deadline and wish in one array, as exchanges on a host take them."""
+        words = (self.rank, self.epoch, self.round, self.deadline_ms, self.wish)
+        return jnp.stack([jnp.asarray(word, jnp.uint32) for word in words])
 
     def after(self, suspicion: Int32[Array, "R"]) -> "Call":
         return dataclasses.replace(self, suspicion=suspicion)

@@ -91,8 +91,7 @@ class Told(typing.NamedTuple):
     suspicion: Array  # [R]
 
 
-def told(call: Call, rank) -> Told:
-    """`rank` is a number, or an int32 scalar."""
+def told(call: Call) -> Told:
     one = lambda scalar, dtype=jnp.uint32: jnp.asarray(scalar, dtype).reshape(1)
     return Told(
         epoch=one(call.epoch),
@@ -100,7 +99,7 @@ def told(call: Call, rank) -> Told:
         deadline_ms=one(call.deadline_ms),
         wish=one(call.wish),
         abort=jnp.asarray(call.abort_address),
-        rank=one(rank, jnp.int32),
+        rank=one(call.rank, jnp.int32),
         active=jnp.asarray(call.active),
         suspicion=jnp.asarray(call.suspicion),
     )
@@ -420,9 +419,7 @@ class MemberLists:
         peers.each(thread, self.slots, threads, list_tiles)
 
 
-def read_region(
-    name: str, place: Place, heap: UInt8[Array, "N B"], call: Call, rank, after
-) -> Array:
+def read_region(name: str, place: Place, heap: UInt8[Array, "N B"], call: Call, after) -> Array:
     """A copy of a region of the own window, of the half of the call's round, `[R ...]`.
 
     `after` is an output of what must have run before.
@@ -443,7 +440,7 @@ def read_region(
         peers.each(first, words // 4, blocks * GROUP_THREADS, four)
 
     shape = {"copy": ((words,), jnp.uint32)}
-    refs = told(call, rank)
+    refs = told(call)
     operands = (heap, refs.round, refs.rank, after)
     run = simt(body, *operands, out=shape, grid=blocks, name=f"read_{name}")
     kept = jax.lax.bitcast_convert_type(

@@ -18,19 +18,20 @@ class HostExchange:
 
     flag: str
 
-    def __init__(self, layout: WindowLayout, rank: int, slots_per_rank: int):
-        self.layout, self.rank, self.slots_per_rank = layout, rank, slots_per_rank
+    def __init__(self, layout: WindowLayout, slots_per_rank: int):
+        self.layout, self.slots_per_rank = layout, slots_per_rank
         self._views = HeapViews(layout)
         self._ranks = np.arange(layout.ranks)[:, None, None]
 
     def __reduce__(self):
         """Pickled without its views: they are of this process's memory."""
-        return type(self), (self.layout, self.rank, self.slots_per_rank)
+        return type(self), (self.layout, self.slots_per_rank)
 
     def begin(self, heap, active, scalars, suspicion) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
-        epoch, current, deadline_ms, wish = np.asarray(scalars)[:4].tolist()
+        rank, epoch, current, deadline_ms, wish = np.asarray(scalars).tolist()
         return Turn(
+            rank=rank,
             windows=self._views.of(heap),
             round=current,
             epoch=epoch,
@@ -42,14 +43,14 @@ class HostExchange:
     def signal(self, turn: "Turn", peer: int) -> None:
         """Tells a peer that all of this rank's rows for it are written."""
         flags = turn.windows[peer][self.flag]
-        post(flags[turn.half, self.rank : self.rank + 1], turn.round)
+        post(flags[turn.half, turn.rank : turn.rank + 1], turn.round)
 
     def wait(self, turn: "Turn", suspicion: np.ndarray) -> list[int] | None:
         """The peers whose rows are here, or None for an aborted step.
 
         Nothing of a peer may be read before. Writes who did not come, or the abort, to `suspicion`.
         """
-        own = turn.windows[self.rank]
+        own = turn.windows[turn.rank]
         missing, aborted = wait_round(
             own[self.flag][turn.half],
             turn.round,
@@ -59,7 +60,7 @@ class HostExchange:
             turn.deadline_ns,
         )
         suspicion[missing] = 1
-        suspicion[self.rank] = aborted
+        suspicion[turn.rank] = aborted
         return None if aborted else [p for p in turn.peers if p not in missing]
 
 
@@ -67,6 +68,7 @@ class HostExchange:
 class Turn:
     """One use of the windows by one exchange."""
 
+    rank: int
     windows: list[dict[str, np.ndarray]]
     round: int
     epoch: int

@@ -154,6 +154,7 @@ class StaticEngine:
 def _no_call(wish) -> Call:
     zero = jnp.uint32(0)
     return Call(
+        rank=jnp.int32(0),
         active=jnp.zeros(1, jnp.int32),
         epoch=zero,
         round=zero,

@@ -68,7 +68,6 @@ class World:
     def spread(self, slab_bytes: int) -> ExpertSpread:
         return ExpertSpread(
             layout=self.layout.window,
-            rank=self.rank,
             slots_per_rank=self.layout.slots,
             tile_rows=self.config.engine.row_tile,
             mlp=expert_mlp(self.config.model),
@@ -93,7 +92,7 @@ class World:
 
     def call(self, system: str, abort_address: int) -> Call:
         tables = once_tables(self.config, EPOCHS[system])
-        call = call_of(tables, STEP_DEADLINE_MS, abort_address)
+        call = call_of(tables, self.rank, STEP_DEADLINE_MS, abort_address)
         first = np.uint32(first_round(EPOCHS[system]))
         return dataclasses.replace(call, round=first, wish=np.uint32(StepKind.DECODE))
 
@@ -221,10 +220,15 @@ def _expert(number, shape, width, dtype):
 
 
 def _no_call() -> Call:
-    zero = jnp.uint32(0)
-    nobody = jnp.zeros(1, jnp.int32)
+    zero, nobody = jnp.uint32(0), jnp.zeros(1, jnp.int32)
     return Call(
-        active=nobody, epoch=zero, round=zero, deadline_ms=zero, wish=zero, suspicion=nobody
+        rank=jnp.int32(0),
+        active=nobody,
+        epoch=zero,
+        round=zero,
+        deadline_ms=zero,
+        wish=zero,
+        suspicion=nobody,
     )
 
 

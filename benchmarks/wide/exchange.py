@@ -115,7 +115,6 @@ class Rank:
     def place(self) -> dict:
         return {
             "layout": self.family.layout,
-            "rank": self.rank,
             "slots_per_rank": self.family.slots_per_rank,
             "slab_bytes": self.slab_bytes,
         }
@@ -151,8 +150,9 @@ class Rank:
         return (scale[..., None] * rows[:, :, None]).astype(self.family.row_dtype)
 
     def call(self, epoch: int, deadline_ms: int, abort_address: np.ndarray, first: int) -> Call:
-        """Of all ranks. `first` is the epoch's first round."""
+        """Of this rank, all being active. `first` is the epoch's first round."""
         return Call(
+            rank=np.int32(self.rank),
             active=np.ones(self.family.ranks, np.int32),
             epoch=np.uint32(epoch),
             round=np.uint32(first),

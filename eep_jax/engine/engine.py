@@ -96,7 +96,6 @@ class Engine:
         self._wants_hold = False
         spread = ExpertSpread(
             layout=layout.window,
-            rank=rank,
             slots_per_rank=layout.slots,
             tile_rows=config.engine.row_tile,
             mlp=expert_mlp(config.model),
@@ -247,5 +246,5 @@ class Engine:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables = tables
         deadline_ms = self.config.engine.step_deadline_ms
-        call = call_of(tables, deadline_ms, self.heap.control_address())
+        call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
         self._of_epoch = jax.device_put((tables, call))

@@ -95,7 +95,6 @@ class Stepper:
         self._next = StepKind.DECODE
         self._spread = ExpertSpread(
             layout=layout.window,
-            rank=rank,
             slots_per_rank=layout.slots,
             tile_rows=config.engine.row_tile,
             mlp=expert_mlp(config.model),
@@ -264,7 +263,7 @@ class Stepper:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables, self._round = tables, np.uint32(first_round(int(tables.epoch)))
         deadline_ms = self.config.engine.step_deadline_ms
-        call = call_of(tables, deadline_ms, self.heap.control_address())
+        call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
         tables, call, dropped = jax.device_put((tables, call, np.int32(0)))
         self._place_of_epoch = Place(
             tables=tables,

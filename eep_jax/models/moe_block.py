@@ -68,7 +68,6 @@ class ExpertSpread:
     """Where the experts of a model run: the static part. What changes is in Tables and Call."""
 
     layout: WindowLayout
-    rank: int
     slots_per_rank: int
     tile_rows: int = 8
     mlp: ExpertMlp = SWIGLU
@@ -93,7 +92,7 @@ def elastic_experts(
     call for the next layer, its wish raised to the largest heard. `layer` is an int; on a GPU it
     may be an int32 scalar.
     """
-    place = {"layout": spread.layout, "rank": spread.rank, "slots_per_rank": spread.slots_per_rank}
+    place = {"layout": spread.layout, "slots_per_rank": spread.slots_per_rank}
     place |= {"slab_bytes": spread.slab_bytes}
     slots = assign(expert_ids, tables)
     rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)

@@ -22,7 +22,6 @@ def combine(
     call: Call,
     *,
     layout: WindowLayout,
-    rank: int,
     slots_per_rank: int,
     slab_bytes: int = 0,
     config: CombineConfig | None = None,
@@ -52,11 +51,11 @@ def combine(
         config = config or CombineConfig()
         place = Place(layout, slots_per_rank, slab_bytes)
         data = (results, received, sent_weights, slots, weights)
-        return combine_mosaic(*data, heap, call, rank, place, config)
+        return combine_mosaic(*data, heap, call, place, config)
     shapes = (
         jax.ShapeDtypeStruct((tokens, hidden), jnp.float32),
         jax.ShapeDtypeStruct((layout.ranks,), jnp.int32),
     )
-    run = buffer_callback(HostCombine(layout, rank, slots_per_rank), shapes, has_side_effect=True)
+    run = buffer_callback(HostCombine(layout, slots_per_rank), shapes, has_side_effect=True)
     data = (results, received, sent_weights, slots, weights)
     return run(heap, *data, call.active, call.scalars(), call.suspicion)

@@ -28,13 +28,13 @@ class HostCombine(HostExchange):
         results, received = np.asarray(results), np.asarray(received)
         suspicion_out[...] = np.asarray(suspicion)
         y[...] = 0
-        if suspicion_out[self.rank]:
-            return
         turn = self.begin(heap, active, scalars, suspicion_out)
+        if suspicion_out[turn.rank]:
+            return
 
         # Send home. Invariant: all that a window holds of this rank is written before its flag.
         for home in turn.peers:
-            returns = turn.windows[home]["returns"][turn.half, self.rank]
+            returns = turn.windows[home]["returns"][turn.half, turn.rank]
             if self.layout.combine == "per_choice":
                 # Rows of choices that lie elsewhere go along, and nobody reads them there: picking
                 # the others costs more than their bytes.
@@ -50,7 +50,7 @@ class HostCombine(HostExchange):
         heard = self.wait(turn, suspicion_out)
         if heard is None:
             return
-        returns = turn.windows[self.rank]["returns"][turn.half]
+        returns = turn.windows[turn.rank]["returns"][turn.half]
         self._reduce(y, returns, np.asarray(slots), np.asarray(weights), heard)
 
     def _reduce(self, y, returns, slots, weights, heard) -> None:

@@ -57,7 +57,6 @@ def combine_mosaic(
     weights: Float32[Array, "T K"],
     heap: UInt8[Array, "N B"],
     call: Call,
-    rank,
     place: Place,
     config: CombineConfig,
 ) -> tuple[Float32[Array, "T D"], Int32[Array, "R"]]:
@@ -65,8 +64,8 @@ def combine_mosaic(
     if isinstance(results, ResultsAtHome):
         sent = results.written
     else:
-        sent = send_home(results, received, sent_weights, heap, call, rank, place, config)
-    return receive_home(slots, weights, heap, call, rank, sent, place, config)
+        sent = send_home(results, received, sent_weights, heap, call, place, config)
+    return receive_home(slots, weights, heap, call, sent, place, config)
 
 
 def send_home(
@@ -75,7 +74,6 @@ def send_home(
     sent_weights,
     heap,
     call: Call,
-    rank,
     place: Place,
     config: CombineConfig,
     *,
@@ -105,7 +103,7 @@ def send_home(
                 peers.store(peers.address(done), peers.word(1))
 
     operands = (results.astype(place.layout.row_dtype), received.reshape(-1))
-    operands += (sent_weights.reshape(-1), heap, *told(call, rank))
+    operands += (sent_weights.reshape(-1), heap, *told(call))
     done = {"done": ((1,), jnp.int32)}
     return simt(body, *operands, out=done, grid=blocks, name="combine_send", shared=(1,))["done"]
 
@@ -193,7 +191,6 @@ def receive_home(
     weights,
     heap,
     call: Call,
-    rank,
     sent,
     place: Place,
     config: CombineConfig,
@@ -237,7 +234,7 @@ def receive_home(
         following = lambda item: summing.run(summing.prepare(item), all_came, y)
         peers.each(block + blocks, tokens * parts, blocks, following)
 
-    operands = (slots.reshape(-1), weights.reshape(-1), heap, *told(call, rank), sent)
+    operands = (slots.reshape(-1), weights.reshape(-1), heap, *told(call), sent)
     found = simt(
         body,
         *operands,

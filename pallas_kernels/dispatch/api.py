@@ -20,7 +20,6 @@ def dispatch(
     call: Call,
     *,
     layout: WindowLayout,
-    rank: int,
     slots_per_rank: int,
     slab_bytes: int = 0,
     config: DispatchConfig | None = None,
@@ -53,7 +52,7 @@ def dispatch(
 
         config = config or config_for(tokens, slots.shape[1], slots_per_rank)
         place = Place(layout, slots_per_rank, slab_bytes)
-        return dispatch_mosaic(x, slots, weights, heap, call, rank, place, config)
+        return dispatch_mosaic(x, slots, weights, heap, call, place, config)
     sources, choices = layout.ranks, slots.shape[1]
     shapes = (
         jax.ShapeDtypeStruct((sources, tokens, hidden), x.dtype),
@@ -63,5 +62,5 @@ def dispatch(
         jax.ShapeDtypeStruct((), jnp.uint32),
     )
     # It writes to peers, so XLA must neither drop nor merge it.
-    run = buffer_callback(HostDispatch(layout, rank, slots_per_rank), shapes, has_side_effect=True)
+    run = buffer_callback(HostDispatch(layout, slots_per_rank), shapes, has_side_effect=True)
     return run(heap, x, slots, weights, call.active, call.scalars(), call.suspicion)

@@ -17,7 +17,7 @@ class HostDispatch(HostExchange):
         turn = self.begin(heap, active, scalars, suspicion_out)
         slots_out[...], weights_out[...], wish_out[...] = -1, 0.0, turn.wish
         rows_out[...] = 0
-        if suspicion_out[self.rank]:
+        if suspicion_out[turn.rank]:
             return
         half, tokens = turn.half, x.shape[0]
 
@@ -27,17 +27,17 @@ class HostDispatch(HostExchange):
         for peer in turn.peers:
             window = turn.windows[peer]
             # Whole rows in one copy: picking those that go there costs more than their bytes.
-            window["rows"][half, self.rank, :tokens] = x
-            window["slots"][half, self.rank, :tokens] = theirs[peer]
-            window["weights"][half, self.rank, :tokens] = weights
-            window["header"][half, self.rank, 0] = turn.wish
+            window["rows"][half, turn.rank, :tokens] = x
+            window["slots"][half, turn.rank, :tokens] = theirs[peer]
+            window["weights"][half, turn.rank, :tokens] = weights
+            window["header"][half, turn.rank, 0] = turn.wish
             self.signal(turn, peer)
 
         # Receive. Invariant: nothing of a source is read before its flag holds this round.
         heard = self.wait(turn, suspicion_out)
         if heard is None:
             return
-        own = turn.windows[self.rank]
+        own = turn.windows[turn.rank]
         sources = every_or(heard, len(slots_out))
         received = own["slots"][half, sources, :tokens]
         slots_out[sources] = received

@@ -47,7 +47,6 @@ class RowsInWindow:
 
     heap: UInt8[Array, "N B"]
     call: Call  # of this use of the window
-    rank: Int32[Array, ""]
     members: Int32[Array, "_"]
     counts: Int32[Array, "S"]
     tiles: Int32[Array, "_"]
@@ -63,7 +62,7 @@ class RowsInWindow:
         """A copy; rows without a slot here are zero. For fp8, widened to the layout's row dtype."""
         layout, (_, tokens, _) = self.lists.place.layout, self.shape
         place, after = self.lists.place, self.tiles
-        rows = read_region("rows", place, self.heap, self.call, self.rank, after)[:, :tokens]
+        rows = read_region("rows", place, self.heap, self.call, after)[:, :tokens]
         if layout.dispatch_dtype:
             rows = unpack_rows(rows, layout.hidden, jnp.dtype(layout.row_dtype))
         return jnp.where((self.slots >= 0).any(-1)[..., None], rows, 0)
@@ -71,7 +70,7 @@ class RowsInWindow:
     def weights(self) -> Float32[Array, "R T K"]:
         """The weights the sources sent; zero of choices that lie elsewhere."""
         place, after = self.lists.place, self.tiles
-        found = read_region("weights", place, self.heap, self.call, self.rank, after)
+        found = read_region("weights", place, self.heap, self.call, after)
         return jnp.where(self.slots >= 0, found[:, : self.shape[1]], 0)
 
 
@@ -81,7 +80,6 @@ def dispatch_mosaic(
     weights: Float32[Array, "T K"],
     heap: UInt8[Array, "N B"],
     call: Call,
-    rank,
     place: Place,
     config: DispatchConfig,
     *,
@@ -108,17 +106,17 @@ def dispatch_mosaic(
         body,
         *sending.operands(x, slots, weights),
         heap,
-        *told(call, rank),
+        *told(call),
         out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
         grid=sending.blocks,
         name="dispatch",
         groups=sending.groups,
         shared=(1, place.ranks, 1, 1, lists.slots),
     )
-    return _received(found, slots.shape, heap, call, rank, lists)
+    return _received(found, slots.shape, heap, call, lists)
 
 
-def send(x, slots, weights, heap, call: Call, rank, place: Place, config: DispatchConfig):
+def send(x, slots, weights, heap, call: Call, place: Place, config: DispatchConfig):
     """The first half of `dispatch_mosaic`, for ranks that take turns: writes, and posts the round.
 
     There no rank may wait before all have posted. Returns an array that is there once it is done.
@@ -140,7 +138,7 @@ def send(x, slots, weights, heap, call: Call, rank, place: Place, config: Dispat
         body,
         *sending.operands(x, slots, weights),
         heap,
-        *told(call, rank),
+        *told(call),
         out={"done": ((1,), jnp.int32)},
         grid=sending.blocks,
         name="dispatch_send",
@@ -149,9 +147,7 @@ def send(x, slots, weights, heap, call: Call, rank, place: Place, config: Dispat
     )["done"]
 
 
-def receive(
-    shape: tuple[int, int], heap, call: Call, rank, sent, place: Place, config: DispatchConfig
-):
+def receive(shape: tuple[int, int], heap, call: Call, sent, place: Place, config: DispatchConfig):
     """The second half: posts once more, waits, and lists what came by slot.
 
     `sent` is the output of `send`, shape (T, K).
@@ -169,7 +165,7 @@ def receive(
     found = simt(
         body,
         heap,
-        *told(call, rank),
+        *told(call),
         sent,
         out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
         grid=1,
@@ -177,7 +173,7 @@ def receive(
         groups=lists.groups,
         shared=(place.ranks, 1, 1, lists.slots),
     )
-    return _received(found, shape, heap, call, rank, lists)
+    return _received(found, shape, heap, call, lists)
 
 
 def _arrive(
@@ -200,13 +196,12 @@ def _arrive(
     gather_wishes(heap, refs, out.heard, loudest, wish, threads, meanwhile=collect)
 
 
-def _received(found: dict, shape: tuple[int, int], heap, call: Call, rank, lists: MemberLists):
+def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: MemberLists):
     """What dispatch returns, of a kernel's outputs."""
     received = found["slots"].reshape(lists.place.ranks, *shape)
     rows = RowsInWindow(
         heap=heap,
         call=call,
-        rank=jnp.asarray(rank, jnp.int32),
         members=found["members"],
         counts=found["counts"],
         tiles=found["tiles"],

@@ -567,7 +567,7 @@ def members_of(rows) -> tuple[InWindow | InArray, Members]:
     if lists.place.layout.dispatch_dtype:
         source = InArray(rows.array())
     else:
-        refs = told(rows.call, rows.rank)
+        refs = told(rows.call)
         source = InWindow(lists.place, rows.heap, refs.round, refs.rank)
     return source, Members(rows.members, rows.counts, rows.tiles)
 
@@ -577,6 +577,6 @@ def homes_of(rows) -> Homes | None:
     lists: MemberLists = rows.lists
     if lists.place.layout.combine != "per_choice":
         return None
-    refs = told(rows.call, rows.rank)
+    refs = told(rows.call)
     at = (lists.place, rows.heap, refs.round, refs.rank)
     return Homes(*at, lists.tokens, lists.choices)

@@ -165,7 +165,7 @@ class Rank:
         from pallas_kernels.combine.api import combine
         from pallas_kernels.dispatch.api import dispatch
 
-        place = {"layout": self.layout, "rank": self.rank, "slots_per_rank": SLOTS}
+        place = {"layout": self.layout, "slots_per_rank": SLOTS}
         place |= {"slab_bytes": self.heap.slab_bytes}
         for _ in range(LAYERS):
             found, here, sent, suspicion, _ = dispatch(x, slots, weights, heap, call, **place)
@@ -183,6 +183,7 @@ class Rank:
         from pallas_kernels.call import Call, address_words
 
         return Call(
+            rank=np.int32(self.rank),
             active=np.asarray(active, np.int32),
             epoch=np.uint32(current >> 20),
             round=np.uint32(current),

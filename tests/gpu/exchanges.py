@@ -119,9 +119,9 @@ class Ranks:
     def start(self, epoch: int, *, active=None, steps: int = 0, deadline_ms: int = DEADLINE_MS):
         """An epoch begins: nobody is suspected. Wishes differ by rank."""
         self.active = self.active if active is None else np.asarray(active, np.int32)
-        call = self.loopback.call(self.active, epoch, steps, deadline_ms)
+        call = lambda rank: self.loopback.call(rank, self.active, epoch, steps, deadline_ms)
         self.calls = {
-            r: dataclasses.replace(call, wish=np.uint32(1 + r)) for r in range(self.ranks)
+            r: dataclasses.replace(call(r), wish=np.uint32(1 + r)) for r in range(self.ranks)
         }
         return self
 
@@ -149,7 +149,7 @@ class Ranks:
 
     def send(self, work: Exchange, rank: int, call: Call | None = None):
         """The first phase of dispatch of one rank."""
-        mine = (*self._mine(work, rank), call or self.calls[rank], np.int32(rank))
+        mine = (*self._mine(work, rank), call or self.calls[rank])
         return jax.block_until_ready(self.loopback.send(*mine))
 
     def _mine(self, work: Exchange, rank: int) -> tuple:
@@ -163,7 +163,7 @@ class Ranks:
             self.send(work, rank)
         received = {}
         for rank in ranks:
-            mine = (*self._mine(work, rank), self.calls[rank], np.int32(rank))
+            mine = (*self._mine(work, rank), self.calls[rank])
             received[rank] = self._timed(rank, self.loopback.dispatch, *mine)
             self._learn(rank, received[rank][3])
         return received
@@ -175,10 +175,10 @@ class Ranks:
         for rank in ranks:
             got = received[rank]
             mine = (_narrow(results[rank]), got[1], got[2])
-            answered = self.loopback.send_home(*mine, heap, self.calls[rank], np.int32(rank))
+            answered = self.loopback.send_home(*mine, heap, self.calls[rank])
             sent[rank] = jax.block_until_ready(answered)
         for rank in ranks:
-            mine = (work.slots[rank], work.weights[rank], heap, self.calls[rank], np.int32(rank))
+            mine = (work.slots[rank], work.weights[rank], heap, self.calls[rank])
             y[rank], suspicion = self._timed(rank, self.loopback.receive_home, *mine, sent[rank])
             self._learn(rank, suspicion)
             self.calls[rank] = self.calls[rank].next()

@@ -191,7 +191,7 @@ def test_an_abort_of_the_running_epoch_or_before_changes_nothing(epoch):
 def test_a_host_aborts_a_wait_that_is_under_way():
     loopback, epoch = some_loopback(4), 5
     ranks = Ranks(loopback, epoch=epoch, deadline_ms=60_000)
-    work, number = a_work(3, loopback), np.int32(2)
+    work = a_work(3, loopback)
     heap = CudaLoopbackHeap(2, 4, 1 << 20)
     try:
         address = heap.control_address()
@@ -200,7 +200,7 @@ def test_a_host_aborts_a_wait_that_is_under_way():
         sent = ranks.send(work, 2, call)
         tokens = work.slots.shape[1]
         start = time.monotonic()
-        out = loopback.receive(loopback.heap, call, number, sent, tokens=tokens)
+        out = loopback.receive(loopback.heap, call, sent, tokens=tokens)
         time.sleep(0.2)
         assert not out[3].is_ready(), "nobody came, so it waits"
         heap.control()[2, :4] = np.array([epoch + 1], np.uint32).view(np.uint8)
@@ -228,7 +228,7 @@ def test_late_writes_of_an_evicted_rank_change_nothing(layout):
                 (4, *stale.slots.shape[1:], stale.x.shape[-1]), np.nan, ml_dtypes.bfloat16
             )
             everything = np.zeros((4, *stale.slots.shape[1:]), np.int32)
-            arguments = (nan, everything, stale.weights, loopback.heap, call, np.int32(late))
+            arguments = (nan, everything, stale.weights, loopback.heap, call)
             jax.block_until_ready((sent, loopback.send_home(*arguments)))
 
     ranks.start(3, active=[1, 1, 0, 1])
@@ -252,7 +252,8 @@ def test_flags_of_other_epochs_satisfy_no_wait(layout):
     results = some_results(31, work)
     for other in (4, 6, 5 + 2048):
         ranks = Ranks(loopback, epoch=5, deadline_ms=WAIT_MS)
-        heap, rounds = ranks.windows(), [loopback.call(epoch=other, steps=s).round for s in (0, 1)]
+        rounds = [loopback.call(rank=0, epoch=other, steps=s).round for s in (0, 1)]
+        heap = ranks.windows()
         for window in loopback.layout.views(heap):
             window["sent"][:, 2] = window["returned"][:, 2] = rounds
         ranks.set_windows(heap)

@@ -75,6 +75,7 @@ def test_all_members_learn_the_largest_wish_of_any():
 
 def lower_dispatch(tokens, hidden, choices, **layout):
     call = Call(
+        rank=np.int32(0),
         active=np.ones(2, np.int32),
         epoch=np.uint32(1),
         round=np.uint32(2),
@@ -89,7 +90,7 @@ def lower_dispatch(tokens, hidden, choices, **layout):
         jnp.zeros((tokens, choices)),
         jnp.zeros((2, 4096), jnp.uint8),
     )
-    run = lambda *a: dispatch(*a, call, layout=window, rank=0, slots_per_rank=2)
+    run = lambda *a: dispatch(*a, call, layout=window, slots_per_rank=2)
     return jax.eval_shape(run, *arguments)
 
 

@@ -214,7 +214,7 @@ def abort_once_waiting(cluster, rank: int, flag: str, work, layers: int):
     thread = threading.Thread(target=abort, daemon=True)
     thread.start()
     arguments = (work.x[rank], work.slots[rank], work.weights[rank], cluster.arrays[rank])
-    out = cluster.chain_program(rank, layers)(*arguments, cluster.call(work.active))
+    out = cluster.chain_program(rank, layers)(*arguments, cluster.call(rank, work.active))
     thread.join(JOIN_S)
     window["abort"][...] = 0
     return np.asarray(out[0]), np.asarray(out[1])

@@ -102,8 +102,9 @@ class LoopbackRanks:
             window["slots"][...] = 0
             window["header"][...] = 99
 
-    def call(self, active, wish: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
+    def call(self, rank: int, active, wish: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
         return Call(
+            rank=np.int32(rank),
             active=np.asarray(active, np.int32),
             epoch=np.uint32(self.epoch),
             round=np.uint32(self.round),
@@ -119,7 +120,7 @@ class LoopbackRanks:
         wishes = wishes or [1] * work.ranks
 
         def run(rank):
-            call = self.call(work.active, wishes[rank], **options)
+            call = self.call(rank, work.active, wishes[rank], **options)
             mine = (work.x[rank], work.slots[rank], work.weights[rank], results[rank])
             return jax.tree.map(np.asarray, self._programs[rank](*mine, self.arrays[rank], call))
 
@@ -137,14 +138,14 @@ class LoopbackRanks:
 
         def run(rank):
             mine = (work.x[rank], work.slots[rank], work.weights[rank])
-            out = programs[rank](*mine, self.arrays[rank], self.call(work.active, **options))
+            out = programs[rank](*mine, self.arrays[rank], self.call(rank, work.active, **options))
             return jax.tree.map(np.asarray, out)
 
         present = [r for r in work.members if r not in absent]
         return in_threads({r: functools.partial(run, r) for r in present})
 
     def _compile(self, rank: int):
-        where = {"layout": self.layout, "rank": rank, "slots_per_rank": self.slots_per_rank}
+        where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
 
         def exchange(x, slots, weights, results, heap, call):
             rows, here, sent, suspicion, wish = dispatch(x, slots, weights, heap, call, **where)
@@ -156,7 +157,7 @@ class LoopbackRanks:
 
     def chain_program(self, rank: int, layers: int):
         """The compiled step of one rank: `(x, slots, weights, heap, call) -> (x, suspicion)`."""
-        where = {"layout": self.layout, "rank": rank, "slots_per_rank": self.slots_per_rank}
+        where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
 
         def step(x, slots, weights, heap, call):
             for _ in range(layers):
@@ -206,7 +207,8 @@ def _hosts_with(name: str, replacement):
 
     def noting_rank(call):
         def noted(self, *arguments):
-            _running.rank = self.rank
+            *_, scalars, _ = arguments
+            _running.rank = int(np.asarray(scalars)[0])
             return call(self, *arguments)
 
         return noted

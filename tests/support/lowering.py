@@ -67,9 +67,12 @@ def a_layout(ranks=2, tokens=8, choices=4, hidden=128, mode="per_choice", fp8=Fa
     return WindowLayout(ranks, tokens, choices, hidden, mode, **dtypes)
 
 
-def a_call(ranks: int, *, active=None, epoch: int = 1, steps: int = 0, address: int = 0) -> Call:
+def a_call(
+    ranks: int, *, rank: int = 0, active=None, epoch: int = 1, steps: int = 0, address: int = 0
+) -> Call:
     """What the exchange `steps` after the epoch's first is told."""
     return Call(
+        rank=np.int32(rank),
         active=np.ones(ranks, np.int32) if active is None else np.asarray(active, np.int32),
         epoch=np.uint32(epoch),
         round=np.uint32(first_round(epoch) + steps),

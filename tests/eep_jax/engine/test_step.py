@@ -75,7 +75,7 @@ def step_of(config: RunConfig):
     cluster = config.cluster
     layout = slab_layout(config.model, config.engine, 1, cluster.slots_per_rank).window
     tile, slots = config.engine.row_tile, cluster.slots_per_rank
-    spread = ExpertSpread(layout=layout, rank=0, slots_per_rank=slots, tile_rows=tile)
+    spread = ExpertSpread(layout=layout, slots_per_rank=slots, tile_rows=tile)
     return make_step(config, spread)
 
 
@@ -83,6 +83,7 @@ def arguments(config: RunConfig, batch):
     dense, experts = rounded_weights(config.model)
     dtype, (_, names) = jnp.dtype(config.engine.dtype), step_of(config)
     call = Call(
+        rank=np.int32(0),
         active=np.ones(1, np.int32),
         epoch=np.uint32(1),
         round=np.uint32(first_round(1)),

@@ -35,7 +35,7 @@ def some_tokens(seed: int = 0):
 @functools.cache
 def compiled(rank: int, mode: str):
     layout = some_ranks(RANKS, TOKENS, MODEL.experts_per_token, MODEL.hidden, mode).layout
-    spread = ExpertSpread(layout=layout, rank=rank, slots_per_rank=SLOTS, tile_rows=4)
+    spread = ExpertSpread(layout=layout, slots_per_rank=SLOTS, tile_rows=4)
 
     def two_layers(x, ids, weights, bank, heap, tables, call):
         y, dropped, call = elastic_experts(spread, 0, x, ids, weights, bank, heap, tables, call)
@@ -56,7 +56,7 @@ def elastic(tokens, placement: Placement, view: View, mode: str = "per_choice", 
         held = np.array(placement.slots[rank])
         bank = np.where((held == EMPTY)[:, None, None, None, None], np.nan, experts[held])
         tables, mine = build_tables(view, placement, rank), [part[rank] for part in tokens]
-        call = cluster.call(tables.active, wish=rank)
+        call = cluster.call(rank, tables.active, wish=rank)
         out = compiled(rank, mode)(*mine, bank, cluster.arrays[rank], tables, call)
         return jax.tree.map(np.asarray, out)
 
