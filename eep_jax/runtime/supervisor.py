@@ -38,6 +38,8 @@ from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
 from eep_jax.placement.sources import SourceKind
 from eep_jax.runtime import messages
+from eep_jax.runtime.admission import Returns, Seen, admit
+from eep_jax.runtime.channels import Channels
 from eep_jax.runtime.chat_template import open_chat_template
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
@@ -97,7 +99,7 @@ class Supervisor:
             self._clock.now_ms, self._on_process_ending, self._on_process_ended
         )
         self._processes = RankProcesses(host_id(host), self._local, self._hosts)
-        self._connections: dict[int, Connection] = {}
+        self.channels = Channels()
         self.telemetry: dict[int, messages.Telemetry] = {}
         self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
         self.event_counts, self.change_totals = collections.Counter(), ChangeTotals()
@@ -201,9 +203,7 @@ class Supervisor:
             for site in list(runner.sites):
                 await site.stop()
         self._hosts.shut_down()
-        for connection in self._connections.values():
-            connection.send(messages.Shutdown())
-            connection.close()
+        self.channels.shut_down()
         await asyncio.sleep(0.1)  # for the writers to pass the last message on
         for runner in runners:
             await runner.cleanup()
@@ -228,8 +228,8 @@ class Supervisor:
 
     def _is_current(self, connection: Connection) -> bool:
         """Whether this is the channel of its rank's process; one that was evicted is not heard."""
-        rank = connection.hello.rank
-        return self._connections.get(rank) is connection and self.state.records[rank].believed
+        believed = self.state.records[connection.hello.rank].believed
+        return believed and self.channels.is_current(connection)
 
     def _on_report(self, connection: Connection, message) -> None:
         rank = connection.hello.rank
@@ -256,65 +256,34 @@ class Supervisor:
 
     def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
         check_hello(hello, self.config)
-        if hello != connection.hello or self._connections.get(hello.rank) is connection:
+        if hello != connection.hello or self.channels.is_current(connection):
             raise ProtocolError(f"rank {hello.rank} introduced itself twice")
-        newest = self.state.records[hello.rank].incarnation
-        if not hello.incarnation and self._is_process(hello, newest):
-            # It was let in before, and the channel broke before it heard so.
-            self._answer(connection, Welcome(incarnation=newest))
-        elif not hello.incarnation:
-            self._let_in(connection)
-        elif hello.incarnation == newest:
-            self._register(connection)
-            self._processes.watch(hello.host, _process_of(hello, hello.incarnation))
-        else:
-            reason = (
-                f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, {newest}"
-            )
-            connection.send(Fenced(reason=reason))
+        match admit(hello, self._seen(hello)):
+            case Returns():
+                self.channels.register(connection)
+                self._processes.watch(hello.host, _process_of(hello, hello.incarnation))
+            case Arrived() as event:
+                self._feed(event, connection)
+            case Fenced(reason=reason) as answer:
+                _log.error("rank %d cannot take part: %s", hello.rank, reason)
+                self._answer(connection, answer)
+            case answer:
+                self._answer(connection, answer)
 
-    def _let_in(self, connection: Connection) -> None:
-        """Asks for an incarnation, if this process could be reached and its death be seen."""
-        hello = connection.hello
-        if reason := self._out_of_reach(hello):
-            _log.error("rank %d cannot take part: %s", hello.rank, reason)
-            connection.send(Fenced(reason=reason))
-        elif not self._processes.can_watch(hello.host):
-            reason = (
-                f"no launcher of host {hello.host} has called, so nobody would see rank "
-                f"{hello.rank} die: start ranks there with python -m launch.node"
-            )
-            self._answer(connection, Refused(reason=reason))
-        else:
-            self._feed(Arrived(hello.rank), connection)
-
-    def _out_of_reach(self, hello: messages.Hello) -> str:
-        """Why this process and the ranks there are could not reach each other's memory, or ''."""
+    def _seen(self, hello: messages.Hello) -> Seen:
+        record = self.state.records[hello.rank]
+        process = _process_of(hello, record.incarnation)
         peers = [
-            found.hello
-            for rank, found in self._connections.items()
+            peer
+            for rank, peer in self.channels.hellos().items()
             if rank != hello.rank and self.state.records[rank].believed
         ]
-        hosts = sorted({peer.host for peer in (*peers, hello)})
-        apart = sorted(peer.rank for peer in (*peers, hello) if not peer.mirrored)
-        if len(hosts) == 1 or not apart:
-            return ""
-        return (
-            f"ranks are on the hosts {hosts}, and ranks {apart} serve no mirror: start all ranks "
-            "with --mirror_host=ADDRESS, at which ranks of other hosts reach theirs"
+        return Seen(
+            newest=record.incarnation,
+            is_newest=record.believed and self._processes.knows(hello.host, process),
+            peers=tuple(peers),
+            watchable=self._processes.can_watch(hello.host),
         )
-
-    def _is_process(self, hello: messages.Hello, incarnation: int) -> bool:
-        """Whether the caller is the very process that has this incarnation of its rank."""
-        process = _process_of(hello, incarnation)
-        believed = self.state.records[hello.rank].believed
-        return believed and self._processes.knows(hello.host, process)
-
-    def _register(self, connection: Connection) -> None:
-        before = self._connections.get(connection.hello.rank)
-        self._connections[connection.hello.rank] = connection
-        if before is not None:
-            before.close()  # its rank has called again, so nobody is at the other end
 
     def _on_progress(self, rank: int, progress) -> None:
         check_progress(progress, rank, self.config)
@@ -326,7 +295,7 @@ class Supervisor:
             self.book.counts["dropped_choices"] += progress.dropped
         if entry.finish:
             self._record_finish(entry)
-            self._send(rank, messages.Forget(id=entry.request.id))
+            self.channels.send(rank, messages.Forget(id=entry.request.id))
         self._serving.changed(entry.request.id)
 
     def _on_held(self, connection: Connection, progress) -> None:
@@ -346,10 +315,8 @@ class Supervisor:
     def _on_closed(self, connection: Connection) -> None:
         if isinstance(connection.hello, messages.HostHello):
             return self._hosts.on_closed(connection)
-        rank = connection.hello.rank
-        if self._connections.get(rank) is connection:
-            del self._connections[rank]
-            self._feed(Disconnected(rank, connection.incarnation))
+        if self.channels.remove(connection):
+            self._feed(Disconnected(connection.hello.rank, connection.incarnation))
 
     # Decisions, and what follows from them.
 
@@ -358,7 +325,7 @@ class Supervisor:
         for command in commands:
             match command:
                 case Send(rank=rank, incarnation=incarnation, message=message):
-                    self._send(rank, message, incarnation)
+                    self.channels.send(rank, message, incarnation)
                 case Answer(message=message):
                     self._answer(connection, message)
                 case Kill(rank=rank, incarnation=incarnation, reason=reason):
@@ -399,7 +366,7 @@ class Supervisor:
     def _release(self, rank: int) -> None:
         """Requests of a rank that is out go to others, with the tokens it said before."""
         for entry in self.book.release(rank):
-            self._send(rank, messages.Forget(id=entry.request.id))
+            self.channels.send(rank, messages.Forget(id=entry.request.id))
             _log.info("request %s waits for another rank", entry.request.id)
 
     def _answer(self, connection: Connection | None, message) -> None:
@@ -408,18 +375,13 @@ class Supervisor:
         if isinstance(message, Welcome):
             hello = connection.hello
             connection.incarnation = message.incarnation
-            self._register(connection)
+            self.channels.register(connection)
             process, host = _process_of(hello, message.incarnation), hello.host
             self._journal.append("process", process_facts(self._processes.named(host), process))
             self._processes.watch(host, process)
         elif isinstance(message, Refused):
             _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
         connection.send(message)
-
-    def _send(self, rank: int, message, incarnation: int | None = None) -> None:
-        connection = self._connections.get(rank)
-        if connection is not None and incarnation in (None, connection.incarnation):
-            connection.send(message)
 
     def _kill(self, rank: int, incarnation: int, reason: str) -> None:
         _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
@@ -437,9 +399,9 @@ class Supervisor:
         active = [r for r in active if believed(r) and r not in self.state.out]
         if self.state.blocked or self._awaited.intersection(active):
             return
-        ready = [r for r in active if (found := self._connections.get(r)) and found.settled]
+        ready = self.channels.settled(active)
         for rank, request in self.book.assign(ready):
-            self._send(rank, messages.Generate(request=request))
+            self.channels.send(rank, messages.Generate(request=request))
 
     def _accepted(self, entry: Entry) -> None:
         facts = {"key": entry.key, "body": entry.body, "created": entry.created}
@@ -449,7 +411,7 @@ class Supervisor:
     def _cancelled(self, entry: Entry) -> None:
         self._record_finish(entry)
         if entry.rank is not None:
-            self._send(entry.rank, messages.Forget(id=entry.request.id))
+            self.channels.send(entry.rank, messages.Forget(id=entry.request.id))
 
     def _record_finish(self, entry: Entry) -> None:
         facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
@@ -491,7 +453,7 @@ class Supervisor:
 
     def host_of(self, rank: int) -> str | None:
         """The id of the host that a rank called from, None while it has no channel."""
-        connection = self._connections.get(rank)
+        connection = self.channels.of(rank)
         return None if connection is None else connection.hello.host
 
     def pid_of(self, rank: int, incarnation: int) -> int | None:

@@ -154,12 +154,12 @@ class TestSending:
                 await socket.send_bytes(hello(body))
                 await receive(socket)
                 socket._conn.transport.pause_reading()
-                connection = world.supervisor._connections[1]
+                connection = world.supervisor.channels.of(1)
                 large = messages.Forget(id="x" * 1_000_000)
                 for _ in range(40):
                     connection.send(large)
                 assert await world.complete(max_tokens=4) == (200, expected_text("Hi", 4))
-                await world.until(lambda: 1 not in world.supervisor._connections)
+                await world.until(lambda: world.supervisor.channels.of(1) is None)
                 socket._conn.transport.abort()
             assert "it took nothing for 0.1 s" in caplog.text
 
@@ -170,7 +170,7 @@ class TestSending:
             async with connection_to(tmp_path, TOKEN) as socket:
                 await socket.send_bytes(hello(body))
                 await receive(socket)
-                connection = world.supervisor._connections[1]
+                connection = world.supervisor.channels.of(1)
                 for _ in range(control.OUTGOING_MAX + 1):
                     connection.send(messages.Forget(id="x"))
                 assert "does not read its channel" in caplog.text

@@ -69,7 +69,7 @@ def test_telemetry_counts_every_expert_or_none(chosen):
     if len(chosen) in (0, 4) and all(count >= 0 for count in chosen):
         check_telemetry(telemetry, 1, CONFIG)
     else:
-        with pytest.raises(ProtocolError, match="rank 1 counted .*, expected 4 counts"):
+        with pytest.raises(ProtocolError, match=r"rank 1 counted .*, expected 4 counts"):
             check_telemetry(telemetry, 1, CONFIG)
 
 
@@ -79,5 +79,5 @@ def test_progress_has_tokens_of_the_vocabulary_and_an_end_of_a_rank(tokens, fini
     if finish != "cancelled" and all(0 <= token < 256 for token in tokens):
         check_progress(progress, 1, CONFIG)
     else:
-        with pytest.raises(ProtocolError, match="rank 1 (ends x with|produced)"):
+        with pytest.raises(ProtocolError, match=r"rank 1 (ends x with|produced)"):
             check_progress(progress, 1, CONFIG)
