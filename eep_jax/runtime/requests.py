@@ -59,7 +59,10 @@ class RequestBook:
     def assign(self, ranks) -> list[tuple[int, Request]]:
         """Gives waiting requests to the least loaded of `ranks`, lowest number first on a tie."""
         given = []
-        load = {rank: len(self.of_rank(rank)) for rank in ranks}
+        if not self._queue:  # most often, and this is asked after every event
+            return given
+        taken = collections.Counter(e.rank for e in self.entries.values() if not e.finish)
+        load = {rank: taken[rank] for rank in ranks}
         while self._queue and load:
             rank = min(load, key=lambda r: (load[r], r))
             if load[rank] >= self._per_rank_max:
