@@ -9,6 +9,7 @@ from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
 from eep_jax.runtime.messages import HostProcess
 from eep_jax.runtime.rank_processes import OWN_HOST
+from eep_jax.runtime.request_flow import accepted_facts, finished_facts
 from eep_jax.runtime.requests import Entry
 
 EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "repair")
@@ -101,12 +102,9 @@ def snapshot(
             facts = {"rank": rank, "incarnation": record.fenced, "time": 0.0}
             records.append({"kind": "dead", "reason": "before the journal was cut", **facts})
     for entry in entries:
-        facts = {"key": entry.key, "body": entry.body, "created": entry.created}
-        request = dataclasses.asdict(entry.request)
-        records.append({"kind": "accepted", "request": request, **facts})
+        records.append({"kind": "accepted", **accepted_facts(entry)})
         if entry.finish:
-            facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
-            records.append({"kind": "finished", **facts})
+            records.append({"kind": "finished", **finished_facts(entry)})
     return records
 
 

@@ -7,7 +7,6 @@ the ranks to come back, and asks them what they have.
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from eep_jax.coordination.state import (
     Send,
     Tick,
 )
+from eep_jax.engine.request import Progress
 from eep_jax.errors import ProtocolError
 from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
@@ -58,6 +58,7 @@ from eep_jax.runtime.message_checks import (
 from eep_jax.runtime.rank_processes import RankProcesses
 from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
+from eep_jax.runtime.request_flow import RequestFlow
 from eep_jax.runtime.requests import Entry, RequestBook
 from eep_jax.runtime.restart import process_facts, read_back, snapshot
 from eep_jax.runtime.serving import Serving
@@ -108,7 +109,11 @@ class Supervisor:
         serve, engine = config.serve, config.engine
         self.book = RequestBook(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
         self._serving = Serving(
-            self.book, config.model.end_tokens, self._unavailable, self._accepted, self._cancelled
+            self.book,
+            config.model.end_tokens,
+            self._unavailable,
+            self._accepted,
+            self._cancelled,
         )
         self._control = ControlServer(
             token, serve.message_bytes_max, self._on_message, self._on_closed
@@ -117,6 +122,13 @@ class Supervisor:
         records = replay(self._run_dir / JOURNAL)
         self._journal = Journal(self._run_dir / JOURNAL)
         self._restore(records)
+        self._flow = RequestFlow(
+            self.book,
+            self.channels,
+            self._journal.append,
+            self._serving.changed,
+            awaited=self.state.view.in_epoch,
+        )
         self._repairs = RepairLog(self.state.view.in_epoch)
         self.reports = Reports(self)
         self.submit = self._serving.submit
@@ -235,12 +247,12 @@ class Supervisor:
         rank = connection.hello.rank
         match message:
             case messages.Produced(progress=progress) if connection.settled:
-                for part in progress:
-                    self._on_progress(rank, part)
+                for part in self._checked(rank, progress):
+                    self._flow.produced(rank, part, self.state.dropped)
             case messages.Held(progress=progress):
-                self._on_held(connection, progress)
+                is_member, dropped = rank in self.state.view.in_epoch, self.state.dropped
+                self._flow.held(rank, self._checked(rank, progress), is_member, dropped)
                 connection.settled = True
-                self._awaited.discard(rank)
             case messages.Telemetry():
                 self._on_telemetry(rank, message)
         self._assign()
@@ -285,32 +297,10 @@ class Supervisor:
             watchable=self._processes.can_watch(hello.host),
         )
 
-    def _on_progress(self, rank: int, progress) -> None:
-        check_progress(progress, rank, self.config)
-        entry = self.book.produced(rank, progress)
-        if entry is None:
-            return
-        if progress.dropped:
-            entry.degraded.update(self.state.dropped)
-            self.book.counts["dropped_choices"] += progress.dropped
-        if entry.finish:
-            self._record_finish(entry)
-            self.channels.send(rank, messages.Forget(id=entry.request.id))
-        self._serving.changed(entry.request.id)
-
-    def _on_held(self, connection: Connection, progress) -> None:
-        """A rank is back: both learn what the other has. It may know more than the journal."""
-        rank = connection.hello.rank
+    def _checked(self, rank: int, progress: tuple[Progress, ...]) -> tuple[Progress, ...]:
         for part in progress:
-            self.book.adopt(rank, part.id)
-            self._on_progress(rank, part)
-        if rank not in self.state.view.in_epoch:
-            self.book.release(rank)  # it was drained before it, or this supervisor, heard so
-        forget, resend = self.book.reconcile(rank, {part.id for part in progress})
-        for request_id in forget:
-            connection.send(messages.Forget(id=request_id))
-        for request in resend:
-            connection.send(messages.Generate(request=request))
+            check_progress(part, rank, self.config)
+        return progress
 
     def _on_closed(self, connection: Connection) -> None:
         if isinstance(connection.hello, messages.HostHello):
@@ -345,11 +335,11 @@ class Supervisor:
         elif kind == "dead":
             silent_ms = self._silent_ms(facts["rank"], now_ms)
             self._repairs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
-            self._release(facts["rank"])
+            self._flow.release(facts["rank"])
         elif kind == "commit":
             self._repairs.committed(facts, now_ms)
             for rank in facts["drained"]:
-                self._release(rank)
+                self._flow.release(rank)
 
     def _record_repairs(self) -> None:
         for facts in self._repairs.take(self._clock.now_ms()):
@@ -362,12 +352,6 @@ class Supervisor:
         alive_ms = self._processes.alive_ms(rank, record.incarnation)
         ending = alive_ms is not None and (record.ending or record.ended)
         return max(0, now_ms - (alive_ms if ending else record.heard_ms))
-
-    def _release(self, rank: int) -> None:
-        """Requests of a rank that is out go to others, with the tokens it said before."""
-        for entry in self.book.release(rank):
-            self.channels.send(rank, messages.Forget(id=entry.request.id))
-            _log.info("request %s waits for another rank", entry.request.id)
 
     def _answer(self, connection: Connection | None, message) -> None:
         if connection is None:
@@ -390,32 +374,18 @@ class Supervisor:
     # Requests.
 
     def _assign(self) -> None:
-        """Gives waiting requests to the active ranks that have a channel.
-
-        After a restart the ranks come back first: most requests are on one of them already.
-        """
+        """Gives waiting requests to the members that stay."""
         believed = lambda rank: self.state.records[rank].believed
         active = self.state.view.with_state(RankState.ACTIVE)
-        active = [r for r in active if believed(r) and r not in self.state.out]
-        if self.state.blocked or self._awaited.intersection(active):
-            return
-        ready = self.channels.settled(active)
-        for rank, request in self.book.assign(ready):
-            self.channels.send(rank, messages.Generate(request=request))
+        if not self.state.blocked:
+            self._flow.assign([r for r in active if believed(r) and r not in self.state.out])
 
     def _accepted(self, entry: Entry) -> None:
-        facts = {"key": entry.key, "body": entry.body, "created": entry.created}
-        self._journal.append("accepted", facts | {"request": dataclasses.asdict(entry.request)})
+        self._flow.accepted(entry)
         self._assign()
 
     def _cancelled(self, entry: Entry) -> None:
-        self._record_finish(entry)
-        if entry.rank is not None:
-            self.channels.send(entry.rank, messages.Forget(id=entry.request.id))
-
-    def _record_finish(self, entry: Entry) -> None:
-        facts = {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
-        self._journal.append("finished", facts)
+        self._flow.cancelled(entry)
 
     def _unavailable(self) -> str:
         if self.state.view.epoch == 0:
@@ -464,7 +434,6 @@ class Supervisor:
 
     def _restore(self, records: list[dict]) -> None:
         """Takes up where the supervisor that wrote the journal was killed."""
-        self._awaited = set()  # members of before that did not say yet which requests they have
         before = read_back(records, self.config)
         self._restored_processes = before.processes
         self.events.extend(before.events)
@@ -483,7 +452,6 @@ class Supervisor:
             before.fenced,
             before.out,
         )
-        self._awaited.update(self.state.view.in_epoch)
         self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
 
     def _snapshot(self) -> list[dict]:
