@@ -19,7 +19,7 @@ from launch.environments.environment import Identity
 from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
 
-# In the run directory: what a rank compiled, for the process that returns as that rank.
+# In the run directory: what a rank compiled, for the other ranks and for processes that return.
 EXECUTABLES = "executables"  # whole steps; where one cannot be loaded:
 FINGERPRINTS = "fingerprints"  # of experts that were found right: see relocation/slot_check.py
 COMPILE_CACHE = "compile_cache"  # XLA's own
@@ -125,7 +125,7 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     watch.phase("heap")
     dense = checkpoint.read_dense()
     watch.phase("weights")
-    store = ExecutableStore(run_dir / EXECUTABLES, step_facts(config, rank))
+    store = ExecutableStore(run_dir / EXECUTABLES, step_facts(config))
     engine = Engine(config, rank, heap, layout, dense, store)
     watch.phase("engine")
     check = open_check(engine, store, checkpoint, run_dir / FINGERPRINTS)
@@ -167,8 +167,7 @@ def open_check(engine, store, checkpoint, directory: pathlib.Path):
     """What checks slots of the engine's bank on its device; compiled before anybody serves."""
     from eep_jax.relocation.slot_check import SlotCheck
 
-    name = f"rank{engine.rank}-fingerprints"
-    obtain = lambda lower, arguments: store.obtain(name, lower, arguments, 0)
+    obtain = lambda lower, arguments: store.obtain(FINGERPRINTS, lower, arguments, 0)
     return SlotCheck(engine.heap, engine.bank.layout, checkpoint.content_name, directory, obtain)
 
 

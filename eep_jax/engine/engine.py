@@ -84,7 +84,7 @@ class Engine:
     ):
         """`dense` are the weights outside the experts by name, as the checkpoint has them.
 
-        `store` keeps the steps for the next process of this rank.
+        `store` keeps the steps for other processes: of this rank, and of any other.
         """
         self.config, self.rank, self.heap = config, rank, heap
         self.compilations = CompileCounter()
@@ -105,7 +105,7 @@ class Engine:
         self._dense = put_dense(dense, dtypes)
         self.bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)
-        self._store = store or ExecutableStore(None, step_facts(config, rank))
+        self._store = store or ExecutableStore(None, step_facts(config))
         self._cache = self._empty_cache()
         cluster = config.cluster
         self._take_tables(
@@ -120,11 +120,13 @@ class Engine:
     def warm_up(self) -> WarmUp:
         """Loads or compiles all executables and runs each alone: no peer takes part."""
         started = time.monotonic()
-        for kind in (StepKind.DECODE, StepKind.MIXED):
+        kinds = (StepKind.DECODE, StepKind.MIXED)
+        # Ranks that start together begin with different ones, each of which one rank compiles.
+        for kind in kinds[:: -1 if self.rank % 2 else 1]:
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = self._store.obtain(
-                f"rank{self.rank}-{kind.name.lower()}",
+                kind.name.lower(),
                 lambda jitted=jitted, arguments=arguments: jitted.lower(*arguments),
                 arguments,
                 result_like(self._cache),
@@ -228,7 +230,7 @@ class Engine:
             return empty_cache(model, engine)
         zeros = functools.partial(zeros_of_cache, model, engine)
         lower = lambda: jax.jit(zeros).lower()
-        return self._store.obtain(f"rank{self.rank}-cache", lower, (), jax.eval_shape(zeros))()
+        return self._store.obtain("cache", lower, (), jax.eval_shape(zeros))()
 
     def _run(self, kind: StepKind, batch, wish: StepKind):
         arguments = self._arguments(batch, wish)

@@ -1,12 +1,19 @@
-"""Compiled steps on disk: what an earlier process of a rank compiled, the next one loads.
+"""Compiled steps on disk: what one process of any rank compiled, all others load.
 
-    <directory>/rank2-decode.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
+    <directory>/decode-1f0c5a.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
+    <directory>/decode-1f0c5a.lock    held by the process that compiles it
 
-A file is loaded only if all its facts are this process's: configuration, rank, versions, device,
-flags and every source file of the step. Whatever is wrong with one, the step is compiled, and
-`origins` says why.
+Nothing in a step is of one rank, so ranks that start together compile each step once, and run the
+same code: XLA, which times kernels while it compiles, makes its choices for all of them. The name
+has a digest of the kind of device, for hosts that share a directory.
+
+A file is loaded only if all its facts are this process's: configuration, versions, device, flags
+and every source file of the step. Whatever is wrong with one, the step is compiled, and `origins`
+says why.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -35,6 +42,8 @@ MAGIC = b"eep-executable/1\n"
 FILE_BYTES_MAX = 1 << 30
 LINE_BYTES_MAX = 64 << 10
 LOADED = "loaded"
+TURN_S = 300.0  # how long another process may take to compile a step before this one does, too
+POLL_S = 0.02
 
 
 class UnusableFile(ValueError):
@@ -42,7 +51,7 @@ class UnusableFile(ValueError):
 
 
 class ExecutableStore:
-    """The steps of one rank in `directory`; None keeps nothing. Of the engine's thread.
+    """The steps in `directory`; None keeps nothing. Of the engine's thread.
 
     `origins` says by name where each step came from: `loaded`, or `compiled: ` and the reason.
     """
@@ -53,26 +62,71 @@ class ExecutableStore:
         self.origins: dict[str, str] = {}
 
     def obtain(self, name: str, lower, arguments: tuple, result) -> jax.stages.Compiled:
-        """The step called `name`, loaded, or compiled from `lower()` and kept for the next process.
+        """The step called `name`, loaded, or compiled from `lower()` and kept for other processes.
 
         `arguments` are those of a call, by position; `result` is any pytree of the structure of
-        what it returns.
+        what it returns. While another process compiles it, this one waits, at most TURN_S.
         """
         started = time.monotonic()
+        compiled = self._try(name, arguments, result)
+        if compiled is None:
+            with self._turn(name) as waited:
+                compiled = self._try(name, arguments, result) if waited else None
+                if compiled is None:
+                    compiled = lower().compile()
+                    self._keep(name, compiled)
+        _log.info("step %s in %.2f s, %s", name, time.monotonic() - started, self.origins[name])
+        return compiled
+
+    def _try(self, name: str, arguments: tuple, result) -> jax.stages.Compiled | None:
+        """The step as it was kept; None, and the reason in `origins`, where it cannot be used."""
         try:
             compiled, self.origins[name] = self._load(name, arguments, result), LOADED
         except Exception as error:  # a file can be wrong in any way
             reason = str(error) if isinstance(error, UnusableFile) else repr(error)
             self.origins[name] = f"compiled: {reason}"
-            compiled = lower().compile()
-            self._keep(name, compiled)
-        _log.info("step %s in %.2f s, %s", name, time.monotonic() - started, self.origins[name])
+            return None
         return compiled
+
+    @contextlib.contextmanager
+    def _turn(self, name: str):
+        """Of the processes that compile this step, one at a time; whether this one had to wait.
+
+        The lock ends with the process that holds it, however that ends.
+        """
+        try:
+            file = self._path(name, "lock").open("ab") if self._made() else None
+        except OSError as error:
+            file = None
+            _log.warning("step %s may be compiled by others at the same time: %r", name, error)
+        if file is None:
+            yield False
+            return
+        with file:
+            deadline, waited = time.monotonic() + TURN_S, False
+            while not _try_lock(file) and time.monotonic() < deadline:
+                waited = True
+                time.sleep(POLL_S)
+            yield waited
+
+    def _made(self) -> bool:
+        """Whether there is a directory now that is this user's."""
+        if self._directory is None:
+            return False
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            _require_own(self._directory)
+        except UnusableFile:
+            return False
+        return True
+
+    def _path(self, name: str, suffix: str) -> pathlib.Path:
+        return self._directory / f"{name}-{self._facts['platform']}.{suffix}"
 
     def _load(self, name: str, arguments: tuple, result) -> jax.stages.Compiled:
         if self._directory is None:
             raise UnusableFile("no directory for executables")
-        path = self._directory / f"{name}.step"
+        path = self._path(name, "step")
         _require_own(self._directory)
         payload = pickle.loads(_checked(_read(path), self._facts))
         prepare_loading()
@@ -82,7 +136,7 @@ class ExecutableStore:
     def _keep(self, name: str, compiled: jax.stages.Compiled) -> None:
         if self._directory is None:
             return
-        path = self._directory / f"{name}.step"
+        path = self._path(name, "step")
         draft = path.with_suffix(f".{os.getpid()}")
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,14 +150,13 @@ class ExecutableStore:
             _log.warning("step %s is not kept for a later process: %r", name, error)
 
 
-def step_facts(config: RunConfig, rank: int) -> dict[str, str]:
-    """All that a compiled step depends on."""
+def step_facts(config: RunConfig) -> dict[str, str]:
+    """All that a compiled step depends on. `platform` is short enough for the name of a file."""
     device, engine = jax.devices()[0], repr((config.model, config.engine, config.platform))
     cluster = f"{config.cluster.ranks} ranks x {config.cluster.slots_per_rank} slots"
     return {
         "model and engine": _short(engine.encode()),
         "cluster": cluster,
-        "rank": str(rank),
         "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
         "python": platform.python_version(),
         "device": f"{device.platform} {device.device_kind}",
@@ -140,6 +193,14 @@ def _require_own(directory: pathlib.Path) -> None:
         raise UnusableFile("no executable was kept") from None
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UnusableFile(f"{directory} must be of this user, and writable by no other")
+
+
+def _try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(path: pathlib.Path) -> bytes:

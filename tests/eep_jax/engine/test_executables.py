@@ -1,6 +1,10 @@
-"""A process that comes back loads the steps of an earlier one, or says why it does not."""
+"""A process loads the steps that another one kept, of any rank, or says why it does not."""
 
+import concurrent.futures
+import fcntl
 import os
+import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -14,17 +18,18 @@ from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from tests.support.models import a_run, some_weights
 
-NAMES = ["rank0-decode", "rank0-mixed"]
+NAMES, RANKS = ["decode", "mixed"], 2
+JOIN_S = 60
 
 
-def an_engine(directory) -> Engine:
-    """A process of rank 0, with all experts."""
-    config = a_run()
+def an_engine(directory, rank: int = 0) -> Engine:
+    """A process of a rank, with all experts."""
+    config = a_run(RANKS)
     dense, experts = some_weights(config.model)
-    layout = slab_layout(config.model, config.engine, 1, config.model.experts)
-    heap = LoopbackHeap(0, 1, layout.slab_bytes)
-    store = ExecutableStore(directory, step_facts(config, 0))
-    engine = Engine(config, 0, heap, layout, dense, store)
+    layout = slab_layout(config.model, config.engine, RANKS, config.model.experts)
+    heap = LoopbackHeap(rank, RANKS, layout.slab_bytes)
+    store = ExecutableStore(directory, step_facts(config))
+    engine = Engine(config, rank, heap, layout, dense, store)
     for expert in range(config.model.experts):
         engine.bank.write(expert, expert, experts[expert])
     return engine
@@ -56,8 +61,14 @@ def copied(kept, tmp_path):
     return directory
 
 
-def test_a_second_process_compiles_nothing_and_computes_the_same_bits(kept):
-    engine = an_engine(kept[0])
+def file_of(directory: pathlib.Path, name: str, suffix: str = "step") -> pathlib.Path:
+    [path] = directory.glob(f"{name}-*.{suffix}")
+    return path
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_process_of_any_rank_compiles_nothing_and_computes_the_same_bits(kept, rank):
+    engine = an_engine(kept[0], rank)
     warm = engine.warm_up()
     assert warm.origins == dict.fromkeys(NAMES, "loaded")
     assert warm.compilations == 0
@@ -72,26 +83,72 @@ def test_a_second_process_compiles_nothing_and_computes_the_same_bits(kept):
         (lambda data: b"", "another format"),
         (lambda data: MAGIC + b"[]\n", "head is damaged"),
         (lambda data: MAGIC + b"{}\n" + data, "made for XLA_FLAGS None"),
-        (lambda data: data.replace(b'"rank": "0"', b'"rank": "1"'), "made for rank 1, this is 0"),
+        (lambda data: data.replace(b'"cluster": "2 ', b'"cluster": "3 '), "made for cluster 3"),
     ],
 )
 def test_a_file_that_is_not_right_is_compiled_anew_and_replaced(kept, tmp_path, damage, reason):
     directory = copied(kept, tmp_path)
-    path = directory / "rank0-decode.step"
+    path = file_of(directory, "decode")
     path.write_bytes(damage(path.read_bytes()))
     warm = an_engine(directory).warm_up()
-    assert warm.origins["rank0-mixed"] == "loaded"
-    assert warm.origins["rank0-decode"].startswith("compiled: ")
-    assert reason in warm.origins["rank0-decode"]
+    assert warm.origins["mixed"] == "loaded"
+    assert warm.origins["decode"].startswith("compiled: ")
+    assert reason in warm.origins["decode"]
     assert an_engine(directory).warm_up().compilations == 0
 
 
-@pytest.mark.parametrize("fact", sorted(step_facts(a_run(), 0)))
-def test_an_executable_made_under_other_facts_is_not_used(kept, fact):
-    facts = step_facts(an_engine(None).config, 0)
-    store = ExecutableStore(kept[0], facts | {fact: "another"})
+@pytest.mark.parametrize("fact", sorted(step_facts(a_run())))
+def test_an_executable_made_under_other_facts_is_not_used(kept, tmp_path, fact):
+    directory = copied(kept, tmp_path)
+    path = file_of(directory, "decode")
+    facts = step_facts(an_engine(None).config) | {fact: "another"}
+    path.rename(directory / f"decode-{facts['platform']}.step")
+    store = ExecutableStore(directory, facts)
     with pytest.raises(executables.UnusableFile, match=f"made for {fact} .*, this is another"):
-        store._load("rank0-decode", (), ())
+        store._load("decode", (), ())
+
+
+def test_hosts_of_another_kind_keep_their_own_files_in_the_same_directory(kept):
+    store = ExecutableStore(kept[0], step_facts(a_run(RANKS)) | {"platform": "another"})
+    with pytest.raises(executables.UnusableFile, match="no executable was kept"):
+        store._load("decode", (), ())
+
+
+def test_a_rank_waits_for_the_one_that_compiles_and_loads_what_it_kept(kept, tmp_path):
+    directory = copied(kept, tmp_path)
+    kept_file = file_of(directory, "decode")
+    ready = kept_file.rename(tmp_path / "ready")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with file_of(directory, "decode", "lock").open("ab") as another:
+            fcntl.flock(another, fcntl.LOCK_EX)
+            warm = pool.submit(an_engine(directory, rank=1).warm_up)
+            with pytest.raises(TimeoutError):
+                warm.result(0.5)
+            shutil.copy(ready, kept_file)
+        assert warm.result(JOIN_S).origins == dict.fromkeys(NAMES, "loaded")
+
+
+def test_a_rank_compiles_what_one_that_ended_left_locked_but_not_compiled(kept, tmp_path):
+    directory = copied(kept, tmp_path)
+    file_of(directory, "decode").unlink()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with file_of(directory, "decode", "lock").open("ab") as another:
+            fcntl.flock(another, fcntl.LOCK_EX)
+            warm = pool.submit(an_engine(directory).warm_up)
+            with pytest.raises(TimeoutError):
+                warm.result(0.5)
+        assert warm.result(JOIN_S).origins["decode"] == "compiled: no executable was kept"
+    assert an_engine(directory, rank=1).warm_up().compilations == 0
+
+
+def test_a_rank_does_not_wait_for_ever_for_one_that_hangs(kept, tmp_path, monkeypatch):
+    directory = copied(kept, tmp_path)
+    file_of(directory, "decode").unlink()
+    monkeypatch.setattr(executables, "TURN_S", 0.2)
+    with file_of(directory, "decode", "lock").open("ab") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        warm = an_engine(directory).warm_up()
+    assert warm.origins["decode"].startswith("compiled: ")
 
 
 def test_what_others_may_write_to_is_not_loaded(kept, tmp_path):
