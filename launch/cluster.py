@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import aiohttp
 
@@ -27,6 +28,8 @@ QUICK_DEATH_S = 10.0  # a process that ends sooner was never of use
 DELAY_MAX_MS = 30_000
 GIVE_UP_AFTER = 3  # quick deaths of one process before the cluster was ever healthy
 LOG_TAIL_LINES = 15
+LAST_WORDS_BYTES = 64 << 10  # of a log that are looked at
+LAST_WORDS = ("error: ", " ending: ")  # what follows is why a process ends
 
 
 class ClusterFailed(RuntimeError):
@@ -41,6 +44,7 @@ class Child:
     process: subprocess.Popen
     started_s: float
     quick_deaths: int = 0
+    log_begin: int = 0  # where in the log what it says begins
     restart_at_s: float | None = None
 
 
@@ -71,6 +75,7 @@ class LocalCluster:
         self.was_healthy = False
         self.failure: str | None = None
         self.exits: list[tuple[float, str, int]] = []  # monotonic seconds, name, exit status
+        self.tell: Callable[[str], None] = lambda text: None  # of processes that end
 
     def start(self) -> None:
         self._spawn(SUPERVISOR)
@@ -100,7 +105,8 @@ class LocalCluster:
             return
         if child.restart_at_s is None:
             self.exits.append((now_s, child.name, status))
-            quick = now_s - child.started_s < QUICK_DEATH_S
+            # What was started wrongly is of no use either, however long it took to find out.
+            quick = now_s - child.started_s < QUICK_DEATH_S or status == EXIT_USAGE
             child.quick_deaths = child.quick_deaths + 1 if quick else 0
             # A process that was started wrongly: starting it again cannot help.
             hopeless = status == EXIT_USAGE or child.quick_deaths >= GIVE_UP_AFTER
@@ -111,16 +117,24 @@ class LocalCluster:
                 return
             delay_ms = 200 if child.name == SUPERVISOR else self._delay_ms
             if delay_ms < 0:
+                self._tell_end(child, status, "")
                 child.restart_at_s = float("inf")
                 return
             delay_ms = min(delay_ms * 2 ** max(0, child.quick_deaths - 1), DELAY_MAX_MS)
+            self._tell_end(child, status, f"; it starts again in {delay_ms / 1000:g} s")
             child.restart_at_s = now_s + delay_ms / 1000
         elif now_s >= child.restart_at_s:
             nice = 0 if child.name == SUPERVISOR else self._joiner_nice
             self._spawn(child.name, child.quick_deaths, nice)
 
+    def _tell_end(self, child: Child, status: int, what_follows: str) -> None:
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        words = self.last_words(child.name, child.log_begin)
+        self.tell(f"{child.name} {how}{f': {words}' if words else ''}{what_follows}")
+
     def _spawn(self, name: str, quick_deaths: int = 0, nice: int = 0) -> None:
         with self.log_path(name).open("ab") as log:
+            log_begin = log.tell()
             process = subprocess.Popen(
                 self._command(name),
                 stdin=subprocess.DEVNULL,
@@ -132,7 +146,7 @@ class LocalCluster:
             )
         if nice:
             priority.lower(process.pid, nice)
-        self.children[name] = Child(name, process, time.monotonic(), quick_deaths)
+        self.children[name] = Child(name, process, time.monotonic(), quick_deaths, log_begin)
 
     def _command(self, name: str) -> list[str]:
         module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
@@ -148,6 +162,17 @@ class LocalCluster:
 
     def log_path(self, name: str) -> pathlib.Path:
         return self.run_dir / "logs" / f"{name}.log"
+
+    def last_words(self, name: str, begin: int = 0) -> str:
+        """Why a process said that it ends, in its log from there on; '' where it said nothing."""
+        try:
+            with self.log_path(name).open("rb") as log:
+                log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError:  # somebody removed the log
+            return ""
+        said = [line.partition(mark)[2] for line in lines for mark in LAST_WORDS if mark in line]
+        return said[-1] if said else ""
 
     def log_tail(self, name: str) -> str:
         lines = self.log_path(name).read_text(errors="replace").splitlines()

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 
+import aiohttp
 from absl import app
 from absl import flags as absl_flags
 
@@ -23,6 +24,7 @@ RESPAWN_DELAY = absl_flags.DEFINE_integer(
 )
 DEMO = absl_flags.DEFINE_boolean("demo", False, "Run the demonstration, then end.")
 DEMO_OUT = absl_flags.DEFINE_string("demo_out", ".", "Directory for timeline.png of --demo.")
+PROBLEMS_POLL_S = 1.0
 START_MARGIN_S = 60.0  # beyond what the first epoch waits for all ranks
 
 
@@ -80,8 +82,10 @@ async def _work(cluster: LocalCluster, config) -> int:
         f"starting a supervisor and {config.cluster.ranks} ranks of {config.name}; "
         f"run directory {cluster.run_dir}"
     )
+    cluster.tell = lambda text: say(text, "yellow")
     cluster.start()
     watch = asyncio.create_task(cluster.watch())
+    problems = asyncio.create_task(_tell_problems(cluster))
     try:
         await _wait_until_whole(cluster, config)
         if DEMO.value:
@@ -90,9 +94,27 @@ async def _work(cluster: LocalCluster, config) -> int:
         await watch
         raise ClusterFailed(cluster.failure or "the watch ended")
     finally:
-        watch.cancel()
+        for task in (watch, problems):
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await watch
+            await asyncio.gather(watch, problems, return_exceptions=True)
+
+
+async def _tell_problems(cluster: LocalCluster) -> None:
+    """Says what the status says is wrong, once each, and when it is over."""
+    told, before = set(), set()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+        while True:
+            await asyncio.sleep(PROBLEMS_POLL_S)
+            if (status := await cluster.status(session)) is None:
+                continue
+            found = set(status["problems"])
+            for problem in sorted(found & before - told):  # seen twice: it lasts
+                say(problem, "yellow")
+            if told and not found | before and is_whole(status):
+                say("all of that is over", "green")
+            told = (told | found & before) if found | before else set()
+            before = found
 
 
 async def _wait_until_whole(cluster: LocalCluster, config) -> None:

@@ -99,6 +99,7 @@ def main() -> int:
     os.environ[flags.TOKEN_VARIABLE] = token  # for the ranks, which have no other way to it
     nice = config.cluster.joiner_nice
     host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value, nice)
+    host_ranks.tell = _log.warning
     link = HostLink(
         HostLinkOptions(
             endpoint_file=run_dir / ENDPOINT,

@@ -55,7 +55,12 @@ def main() -> int:
     link.on_turned_away = _end_turned_away
     # The supervisor knows of this process from here on, while JAX is still loading.
     link.start()
-    agent = build_agent(config, rank, link, run_dir)
+    try:
+        agent = build_agent(config, rank, link, run_dir)
+    except Exception as error:
+        # It is told where people look; the traceback, or the error of usage, goes to the log.
+        link.fail(f"it could not start: {error or repr(error)}")
+        raise
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     status = agent.run()
     link.stop()
@@ -172,8 +177,8 @@ def open_check(engine, store, checkpoint, directory: pathlib.Path):
 
 
 def open_backups(config, rank: int, checkpoint, rates, heap):
-    """The rank's backup store, or None: without one it serves all the same."""
-    from eep_jax.relocation.backup_store import BackupOptions, BackupStore
+    """The rank's backup store, if it is to keep one. Without one it serves all the same."""
+    from eep_jax.relocation.backup_store import BackupOptions, BackupStore, NoBackupStore
     from eep_jax.runtime.scratch import open_scratch
 
     cluster, serve = config.cluster, config.serve
@@ -191,13 +196,12 @@ def open_backups(config, rank: int, checkpoint, rates, heap):
         )
         return BackupStore(checkpoint, options, rates, heap)
     except OSError as error:
-        _log.error(
-            "no backups: %s; see cluster.backup_dir=%s and serve.backup_host=%s",
-            error,
-            cluster.backup_dir,
-            serve.backup_host,
+        problem = (
+            f"{error}; see cluster.backup_dir={cluster.backup_dir} and "
+            f"serve.backup_host={serve.backup_host}"
         )
-        return None
+        _log.error("no backups: %s", problem)
+        return NoBackupStore(problem)
 
 
 if __name__ == "__main__":

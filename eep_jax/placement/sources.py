@@ -34,10 +34,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Backup:
-    """What a rank's backup store holds and where it serves that, `host:port`; '' serves nobody."""
+    """What a rank's backup store holds and where it serves that, `host:port`; '' serves nobody.
+
+    `problem` says why a rank that was configured to keep some keeps none, or not all it should.
+    """
 
     address: str = ""
     experts: tuple[int, ...] = ()
+    problem: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from eep_jax.heap.heap import SymmetricHeap
-from eep_jax.placement.backups import plan_backups
+from eep_jax.placement.backups import SHARD_OVERHEAD_BYTES, plan_backups
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.sources import Backup, Source, SourceKind
 from eep_jax.relocation.checkpoint import Checkpoint
@@ -41,6 +41,19 @@ class BackupOptions:
     host: str
     token: str
     fetch_deadline_ms: int
+
+
+class NoBackupStore:
+    """Of a rank that could not open its store, and serves all the same; it says why."""
+
+    def __init__(self, problem: str):
+        self.offer = Backup(problem=problem)
+
+    def follow(self, ranks, placement: Placement) -> None:
+        """There is nothing to fill."""
+
+    def fetch(self, expert: int, source: Source) -> np.ndarray:
+        raise LookupError(self.offer.problem)
 
 
 class BackupStore:
@@ -72,6 +85,7 @@ class BackupStore:
         self._bytes: dict[int, int] = {}  # by expert held; changed by the thread alone
         self._mapped: dict[int, np.ndarray] = {}  # the same, for this process to read
         self._held: tuple[int, ...] = ()
+        self._problem = ""  # of the last filling
         self._followed: tuple[tuple[int, ...], Placement] | None = None
         self._news, self._stopping = threading.Event(), threading.Event()
         self._filled = threading.Event()
@@ -83,7 +97,7 @@ class BackupStore:
     @property
     def offer(self) -> Backup:
         """What may be fetched from here, for others to know."""
-        return Backup(self._server.address, self._held)
+        return Backup(self._server.address, self._held, self._problem)
 
     def follow(self, ranks, placement: Placement) -> None:
         """These ranks share the backups from now on. Returns at once."""
@@ -159,7 +173,12 @@ class BackupStore:
         planned = plan_backups(
             placement.experts, ranks, placement, self._expert_bytes, options.bytes_max
         )
-        wanted = planned[options.rank]
+        wanted, problem = planned[options.rank], ""
+        if not any(planned):
+            problem = (
+                f"one expert takes {self._expert_bytes + SHARD_OVERHEAD_BYTES} bytes, "
+                f"cluster.backup_bytes={options.bytes_max} holds none"
+            )
         for expert in wanted:
             if self._news.is_set():
                 return  # others share now, or this is the end
@@ -170,7 +189,9 @@ class BackupStore:
                 self._add(expert, wanted)
             except Exception as error:  # storage that fails today may work later
                 _log.warning("no backup of expert %d: %s", expert, error)
+                problem = problem or f"expert {expert}: {error}"
             self._stopping.wait(REST * (time.monotonic() - started))
+        self._problem = problem
         self._filled.set()
         _log.info("backups of %d experts, %d bytes", len(self._held), sum(self._bytes.values()))
 

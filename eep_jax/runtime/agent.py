@@ -19,7 +19,7 @@ from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.prefetch import Prefetch
 from eep_jax.runtime import messages
 from eep_jax.runtime.change_watch import ChangeWatch
-from eep_jax.runtime.link import Connected, Link
+from eep_jax.runtime.link import REASON_CHARACTERS_MAX, Connected, Link
 from eep_jax.runtime.priority import take_back
 from eep_jax.runtime.start_watch import StartWatch
 from eep_jax.tables import build_tables
@@ -30,7 +30,6 @@ EXIT_OK, EXIT_FENCED = 0, 75
 SLEEP_MS = 50
 ATTACH_TRIES_MS = 6_000  # a peer that does not answer is usually dead, and soon out of the plan
 TELEMETRY_MS = 500
-REASON_CHARACTERS_MAX = 1_000  # of a failure that is told to the supervisor
 HOLD_TRIES_MS = 1_000  # for all ranks to stop at one round; then a planned change aborts the step
 
 

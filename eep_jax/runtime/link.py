@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 OUTGOING_MAX = 10_000
 INCOMING_MAX = 10_000
+REASON_CHARACTERS_MAX = 1_000  # of a failure that is told to the supervisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,17 @@ class Link:
             self._status = dataclasses.replace(status, sequence=self._status.sequence)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._send_status)
+
+    def fail(self, reason: str, wait_ms: int = 2_000) -> None:
+        """Says that this process cannot go on, and ends the connection.
+
+        Waits for so long until it is let in, or else says nothing.
+        """
+        ends_s = time.monotonic() + wait_ms / 1000
+        while self._outgoing is None and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        self.publish(dataclasses.replace(self._status, failure=reason[:REASON_CHARACTERS_MAX]))
+        self.stop()
 
     def send(self, message) -> None:
         """Queues a message; dropped while there is no connection (see `Connected`)."""

@@ -12,6 +12,7 @@ from eep_jax.placement.balance import rank_loads
 from eep_jax.placement.load import settled
 from eep_jax.placement.placement import require_room
 from eep_jax.placement.sources import median_rates
+from eep_jax.runtime.problems import problems, waiting_for
 
 if typing.TYPE_CHECKING:
     from eep_jax.runtime.supervisor import Supervisor
@@ -41,9 +42,13 @@ class Reports:
             "status": phase,
             "epoch": state.view.epoch,
             "active_ranks": list(state.view.with_state(RankState.ACTIVE)),
-            "reason": state.blocked,
+            "reason": state.blocked or (waiting_for(state) if phase == "forming" else ""),
+            "problems": self._problems(),
         }
         return phase in ("serving", "changing"), facts
+
+    def _problems(self) -> list[str]:
+        return problems(self._supervisor.state, self._supervisor.events)
 
     def status(self) -> dict:
         """Everything a person or a test may want to know of the cluster."""
@@ -53,6 +58,7 @@ class Reports:
         return {
             "state": self.phase(),
             "blocked": state.blocked,
+            "problems": self._problems(),
             "epoch": state.view.epoch,
             "policy": supervisor.config.cluster.policy,
             "ranks": [self._rank(rank) for rank in state.view.ranks],

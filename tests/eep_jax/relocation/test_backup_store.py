@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import struct
@@ -139,6 +140,16 @@ def test_it_never_takes_more_than_its_bytes(open_store):
     wait_for(lambda: store._rates.known(SourceKind.BACKUP))
     assert 1 <= len(store.offer.experts) < EXPERTS
     assert bytes_on_disk(store.root) <= 3 * (per_expert + (64 << 10))
+
+
+def test_memory_for_no_expert_at_all_is_said_with_what_one_takes(open_store):
+    store = open_store(bytes_max=1_000)
+    store.follow((0,), PLACEMENT)
+    wait_for(lambda: store.offer.problem)
+    assert re.fullmatch(
+        r"one expert takes \d+ bytes, cluster.backup_bytes=1000 holds none", store.offer.problem
+    )
+    assert not filled(open_store()).offer.problem
 
 
 def test_another_plan_brings_what_is_new_and_reads_nothing_twice(open_store):

@@ -176,6 +176,11 @@ class TestHeartbeat:
         assert {s.incarnation for s in found} == {3}
         assert {s.epoch for s in found[count:]} == {7}
 
+    def test_a_process_that_cannot_go_on_says_why_before_it_ends(self, world):
+        supervisor, link = world.supervisor(), world.link()
+        link.fail("the disk is full")  # though it was not let in yet
+        until(lambda: any(s.failure == "the disk is full" for s in supervisor.of(Status)))
+
     def test_an_engine_that_does_not_beat_is_reported_as_stalled(self, world):
         supervisor, link = world.supervisor(), world.link()
         received(link, Connected)

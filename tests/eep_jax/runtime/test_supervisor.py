@@ -441,7 +441,13 @@ class TestReports:
             assert status["requests"]["finished"] == 1 and status["requests"]["tokens"] == 5
             assert status["ranks"][1]["compilations_after_start"] == 2
             assert status["ranks"][1]["experts_moved"] == {"peer": 3}
-            assert health == {"status": "serving", "epoch": 1, "active_ranks": [0, 1], "reason": ""}
+            assert health == {
+                "status": "serving",
+                "epoch": 1,
+                "active_ranks": [0, 1],
+                "reason": "",
+                "problems": [],
+            }
             assert {"eep_active_ranks 2.0", "eep_tokens_total 5.0", "eep_epoch 1.0"} <= set(lines)
             assert any(line.startswith('eep_events_total{kind="commit"} 1') for line in lines)
 
