@@ -48,7 +48,7 @@ class Reports:
         return phase in ("serving", "changing"), facts
 
     def _problems(self) -> list[str]:
-        return problems(self._supervisor.state, self._supervisor.events)
+        return problems(self._supervisor.state, self._supervisor.chronicle.events)
 
     def status(self) -> dict:
         """Everything a person or a test may want to know of the cluster."""
@@ -84,7 +84,7 @@ class Reports:
                 "dropped_choices": counts["dropped_choices"],
             },
             "background": self.scale(),
-            "events": list(supervisor.events),
+            "events": list(supervisor.chronicle.events),
         }
 
     def scale(self) -> dict:
@@ -175,7 +175,7 @@ class Reports:
             yield CounterMetricFamily(f"eep_{name}", text, value=supervisor.book.counts[name])
         text = "Events since this supervisor started, by kind."
         family = CounterMetricFamily("eep_events", text, labels=["kind"])
-        for kind, number in sorted(supervisor.event_counts.items()):
+        for kind, number in sorted(supervisor.chronicle.counts.items()):
             family.add_metric([kind], number)
         yield family
         yield from self._collect_changes()
@@ -183,7 +183,7 @@ class Reports:
 
     def _collect_changes(self):
         """Repairs, admissions, drains and background work: how many, what moved, and how long."""
-        totals = self._supervisor.change_totals
+        totals = self._supervisor.chronicle.totals
         for name, text, labels, counts in (
             ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
             (

@@ -6,6 +6,7 @@ from a dead rank and given to another, or be produced twice, and still has one r
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 from eep_jax.engine.request import Progress, Request
 from eep_jax.errors import ProtocolError, QueueFull
@@ -142,14 +143,12 @@ class RequestBook:
         self._end(entry, "cancelled")
         return entry
 
-    def restore(self, entry: Entry) -> None:
-        """Puts back a request of before a restart; `settle_restored` must follow the last one."""
-        self.entries[entry.request.id] = entry
-        if entry.key is not None:
-            self._by_key[entry.key] = entry.request.id
-
-    def settle_restored(self) -> None:
-        """Queues the restored requests that are unfinished, oldest first, and counts the others."""
+    def restore(self, entries: Iterable[Entry]) -> None:
+        """Puts back the requests of before a restart, oldest first; unfinished ones wait again."""
+        for entry in entries:
+            self.entries[entry.request.id] = entry
+            if entry.key is not None:
+                self._by_key[entry.key] = entry.request.id
         for entry in list(self.entries.values()):
             if entry.finish:
                 self._keep_finished(entry)

@@ -3,7 +3,8 @@
 import dataclasses
 
 from eep_jax.config import RunConfig
-from eep_jax.coordination.state import CoordinatorState
+from eep_jax.coordination.coordinator import initial_state, restored_state
+from eep_jax.coordination.state import CoordinatorOptions, CoordinatorState
 from eep_jax.engine.request import Request
 from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
@@ -22,6 +23,7 @@ class Restored:
     Where that of an incarnation which was issued is not there, it has ended, or never began.
     """
 
+    is_first: bool  # there is no journal: nothing was ever started
     view: View
     placement: Placement
     epoch_tried: int
@@ -31,6 +33,27 @@ class Restored:
     processes: list[tuple[str, HostProcess]]  # (host, process)
     entries: list[Entry]
     events: list[dict]
+
+    @property
+    def ended(self) -> list[tuple[int, int]]:
+        """(rank, incarnation) of the newest processes that are known to be no more."""
+        there = {(process.rank, process.incarnation) for _, process in self.processes}
+        newest = [(rank, number) for rank, number in enumerate(self.issued) if number]
+        return [one for one in newest if one not in there]
+
+    def coordinator_state(self, options: CoordinatorOptions, now_ms: int) -> CoordinatorState:
+        if self.is_first:
+            return initial_state(options)
+        return restored_state(
+            options,
+            self.view,
+            self.placement,
+            self.epoch_tried,
+            self.issued,
+            now_ms,
+            self.fenced,
+            self.out,
+        )
 
 
 def read_back(records: list[dict], config: RunConfig) -> Restored:
@@ -70,6 +93,7 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
                 entry = entries[record["id"]]
                 entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
     return Restored(
+        is_first=not records,
         view=view,
         placement=placement,
         epoch_tried=tried,
@@ -84,12 +108,12 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
 
 def snapshot(
     state: CoordinatorState,
-    commits: list[dict],
+    commit: dict | None,
     processes: list[tuple[str, HostProcess]],
     entries,
 ) -> list[dict]:
-    """Records from which `read_back` makes the same; `commits` are the last one, if any."""
-    records = [{"kind": "tried", "epoch": state.epoch_tried}, *commits]
+    """Records from which `read_back` makes the same; `commit` is the last one's."""
+    records = [{"kind": "tried", "epoch": state.epoch_tried}, *([commit] if commit else [])]
     if state.out:
         records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
     for host, process in processes:

@@ -5,7 +5,6 @@ the ranks to come back, and asks them what they have.
 """
 
 import asyncio
-import collections
 import contextlib
 import json
 import logging
@@ -16,12 +15,12 @@ from aiohttp import web
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination import coordinator
+from eep_jax.coordination.options import coordinator_options
 from eep_jax.coordination.protocol import Fenced, Refused, Status, Welcome
 from eep_jax.coordination.scaling import Wish, ranks_out
 from eep_jax.coordination.state import (
     Answer,
     Arrived,
-    CoordinatorOptions,
     Disconnected,
     Ended,
     Ending,
@@ -34,13 +33,12 @@ from eep_jax.coordination.state import (
 )
 from eep_jax.engine.request import Progress
 from eep_jax.errors import ProtocolError
-from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import RankState
-from eep_jax.placement.sources import SourceKind
 from eep_jax.runtime import messages
 from eep_jax.runtime.admission import Returns, Seen, admit
 from eep_jax.runtime.channels import Channels
 from eep_jax.runtime.chat_template import open_chat_template
+from eep_jax.runtime.chronicle import Chronicle
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.control import Connection, ControlServer
@@ -56,7 +54,6 @@ from eep_jax.runtime.message_checks import (
     check_telemetry,
 )
 from eep_jax.runtime.rank_processes import RankProcesses
-from eep_jax.runtime.repairs import ChangeTotals, RepairLog
 from eep_jax.runtime.reports import Reports
 from eep_jax.runtime.request_flow import RequestFlow
 from eep_jax.runtime.requests import Entry, RequestBook
@@ -68,7 +65,6 @@ from eep_jax.runtime.tokenizer import open_tokenizer, tokenizer_directory
 _log = logging.getLogger(__name__)
 
 TICK_MS = 50
-EVENTS_MAX = 500
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 
@@ -102,8 +98,6 @@ class Supervisor:
         self._processes = RankProcesses(host_id(host), self._local, self._hosts)
         self.channels = Channels()
         self.telemetry: dict[int, messages.Telemetry] = {}
-        self.events: collections.deque[dict] = collections.deque(maxlen=EVENTS_MAX)
-        self.event_counts, self.change_totals = collections.Counter(), ChangeTotals()
         self._tokenizer = open_tokenizer(config)
         self._template = open_chat_template(tokenizer_directory(config))
         serve, engine = config.serve, config.engine
@@ -118,18 +112,24 @@ class Supervisor:
         self._control = ControlServer(
             token, serve.message_bytes_max, self._on_message, self._on_closed
         )
-        self.state = coordinator.initial_state(_coordinator_options(config))
-        records = replay(self._run_dir / JOURNAL)
+        before = read_back(replay(self._run_dir / JOURNAL), config)
         self._journal = Journal(self._run_dir / JOURNAL)
-        self._restore(records)
+        now_ms, options = self._clock.now_ms(), coordinator_options(config)
+        self.state = before.coordinator_state(options, now_ms)
+        members = self.state.view.in_epoch
+        self.chronicle = Chronicle(self._journal, self._clock.now_ms, before.events, members)
+        self.book.restore(before.entries)
+        self._restored = before
         self._flow = RequestFlow(
             self.book,
             self.channels,
             self._journal.append,
             self._serving.changed,
-            awaited=self.state.view.in_epoch,
+            awaited=members,
         )
-        self._repairs = RepairLog(self.state.view.in_epoch)
+        if not before.is_first:
+            facts = {"epoch": before.view.epoch, "requests": len(before.entries)}
+            self.chronicle.note("restarted", facts)
         self.reports = Reports(self)
         self.submit = self._serving.submit
         self.health, self.status, self.metrics = (
@@ -179,9 +179,9 @@ class Supervisor:
             while not stop.is_set():
                 self._feed(Tick())
                 self._hosts.give_up_lost(self.config.cluster.host_lost_ms, self._believed())
-                self._record_repairs()
+                self.chronicle.note_repairs()
                 if self._journal.is_full:
-                    self._journal.compact(self._snapshot())
+                    self.compact()
                 try:
                     await asyncio.wait_for(stop.wait(), TICK_MS / 1000)
                 except TimeoutError:
@@ -261,8 +261,7 @@ class Supervisor:
         check_telemetry(telemetry, rank, self.config)
         self.telemetry[rank] = telemetry
         if telemetry.change is not None:
-            self._repairs.told(rank, telemetry.change)
-            self._record_repairs()
+            self.chronicle.told(rank, telemetry.change)
         if any(telemetry.chosen):
             self._feed(Measured(telemetry.chosen))
 
@@ -325,33 +324,21 @@ class Supervisor:
         self._assign()
 
     def _note(self, kind: str, facts: dict) -> None:
-        record = self._journal.append(kind, facts)
-        self.events.append(record)
-        self.event_counts[kind] += 1
-        _log.info("%s %s", kind, {k: v for k, v in facts.items() if k not in ("slots", "moves")})
-        now_ms = self._clock.now_ms()
-        if kind == "prepare":
-            self._repairs.prepared(facts["epoch"], now_ms)
-        elif kind == "dead":
-            silent_ms = self._silent_ms(facts["rank"], now_ms)
-            self._repairs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
-            self._flow.release(facts["rank"])
-        elif kind == "commit":
-            self._repairs.committed(facts, now_ms)
-            for rank in facts["drained"]:
-                self._flow.release(rank)
+        silent_ms = self._silent_ms(facts["rank"]) if kind == "dead" else 0
+        self.chronicle.note(kind, facts, silent_ms)
+        match kind:
+            case "dead":
+                self._flow.release(facts["rank"])
+            case "commit":
+                for rank in facts["drained"]:
+                    self._flow.release(rank)
 
-    def _record_repairs(self) -> None:
-        for facts in self._repairs.take(self._clock.now_ms()):
-            self.change_totals.add(facts)
-            self._note("repair", facts)
-
-    def _silent_ms(self, rank: int, now_ms: int) -> int:
+    def _silent_ms(self, rank: int) -> int:
         """How long ago a rank that was judged dead last gave a sign of life."""
         record = self.state.records[rank]
         alive_ms = self._processes.alive_ms(rank, record.incarnation)
         ending = alive_ms is not None and (record.ending or record.ended)
-        return max(0, now_ms - (alive_ms if ending else record.heard_ms))
+        return max(0, self._clock.now_ms() - (alive_ms if ending else record.heard_ms))
 
     def _answer(self, connection: Connection | None, message) -> None:
         if connection is None:
@@ -414,12 +401,10 @@ class Supervisor:
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.believed}
 
     def _watch_known_processes(self) -> None:
-        for host, process in self._restored_processes:
+        for host, process in self._restored.processes:
             self._processes.watch(host, process)
-        known = {(process.rank, process.incarnation) for _, process in self._restored_processes}
-        for rank, record in enumerate(self.state.records):
-            if record.incarnation and (rank, record.incarnation) not in known:
-                self._feed(Ended(rank, record.incarnation))
+        for rank, incarnation in self._restored.ended:
+            self._feed(Ended(rank, incarnation))
 
     def host_of(self, rank: int) -> str | None:
         """The id of the host that a rank called from, None while it has no channel."""
@@ -430,34 +415,10 @@ class Supervisor:
         """As the process's own host counts, or None if it is not known to live."""
         return self._processes.pid_of(rank, incarnation)
 
-    # Restart.
-
-    def _restore(self, records: list[dict]) -> None:
-        """Takes up where the supervisor that wrote the journal was killed."""
-        before = read_back(records, self.config)
-        self._restored_processes = before.processes
-        self.events.extend(before.events)
-        for entry in before.entries:
-            self.book.restore(entry)
-        self.book.settle_restored()
-        if not records:
-            return
-        self.state = coordinator.restored_state(
-            self.state.options,
-            before.view,
-            before.placement,
-            before.epoch_tried,
-            before.issued,
-            self._clock.now_ms(),
-            before.fenced,
-            before.out,
-        )
-        self._note("restarted", {"epoch": before.view.epoch, "requests": len(self.book.entries)})
-
-    def _snapshot(self) -> list[dict]:
-        commits = [r for r in replay(self._journal.path) if r["kind"] == "commit"]
-        entries = self.book.entries.values()
-        return snapshot(self.state, commits[-1:], self._processes.known, entries)
+    def compact(self) -> None:
+        """Has the journal say in few lines what the next supervisor must know."""
+        entries, commit = self.book.entries.values(), self.chronicle.commit
+        self._journal.compact(snapshot(self.state, commit, self._processes.known, entries))
 
     def _endpoint_before(self) -> dict:
         try:
@@ -483,28 +444,4 @@ def _process_of(hello: messages.Hello, incarnation: int) -> messages.HostProcess
     """The process that says Hello, as it is known on its host."""
     return messages.HostProcess(
         rank=hello.rank, incarnation=incarnation, pid=hello.pid, ticks=hello.ticks
-    )
-
-
-def _coordinator_options(config: RunConfig) -> CoordinatorOptions:
-    cluster = config.cluster
-    return CoordinatorOptions(
-        ranks=cluster.ranks,
-        experts=config.model.experts,
-        slots_per_rank=cluster.slots_per_rank,
-        redundancy=cluster.redundancy,
-        background_experts=cluster.background_experts,
-        imbalance_max=cluster.imbalance_max,
-        degrade=cluster.policy == "degrade",
-        sources=tuple(SourceKind(name) for name in cluster.sources),
-        measured=cluster.source_order == "measured",
-        formation_ms=cluster.formation_ms,
-        fenced_grace_ms=cluster.fenced_grace_ms,
-        restart_grace_ms=cluster.restart_grace_ms,
-        detector=DetectorOptions(
-            lease_ms=cluster.lease_ms,
-            accused_lease_ms=cluster.accused_lease_ms,
-            channel_grace_ms=cluster.channel_grace_ms,
-            stall_ms=cluster.stall_ms,
-        ),
     )

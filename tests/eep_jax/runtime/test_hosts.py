@@ -63,7 +63,7 @@ class TestRanksOfAnotherHost:
                 assert ranks[1]["pid"] == away.body.pid
                 away.body.kill()  # the channel of the fake stays: only its launcher can know
                 await world.until(lambda: record(world, 1).fenced == 1)
-                dead = [e for e in world.supervisor.events if e["kind"] == "dead"]
+                dead = [e for e in world.supervisor.chronicle.events if e["kind"] == "dead"]
                 assert "its process" in dead[-1]["reason"]
                 await world.until(lambda: record(world, 1).ended)
 
@@ -134,7 +134,7 @@ class TestRanksOfAnotherHost:
                 task.cancel()
             await world.until(lambda: record(world, 1).ended)
             assert old.body.poll() is None, "its host is lost: nobody could end it"
-            ended = [e for e in world.supervisor.events if e["kind"] == "ended"]
+            ended = [e for e in world.supervisor.chronicle.events if e["kind"] == "ended"]
             assert "elsewhere was silent" in ended[-1]["reason"]
             async with a_launcher(world, "a third host"):
                 world.start_rank(1, host="a third host", mirrored=True)
@@ -171,7 +171,7 @@ class TestRanksOfAnotherHost:
                 await away.close()
                 await world.until(lambda: record(world, 1).ended)
             supervisor = world.supervisor
-            supervisor._journal.compact(supervisor._snapshot())
+            supervisor.compact()
             await world.stop_supervisor()
             await world.start_supervisor()
             await world.until(lambda: record(world, 1).ended)

@@ -87,7 +87,7 @@ def test_a_dead_rank_has_no_mode_and_no_pid(supervisor, cluster):
 def test_every_count_is_in_the_status_and_in_the_metrics(supervisor):
     for value, name in enumerate(COUNTS, 1):
         supervisor.book.counts[name] = value
-    supervisor.event_counts["dead"] = 3
+    supervisor.chronicle.counts["dead"] = 3
     status, metrics = supervisor.status(), supervisor.metrics().decode().splitlines()
     for value, name in enumerate(COUNTS, 1):
         assert status["requests"][name] == value
@@ -110,7 +110,7 @@ def test_what_changes_moved_and_took_is_counted_by_source_and_phase(supervisor):
         "seconds": {"detect": 0.5, "fetch": 0.25, "first_step": None, "total": 0.75},
     }
     for _ in range(2):
-        supervisor.change_totals.add(record)
+        supervisor.chronicle.totals.add(record)
     metrics = supervisor.metrics().decode().splitlines()
     assert {
         'eep_changes_total{change="repair"} 2.0',

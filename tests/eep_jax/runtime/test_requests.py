@@ -141,9 +141,7 @@ class TestReconcile:
 
     def test_a_restarted_book_adopts_what_a_rank_has(self):
         book = a_book()
-        for name in "ab":
-            book.restore(an_entry(name))
-        book.settle_restored()
+        book.restore(map(an_entry, "ab"))
         book.adopt(1, "b")
         book.adopt(1, "unknown")
         assert (book.waiting, [e.request.id for e in book.of_rank(1)]) == (1, ["b"])
@@ -152,11 +150,8 @@ class TestReconcile:
 
     def test_restored_requests_wait_in_their_old_order_and_finished_ones_are_bounded(self):
         book = a_book(finished_max=2)
-        for number in range(5):
-            book.restore(an_entry(f"done{number}", finish="length"))
-        for name in "ab":
-            book.restore(an_entry(name))
-        book.settle_restored()
+        done = [an_entry(f"done{number}", finish="length") for number in range(5)]
+        book.restore([*done, *map(an_entry, "ab")])
         assert [request.id for _, request in book.assign([0])] == ["a", "b"]
         assert [name for name in book.entries if "done" in name] == ["done3", "done4"]
         assert (book.waiting, book.running) == (0, 2)

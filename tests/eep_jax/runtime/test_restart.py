@@ -5,8 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eep_jax.coordination.coordinator import restored_state
-from eep_jax.coordination.state import CoordinatorOptions
+from eep_jax.coordination.options import coordinator_options
 from eep_jax.runtime.messages import HostProcess
 from eep_jax.runtime.restart import process_facts, read_back, snapshot
 from tests.support.control_world import a_config
@@ -39,10 +38,7 @@ def lives(draw) -> list[dict]:
 
 
 def state_of(before):
-    options = CoordinatorOptions(ranks=RANKS, experts=4, slots_per_rank=4)
-    tried, now_ms = before.epoch_tried, 0
-    facts = (before.issued, now_ms, before.fenced, before.out)
-    return restored_state(options, before.view, before.placement, tried, *facts)
+    return before.coordinator_state(coordinator_options(CONFIG), now_ms=0)
 
 
 @given(lives(), st.data())
@@ -52,10 +48,10 @@ def test_a_cut_journal_says_the_same_but_for_processes_that_have_ended(records, 
         st.sets(st.sampled_from(before.processes)) if before.processes else st.just([])
     )
     left = [process for process in before.processes if process not in gone]
-    after = read_back(snapshot(state_of(before), [], left, []), CONFIG)
+    after = read_back(snapshot(state_of(before), None, left, []), CONFIG)
     assert after.processes == left
-    expected = dataclasses.replace(after, processes=before.processes, events=before.events)
-    assert expected == before
+    same = {"processes": before.processes, "events": before.events, "is_first": not records}
+    assert dataclasses.replace(after, **same) == before
 
 
 @given(lives())
@@ -67,3 +63,6 @@ def test_only_the_newest_process_of_a_rank_is_looked_for_and_no_number_is_given_
     ranks = [process.rank for _, process in before.processes]
     assert len(ranks) == len(set(ranks))
     assert all(p.incarnation == before.issued[p.rank] for _, p in before.processes)
+    there = [(p.rank, p.incarnation) for _, p in before.processes]
+    issued = [(rank, number) for rank, number in enumerate(before.issued) if number]
+    assert sorted(there + before.ended) == issued

@@ -306,7 +306,7 @@ class TestRestart:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             supervisor = world.supervisor
-            supervisor._journal.compact(supervisor._snapshot())
+            supervisor.compact()
             await world.stop_supervisor()
             after = Supervisor(world.config, tmp_path, TOKEN)
             assert (after.state.view, after.state.placement) == (
