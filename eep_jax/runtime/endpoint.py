@@ -1,11 +1,14 @@
-"""Where the supervisor listens, as its run directory says or as told, and a connection to it."""
+"""Where the supervisor listens, as it says in its run directory or as told; connections to it."""
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import AsyncIterator
 
 import aiohttp
+
+from eep_jax.config import ServeConfig
 
 RETRY_MS = 150
 CONNECT_TIMEOUT_MS = 3_000
@@ -22,6 +25,31 @@ def find_supervisor(endpoint_file: pathlib.Path, address: str = "") -> str:
         host = endpoint["host"]
         address = f"[{host}]:{endpoint['port']}" if ":" in host else f"{host}:{endpoint['port']}"
     return f"http://{address}/control"
+
+
+def write_endpoint(
+    endpoint_file: pathlib.Path, serve: ServeConfig, control_port: int, http_port: int
+) -> None:
+    """Says where this process listens, in one step: who reads the file reads all of it."""
+    endpoint = {
+        "host": serve.control_host,
+        "port": control_port,
+        "http_host": serve.host,
+        "http_port": http_port,
+        "pid": os.getpid(),
+    }
+    fresh = endpoint_file.with_name(endpoint_file.name + ".new")
+    fresh.write_text(json.dumps(endpoint))
+    os.replace(fresh, endpoint_file)
+
+
+def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:
+    """(control, HTTP) ports of the supervisor that wrote the file last; 0 where none is known."""
+    try:
+        endpoint = json.loads(endpoint_file.read_text())
+        return int(endpoint["port"]), int(endpoint["http_port"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0, 0
 
 
 @contextlib.asynccontextmanager

@@ -5,13 +5,8 @@ the ranks to come back, and asks them what they have.
 """
 
 import asyncio
-import contextlib
-import json
 import logging
-import os
 import pathlib
-
-from aiohttp import web
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination import coordinator
@@ -42,10 +37,12 @@ from eep_jax.runtime.chronicle import Chronicle
 from eep_jax.runtime.clock import Clock, SystemClock
 from eep_jax.runtime.completion import CompletionLimits
 from eep_jax.runtime.control import Connection, ControlServer
+from eep_jax.runtime.endpoint import ports_before, write_endpoint
 from eep_jax.runtime.hosts import HostWatch
 from eep_jax.runtime.http_api import build_app
 from eep_jax.runtime.identity import host_id
 from eep_jax.runtime.journal import Journal, replay
+from eep_jax.runtime.listeners import Listeners
 from eep_jax.runtime.local_processes import LocalProcesses
 from eep_jax.runtime.message_checks import (
     check_hello,
@@ -147,32 +144,19 @@ class Supervisor:
             tokenizer=self._tokenizer,
         )
         body_bytes_max = max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * limits.context_tokens)
-        before = self._endpoint_before()
-        runners, endings = [], None
+        endpoint_file = self._run_dir / ENDPOINT
+        control_before, http_before = ports_before(endpoint_file)
+        listeners, looking = Listeners(), None
         try:
-            control_port, http_port = before.get("port", 0), before.get("http_port", 0)
-            control_port = await self._open(
-                runners,
-                self._control.build_app(),
-                serve.control_host,
-                serve.control_port,
-                control_port,
+            control = self._control.build_app()
+            control_port = await listeners.open(
+                control, serve.control_host, serve.control_port, control_before
             )
-            http_port = await self._open(
-                runners,
-                build_app(
-                    self,
-                    limits,
-                    template=self._template,
-                    body_bytes_max=body_bytes_max,
-                ),
-                serve.host,
-                serve.port,
-                http_port,
-            )
-            self._write_endpoint(control_port, http_port)
+            http = build_app(self, limits, template=self._template, body_bytes_max=body_bytes_max)
+            http_port = await listeners.open(http, serve.host, serve.port, http_before)
+            write_endpoint(endpoint_file, serve, control_port, http_port)
             self._watch_known_processes()
-            endings = asyncio.create_task(self._local.keep_looking())
+            looking = asyncio.create_task(self._local.keep_looking())
             _log.info("serving on http://%s:%d", serve.host, http_port)
             if ready is not None:
                 ready.set()
@@ -187,38 +171,16 @@ class Supervisor:
                 except TimeoutError:
                     continue
         finally:
-            if endings is not None:
-                endings.cancel()
-            await self._close(runners)
+            if looking is not None:
+                looking.cancel()
+            await self._close(listeners)
 
-    async def _open(self, runners, app: web.Application, host: str, port: int, before: int) -> int:
-        """Listens on `port`; if that is 0, on the port of before the restart if still free."""
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        runners.append(runner)
-        if not port and before:
-            with contextlib.suppress(OSError):
-                await web.TCPSite(runner, host, before).start()
-                return before
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot listen on {host}:{port}: {error.strerror}; "
-                "choose another port (0: any free one)",
-            ) from error
-        return runner.addresses[0][1]
-
-    async def _close(self, runners) -> None:
-        for runner in runners:  # who is told to end must not call again
-            for site in list(runner.sites):
-                await site.stop()
+    async def _close(self, listeners: Listeners) -> None:
+        await listeners.stop()  # who is told to end must not call again
         self._hosts.shut_down()
         self.channels.shut_down()
         await asyncio.sleep(0.1)  # for the writers to pass the last message on
-        for runner in runners:
-            await runner.cleanup()
+        await listeners.close()
         self._local.close()
         self._journal.close()
 
@@ -419,25 +381,6 @@ class Supervisor:
         """Has the journal say in few lines what the next supervisor must know."""
         entries, commit = self.book.entries.values(), self.chronicle.commit
         self._journal.compact(snapshot(self.state, commit, self._processes.known, entries))
-
-    def _endpoint_before(self) -> dict:
-        try:
-            return json.loads((self._run_dir / ENDPOINT).read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def _write_endpoint(self, control_port: int, http_port: int) -> None:
-        serve = self.config.serve
-        endpoint = {
-            "host": serve.control_host,
-            "port": control_port,
-            "http_host": serve.host,
-            "http_port": http_port,
-            "pid": os.getpid(),
-        }
-        fresh = self._run_dir / (ENDPOINT + ".new")
-        fresh.write_text(json.dumps(endpoint))
-        os.replace(fresh, self._run_dir / ENDPOINT)
 
 
 def _process_of(hello: messages.Hello, incarnation: int) -> messages.HostProcess:

@@ -1,0 +1,43 @@
+"""The ports that the supervisor listens on: those of before a restart wherever they are free."""
+
+import contextlib
+
+from aiohttp import web
+
+
+class Listeners:
+    """Opens one after the other; `stop` takes no more calls, `close` ends those there are."""
+
+    def __init__(self):
+        self._runners: list[web.AppRunner] = []
+
+    async def open(self, app: web.Application, host: str, port: int, before: int = 0) -> int:
+        """Serves `app` at `port`; if that is 0, at the port of `before` if free, else at any.
+
+        Returns the port. Raises OSError where it cannot.
+        """
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runners.append(runner)
+        if not port and before:
+            with contextlib.suppress(OSError, OverflowError):
+                await web.TCPSite(runner, host, before).start()
+                return before
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot listen on {host}:{port}: {error.strerror}; "
+                "choose another port (0: any free one)",
+            ) from error
+        return runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        for runner in self._runners:
+            for site in list(runner.sites):
+                await site.stop()
+
+    async def close(self) -> None:
+        for runner in self._runners:
+            await runner.cleanup()
