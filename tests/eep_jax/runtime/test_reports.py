@@ -57,7 +57,13 @@ def test_a_serving_cluster_is_healthy(supervisor, cluster):
     assert sorted(e for row in status["experts"]["placement"] for e in row) == [0, 1, 2, 3]
     assert supervisor.health() == (
         True,
-        {"status": "serving", "epoch": 1, "active_ranks": [0, 1], "reason": ""},
+        {
+            "status": "serving",
+            "epoch": 1,
+            "active_ranks": [0, 1],
+            "reason": "",
+            "problems": [],
+        },
     )
 
 
