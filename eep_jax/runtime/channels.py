@@ -15,6 +15,11 @@ class Channels:
     def of(self, rank: int) -> Connection | None:
         return self._of_rank.get(rank)
 
+    def host_of(self, rank: int) -> str | None:
+        """The id of the host that a rank called from, None while it has no channel."""
+        connection = self._of_rank.get(rank)
+        return None if connection is None else connection.hello.host
+
     def is_current(self, connection: Connection) -> bool:
         return self._of_rank.get(connection.hello.rank) is connection
 

@@ -1,34 +1,49 @@
 """What the supervisor tells people and monitors: health, status, metrics. Decides nothing."""
 
-import typing
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from eep_jax.config import RunConfig
 from eep_jax.coordination.coordinator import missing
+from eep_jax.coordination.state import CoordinatorState
 from eep_jax.errors import CoverageLost
 from eep_jax.membership.view import RankState
 from eep_jax.placement.balance import rank_loads
 from eep_jax.placement.load import settled
 from eep_jax.placement.placement import require_room
 from eep_jax.placement.sources import median_rates
+from eep_jax.runtime.channels import Channels
+from eep_jax.runtime.chronicle import Chronicle
+from eep_jax.runtime.messages import Telemetry
 from eep_jax.runtime.problems import problems, waiting_for
-
-if typing.TYPE_CHECKING:
-    from eep_jax.runtime.supervisor import Supervisor
+from eep_jax.runtime.rank_processes import RankProcesses
+from eep_jax.runtime.requests import RequestBook
 
 
 class Reports:
-    """Reads a Supervisor."""
+    """Reads what a supervisor's parts know. `telemetry` is what each rank said last."""
 
-    def __init__(self, supervisor: "Supervisor"):
-        self._supervisor = supervisor
+    def __init__(
+        self,
+        config: RunConfig,
+        state: Callable[[], CoordinatorState],
+        book: RequestBook,
+        chronicle: Chronicle,
+        telemetry: dict[int, Telemetry],
+        processes: RankProcesses,
+        channels: Channels,
+    ):
+        self._config, self._state, self._book = config, state, book
+        self._chronicle, self._telemetry = chronicle, telemetry
+        self._processes, self._channels = processes, channels
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def phase(self) -> str:
         """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
-        state = self._supervisor.state
+        state = self._state()
         if state.blocked:
             return "blocked"
         if state.view.epoch == 0:
@@ -37,7 +52,7 @@ class Reports:
 
     def health(self) -> tuple[bool, dict]:
         """Healthy while requests are taken; a change of members is no illness."""
-        state, phase = self._supervisor.state, self.phase()
+        state, phase = self._state(), self.phase()
         facts = {
             "status": phase,
             "epoch": state.view.epoch,
@@ -48,19 +63,19 @@ class Reports:
         return phase in ("serving", "changing"), facts
 
     def _problems(self) -> list[str]:
-        return problems(self._supervisor.state, self._supervisor.chronicle.events)
+        return problems(self._state(), self._chronicle.events)
 
     def status(self) -> dict:
         """Everything a person or a test may want to know of the cluster."""
-        supervisor, state = self._supervisor, self._supervisor.state
+        state = self._state()
         replicas = state.placement.replicas()
-        counts = supervisor.book.counts
+        counts = self._book.counts
         return {
             "state": self.phase(),
             "blocked": state.blocked,
             "problems": self._problems(),
             "epoch": state.view.epoch,
-            "policy": supervisor.config.cluster.policy,
+            "policy": self._config.cluster.policy,
             "ranks": [self._rank(rank) for rank in state.view.ranks],
             "experts": {
                 "count": state.placement.experts,
@@ -74,8 +89,8 @@ class Reports:
                 "imbalance": self._imbalance(),
             },
             "requests": {
-                "waiting": supervisor.book.waiting,
-                "running": supervisor.book.running,
+                "waiting": self._book.waiting,
+                "running": self._book.running,
                 "accepted": counts["accepted"],
                 "finished": counts["finished"],
                 "cancelled": counts["cancelled"],
@@ -84,12 +99,12 @@ class Reports:
                 "dropped_choices": counts["dropped_choices"],
             },
             "background": self.scale(),
-            "events": list(supervisor.chronicle.events),
+            "events": list(self._chronicle.events),
         }
 
     def scale(self) -> dict:
         """Who is out or on its way out, and what is done for it in the background."""
-        state = self._supervisor.state
+        state = self._state()
         inside = state.view.in_epoch
         leaving = [rank for rank in inside if rank in state.out]
         task, change, waits_for = state.background, state.change, ""
@@ -112,21 +127,21 @@ class Reports:
 
     def _load_shares(self) -> tuple[float, ...]:
         """Of all choices of late, those of each expert; empty while too few were counted."""
-        loads = settled(self._supervisor.state.load)
+        loads = settled(self._state().load)
         return tuple(load / sum(loads) for load in loads)
 
     def _imbalance(self) -> float | None:
         """The measured load of the busiest rank to the mean; None while too little is known."""
-        state, shares = self._supervisor.state, self._load_shares()
+        state, shares = self._state(), self._load_shares()
         if not shares or not state.view.in_epoch:
             return None
         found = rank_loads(state.placement, state.view.in_epoch, shares).values()
         return round(max(found) * len(found) / sum(found), 3) if sum(found) else None
 
     def _rank(self, rank: int) -> dict:
-        supervisor, state = self._supervisor, self._supervisor.state
+        state = self._state()
         member, record = state.view.members[rank], state.records[rank]
-        telemetry = supervisor.telemetry.get(rank)
+        telemetry = self._telemetry.get(rank)
         # The View names a rank's incarnation from its offer on, the record from its first Hello.
         status = record.status
         return {
@@ -134,11 +149,11 @@ class Reports:
             "state": member.state.value,
             "drained": rank in state.out and rank not in state.view.in_epoch,
             "incarnation": record.incarnation,
-            "pid": supervisor.pid_of(rank, record.incarnation),
-            "host": supervisor.host_of(rank),
+            "pid": self._processes.pid_of(rank, record.incarnation),
+            "host": self._channels.host_of(rank),
             "mode": status.mode.value if status is not None and record.believed else None,
             "epoch": status.epoch if status is not None else 0,
-            "requests": len(supervisor.book.of_rank(rank)),
+            "requests": len(self._book.of_rank(rank)),
             "compilations_after_start": telemetry.compilations if telemetry else 0,
             "steps": telemetry.steps if telemetry else 0,
             "steps_discarded": telemetry.discarded if telemetry else 0,
@@ -153,7 +168,7 @@ class Reports:
 
     def collect(self):
         """Called by the registry at each scrape."""
-        supervisor, state = self._supervisor, self._supervisor.state
+        state = self._state()
         gauges = {
             "eep_epoch": ("Number of the committed View.", state.view.epoch),
             "eep_active_ranks": (
@@ -165,17 +180,17 @@ class Reports:
                 len(state.out - set(state.view.in_epoch)),
             ),
             "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
-            "eep_requests_waiting": ("Accepted requests on no rank.", supervisor.book.waiting),
-            "eep_requests_running": ("Requests on a rank.", supervisor.book.running),
+            "eep_requests_waiting": ("Accepted requests on no rank.", self._book.waiting),
+            "eep_requests_running": ("Requests on a rank.", self._book.running),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
             text = f"Since this supervisor started: {name.replace('_', ' ')}."
-            yield CounterMetricFamily(f"eep_{name}", text, value=supervisor.book.counts[name])
+            yield CounterMetricFamily(f"eep_{name}", text, value=self._book.counts[name])
         text = "Events since this supervisor started, by kind."
         family = CounterMetricFamily("eep_events", text, labels=["kind"])
-        for kind, number in sorted(supervisor.chronicle.counts.items()):
+        for kind, number in sorted(self._chronicle.counts.items()):
             family.add_metric([kind], number)
         yield family
         yield from self._collect_changes()
@@ -183,7 +198,7 @@ class Reports:
 
     def _collect_changes(self):
         """Repairs, admissions, drains and background work: how many, what moved, and how long."""
-        totals = self._supervisor.chronicle.totals
+        totals = self._chronicle.totals
         for name, text, labels, counts in (
             ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
             (
@@ -214,7 +229,7 @@ class Reports:
 
     def _collect_sources(self):
         """What could supply experts now, and what is being brought in the background."""
-        state = self._supervisor.state
+        state = self._state()
         statuses = {
             rank: r.status for rank, r in enumerate(state.records) if r.status and r.believed
         }

@@ -127,7 +127,15 @@ class Supervisor:
         if not before.is_first:
             facts = {"epoch": before.view.epoch, "requests": len(before.entries)}
             self.chronicle.note("restarted", facts)
-        self.reports = Reports(self)
+        self.reports = Reports(
+            config,
+            lambda: self.state,
+            self.book,
+            self.chronicle,
+            self.telemetry,
+            self._processes,
+            self.channels,
+        )
         self.submit = self._serving.submit
         self.health, self.status, self.metrics = (
             self.reports.health,
@@ -367,15 +375,6 @@ class Supervisor:
             self._processes.watch(host, process)
         for rank, incarnation in self._restored.ended:
             self._feed(Ended(rank, incarnation))
-
-    def host_of(self, rank: int) -> str | None:
-        """The id of the host that a rank called from, None while it has no channel."""
-        connection = self.channels.of(rank)
-        return None if connection is None else connection.hello.host
-
-    def pid_of(self, rank: int, incarnation: int) -> int | None:
-        """As the process's own host counts, or None if it is not known to live."""
-        return self._processes.pid_of(rank, incarnation)
 
     def compact(self) -> None:
         """Has the journal say in few lines what the next supervisor must know."""

@@ -4,11 +4,20 @@ import json
 
 import pytest
 
+from eep_jax.coordination.coordinator import initial_state
+from eep_jax.coordination.options import coordinator_options
 from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.state import CoordinatorOptions, Ended, Measured
 from eep_jax.placement.sources import Backup
-from eep_jax.runtime.supervisor import Supervisor
-from tests.support.control_world import TOKEN, a_config
+from eep_jax.runtime.channels import Channels
+from eep_jax.runtime.chronicle import Chronicle
+from eep_jax.runtime.hosts import HostWatch
+from eep_jax.runtime.journal import Journal
+from eep_jax.runtime.local_processes import LocalProcesses
+from eep_jax.runtime.rank_processes import RankProcesses
+from eep_jax.runtime.reports import Reports
+from eep_jax.runtime.requests import RequestBook
+from tests.support.control_world import a_config
 from tests.support.factories import ByHand
 
 COUNTS = ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices")
@@ -24,14 +33,36 @@ def cluster():
     return cluster
 
 
+class Reported:
+    """What a supervisor's parts know, changed by hand, and the reports on it."""
+
+    def __init__(self, journal: Journal):
+        config = a_config(slots_per_rank=2)
+        self.state = initial_state(coordinator_options(config))
+        self.book = RequestBook(queue_max=8, finished_max=8, per_rank_max=8)
+        self.chronicle = Chronicle(journal, lambda: 0)
+        here = LocalProcesses(lambda: 0, print, print)
+        elsewhere = HostWatch(config.name, lambda: 0, print, print)
+        reports = Reports(
+            config,
+            lambda: self.state,
+            self.book,
+            self.chronicle,
+            {},
+            RankProcesses("a", here, elsewhere),
+            Channels(),
+        )
+        self.status, self.health, self.metrics = reports.status, reports.health, reports.metrics
+
+
 @pytest.fixture
 def supervisor(tmp_path):
-    made = Supervisor(a_config(slots_per_rank=2), tmp_path, TOKEN)
-    yield made
-    made._journal.close()
+    journal = Journal(tmp_path / "journal.jsonl")
+    yield Reported(journal)
+    journal.close()
 
 
-def show(supervisor: Supervisor, cluster: ByHand) -> dict:
+def show(supervisor: Reported, cluster: ByHand) -> dict:
     """Lets the supervisor be in the cluster's state; returns its status as a client reads it."""
     supervisor.state = cluster.state
     return json.loads(json.dumps(supervisor.status()))
