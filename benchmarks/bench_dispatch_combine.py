@@ -309,7 +309,7 @@ def read_window(loop: Loopback, source, after) -> dict[str, jax.Array]:
     all sizes share two kernels.
     """
     layout, tokens = loop.layout, source.shape[1]
-    at = (loop.place, source.heap, source.call, source.rank, after)
+    at = (loop.place, source.heap, source.call, after)
     found = {name: read_region(name, *at)[:, :tokens] for name in ("rows", "weights")}
     if layout.dispatch_dtype:
         found["rows"] = unpack_rows(found["rows"], layout.hidden, jnp.bfloat16)

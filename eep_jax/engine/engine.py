@@ -120,9 +120,7 @@ class Engine:
     def warm_up(self) -> WarmUp:
         """Loads or compiles all executables and runs each alone: no peer takes part."""
         started = time.monotonic()
-        kinds = (StepKind.DECODE, StepKind.MIXED)
-        # Ranks that start together begin with different ones, each of which one rank compiles.
-        for kind in kinds[:: -1 if self.rank % 2 else 1]:
+        for kind in (StepKind.DECODE, StepKind.MIXED):
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = self._store.obtain(

@@ -1,11 +1,13 @@
 """Compiled steps on disk: what one process of any rank compiled, all others load.
 
     <directory>/decode-1f0c5a.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
-    <directory>/decode-1f0c5a.lock    held by the process that compiles it
+    <directory>/compiling-1f0c5a.lock    held by the process that compiles one
 
 Nothing in a step is of one rank, so ranks that start together compile each step once, and run the
-same code: XLA, which times kernels while it compiles, makes its choices for all of them. The name
-has a digest of the kind of device, for hosts that share a directory.
+same code. One compiles at a time: XLA times kernels on a GPU while it compiles, and what it chose
+for one step it then finds in its own cache for the next one; else a token might have other bits in
+a prefill than in a decode step. Names have a digest of the kind of device, for hosts that share a
+directory.
 
 A file is loaded only if all its facts are this process's: configuration, versions, device, flags
 and every source file of the step. Whatever is wrong with one, the step is compiled, and `origins`
@@ -42,7 +44,7 @@ MAGIC = b"eep-executable/1\n"
 FILE_BYTES_MAX = 1 << 30
 LINE_BYTES_MAX = 64 << 10
 LOADED = "loaded"
-TURN_S = 300.0  # how long another process may take to compile a step before this one does, too
+TURN_S = 300.0  # how long others may compile before this process does at the same time
 POLL_S = 0.02
 
 
@@ -65,12 +67,12 @@ class ExecutableStore:
         """The step called `name`, loaded, or compiled from `lower()` and kept for other processes.
 
         `arguments` are those of a call, by position; `result` is any pytree of the structure of
-        what it returns. While another process compiles it, this one waits, at most TURN_S.
+        what it returns. While another process compiles a step, this one waits, at most TURN_S.
         """
         started = time.monotonic()
         compiled = self._try(name, arguments, result)
         if compiled is None:
-            with self._turn(name) as waited:
+            with self._turn() as waited:
                 compiled = self._try(name, arguments, result) if waited else None
                 if compiled is None:
                     compiled = lower().compile()
@@ -89,16 +91,16 @@ class ExecutableStore:
         return compiled
 
     @contextlib.contextmanager
-    def _turn(self, name: str):
-        """Of the processes that compile this step, one at a time; whether this one had to wait.
+    def _turn(self):
+        """Of the processes that compile, one at a time; whether this one had to wait.
 
         The lock ends with the process that holds it, however that ends.
         """
         try:
-            file = self._path(name, "lock").open("ab") if self._made() else None
+            file = self._path("compiling", "lock").open("ab") if self._made() else None
         except OSError as error:
             file = None
-            _log.warning("step %s may be compiled by others at the same time: %r", name, error)
+            _log.warning("others may compile at the same time: %r", error)
         if file is None:
             yield False
             return

@@ -164,7 +164,7 @@ def test_rows_leave_in_the_bytes_that_pack_rows_gives():
         packed = np.asarray(pack_rows(jnp.asarray(x)))
     for rows, here, *_ in received.values():
         place, layout = rows.lists.place, loopback.layout
-        found = read_region("rows", place, rows.heap, rows.call, rows.rank, rows.tiles)
+        found = read_region("rows", place, rows.heap, rows.call, rows.tiles)
         found = np.asarray(found)[:, : layout.tokens, : layout.hidden * 33 // 32]
         sent = (np.asarray(here) >= 0).any(-1)
         np.testing.assert_array_equal(found[sent], packed[..., : found.shape[-1]][sent])

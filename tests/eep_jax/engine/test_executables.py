@@ -119,7 +119,7 @@ def test_a_rank_waits_for_the_one_that_compiles_and_loads_what_it_kept(kept, tmp
     kept_file = file_of(directory, "decode")
     ready = kept_file.rename(tmp_path / "ready")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with file_of(directory, "decode", "lock").open("ab") as another:
+        with file_of(directory, "compiling", "lock").open("ab") as another:
             fcntl.flock(another, fcntl.LOCK_EX)
             warm = pool.submit(an_engine(directory, rank=1).warm_up)
             with pytest.raises(TimeoutError):
@@ -132,7 +132,7 @@ def test_a_rank_compiles_what_one_that_ended_left_locked_but_not_compiled(kept, 
     directory = copied(kept, tmp_path)
     file_of(directory, "decode").unlink()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with file_of(directory, "decode", "lock").open("ab") as another:
+        with file_of(directory, "compiling", "lock").open("ab") as another:
             fcntl.flock(another, fcntl.LOCK_EX)
             warm = pool.submit(an_engine(directory).warm_up)
             with pytest.raises(TimeoutError):
@@ -145,7 +145,7 @@ def test_a_rank_does_not_wait_for_ever_for_one_that_hangs(kept, tmp_path, monkey
     directory = copied(kept, tmp_path)
     file_of(directory, "decode").unlink()
     monkeypatch.setattr(executables, "TURN_S", 0.2)
-    with file_of(directory, "decode", "lock").open("ab") as another:
+    with file_of(directory, "compiling", "lock").open("ab") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
         warm = an_engine(directory).warm_up()
     assert warm.origins["decode"].startswith("compiled: ")
