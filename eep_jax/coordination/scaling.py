@@ -29,9 +29,9 @@ def ranks_out(state: CoordinatorState, wish: Wish) -> frozenset[int]:
     if wish.action == "scale_up":
         return state.out - set(_chosen(state, wish, sorted(state.out), "is not out"))
     inside = [rank for rank in state.view.in_epoch if rank not in state.out]
-    leaving = _chosen(state, wish, inside[::-1], "is out already, or was never in")
+    leaving = _chosen(state, wish, inside[::-1], "")
     staying = [rank for rank in inside if rank not in leaving]
-    require_room(state.placement, staying)
+    require_room(state.placement, staying, "let fewer ranks leave, or bring another one in first")
     return state.out | set(leaving)
 
 
@@ -47,7 +47,14 @@ def _chosen(state: CoordinatorState, wish: Wish, eligible, otherwise: str) -> tu
         if rank not in state.view.ranks:
             raise InvalidMove(f"rank {rank} is not in 0..{len(state.view.ranks) - 1}")
         if rank not in eligible:
+            why = otherwise or _why_not_inside(state, rank)
             raise InvalidMove(
-                f"rank {rank} {otherwise}; {wish.action} can be asked of {sorted(eligible)}"
+                f"rank {rank} {why}; {wish.action} can be asked of {sorted(eligible)}"
             )
     return wish.ranks
+
+
+def _why_not_inside(state: CoordinatorState, rank: int) -> str:
+    if rank in state.out:
+        return "is on its way out" if rank in state.view.in_epoch else "is out already"
+    return "is no member now: its process died, or has not come yet; ask again once it is back"

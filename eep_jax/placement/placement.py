@@ -6,6 +6,7 @@ import dataclasses
 from eep_jax.errors import CoverageLost, InvalidMove
 
 EMPTY = -1  # a slot without an expert
+WITHOUT_A_RANK = "bring a rank back, or choose cluster.policy=degrade"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _more_slots(placement: Placement, active) -> str:
     return f"configure cluster.slots_per_rank={-(-placement.experts // len(active))} or more, "
 
 
-def require_room(placement: Placement, active) -> None:
+def require_room(placement: Placement, active, way_out: str = WITHOUT_A_RANK) -> None:
     """Raises CoverageLost where the active ranks have fewer slots than there are experts."""
     active = tuple(active)
     available = len(active) * placement.slots_per_rank
@@ -105,6 +106,6 @@ def require_room(placement: Placement, active) -> None:
         missing = missing_experts(placement, active)
         raise CoverageLost(
             f"experts {list(missing)} have no live replica: {placement.experts} slots are needed "
-            f"and ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); bring "
-            f"a rank back, {_more_slots(placement, active)}or choose cluster.policy=degrade"
+            f"and ranks {sorted(active)} have {available} ({placement.slots_per_rank} each); "
+            f"{_more_slots(placement, active)}{way_out}"
         )

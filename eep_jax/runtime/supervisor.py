@@ -217,9 +217,11 @@ class Supervisor:
         self._flow.cancelled(entry)
 
     def _unavailable(self) -> str:
+        if self.state.blocked:
+            return f"no expert coverage: {self.state.blocked}"
         if self.state.view.epoch == 0:
             return "the cluster is starting: not all ranks are ready yet"
-        return f"no expert coverage: {self.state.blocked}" if self.state.blocked else ""
+        return ""
 
     def apply(self, wish: Wish) -> dict:
         """Takes ranks out, or back; see `scaling.ranks_out` for what it refuses and why."""

@@ -136,7 +136,7 @@ def test_too_few_ranks_block_and_a_return_goes_on(cluster):
         )
         assert status["state"] == "blocked"
         assert "16 slots are needed and ranks [1] have 8" in status["blocked"]
-        assert "configure more slots_per_rank" in status["blocked"]
+        assert "configure cluster.slots_per_rank=" in status["blocked"]
         code, answer = cluster.run(cluster.post({"model": "tiny-moe-kjv", "prompt": "x"}))
         assert code == 503
         assert "experts" in answer["error"]["message"]

@@ -1,10 +1,13 @@
 """Promises to the operator: what cannot be is refused, with the values and the way out."""
 
+import dataclasses
+
 import pytest
 
 from eep_jax.coordination.scaling import Wish, ranks_out
 from eep_jax.coordination.state import ScaleTo
 from eep_jax.errors import CoverageLost, InvalidMove
+from eep_jax.membership.view import RankState
 from tests.support.factories import ByHand, a_serving_cluster
 
 
@@ -48,6 +51,18 @@ def test_what_cannot_be_is_refused(wish, error, words):
     state = a_cluster_without(3).state
     with pytest.raises(error, match=words):
         ranks_out(state, wish)
+
+
+def test_why_a_rank_cannot_leave_is_said_of_each_state_it_can_be_in():
+    state = a_serving_cluster().state
+    on_its_way = dataclasses.replace(state, out=frozenset({2}))
+    with pytest.raises(InvalidMove, match=r"rank 2 is on its way out; .*\[0, 1, 3\]"):
+        ranks_out(on_its_way, down(2))
+    members = list(state.view.members)
+    members[1] = dataclasses.replace(members[1], state=RankState.ABSENT)
+    view = dataclasses.replace(state.view, members=tuple(members))
+    with pytest.raises(InvalidMove, match=r"rank 1 is no member now: its process died"):
+        ranks_out(dataclasses.replace(state, view=view), down(1))
 
 
 def test_too_few_slots_are_named():
