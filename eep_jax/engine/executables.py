@@ -72,7 +72,7 @@ class ExecutableStore:
         started = time.monotonic()
         compiled = self._try(name, arguments, result)
         if compiled is None:
-            with self._turn() as waited:
+            with self._turn(name) as waited:
                 compiled = self._try(name, arguments, result) if waited else None
                 if compiled is None:
                     compiled = lower().compile()
@@ -91,10 +91,11 @@ class ExecutableStore:
         return compiled
 
     @contextlib.contextmanager
-    def _turn(self):
+    def _turn(self, name: str):
         """Of the processes that compile, one at a time; whether this one had to wait.
 
-        The lock ends with the process that holds it, however that ends.
+        It waits no longer than until another has kept the step. The lock ends with the process that
+        holds it, however that ends.
         """
         try:
             file = self._path("compiling", "lock").open("ab") if self._made() else None
@@ -105,11 +106,22 @@ class ExecutableStore:
             yield False
             return
         with file:
-            deadline, waited = time.monotonic() + TURN_S, False
+            before, waited = self._version(name), False
+            deadline = time.monotonic() + TURN_S
             while not _try_lock(file) and time.monotonic() < deadline:
                 waited = True
                 time.sleep(POLL_S)
+                if self._version(name) != before:
+                    break
             yield waited
+
+    def _version(self, name: str) -> tuple[int, int] | None:
+        """Of the file of a step, which is replaced as a whole; None if there is none."""
+        try:
+            found = self._path(name, "step").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _made(self) -> bool:
         """Whether there is a directory now that is this user's."""

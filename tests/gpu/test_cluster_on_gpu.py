@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 RANKS, EXPERTS, VICTIM = 2, 16, 1
 START_S = 300.0  # kernels are compiled for a minute where no cache has them
-BOTH = ("cluster.slots_per_rank=16", f"cluster.ranks={RANKS}")
+# A small part of the GPU, which other tests may use at the same time.
+BOTH = ("cluster.slots_per_rank=16", f"cluster.ranks={RANKS}", "device.memory_fraction=0.1")
 CASES = {  # overrides, and where what a death leaves without replica comes from
     "peer": (("cluster.redundancy=2",), {}),
     "backup": (
