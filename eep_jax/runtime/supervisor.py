@@ -167,6 +167,8 @@ class Supervisor:
             if ready is not None:
                 ready.set()
             while not stop.is_set():
+                if looking.done():
+                    looking.result()  # raises what ended it: nobody would see processes end
                 self._driver.feed(Tick())
                 self._hosts.give_up_lost(self.config.cluster.host_lost_ms, self._driver.believed())
                 self.chronicle.note_repairs()

@@ -12,7 +12,7 @@ from eep_jax.coordination.protocol import Fenced, Mode, Refused, Welcome
 from eep_jax.coordination.scaling import Wish
 from eep_jax.engine.request import Progress
 from eep_jax.errors import InvalidMove
-from eep_jax.runtime import messages
+from eep_jax.runtime import local_processes, messages
 from eep_jax.runtime.codec import encode
 from eep_jax.runtime.journal import replay
 from eep_jax.runtime.supervisor import Supervisor
@@ -460,6 +460,24 @@ class TestReports:
         for kind in ("process", "offered", "prepare", "commit", "accepted", "finished"):
             assert kind in kinds
         assert kinds.index("prepare") < kinds.index("commit") < kinds.index("accepted")
+
+
+@story
+async def test_a_supervisor_that_sees_no_processes_any_more_ends_aloud(tmp_path, monkeypatch):
+    """Its launcher starts another one; left alone it would serve on and miss deaths."""
+
+    def broken(pid: int) -> bool:
+        raise RuntimeError("cannot look at processes")
+
+    async with a_world(tmp_path) as world:
+        await world.form()
+        monkeypatch.setattr(local_processes, "is_ending", broken)
+        with pytest.raises(RuntimeError, match="cannot look"):
+            await world._running
+        monkeypatch.undo()
+        world._stop = None
+        await world.start_supervisor()
+        await world.until(world.is_whole)
 
 
 def test_the_supervisor_never_loads_jax():
