@@ -118,14 +118,14 @@ def test_a_rank_waits_for_the_one_that_compiles_and_loads_what_it_kept(kept, tmp
     directory = copied(kept, tmp_path)
     kept_file = file_of(directory, "decode")
     ready = kept_file.rename(tmp_path / "ready")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with file_of(directory, "compiling", "lock").open("ab") as another:
-            fcntl.flock(another, fcntl.LOCK_EX)
-            warm = pool.submit(an_engine(directory, rank=1).warm_up)
-            with pytest.raises(TimeoutError):
-                warm.result(0.5)
-            shutil.move(ready, kept_file)  # and the other goes on to compile the next step
-            assert warm.result(JOIN_S).origins == dict.fromkeys(NAMES, "loaded")
+    lock = file_of(directory, "compiling", "lock")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, lock.open("ab") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        warm = pool.submit(an_engine(directory, rank=1).warm_up)
+        with pytest.raises(TimeoutError):
+            warm.result(0.5)
+        shutil.move(ready, kept_file)  # and the other goes on to compile the next step
+        assert warm.result(JOIN_S).origins == dict.fromkeys(NAMES, "loaded")
 
 
 def test_a_rank_compiles_what_one_that_ended_left_locked_but_not_compiled(kept, tmp_path):
