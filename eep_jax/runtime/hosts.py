@@ -91,8 +91,6 @@ class HostWatch:
         (rank, incarnation) pairs that may be members. What may still run there shares memory with
         no member, and mirrors take nothing from a process that was evicted.
         """
-        if not self.processes:
-            return
         in_use = {found.host for key, found in self.processes.items() if key in believed}
         for key, found in list(self.processes.items()):
             silent_ms = self._now_ms() - self._heard_ms.get(found.host, self._since_ms)
@@ -100,6 +98,17 @@ class HostWatch:
                 del self.processes[key]
                 why = f"its host {found.host} was silent for {silent_ms} ms, and has no member"
                 self._on_ended(found.process, why)
+
+        # A host without launcher and process may never call again; if it does, it is new.
+        known = {found.host for found in self.processes.values()}
+        known.update(launcher.hello.host for launcher in self._launchers)
+        for host in self.hosts_heard - known:
+            del self._heard_ms[host]
+
+    @property
+    def hosts_heard(self) -> set[str]:
+        """The hosts of which it is kept when a launcher was last heard."""
+        return set(self._heard_ms)
 
     def shut_down(self) -> None:
         """Tells all launchers that the run is over."""

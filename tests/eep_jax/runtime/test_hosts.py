@@ -230,6 +230,36 @@ class TestHostWatch:
         watch.on_message(Caller("b"), messages.HostReport(ended=(process,)))
         assert ended == [(process, "")]
 
+    def test_hosts_that_came_and_went_leave_nothing_behind(self):
+        now, ended = [0], []
+        watch = HostWatch("tiny", lambda: now[0], print, lambda *what: ended.append(what))
+        process = messages.HostProcess(rank=1, incarnation=2, pid=7, ticks=8)
+
+        class Caller:
+            def __init__(self, host, run="tiny"):
+                self.hello = messages.HostHello(host=host, run=run)
+
+            def send(self, message): ...
+
+        for number in range(50):
+            stranger, caller = Caller(f"s{number}", run="other"), Caller(f"h{number}")
+            with pytest.raises(ProtocolError):
+                watch.on_message(stranger, stranger.hello)
+            watch.on_message(caller, caller.hello)
+            watch.on_closed(stranger), watch.on_closed(caller)
+        last = Caller("b")
+        watch.on_message(last, last.hello)
+        watch.watch("b", process)
+        watch.on_closed(last)
+        now[0] = 100
+        watch.give_up_lost(100, set())
+        assert watch.hosts_heard == {"b"} and not ended, "it was heard 100 ms ago, not more"
+        now[0] = 101
+        watch.give_up_lost(100, set())
+        assert ended == [(process, ended[0][1])]
+        watch.give_up_lost(100, set())
+        assert watch.hosts_heard == set()
+
     def test_a_launcher_of_another_run_is_refused(self):
         watch = HostWatch("tiny", lambda: 0, lambda *_: None, lambda *_: None)
 
