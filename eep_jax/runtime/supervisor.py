@@ -75,10 +75,11 @@ class Supervisor:
             self._cancelled,
         )
         # What was before, and where what comes is written.
-        self._restored = before = read_back(replay(self._run_dir / JOURNAL), config)
+        before = read_back(replay(self._run_dir / JOURNAL), config)
         self._journal = Journal(self._run_dir / JOURNAL)
         state = before.coordinator_state(coordinator_options(config), now_ms())
         members = state.view.in_epoch
+        self._found, self._gone = before.processes, before.ended
         self.book.restore(before.entries)
         self.chronicle = Chronicle(self._journal, now_ms, before.events, members)
         # The ranks: their channels, requests and processes.
@@ -127,7 +128,7 @@ class Supervisor:
             self.channels,
         )
         if not before.is_first:
-            facts = {"epoch": before.view.epoch, "requests": len(before.entries)}
+            facts = {"epoch": before.view.epoch, "requests": len(self.book.entries)}
             self.chronicle.note("restarted", facts)
         self.submit = self._serving.submit
         self.health, self.status, self.metrics = (
@@ -199,9 +200,9 @@ class Supervisor:
         self._driver.ended(process, why)
 
     def _watch_known_processes(self) -> None:
-        for host, process in self._restored.processes:
+        for host, process in self._found:
             self._processes.watch(host, process)
-        for rank, incarnation in self._restored.ended:
+        for rank, incarnation in self._gone:
             self._driver.feed(Ended(rank, incarnation))
 
     def _assign(self) -> None:
