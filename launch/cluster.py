@@ -196,13 +196,14 @@ class LocalCluster:
 
         Raises ClusterFailed after `deadline_s`, or when the cluster gave up.
         """
-        ends_s = time.monotonic() + deadline_s
+        ends_s, problems = time.monotonic() + deadline_s, []
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
             while time.monotonic() < ends_s:
                 if self.failure is not None:
                     self._removes_run_dir = False
                     raise ClusterFailed(self.failure)
                 status = await self.status(session)
+                problems = problems if status is None else status.get("problems", [])
                 if status is not None and wanted(status):
                     self.was_healthy = True
                     return status
@@ -210,6 +211,7 @@ class LocalCluster:
         self._removes_run_dir = False
         raise ClusterFailed(
             f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs"
+            + "".join(f"\n{problem}" for problem in problems)
         )
 
     def stop(self, timeout_s: float = 5.0) -> None:

@@ -1,6 +1,5 @@
 """What keeps a cluster from being whole, in sentences for the person who looks after it. Pure."""
 
-from eep_jax.coordination.coordinator import missing
 from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.shortages import explain
 from eep_jax.coordination.state import CoordinatorState
@@ -15,7 +14,7 @@ def problems(state: CoordinatorState, events) -> list[str]:
     """
     found = [f"no expert coverage: {state.blocked}"] if state.blocked else []
     if not state.blocked and (why := explain(state)):
-        lacking = sorted(set(missing(state)) & {e for _, e in state.shortages.reasons})
+        lacking = sorted(set(state.dropped) & {e for _, e in state.shortages.reasons})
         found.append(f"{why} (served without experts {lacking})" if lacking else why)
     troubles = [told for rank in _awaited(state) if (told := _trouble(state, rank, events))]
     found += troubles[:SHOWN_MAX]

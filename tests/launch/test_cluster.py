@@ -240,6 +240,16 @@ class TestGivingUp:
 
 
 class TestWaitFor:
+    def test_what_was_wrong_at_the_end_is_told(self, scripted):
+        cluster = scripted()
+
+        async def status(session):
+            return {"problems": ["experts [3] have no live replica"]}
+
+        cluster.status = status
+        with pytest.raises(ClusterFailed, match=r"logs\nexperts \[3\] have no live replica"):
+            asyncio.run(cluster.wait_for(lambda s: False, 0.05, "the start", poll_ms=10))
+
     def test_it_asks_until_the_status_is_as_wanted(self, scripted):
         cluster, asked = scripted(), []
 

@@ -55,6 +55,9 @@ def test_experts_that_no_source_supplies_are_told_though_all_is_served():
     short = Shortages(reasons={(1, 3): "no source has expert 3: the disk is gone"})
     state = dataclasses.replace(a_serving_cluster().state, shortages=short)
     assert problems(state, []) == ["no source has expert 3: the disk is gone"]
+    degraded = dataclasses.replace(state, dropped=(3,))
+    told = "no source has expert 3: the disk is gone (served without experts [3])"
+    assert problems(degraded, []) == [told]
 
 
 def test_ranks_without_backups_for_one_reason_are_told_together():
