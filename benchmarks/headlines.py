@@ -105,7 +105,13 @@ HEADLINES = (
         baseline=True,
     ),
     Headline("A wait ends after its abort word is set, p99", "abort", "p99_ms"),
-    Headline("Pause after SIGKILL of one of 4 ranks on one GPU", "recovery", "pause_s"),
+    Headline(
+        "Pause after SIGKILL of one of 4 ranks on one GPU",
+        "recovery",
+        "pause_s p50",
+        TINY_GPU,
+        RESTART,
+    ),
     Headline(
         "Return of one of 4 ranks on one GPU: pause",
         "rejoin",
