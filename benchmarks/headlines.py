@@ -142,9 +142,15 @@ HEADLINES = (
     Headline("Return of a rank: pause", "rejoin", "pause_s p50", TINY, RESTART),
     Headline("The same, from process start to serving", "rejoin", "total_s p50", TINY, RESTART),
     Headline("Compilations on a return", "rejoin", "compilations p50"),
-    Headline("Experts from another rank's bank", "sources", "peer moved", {}, "plain copy"),
-    Headline("Experts from a backup in host memory", "sources", "backup moved", {}, "plain copy"),
-    Headline("Experts from a backup by Orbax P2P", "sources", "p2p moved", {}, "plain socket copy"),
+    *(
+        Headline(said, "sources", f"{source} {done}", {}, f"plain {copy}")
+        for source, copy, what in (
+            ("peer", "copy", "Experts from another rank's bank"),
+            ("backup", "copy", "Experts from a backup in host memory"),
+            ("p2p", "socket copy", "Experts from a backup by Orbax P2P"),
+        )
+        for done, said in (("moved", what), ("checked", "The same, each compared with its digest"))
+    ),
     *(
         Headline(
             f"A rank's weights from {said}, {cache}",
