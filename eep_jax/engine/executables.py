@@ -165,8 +165,10 @@ class ExecutableStore:
 
 
 def step_facts(config: RunConfig) -> dict[str, str]:
-    """All that a compiled step depends on. `platform` is short enough for the name of a file."""
+    """All that a compiled step depends on. `platform`, the kind of device with its driver, is short
+    enough for the name of a file."""
     device, engine = jax.devices()[0], repr((config.model, config.engine, config.platform))
+    kind = f"{device.device_kind}{device.client.platform_version}{_processor()}"
     cluster = f"{config.cluster.ranks} ranks x {config.cluster.slots_per_rank} slots"
     return {
         "model and engine": _short(engine.encode()),
@@ -174,7 +176,7 @@ def step_facts(config: RunConfig) -> dict[str, str]:
         "jax": f"{jax.__version__}, jaxlib {jaxlib.__version__}",
         "python": platform.python_version(),
         "device": f"{device.platform} {device.device_kind}",
-        "platform": _short(f"{device.client.platform_version}{_processor()}".encode()),
+        "platform": _short(kind.encode()),
         "XLA_FLAGS": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
         "source": source_digest(),
     }
