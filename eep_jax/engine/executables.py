@@ -69,11 +69,12 @@ class ExecutableStore:
         `arguments` are those of a call, by position; `result` is any pytree of the structure of
         what it returns. While another process compiles a step, this one waits, at most TURN_S.
         """
-        started = time.monotonic()
+        started, before = time.monotonic(), self._version(name)
         compiled = self._try(name, arguments, result)
         if compiled is None:
-            with self._turn(name) as waited:
-                compiled = self._try(name, arguments, result) if waited else None
+            with self._turn(name, before):
+                if self._version(name) != before:
+                    compiled = self._try(name, arguments, result)
                 if compiled is None:
                     compiled = lower().compile()
                     self._keep(name, compiled)
@@ -91,37 +92,32 @@ class ExecutableStore:
         return compiled
 
     @contextlib.contextmanager
-    def _turn(self, name: str):
-        """Of the processes that compile, one at a time; whether this one had to wait.
+    def _turn(self, name: str, before: tuple[int, int] | None):
+        """Of the processes that compile, one at a time.
 
-        It waits no longer than until another has kept the step. The lock ends with the process that
-        holds it, however that ends.
+        This one waits no longer than until another has kept the step, which is of another version
+        than `before` then. The lock ends with the process that holds it, however that ends.
         """
         try:
             file = self._path("compiling", "lock").open("ab") if self._made() else None
         except OSError as error:
             file = None
             _log.warning("others may compile at the same time: %r", error)
-        if file is None:
-            yield False
-            return
-        with file:
-            before, waited = self._version(name), False
+        with file or contextlib.nullcontext():
             deadline = time.monotonic() + TURN_S
-            while not _try_lock(file) and time.monotonic() < deadline:
-                waited = True
-                time.sleep(POLL_S)
-                if self._version(name) != before:
+            while file and self._version(name) == before and time.monotonic() < deadline:
+                if _try_lock(file):
                     break
-            yield waited
+                time.sleep(POLL_S)
+            yield
 
     def _version(self, name: str) -> tuple[int, int] | None:
         """Of the file of a step, which is replaced as a whole; None if there is none."""
         try:
-            found = self._path(name, "step").stat()
+            found = self._path(name, "step").stat() if self._directory else None
         except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+            found = None
+        return found and (found.st_ino, found.st_mtime_ns)
 
     def _made(self) -> bool:
         """Whether there is a directory now that is this user's."""
