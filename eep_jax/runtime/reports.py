@@ -1,29 +1,27 @@
-"""What the supervisor tells people and monitors: health, status, metrics. Decides nothing."""
+"""What the supervisor tells people: health and status. Decides nothing."""
 
 from collections.abc import Callable
-
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination.coordinator import missing
 from eep_jax.coordination.state import CoordinatorState
 from eep_jax.errors import CoverageLost
 from eep_jax.membership.view import RankState
-from eep_jax.placement.balance import rank_loads
-from eep_jax.placement.load import settled
 from eep_jax.placement.placement import require_room
-from eep_jax.placement.sources import median_rates
 from eep_jax.runtime.channels import Channels
 from eep_jax.runtime.chronicle import Chronicle
 from eep_jax.runtime.messages import Telemetry
+from eep_jax.runtime.metrics import Metrics, imbalance, load_shares
 from eep_jax.runtime.problems import problems, waiting_for
 from eep_jax.runtime.rank_processes import RankProcesses
 from eep_jax.runtime.requests import RequestBook
 
 
 class Reports:
-    """Reads what a supervisor's parts know. `telemetry` is what each rank said last."""
+    """Reads what a supervisor's parts know. `telemetry` is what each rank said last.
+
+    `metrics()` is the text that monitors read.
+    """
 
     def __init__(
         self,
@@ -38,8 +36,7 @@ class Reports:
         self._config, self._state, self._book = config, state, book
         self._chronicle, self._telemetry = chronicle, telemetry
         self._processes, self._channels = processes, channels
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.metrics = Metrics(state, book, chronicle).text
 
     def phase(self) -> str:
         """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
@@ -85,8 +82,8 @@ class Reports:
                     len(replicas.get(e, ())) for e in range(state.placement.experts)
                 ),
                 "placement": [list(row) for row in state.placement.slots],
-                "load": [round(share, 4) for share in self._load_shares()],
-                "imbalance": self._imbalance(),
+                "load": [round(share, 4) for share in load_shares(state)],
+                "imbalance": imbalance(state),
             },
             "requests": {
                 "waiting": self._book.waiting,
@@ -125,19 +122,6 @@ class Reports:
             "reason": "" if task is None else task.reason,
         }
 
-    def _load_shares(self) -> tuple[float, ...]:
-        """Of all choices of late, those of each expert; empty while too few were counted."""
-        loads = settled(self._state().load)
-        return tuple(load / sum(loads) for load in loads)
-
-    def _imbalance(self) -> float | None:
-        """The measured load of the busiest rank to the mean; None while too little is known."""
-        state, shares = self._state(), self._load_shares()
-        if not shares or not state.view.in_epoch:
-            return None
-        found = rank_loads(state.placement, state.view.in_epoch, shares).values()
-        return round(max(found) * len(found) / sum(found), 3) if sum(found) else None
-
     def _rank(self, rank: int) -> dict:
         state = self._state()
         member, record = state.view.members[rank], state.records[rank]
@@ -161,106 +145,3 @@ class Reports:
             "backups": list(status.backup.experts) if status is not None else [],
             "source_bytes_per_s": dict(status.rates) if status is not None else {},
         }
-
-    def metrics(self) -> bytes:
-        """The Prometheus text format."""
-        return generate_latest(self._registry)
-
-    def collect(self):
-        """Called by the registry at each scrape."""
-        state = self._state()
-        gauges = {
-            "eep_epoch": ("Number of the committed View.", state.view.epoch),
-            "eep_active_ranks": (
-                "Ranks that take part in steps.",
-                len(state.view.with_state(RankState.ACTIVE)),
-            ),
-            "eep_drained_ranks": (
-                "Ranks that the operator took out.",
-                len(state.out - set(state.view.in_epoch)),
-            ),
-            "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
-            "eep_requests_waiting": ("Accepted requests on no rank.", self._book.waiting),
-            "eep_requests_running": ("Requests on a rank.", self._book.running),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(name, text, value=value)
-        for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
-            text = f"Since this supervisor started: {name.replace('_', ' ')}."
-            yield CounterMetricFamily(f"eep_{name}", text, value=self._book.counts[name])
-        text = "Events since this supervisor started, by kind."
-        family = CounterMetricFamily("eep_events", text, labels=["kind"])
-        for kind, number in sorted(self._chronicle.counts.items()):
-            family.add_metric([kind], number)
-        yield family
-        yield from self._collect_changes()
-        yield from self._collect_sources()
-
-    def _collect_changes(self):
-        """Repairs, admissions, drains and background work: how many, what moved, and how long."""
-        totals = self._chronicle.totals
-        for name, text, labels, counts in (
-            ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
-            (
-                "eep_expert_moves",
-                "Experts brought to slots, by the source that supplied them.",
-                ("change", "source"),
-                totals.moves,
-            ),
-            (
-                "eep_expert_move_bytes",
-                "Bytes of these experts.",
-                ("change", "source"),
-                totals.bytes,
-            ),
-            (
-                "eep_change_seconds",
-                "Seconds of changes by phase; load is beside serving, the others are the pause.",
-                ("change", "phase"),
-                totals.seconds,
-            ),
-        ):
-            family = CounterMetricFamily(
-                name, f"{text} Since this supervisor started.", labels=labels
-            )
-            for values, number in sorted(counts.items()):
-                family.add_metric(values, number)
-            yield family
-
-    def _collect_sources(self):
-        """What could supply experts now, and what is being brought in the background."""
-        state = self._state()
-        statuses = {
-            rank: r.status for rank, r in enumerate(state.records) if r.status and r.believed
-        }
-        backups = GaugeMetricFamily(
-            "eep_backups", "Experts that a rank keeps in host memory.", labels=["rank"]
-        )
-        for rank, status in statuses.items():
-            backups.add_metric([str(rank)], len(status.backup.experts))
-        yield backups
-        rates = GaugeMetricFamily(
-            "eep_source_bytes_per_second",
-            "Median over ranks of what each source of experts was measured to give.",
-            labels=["source"],
-        )
-        for kind, rate in median_rates(s.rates for s in statuses.values()).items():
-            rates.add_metric([kind.value], rate)
-        yield rates
-        replicas = state.placement.replicas()
-        fewest = min(len(replicas.get(e, ())) for e in range(state.placement.experts))
-        yield GaugeMetricFamily(
-            "eep_replicas_min", "Replicas of the expert that has fewest.", value=fewest
-        )
-        if (imbalance := self._imbalance()) is not None:
-            yield GaugeMetricFamily(
-                "eep_load_imbalance",
-                "Load of the busiest rank to the mean, as experts were chosen.",
-                value=imbalance,
-            )
-        task = state.background
-        yield GaugeMetricFamily(
-            "eep_background_moves",
-            "Experts that are being brought while serving.",
-            value=0 if task is None else len(task.plan.moves),
-        )
