@@ -338,10 +338,10 @@ class FakePeer:
             except OSError:
                 return
             with connection:
-                admit(connection, TOKEN, 5.0)
                 try:
+                    admit(connection, TOKEN, 5.0)
                     self.say(connection, *protocol.TCPMessage.recv(connection))
-                except OSError:
+                except (OSError, NotAMember):  # who asked has gone
                     continue
 
 
