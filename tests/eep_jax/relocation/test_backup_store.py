@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint.experimental.emergency.p2p import protocol
 
-from eep_jax.handshake import admit, enter
+from eep_jax.handshake import NotAMember, admit, enter
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.planner import initial_placement
 from eep_jax.placement.sources import Source, SourceKind
