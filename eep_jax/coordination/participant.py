@@ -22,6 +22,7 @@ from eep_jax.coordination.protocol import (
     Mode,
     Prepare,
     StandBy,
+    Status,
 )
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import EMPTY, Placement, holds
@@ -55,6 +56,12 @@ class ParticipantState:
     @property
     def prepared(self) -> int:
         return self.prepare.epoch if self.prepare else 0
+
+    def status(self, *, incarnation: int, sequence: int, **beside) -> Status:
+        """What the rank says of this; `beside` are Status' other fields, or the bank's contents."""
+        said = ("rank", "mode", "epoch", "prepared", "fetched", "contents", "accused", "lost")
+        known = {name: getattr(self, name) for name in (*said, "failure")}
+        return Status(incarnation=incarnation, sequence=sequence, **known | beside)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,7 +170,7 @@ class Agent:
                 self._fetch_from_s = time.monotonic() + bank.expert_bytes / limit
             return True
         lost = {missing[0].expert: self._prefetch.failure} if missing else {}
-        self._feed(p.Fetched(fetch.number, bank.contents, lost))
+        self._feed(p.Fetched(fetch.number, bank.contents, _in_short(lost)))
         return True
 
     def _accept(self, request) -> None:
@@ -264,8 +264,7 @@ class Agent:
         try:
             return done(self._executor.carry_out(slots, moves), {})
         except RelocationFailed as error:
-            short = {expert: why[:REASON_CHARACTERS_MAX] for expert, why in error.lost.items()}
-            return done(self._engine.bank.contents, short)
+            return done(self._engine.bank.contents, _in_short(error.lost))
 
     def _attach(self, peer: int, handle: str) -> None:
         if handle and self._attached.get(peer) != handle:
@@ -291,20 +290,12 @@ class Agent:
         self._link.publish(self._published)
 
     def _status(self) -> Status:
-        state, backups = self._state, self._backups
-        return Status(
-            rank=self._rank,
+        backups = self._backups
+        return self._state.status(
             incarnation=self._link.incarnation,
             sequence=0,  # numbered by the link as it is sent
-            mode=state.mode,
-            epoch=state.epoch,
-            prepared=state.prepared,
-            fetched=state.fetched,
             contents=self._engine.bank.contents,
-            accused=state.accused,
-            lost=state.lost,
             handle=self._heap.export(),
-            failure=state.failure,
             backup=Backup() if backups is None else backups.offer,
             rates=self._executor.rates.medians(),
         )
@@ -331,3 +322,8 @@ class Agent:
                 chosen=engine.take_chosen(),
             )
         )
+
+
+def _in_short(lost: dict[int, str]) -> dict[int, str]:
+    """Reasons of a length that a Status may have."""
+    return {expert: why[:REASON_CHARACTERS_MAX] for expert, why in lost.items()}

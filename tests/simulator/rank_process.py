@@ -4,7 +4,7 @@ import functools
 
 from eep_jax.coordination import participant
 from eep_jax.coordination.participant import ParticipantState
-from eep_jax.coordination.protocol import Mode, Prepare, Refused, Status, Welcome
+from eep_jax.coordination.protocol import Mode, Prepare, Refused, Welcome
 from eep_jax.coordination.state import Arrived
 from eep_jax.placement.backups import SHARD_OVERHEAD_BYTES, plan_backups
 from eep_jax.placement.placement import EMPTY
@@ -103,20 +103,11 @@ class RankProcess:
     def report(self) -> None:
         self.sequence += 1
         stalled = self.stuck_since_ms is not None
-        status = Status(
-            rank=self.rank,
+        status = self.state.status(
             incarnation=self.incarnation,
             sequence=self.sequence,
-            mode=self.state.mode,
-            epoch=self.state.epoch,
-            prepared=self.state.prepared,
-            fetched=self.state.fetched,
-            contents=self.state.contents,
-            accused=self.state.accused,
-            lost=self.state.lost,
             stalled_ms=self.cluster.now_ms - self.stuck_since_ms if stalled else 0,
             handle=f"slab-{self.pid}",
-            failure=self.state.failure,
             backup=Backup(f"backups-{self.pid}", tuple(sorted(self.backups))),
         )
         self.cluster.to_supervisor(self, status)

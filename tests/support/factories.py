@@ -86,21 +86,12 @@ class ByHand:
 
     def status(self, rank: int, **changes) -> Status:
         self.sequence += 1
-        state = self.ranks[rank]
         values = {
             "incarnation": self.incarnations[rank],
             "sequence": self.sequence,
-            "mode": state.mode,
-            "epoch": state.epoch,
-            "prepared": state.prepared,
-            "fetched": state.fetched,
-            "contents": state.contents,
-            "accused": state.accused,
-            "lost": state.lost,
             "handle": f"slab-{rank}",
-            "failure": state.failure,
         }
-        return Status(rank=rank, **{**values, **changes})
+        return self.ranks[rank].status(**values | changes)
 
     def say(self, rank: int, **changes) -> tuple:
         return self.feed(self.status(rank, **changes))

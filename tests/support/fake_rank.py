@@ -15,7 +15,6 @@ import aiohttp
 
 from eep_jax.coordination import participant as p
 from eep_jax.coordination import protocol
-from eep_jax.coordination.protocol import Status
 from eep_jax.engine.request import Progress, Request
 from eep_jax.placement.placement import EMPTY
 from eep_jax.runtime import messages
@@ -102,19 +101,10 @@ class FakeRank:
     async def report(self) -> None:
         self.sequence += 1
         await self.say(
-            Status(
-                rank=self.rank,
+            self.state.status(
                 incarnation=self.incarnation,
                 sequence=self.sequence,
-                mode=self.state.mode,
-                epoch=self.state.epoch,
-                prepared=self.state.prepared,
-                fetched=self.state.fetched,
-                contents=self.state.contents,
-                accused=self.state.accused,
-                lost=self.state.lost,
                 handle=f"slab-{self.rank}",
-                failure=self.state.failure,
             )
         )
 
