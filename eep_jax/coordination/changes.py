@@ -6,7 +6,7 @@ from eep_jax.coordination import background
 from eep_jax.coordination.loading import ready_to_join, supply_of, with_loads
 from eep_jax.coordination.protocol import Commit, Mode, Prepare, StandBy, Status
 from eep_jax.coordination.records import handles_of, send_to, unsettled_places, want_resync
-from eep_jax.coordination.shortages import avoided, explain
+from eep_jax.coordination.shortages import after_success, avoided, explain
 from eep_jax.coordination.state import Change, CoordinatorState, Note, RankRecord, Send
 from eep_jax.errors import CoverageLost
 from eep_jax.membership import moves
@@ -162,9 +162,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
         change=None,
         dirty=frozenset(),
         dropped=change.plan.dropped,
-        shortages=dataclasses.replace(state.shortages, tries=0)
-        if not state.shortages.reasons
-        else state.shortages,
+        shortages=after_success(state.shortages),
     )
     facts = {
         "change": change.kind,
@@ -210,8 +208,7 @@ def _why_hopeless(state: CoordinatorState, change: Change) -> str:
     lost = [r for r in members if lost_preparation(state.records[r].status, epoch)]
     short = {r: sorted(found) for r in lost if (found := state.records[r].status.lost)}
     if short:
-        said = "; ".join(f"rank {rank} could not get experts {e}" for rank, e in short.items())
-        return f"{said}"
+        return "; ".join(f"rank {rank} could not get experts {e}" for rank, e in short.items())
     return f"ranks {lost} cannot prepare epoch {epoch} any more" if lost else ""
 
 

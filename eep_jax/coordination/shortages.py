@@ -35,10 +35,10 @@ def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> Coordinat
     known = state.shortages
     reasons = {(rank, wanted[slot]): status.lost[wanted[slot]] for slot in slots}
     if not reasons.keys() <= known.reasons.keys():
-        wait_ms = min(RETRY_MS << known.tries, RETRY_MAX_MS)
-        until_ms = known.until_ms if known.reasons else now_ms + wait_ms
-        tries = known.tries if known.reasons else min(known.tries + 1, 8)
-        found = Shortages(reasons=known.reasons | reasons, until_ms=until_ms, tries=tries)
+        if not known.reasons:  # the first of this try; later ones do not put the next one off
+            wait_ms = min(RETRY_MS << known.tries, RETRY_MAX_MS)
+            known = Shortages(until_ms=now_ms + wait_ms, tries=min(known.tries + 1, 8))
+        found = dataclasses.replace(known, reasons=known.reasons | reasons)
         state = dataclasses.replace(state, shortages=found)
     if record.load is not None and wanted is record.load.slots:
         kept = tuple(EMPTY if slot in slots else e for slot, e in enumerate(wanted))
@@ -74,6 +74,11 @@ def forget_old(state: CoordinatorState, now_ms: int) -> CoordinatorState:
     if short and state.options.background_experts == 0:  # else it is done while ranks serve
         return want_resync(state, f"experts {short} are tried again")
     return state
+
+
+def after_success(known: Shortages) -> Shortages:
+    """A change was committed: where nothing is short any more, the next wait is a short one."""
+    return known if known.reasons else Shortages()
 
 
 def avoided(state: CoordinatorState) -> frozenset[tuple[int, int]]:
