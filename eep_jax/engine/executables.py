@@ -98,11 +98,13 @@ class ExecutableStore:
         This one waits no longer than until another has kept the step, which is of another version
         than `before` then. The lock ends with the process that holds it, however that ends.
         """
-        try:
-            file = self._path("compiling", "lock").open("ab") if self._made() else None
-        except OSError as error:
-            file = None
-            _log.warning("others may compile at the same time: %r", error)
+        file = None
+        if self._directory is not None:
+            try:
+                self._make_directory()
+                file = self._path("compiling", "lock").open("ab")
+            except (OSError, UnusableFile) as error:
+                _log.warning("others may compile at the same time: %s", error)
         with file or contextlib.nullcontext():
             deadline = time.monotonic() + TURN_S
             while file and self._version(name) == before and time.monotonic() < deadline:
@@ -119,16 +121,10 @@ class ExecutableStore:
             found = None
         return found and (found.st_ino, found.st_mtime_ns)
 
-    def _made(self) -> bool:
-        """Whether there is a directory now that is this user's."""
-        if self._directory is None:
-            return False
+    def _make_directory(self) -> None:
+        """Raises UnusableFile where others may write to it."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            _require_own(self._directory)
-        except UnusableFile:
-            return False
-        return True
+        _require_own(self._directory)
 
     def _path(self, name: str, suffix: str) -> pathlib.Path:
         return self._directory / f"{name}-{self._facts['platform']}.{suffix}"
@@ -149,15 +145,14 @@ class ExecutableStore:
         path = self._path(name, "step")
         draft = path.with_suffix(f".{os.getpid()}")
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _require_own(self._directory)
+            self._make_directory()
             data = pickle.dumps(_to_payload(compiled))
             head = json.dumps(self._facts, sort_keys=True).encode()
             draft.write_bytes(MAGIC + head + b"\n" + _digest(data) + data)
             os.replace(draft, path)
         except Exception as error:  # it serves without
             draft.unlink(missing_ok=True)
-            _log.warning("step %s is not kept for a later process: %r", name, error)
+            _log.warning("step %s is not kept for other processes: %r", name, error)
 
 
 def step_facts(config: RunConfig) -> dict[str, str]:
