@@ -30,6 +30,12 @@ def imbalance(state: CoordinatorState) -> float | None:
     return round(max(found) * len(found) / sum(found), 3) if sum(found) else None
 
 
+def replicas_min(state: CoordinatorState) -> int:
+    """Replicas of the expert that has fewest."""
+    replicas = state.placement.replicas()
+    return min(len(replicas.get(e, ())) for e in range(state.placement.experts))
+
+
 class Metrics:
     """A collector over what a supervisor's parts know; counts begin with the process."""
 
@@ -125,10 +131,10 @@ class Metrics:
         for kind, rate in median_rates(s.rates for s in statuses.values()).items():
             rates.add_metric([kind.value], rate)
         yield rates
-        replicas = state.placement.replicas()
-        fewest = min(len(replicas.get(e, ())) for e in range(state.placement.experts))
         yield GaugeMetricFamily(
-            "eep_replicas_min", "Replicas of the expert that has fewest.", value=fewest
+            "eep_replicas_min",
+            "Replicas of the expert that has fewest.",
+            value=replicas_min(state),
         )
         if (found := imbalance(state)) is not None:
             yield GaugeMetricFamily(

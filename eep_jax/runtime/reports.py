@@ -11,7 +11,7 @@ from eep_jax.placement.placement import require_room
 from eep_jax.runtime.channels import Channels
 from eep_jax.runtime.chronicle import Chronicle
 from eep_jax.runtime.messages import Telemetry
-from eep_jax.runtime.metrics import Metrics, imbalance, load_shares
+from eep_jax.runtime.metrics import Metrics, imbalance, load_shares, replicas_min
 from eep_jax.runtime.problems import problems, waiting_for
 from eep_jax.runtime.rank_processes import RankProcesses
 from eep_jax.runtime.requests import RequestBook
@@ -65,7 +65,6 @@ class Reports:
     def status(self) -> dict:
         """Everything a person or a test may want to know of the cluster."""
         state = self._state()
-        replicas = state.placement.replicas()
         counts = self._book.counts
         return {
             "state": self.phase(),
@@ -78,9 +77,7 @@ class Reports:
                 "count": state.placement.experts,
                 "missing": list(missing(state)),
                 "dropped": list(state.dropped),
-                "replicas_min": min(
-                    len(replicas.get(e, ())) for e in range(state.placement.experts)
-                ),
+                "replicas_min": replicas_min(state),
                 "placement": [list(row) for row in state.placement.slots],
                 "load": [round(share, 4) for share in load_shares(state)],
                 "imbalance": imbalance(state),
