@@ -43,7 +43,7 @@ from eep_jax.models.kv_cache import KVCache, empty_cache
 from eep_jax.models.moe_block import ExpertSpread
 from eep_jax.models.weights import dense_names
 from eep_jax.relocation.random_checkpoint import RandomCheckpoint
-from eep_jax.tables import Tables, assign, solo_tables
+from eep_jax.tables import Tables, assign, call_of, solo_tables
 from launch import flags
 from pallas_kernels.call import Call
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
@@ -92,14 +92,10 @@ class World:
 
     def call(self, tables: Tables, abort_address: np.ndarray, deadline_ms: int = 10_000) -> Call:
         """As `Engine` makes it, for the first step of the tables' epoch."""
-        return Call(
-            rank=np.int32(RANK),
-            active=tables.active,
-            epoch=tables.epoch,
+        return dataclasses.replace(
+            call_of(tables, RANK, deadline_ms, 0),
             round=np.uint32(first_round(int(tables.epoch))),
-            deadline_ms=np.uint32(deadline_ms),
             wish=np.uint32(StepKind.DECODE),
-            suspicion=np.zeros(self.config.cluster.ranks, np.int32),
             abort_address=abort_address,
         )
 

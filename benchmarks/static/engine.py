@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.static.exchanges import AXIS, as_run_experts, slots_of
+from benchmarks.static.exchanges import AXIS, as_run_experts, no_call, slots_of
 from eep_jax.config import RunConfig
 from eep_jax.engine.request import Progress
 from eep_jax.engine.scheduler import Scheduler
@@ -22,7 +22,6 @@ from eep_jax.engine.step import COMPILER_OPTIONS, Batch, StepKind, empty_batch, 
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import expert_mlp
-from pallas_kernels.call import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ class StaticEngine:
 
         def local(dense, bank, cache, words):
             batch, wish = unpack_batch(words[0], like)
-            result = step(dense, bank, cache, None, None, batch, _no_call(wish))
+            result = step(dense, bank, cache, None, None, batch, no_call(wish))
             agreed = lax.pmax(wish, AXIS) if agree else wish
             return result.tokens, agreed[None], result.cache
 
@@ -149,16 +148,3 @@ class StaticEngine:
     def _everywhere(self, array: np.ndarray) -> jax.Array:
         here = jax.device_put(array, self._here)
         return jax.make_array_from_single_device_arrays(array.shape, self._same, [here])
-
-
-def _no_call(wish) -> Call:
-    zero = jnp.uint32(0)
-    return Call(
-        rank=jnp.int32(0),
-        active=jnp.zeros(1, jnp.int32),
-        epoch=zero,
-        round=zero,
-        deadline_ms=zero,
-        wish=wish,
-        suspicion=jnp.zeros(1, jnp.int32),
-    )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.call import Call
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 
@@ -179,3 +180,17 @@ def as_run_experts(name: str, ranks: int, tile_rows: int, mlp: ExpertMlp = SWIGL
         return y, jnp.zeros(len(x), jnp.int32), call
 
     return run_experts
+
+
+def no_call(wish=0) -> Call:
+    """What a step is told that talks to nobody over the heap."""
+    zero, nobody = jnp.uint32(0), jnp.zeros(1, jnp.int32)
+    return Call(
+        rank=jnp.int32(0),
+        active=nobody,
+        epoch=zero,
+        round=zero,
+        deadline_ms=zero,
+        wish=jnp.uint32(wish),
+        suspicion=nobody,
+    )

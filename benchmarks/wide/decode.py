@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import bench_step
 from benchmarks.gpu_timing import Program
-from benchmarks.static.exchanges import AXIS, as_run_experts
+from benchmarks.static.exchanges import AXIS, as_run_experts, no_call
 from benchmarks.wide.decode_sizes import STEP_DEADLINE_MS
 from eep_jax.config import RunConfig
 from eep_jax.engine.step import (
@@ -168,7 +168,7 @@ class World:
 
         def local(dense, bank, cache, batch):
             tables = jax.tree.map(jnp.asarray, unused)
-            result = step(dense, bank, cache, None, tables, batch, _no_call())
+            result = step(dense, bank, cache, None, tables, batch, no_call())
             return result.tokens, result.cache
 
         part = P(AXIS)
@@ -193,7 +193,7 @@ class World:
         def run(dense, bank, cache, batch):
             touched.clear()
             tables = jax.tree.map(jnp.asarray, alone)
-            result = step(dense, bank, cache, None, tables, batch, _no_call())
+            result = step(dense, bank, cache, None, tables, batch, no_call())
             return result.tokens, result.cache
 
         dense, _, cache, _, _, batch, _ = arguments
@@ -217,19 +217,6 @@ def _expert(number, shape, width, dtype):
         return jnp.where(real, normal * scale[:, None, None], 0).astype(dtype)
 
     return lax.map(layer, jax.random.split(key, layers))
-
-
-def _no_call() -> Call:
-    zero, nobody = jnp.uint32(0), jnp.zeros(1, jnp.int32)
-    return Call(
-        rank=jnp.int32(0),
-        active=nobody,
-        epoch=zero,
-        round=zero,
-        deadline_ms=zero,
-        wish=zero,
-        suspicion=nobody,
-    )
 
 
 def split_of(mesh, array, whole: bool = False):
