@@ -139,9 +139,11 @@ def test_no_rank_membership_round_deadline_or_address_is_a_constant(mode, fp8):
     assert_the_same_program([lowered(run, *arguments(layout, c, layers=2)) for c in CALLS])
 
 
-def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
-    """One whole step of a rank, lowered; weights and heap are shapes only."""
+def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
+    """One whole step of the rank that is told in `call`; weights and heap are shapes only."""
+    call = call or a_call(config.cluster.ranks, rank=config.cluster.ranks - 1)
     cluster, model, dtype = config.cluster, config.model, jnp.dtype(config.engine.dtype)
+    rank = int(call.rank)
     slab = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     spread = ExpertSpread(
         layout=slab.window,
@@ -170,7 +172,7 @@ def a_step(config: RunConfig, rank: int, kind: StepKind, call=None) -> str:
         like((cluster.ranks, CONTROL_BYTES), np.uint8),  # the head only, see `heap_argument`
         tables,
         empty_batch(config, kind),
-        call or a_call(cluster.ranks, rank=rank),
+        call,
     )
 
 
@@ -186,7 +188,7 @@ def a_config(name: str, layers: int, **engine) -> RunConfig:
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
 @pytest.mark.parametrize("name", ["tiny_gpu", "small_moe_h100x1"])
 def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, kind):
-    assert len(kernels(a_step(a_config(name, layers=2), 1, kind))) == 2 * 4
+    assert len(kernels(a_step(a_config(name, layers=2), kind))) == 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, kind):
 )
 def test_a_decode_step_of_each_published_model_lowers(name, layers):
     config = a_config(name, layers)
-    assert len(kernels(a_step(config, 1 % config.cluster.ranks, StepKind.DECODE))) >= 4
+    assert len(kernels(a_step(config, StepKind.DECODE))) >= 4
 
 
 @pytest.mark.parametrize("tile_rows", [64, 128])
@@ -226,13 +228,13 @@ def test_experts_with_biases_and_a_clamped_activation_lower(tile_rows):
     ids=["per_rank", "fp8"],
 )
 def test_a_decode_step_lowers_in_the_other_modes(engine, of_a_layer):
-    text = a_step(a_config("tiny_gpu", layers=1, **engine), 0, StepKind.DECODE)
+    text = a_step(a_config("tiny_gpu", layers=1, **engine), StepKind.DECODE)
     assert len(kernels(text)) == of_a_layer
 
 
 def test_a_step_is_the_same_program_in_every_epoch_and_on_every_rank():
     step = functools.partial(a_step, a_config("tiny_gpu", layers=1), kind=StepKind.DECODE)
-    assert_the_same_program([step(int(call.rank), call=call) for call in CALLS])
+    assert_the_same_program([step(call=call) for call in CALLS])
 
 
 def test_the_pipelines_of_the_expert_gemm_have_no_race(capfd):

@@ -86,7 +86,8 @@ class LoopbackRanks:
         self.arrays = [heap_array(heap) for heap in self.heaps]
         self.windows = [layout.views(heap.whole())[heap.rank] for heap in self.heaps]
         self.epoch, self.round = 0, first_round(0)
-        self._programs = [self._compile(rank) for rank in range(layout.ranks)]
+        # One each: a program keeps views of the heap that it was called with last.
+        self._programs = [self._compile() for _ in range(layout.ranks)]
         self._chains = {}
 
     def start_epoch(self) -> None:
@@ -144,7 +145,7 @@ class LoopbackRanks:
         present = [r for r in work.members if r not in absent]
         return in_threads({r: functools.partial(run, r) for r in present})
 
-    def _compile(self, rank: int):
+    def _compile(self):
         where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
 
         def exchange(x, slots, weights, results, heap, call):
