@@ -31,7 +31,7 @@ from eep_jax.coordination.state import (
 )
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.planner import initial_placement
-from eep_jax.runtime import codec
+from eep_jax.runtime.control import codec
 from launch import flags
 
 AIM_MS = 100.0
@@ -105,7 +105,7 @@ class Simulation:
 
     def _answer(self, send: Send) -> Status | None:
         rank, message, record = send.rank, send.message, self.state.records[send.rank]
-        if send.incarnation != record.incarnation or not record.believed:
+        if send.incarnation != record.incarnation or not record.is_current:
             return None
         incarnation, epoch = record.incarnation, self.state.view.epoch
         if isinstance(message, Load):

@@ -74,8 +74,8 @@ def main() -> int:
 
 
 def convert(root: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    from eep_jax.relocation.conversion import Conversion
-    from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+    from eep_jax.storage.conversion import Conversion
+    from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 
     for _ in Conversion(HuggingFaceCheckpoint(root), out).run():
         pass
@@ -93,9 +93,9 @@ class Rank:
         from eep_jax.heap.loopback import LoopbackHeap
         from eep_jax.models.expert_bank import ExpertBank, slab_layout
         from eep_jax.models.weights import decoder_graph
-        from eep_jax.relocation.checkpoint import Checkpoint
         from eep_jax.relocation.executor import Executor
-        from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint, is_hugging_face
+        from eep_jax.storage.checkpoint import Checkpoint
+        from eep_jax.storage.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
         # As a run does: what has no dtype of its own is converted while it is read.
         make = HuggingFaceCheckpoint if is_hugging_face(root) else lambda path, _: Checkpoint(path)
@@ -143,7 +143,7 @@ class Rank:
 
     def check(self, root: pathlib.Path) -> None:
         """Raises AssertionError unless what is loaded is what the Hugging Face files say."""
-        from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+        from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 
         wanted = HuggingFaceCheckpoint(root, self.dtype)
         dense = wanted.read_dense()
@@ -170,7 +170,7 @@ class Rank:
 
 def measure(rank: Rank, source: str, samples: int, cold: bool) -> list[Record]:
     """Times all in turn; prints and returns the records of loading."""
-    from eep_jax.relocation.digests import threads
+    from eep_jax.storage.digests import threads
 
     work = {"load": rank.load, "one": lambda: rank.read(1), "all": lambda: rank.read(threads())}
     taken = {name: [] for name in work}

@@ -42,7 +42,7 @@ from eep_jax.models.expert_bank import SlabLayout, slab_layout
 from eep_jax.models.kv_cache import KVCache, empty_cache
 from eep_jax.models.moe_block import ExpertSpread
 from eep_jax.models.weights import dense_names
-from eep_jax.relocation.random_checkpoint import RandomCheckpoint
+from eep_jax.storage.random_checkpoint import RandomCheckpoint
 from eep_jax.tables import Tables, assign, call_of, solo_tables
 from launch import flags
 from pallas_kernels.call import Call

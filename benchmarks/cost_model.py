@@ -6,7 +6,7 @@
 the windows have them (`pallas_kernels/window.py`), with K experts chosen evenly among E that are
 spread evenly. The fixed cost and the kernels' own rate are fitted to two measured points and
 checked at all others of `results/dispatch_combine.jsonl` (R = 8 on one GPU, nothing leaves it).
-Beyond that the slower of kernel and link counts. **Link rates are nominal, not measured.**
+Beyond that the slower of kernel and link counts. **LinkSpeed rates are nominal, not measured.**
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FLAG_BYTES, HEADER_BYTES, CHOICE_BYTES = 4, 4, 8  # a choice is a slot id and a 
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """How far apart ranks are. Rates are of one direction of one GPU."""
 
     name: str
@@ -35,8 +35,8 @@ class Link:
     post_us: float  # for each peer: one flag, or one message's work request
 
 
-NVLINK = Link("NVLink 4, 450 GB/s", 450e9, 1.0, 0.02)
-RDMA = Link("RDMA, 400 Gb/s a GPU", 50e9, 4.0, 0.15)
+NVLINK = LinkSpeed("NVLink 4, 450 GB/s", 450e9, 1.0, 0.02)
+RDMA = LinkSpeed("RDMA, 400 Gb/s a GPU", 50e9, 4.0, 0.15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Kernel:
         """On one GPU, without a link."""
         return self.fixed_us + sent_bytes / self.bytes_per_s * 1e6
 
-    def linked_us(self, sent_bytes: float, ranks: int, link: Link) -> float:
+    def linked_us(self, sent_bytes: float, ranks: int, link: LinkSpeed) -> float:
         """Over a link: bytes at the slower of the two, flags or messages one after the other.
 
         One rank's share of the bytes stays at home; its time is not worth a term.
@@ -191,7 +191,7 @@ def main() -> int:
     return 0
 
 
-def total_us(kernels: dict[str, Kernel], load: Load, link: Link) -> float:
+def total_us(kernels: dict[str, Kernel], load: Load, link: LinkSpeed) -> float:
     """Dispatch and combine of one layer."""
     return sum(
         kernels[bench].linked_us(bytes_of(load, bench), load.ranks, link) for bench in kernels

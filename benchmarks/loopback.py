@@ -16,7 +16,7 @@ from pallas_kernels.combine import mosaic_gpu as combine_gpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch import mosaic_gpu as dispatch_gpu
 from pallas_kernels.dispatch.config import config_for
-from pallas_kernels.gpu import Place
+from pallas_kernels.gpu import ExchangeSpec
 from pallas_kernels.signals import first_round
 from pallas_kernels.window import WindowLayout
 
@@ -37,7 +37,7 @@ class Loopback:
 
     def __post_init__(self):
         layout, tokens = self.layout, self.tokens or self.layout.tokens
-        self.place = Place(layout, self.slots_per_rank)
+        self.place = ExchangeSpec(layout, self.slots_per_rank)
         self.dispatch_config = config_for(tokens, layout.choices, self.slots_per_rank)
         self.combine_config = CombineConfig()
 

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from eep_jax.heap.libcuda import Device
+from eep_jax.heap.cuda.libcuda import Device
 
 WHAT = "the benchmark"
 

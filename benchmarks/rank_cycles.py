@@ -34,7 +34,13 @@ from launch.timeline import summarise
 
 WHOLE_S, REDUCED_S, AFTER_S = 2.5, 4.0, 1.0  # how long each state is measured
 DEADLINE_S = 600.0  # for each state to be reached; GPU ranks may compile for minutes
-PAUSES = ("agree", "detach", "fetch", "commit", "first_step")  # of an admission: runtime/repairs.py
+PAUSES = (
+    "agree",
+    "detach",
+    "fetch",
+    "commit",
+    "first_step",
+)  # of an admission: runtime/history/change_costs.py
 RECORD_S = 15.0  # for the supervisor to have the record of a change
 
 

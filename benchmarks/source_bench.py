@@ -15,13 +15,13 @@ from eep_jax.placement.planner import Move, initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
-from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.fetch_ahead import FetchAhead
-from eep_jax.relocation.patience import Patience
-from eep_jax.relocation.random_checkpoint import RandomCheckpoint
+from eep_jax.relocation.fetch_ahead import Prefetcher
+from eep_jax.relocation.patience import DeadlineRunner
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
+from eep_jax.storage.checkpoint import Checkpoint, save_checkpoint
+from eep_jax.storage.random_checkpoint import RandomCheckpoint
 
 FILLED_S = 300.0  # for the backups of a rank, which rests between experts
 Comparison = tuple[str, Callable[[], None], Callable[[], None]]
@@ -97,11 +97,11 @@ class Bench:
         fetch, experts = self.executor.fetch, range(self.orphans)
         if source_of(0).rank == 0:
             return lambda: self.bank.write_all((e, e, fetch(e, source_of(e))) for e in experts)
-        patience, at_once = Patience(60_000), self.config.cluster.fetches_at_once
+        patience, at_once = DeadlineRunner(60_000), self.config.cluster.fetches_at_once
         begin = lambda e, source: patience.begin(0, lambda: fetch(e, source))
 
         def move() -> None:
-            ahead = FetchAhead([(e, source_of(e)) for e in experts], begin, lambda s: 0, at_once)
+            ahead = Prefetcher([(e, source_of(e)) for e in experts], begin, lambda s: 0, at_once)
             for expert in experts:
                 weights, _ = ahead.take(expert, source_of(expert), patience.wait)
                 self.bank.write(expert, expert, weights)
@@ -153,7 +153,7 @@ class Bench:
 
     def _open(self, slab_bytes: int):
         if self.on_gpu:
-            from eep_jax.heap.cuda_loopback import open_all_cuda
+            from eep_jax.heap.cuda.loopback import open_all_cuda
 
             return open_all_cuda(2, slab_bytes)
         from eep_jax.heap.loopback import open_all

@@ -6,7 +6,7 @@ import pathlib
 import socket
 
 from eep_jax.config import RunConfig, ServeConfig
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
 from launch import flags
 from launch.environments.environment import is_loopback, resolve
 from launch.errors import UsageError

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import aiohttp
 
 from eep_jax.config import ClusterConfig
-from eep_jax.runtime import priority
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.rank import priority
 from launch.flags import EXIT_USAGE, TOKEN_FILE
 
 SUPERVISOR = "supervisor"

@@ -36,8 +36,8 @@ DTYPE = flags.DEFINE_enum(
 def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU may be serving meanwhile
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every piece at length
-    from eep_jax.relocation.conversion import Conversion
-    from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+    from eep_jax.storage.conversion import Conversion
+    from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 
     started_s = time.monotonic()
     source = HuggingFaceCheckpoint(HF.value, DTYPE.value)

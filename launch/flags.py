@@ -13,7 +13,7 @@ from absl import flags
 
 from eep_jax.config import DeviceConfig, RunConfig
 from eep_jax.errors import CheckpointError
-from eep_jax.relocation.manifest import read_model
+from eep_jax.storage.manifest import read_model
 from launch.environments.environment import Address, Environment, Identity
 from launch.environments.local import LocalEnvironment, parse_gpus, visible_gpus
 from launch.environments.slurm import SlurmEnvironment

@@ -16,7 +16,7 @@ import aiohttp
 from absl import app
 from absl import flags as absl_flags
 
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
 from launch import flags
 from launch.environments.slurm import SlurmEnvironment
 from launch.processes import end_with_parent

@@ -27,9 +27,9 @@ from absl import app
 from absl import flags as absl_flags
 
 from eep_jax.config import ClusterConfig, RunConfig
-from eep_jax.runtime.host_link import HostLink, HostLinkOptions
-from eep_jax.runtime.identity import host_id
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.identity import host_id
+from eep_jax.runtime.control.launcher_client import LauncherClient, LauncherClientOptions
 from launch import flags
 from launch.addresses import with_addresses
 from launch.cluster import QUICK_DEATH_S, Child, LocalCluster, rank_name
@@ -100,8 +100,8 @@ def main() -> int:
     nice = config.cluster.joiner_nice
     host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value, nice)
     host_ranks.tell = _log.warning
-    link = HostLink(
-        HostLinkOptions(
+    link = LauncherClient(
+        LauncherClientOptions(
             endpoint_file=run_dir / ENDPOINT,
             address=str(address or ""),
             token=token,
@@ -151,7 +151,7 @@ def only_launcher(token: str, rank: int) -> socket.socket:
     return lock
 
 
-async def _work(host_ranks: HostRanks, link: HostLink) -> int:
+async def _work(host_ranks: HostRanks, link: LauncherClient) -> int:
     """Until the run is over, a signal comes, or the ranks cannot be started."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

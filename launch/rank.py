@@ -36,10 +36,10 @@ def main() -> int:
     os.environ.update(_environment(config, identity, run_dir))
     config = with_addresses(config, run_dir)
 
-    from eep_jax.runtime.link import Link, LinkOptions
-    from eep_jax.runtime.supervisor_files import ENDPOINT
+    from eep_jax.runtime.control.endpoint import ENDPOINT
+    from eep_jax.runtime.control.rank_client import ControlClient, LinkOptions
 
-    link = Link(
+    link = ControlClient(
         LinkOptions(
             endpoint_file=run_dir / ENDPOINT,
             token=flags.read_token(run_dir),
@@ -102,9 +102,9 @@ def require_backend(platform: str) -> None:
 def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     """Loads JAX and the weights, opens the heap, and puts the parts of a rank together."""
     started = time.monotonic()
-    from eep_jax.runtime.start_watch import StartWatch
+    from eep_jax.runtime.rank.start_timer import StartTimer
 
-    watch = StartWatch()
+    watch = StartTimer()
     import jax
 
     # Small steps: handing them to another thread costs more than it hides.
@@ -114,10 +114,10 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     from eep_jax.heap.open import open_heap
     from eep_jax.models.expert_bank import slab_layout
     from eep_jax.relocation.executor import Executor
-    from eep_jax.relocation.random_checkpoint import open_checkpoint
     from eep_jax.relocation.rates import Rates
     from eep_jax.relocation.transports import all_transports
-    from eep_jax.runtime.agent import Agent
+    from eep_jax.runtime.rank.agent import Agent
+    from eep_jax.storage.random_checkpoint import open_checkpoint
 
     watch.phase("imports")
     require_backend(config.platform)
@@ -154,8 +154,8 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
 
 def mirror_options(config: RunConfig, layout):
     """How ranks of other hosts are reached; None without --mirror_host."""
-    from eep_jax.heap.mirror import MirrorOptions
-    from eep_jax.runtime.identity import host_id
+    from eep_jax.heap.mirror.heap import MirrorOptions
+    from eep_jax.runtime.control.identity import host_id
 
     if not config.serve.mirror_host:
         return None
@@ -179,7 +179,7 @@ def open_check(engine, store, checkpoint, directory: pathlib.Path):
 def open_backups(config, rank: int, checkpoint, rates, heap):
     """The rank's backup store, if it is to keep one. Without one it serves all the same."""
     from eep_jax.relocation.backup_store import BackupOptions, BackupStore, NoBackupStore
-    from eep_jax.runtime.scratch import open_scratch
+    from eep_jax.runtime.rank.scratch_dir import open_scratch
 
     cluster, serve = config.cluster, config.serve
     if not cluster.backup_bytes:

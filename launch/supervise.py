@@ -14,7 +14,7 @@ import sys
 from absl import app
 
 from eep_jax.config import RunConfig
-from eep_jax.runtime.supervisor import Supervisor
+from eep_jax.runtime.supervisor.supervisor import Supervisor
 from launch import flags
 from launch.processes import end_with_parent, set_up_logging
 

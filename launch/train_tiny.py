@@ -22,7 +22,7 @@ from flax import nnx
 from configs import tiny_cpu
 from eep_jax.models.decoder import DenseModel
 from eep_jax.models.weights import build_dense_model, split_model
-from eep_jax.relocation.checkpoint import save_checkpoint
+from eep_jax.storage.checkpoint import save_checkpoint
 
 TEXT = flags.DEFINE_string("text", None, "Plain text to train on.", required=True)
 OUT = flags.DEFINE_string(

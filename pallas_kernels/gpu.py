@@ -36,7 +36,7 @@ GRACE_NS = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ExchangeSpec:
     """What is compiled into the kernels of an exchange. The rank is not: all ranks share them."""
 
     layout: WindowLayout
@@ -52,7 +52,7 @@ class Place:
 class Heap:
     """Addresses in the heap, seen from a kernel. `half` is the parity of the round."""
 
-    place: Place
+    place: ExchangeSpec
     base: Word
     slab_bytes: int
     half: Word
@@ -75,7 +75,7 @@ class Heap:
         return self.base + offset + slab
 
 
-class Told(typing.NamedTuple):
+class ExchangeScalars(typing.NamedTuple):
     """What every kernel of an exchange is told: 32-bit words, each an array of its own.
 
     So nothing is computed to bring them together; within kernels these are references.
@@ -91,9 +91,9 @@ class Told(typing.NamedTuple):
     suspicion: Array  # [R]
 
 
-def told(call: Call) -> Told:
+def told(call: Call) -> ExchangeScalars:
     one = lambda scalar, dtype=jnp.uint32: jnp.asarray(scalar, dtype).reshape(1)
-    return Told(
+    return ExchangeScalars(
         epoch=one(call.epoch),
         round=one(call.round),
         deadline_ms=one(call.deadline_ms),
@@ -105,7 +105,7 @@ def told(call: Call) -> Told:
     )
 
 
-def open_heap(place: Place, heap_ref, round_ref, rank_ref) -> Heap:
+def open_heap(place: ExchangeSpec, heap_ref, round_ref, rank_ref) -> Heap:
     half, rank = word_at(round_ref) & 1, word_at(rank_ref)
     slab_bytes = place.slab_bytes or heap_ref.type.shape[1]
     return Heap(place, peers.address(heap_ref), slab_bytes, half, rank)
@@ -210,7 +210,7 @@ def is_last_block(heap: Heap, ticket: int, blocks: int, shared) -> Word:
     return peers.load(seen) == blocks - 1
 
 
-def forget_home(heap: Heap, refs: Told) -> None:
+def forget_home(heap: Heap, refs: ExchangeScalars) -> None:
     """Part of a kernel: no block of this exchange's last kernel begins to sum before it is told.
 
     A round that is run again, by a rank that is alone, would find its own word of the time before.
@@ -221,7 +221,7 @@ def forget_home(heap: Heap, refs: Told) -> None:
 
 
 def tell_partners(
-    flag: str, heap: Heap, refs: Told, is_partner, threads: int, stand_in: bool = False
+    flag: str, heap: Heap, refs: ExchangeScalars, is_partner, threads: int, stand_in: bool = False
 ) -> None:
     """Part of a kernel: the wish and then the round into each partner's window.
 
@@ -238,7 +238,7 @@ def tell_partners(
     peers.each(peers.thread(), heap.place.ranks, threads, tell)
 
 
-class Heard(typing.NamedTuple):
+class ArrivalFlags(typing.NamedTuple):
     """Part of a kernel: what a block that waits for the partners writes, by reference."""
 
     suspicion: Array  # int32 [R], an output
@@ -247,7 +247,12 @@ class Heard(typing.NamedTuple):
 
 
 def await_partners(
-    flag: str, heap: Heap, refs: Told, out: Heard, threads: int, stand_in: bool = False
+    flag: str,
+    heap: Heap,
+    refs: ExchangeScalars,
+    out: ArrivalFlags,
+    threads: int,
+    stand_in: bool = False,
 ) -> None:
     """Part of a kernel, called by all threads of one block: posts the round, waits for the others'.
 
@@ -287,7 +292,13 @@ def await_partners(
 
 
 def gather_wishes(
-    heap: Heap, refs: Told, heard, loudest, wish, threads: int, meanwhile: Callable[[], None]
+    heap: Heap,
+    refs: ExchangeScalars,
+    heard,
+    loudest,
+    wish,
+    threads: int,
+    meanwhile: Callable[[], None],
 ) -> None:
     """Part of a kernel, after `await_partners`: the largest wish of those heard and of this rank.
 
@@ -313,7 +324,7 @@ def gather_wishes(
 
 
 @dataclasses.dataclass(frozen=True)
-class MemberLists:
+class RowLists:
     """Which received choices belong to which slot, gathered by the block that waited for them.
 
     Outputs of dispatch, all int32:
@@ -323,7 +334,7 @@ class MemberLists:
         tiles    [1 + 2 N]   how many tiles of `tile_rows` members, then slot and first of each
     """
 
-    place: Place
+    place: ExchangeSpec
     tokens: int
     choices: int
     tile_rows: int
@@ -419,7 +430,9 @@ class MemberLists:
         peers.each(thread, self.slots, threads, list_tiles)
 
 
-def read_region(name: str, place: Place, heap: UInt8[Array, "N B"], call: Call, after) -> Array:
+def read_region(
+    name: str, place: ExchangeSpec, heap: UInt8[Array, "N B"], call: Call, after
+) -> Array:
     """A copy of a region of the own window, of the half of the call's round, `[R ...]`.
 
     `after` is an output of what must have run before.

@@ -98,7 +98,7 @@ def rotated(names: list[str], turn: int) -> list[str]:
 
 def load_weights(config):
     from benchmarks.static.engine import Weights
-    from eep_jax.relocation.random_checkpoint import open_checkpoint
+    from eep_jax.storage.random_checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(config)
     return Weights(

@@ -18,7 +18,7 @@ from benchmarks.wide.decode import World, once_tables, own_part, split_of
 from benchmarks.wide.decode_sizes import ELASTIC
 from benchmarks.wide.meeting import Meeting
 from eep_jax.heap.arrays import device_array, heap_argument
-from eep_jax.heap.libcuda import Device
+from eep_jax.heap.cuda.libcuda import Device
 from eep_jax.heap.open import open_heap
 
 

@@ -23,9 +23,9 @@ from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.random_checkpoint import RandomCheckpoint
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
+from eep_jax.storage.random_checkpoint import RandomCheckpoint
 from launch.flags import load_config, override
 from launch.processes import end_with_parent
 

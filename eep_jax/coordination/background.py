@@ -54,7 +54,7 @@ def is_calm(state: CoordinatorState) -> bool:
     if state.view.with_state(RankState.SUSPECT):
         return False
     joining = state.view.with_state(RankState.JOINING)
-    if any(state.records[rank].believed and rank not in state.out for rank in joining):
+    if any(state.records[rank].is_current and rank not in state.out for rank in joining):
         return False
     members = state.view.in_epoch
     return bool(members) and all(_serves(state, rank) for rank in members)
@@ -155,7 +155,7 @@ def _with_task(state: CoordinatorState, now_ms: int, **task) -> CoordinatorState
 
 def _serves(state: CoordinatorState, rank: int) -> bool:
     record, status = state.records[rank], state.records[rank].status
-    if not record.believed or record.ending or status is None or status.failure:
+    if not record.is_current or record.ending or status is None or status.failure:
         return False
     return status.mode is Mode.SERVING and status.epoch == state.view.epoch
 

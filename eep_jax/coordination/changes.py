@@ -191,7 +191,7 @@ def is_ready(record: RankRecord, change: Change) -> bool:
     """Whether a rank has prepared this change."""
     status = record.status
     return (
-        record.believed
+        record.is_current
         and status is not None
         and status.mode is Mode.READY
         and status.prepared == change.view.epoch
@@ -202,7 +202,7 @@ def is_ready(record: RankRecord, change: Change) -> bool:
 def _why_hopeless(state: CoordinatorState, change: Change) -> str:
     """Why a pending change can never be committed, or ''."""
     epoch, members = change.view.epoch, change.takes_part
-    gone = [r for r in members if not state.records[r].believed]
+    gone = [r for r in members if not state.records[r].is_current]
     if gone:
         return f"ranks {gone} died while epoch {epoch} was prepared"
     lost = [r for r in members if lost_preparation(state.records[r].status, epoch)]

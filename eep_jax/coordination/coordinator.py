@@ -23,7 +23,7 @@ from eep_jax.coordination.changes import (
     start_change,
     without_members,
 )
-from eep_jax.coordination.deaths import bury_dead, verdict_on
+from eep_jax.coordination.deaths import fence_dead, verdict_on
 from eep_jax.coordination.loading import assign_loads, load_for
 from eep_jax.coordination.protocol import Commit, Fenced, Mode, Refused, StandBy, Status, Welcome
 from eep_jax.coordination.quiet import is_quiet, look
@@ -184,7 +184,7 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
 def _arrived(state: CoordinatorState, rank: int, now_ms: int):
     record = state.records[rank]
     if not record.ended:
-        if record.believed:
+        if record.is_current:
             reason = f"rank {rank} is served by incarnation {record.incarnation}, which lives"
             return state, (Answer(Refused(reason=reason)),)
         kill = Kill(rank, record.incarnation, "a new incarnation waits for its place")
@@ -206,7 +206,7 @@ def _arrived(state: CoordinatorState, rank: int, now_ms: int):
 
 def _heard(state: CoordinatorState, status: Status, now_ms: int):
     rank, record = status.rank, state.records[status.rank]
-    if status.incarnation != record.incarnation or not record.believed:
+    if status.incarnation != record.incarnation or not record.is_current:
         reason = (
             f"incarnation {status.incarnation} of rank {rank} is no longer a member; "
             "start a new process to return"
@@ -265,7 +265,7 @@ def _put_in_step(state: CoordinatorState, status: Status):
 
 
 def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    state, commands = bury_dead(forget_old(state, now_ms), now_ms)
+    state, commands = fence_dead(forget_old(state, now_ms), now_ms)
     for step in (start_change, commit_change, assign_loads, start_background):
         state, more = step(state, now_ms)
         commands += more

@@ -11,12 +11,12 @@ from eep_jax.membership.view import RankState
 from eep_jax.placement.placement import EMPTY, holds
 
 
-def bury_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
+def fence_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     """Fences who is dead, and kills evicted processes that do not end themselves."""
     commands: tuple = ()
     for rank, member in enumerate(state.view.members):
         record = state.records[rank]
-        if record.believed:
+        if record.is_current:
             verdict = verdict_on(state, rank, now_ms)
             if not verdict.dead:
                 continue

@@ -39,7 +39,7 @@ def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
             options.experts, options.ranks, options.slots_per_rank, options.redundancy
         )
     base = with_loads(state.placement, state, loading)
-    counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].believed]
+    counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].is_current]
     held = {rank: state.records[rank].status.contents for rank in waiting}
     avoid = avoided(state)
     return plan_admission(base, counted, waiting, options.redundancy, held, avoid).placement
@@ -47,7 +47,7 @@ def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
 
 def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
     """What brings a joining rank from what it holds to `slots`, read from members only."""
-    members = tuple(r for r in state.view.in_epoch if state.records[r].believed)
+    members = tuple(r for r in state.view.in_epoch if state.records[r].is_current)
     away = set(state.view.ranks) - set(members)
     readable = state.placement.without_ranks(away).without(unsettled_places(state))
     held, supply = state.records[rank].status.contents, supply_of(state)
@@ -64,7 +64,7 @@ def supply_of(state: CoordinatorState) -> Supply:
     alive = {
         rank: record.status
         for rank, record in enumerate(state.records)
-        if record.believed and not record.ending and record.status is not None
+        if record.is_current and not record.ending and record.status is not None
     }
     allowed = state.options.sources
     if state.view.epoch == 0:

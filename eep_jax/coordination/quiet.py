@@ -72,7 +72,7 @@ def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: i
 def _due_ms(state: CoordinatorState, record: RankRecord) -> int:
     """Until when this record means the same, if nothing else is heard."""
     detector = state.options.detector
-    if not record.believed:
+    if not record.is_current:
         waits = not record.ended and not record.killed
         return record.fenced_ms + state.options.fenced_grace_ms if waits else _NEVER
     lease_ms = detector.accused_lease_ms if record.accused_by else detector.lease_ms

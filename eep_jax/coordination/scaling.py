@@ -10,7 +10,7 @@ ACTIONS = ("scale_down", "scale_up")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wish:
+class ScaleRequest:
     """`ranks`, or so many of them: the highest go first, the lowest come back first."""
 
     action: str  # see ACTIONS
@@ -18,7 +18,7 @@ class Wish:
     count: int = 0
 
 
-def ranks_out(state: CoordinatorState, wish: Wish) -> frozenset[int]:
+def ranks_out(state: CoordinatorState, wish: ScaleRequest) -> frozenset[int]:
     """All ranks that are to be out if the wish is granted.
 
     Raises InvalidMove for ranks that cannot do what is wished, CoverageLost where those that stay
@@ -35,7 +35,9 @@ def ranks_out(state: CoordinatorState, wish: Wish) -> frozenset[int]:
     return state.out | set(leaving)
 
 
-def _chosen(state: CoordinatorState, wish: Wish, eligible, otherwise: str) -> tuple[int, ...]:
+def _chosen(
+    state: CoordinatorState, wish: ScaleRequest, eligible, otherwise: str
+) -> tuple[int, ...]:
     if wish.count:
         if wish.count > len(eligible):
             raise InvalidMove(

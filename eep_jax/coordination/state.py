@@ -50,7 +50,7 @@ class RankRecord:
     load: Load | None = None
 
     @property
-    def believed(self) -> bool:
+    def is_current(self) -> bool:
         return self.incarnation > self.fenced
 
 

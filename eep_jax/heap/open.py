@@ -2,7 +2,7 @@
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.heap import SymmetricHeap
-from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
+from eep_jax.heap.mirror.heap import MirrorHeap, MirrorOptions
 from eep_jax.heap.posix_shm import PosixShmHeap
 
 
@@ -32,7 +32,7 @@ def open_heap(
                 "GPU ranks must share one host: the mirror forwards host memory only; leave "
                 "--mirror_host away, or take a configuration of platform cpu"
             )
-        from eep_jax.heap.cuda_vmm import CudaVmmHeap
+        from eep_jax.heap.cuda.vmm import CudaVmmHeap
 
         return CudaVmmHeap(rank, ranks, slab_bytes)
     raise HeapError(f"there is no heap for platform {platform!r}, only for cpu and gpu")

@@ -1,7 +1,8 @@
 """An expert layer for any Flax NNX model: whole in one process, or spread over ranks.
 
-Without a Place it computes all experts itself and is differentiable. With one it sends each token
-to wherever its experts live now; what changes with the cluster is in the Place, a jit argument.
+Without an ExpertRouting it computes all experts itself and is differentiable. With one it sends
+each token to wherever its experts live now; what changes with the cluster is in the ExpertRouting,
+a jit argument.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from pallas_kernels.device import platform
 @jax.tree_util.register_dataclass
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class ExpertRouting:
     """Where experts are, as one step sees it; each expert layer returns it for the next one.
 
     `call` carries suspicion, wish and round onwards, `dropped` counts choices that had no live
@@ -79,8 +80,8 @@ class ElasticMoE(nnx.Module):
         self.experts = nnx.Param(drawn.astype(param_dtype))
 
     def __call__(
-        self, x: Float[Array, "*T D"], place: Place | None = None
-    ) -> tuple[Float[Array, "*T D"], Place | None]:
+        self, x: Float[Array, "*T D"], place: ExpertRouting | None = None
+    ) -> tuple[Float[Array, "*T D"], ExpertRouting | None]:
         """Returns y in the dtype of x, and the place for the next expert layer (None for None).
 
         With a place, all leading axes of x together are the rows of the exchange: the same number
@@ -107,7 +108,7 @@ class ElasticMoE(nnx.Module):
         mlp = expert_mlp(self.config.model())
         return dense_experts(stacked, 0, x, ids, weights, mlp).astype(x.dtype)
 
-    def _spread(self, x, ids, weights, place: Place):
+    def _spread(self, x, ids, weights, place: ExpertRouting):
         config, bank = self.config, place.bank
         # The bank's F may be padded; D and L are what the run was configured with.
         if self.layer >= bank.shape[1] or bank.shape[-1] != config.hidden:

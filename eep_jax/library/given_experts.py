@@ -7,11 +7,11 @@ import numpy as np
 from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import expert_name
-from eep_jax.relocation.checkpoint import Checkpoint
-from eep_jax.relocation.digests import digest
+from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.digests import digest
 
 
-class GivenExperts:
+class InMemoryExperts:
     """Reads as a Checkpoint does. `experts[name]` are `[L 3 F D]`, converted to `dtype` once.
 
     Raises CheckpointError naming the experts that are missing or of another shape than the model's.
@@ -41,13 +41,13 @@ class GivenExperts:
         return {e: self._experts[expert_name(e)] for e in experts}
 
 
-def open_experts(experts, model: ModelConfig, dtype: np.dtype) -> GivenExperts | Checkpoint:
+def open_experts(experts, model: ModelConfig, dtype: np.dtype) -> InMemoryExperts | Checkpoint:
     """Experts by name in memory, or those of a checkpoint directory written by save_checkpoint.
 
     Raises CheckpointError where they are not `model.experts` of `model.expert_shape`.
     """
     if not isinstance(experts, str | os.PathLike):
-        return GivenExperts(experts, model, dtype)
+        return InMemoryExperts(experts, model, dtype)
     checkpoint = Checkpoint(experts)
     found, wanted = checkpoint.model, model
     if (found.experts, found.expert_shape) != (wanted.experts, wanted.expert_shape):

@@ -13,7 +13,7 @@ CALL_TIMEOUT_S = 5.0
 POLL_S = 0.05
 
 
-class Operator:
+class AdminClient:
     """Speaks for one rank of the run whose supervisor wrote `endpoint_file`."""
 
     def __init__(self, endpoint_file: pathlib.Path, rank: int):

@@ -15,17 +15,17 @@ import jax
 from eep_jax.errors import EepError
 from eep_jax.heap.open import open_heap
 from eep_jax.library.given_experts import open_experts
-from eep_jax.library.operator import Operator
-from eep_jax.library.stepper import Stepper
+from eep_jax.library.operator import AdminClient
+from eep_jax.library.stepper import StepEngine
 from eep_jax.library.supervise import read_run
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.transports import all_transports
-from eep_jax.runtime.agent import EXIT_FENCED, Agent
-from eep_jax.runtime.link import Link, LinkOptions
-from eep_jax.runtime.messages import Shutdown
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.messages import Shutdown
+from eep_jax.runtime.control.rank_client import ControlClient, LinkOptions
+from eep_jax.runtime.rank.agent import EXIT_FENCED, Agent
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class RankEnded(EepError):
     """This rank takes part no longer: it left, was evicted, or its supervisor ended the run."""
 
 
-class _LibraryLink(Link):
-    """A Link that also hands over what this process says to itself."""
+class _LibraryLink(ControlClient):
+    """A ControlClient that also hands over what this process says to itself."""
 
     def __init__(self, options: LinkOptions):
         super().__init__(options)
@@ -61,7 +61,9 @@ class _LibraryLink(Link):
 class ElasticRank:
     """A member of a run; made by `join`. `run` may be called from any thread."""
 
-    def __init__(self, agent: Agent, stepper: Stepper, link: _LibraryLink, operator: Operator):
+    def __init__(
+        self, agent: Agent, stepper: StepEngine, link: _LibraryLink, operator: AdminClient
+    ):
         self._agent, self._stepper, self._link = agent, stepper, link
         self._operator = operator
         self._thread = threading.Thread(target=self._work, name="agent", daemon=True)
@@ -182,7 +184,7 @@ def join(
     heap = open_heap(
         rank, cluster.ranks, slab_bytes, config.platform, writable_bytes=writable_bytes
     )
-    stepper = Stepper(config, rank, heap, layout, step, example)
+    stepper = StepEngine(config, rank, heap, layout, step, example)
     link = _LibraryLink(
         LinkOptions(
             endpoint_file=pathlib.Path(run_dir) / ENDPOINT,
@@ -203,7 +205,7 @@ def join(
     )
     agent = Agent(rank, stepper, heap, executor, link)
     link.start()
-    operator = Operator(pathlib.Path(run_dir) / ENDPOINT, rank)
+    operator = AdminClient(pathlib.Path(run_dir) / ENDPOINT, rank)
     member = ElasticRank(agent, stepper, link, operator)
     member._wait_until_member(timeout_s)
     return member

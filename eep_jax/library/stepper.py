@@ -20,7 +20,7 @@ from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.step import COMPILER_OPTIONS, StepKind
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
-from eep_jax.library.elastic_moe import Place
+from eep_jax.library.elastic_moe import ExpertRouting
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.tables import Tables, call_of, solo_tables
@@ -69,7 +69,7 @@ class _NoRequests:
         return ()
 
 
-class Stepper:
+class StepEngine:
     """One rank's step. Of the agent's thread, except `submit`, `close` and the counts."""
 
     def __init__(
@@ -155,10 +155,10 @@ class Stepper:
         def only_the_call(place, *arguments):
             # The heap and the bank must not be outputs: they would be copied.
             result, after = self._step(place, *arguments)
-            if not isinstance(after, Place):
+            if not isinstance(after, ExpertRouting):
                 raise TypeError(
                     f"the step returned {type(after).__name__} as its second value, expected the "
-                    "Place that its last expert layer returned: `return result, place`"
+                    "ExpertRouting that its last expert layer returned: `return result, place`"
                 )
             return result, after.call, after.dropped
 
@@ -254,7 +254,7 @@ class Stepper:
         with self._compilations:
             return self._executable(self._place(wish), *arguments)
 
-    def _place(self, wish: StepKind) -> Place:
+    def _place(self, wish: StepKind) -> ExpertRouting:
         call = dataclasses.replace(self._place_of_epoch.call, round=self._round)
         call = dataclasses.replace(call, wish=np.uint32(wish))
         return dataclasses.replace(self._place_of_epoch, call=call)
@@ -265,7 +265,7 @@ class Stepper:
         deadline_ms = self.config.engine.step_deadline_ms
         call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
         tables, call, dropped = jax.device_put((tables, call, np.int32(0)))
-        self._place_of_epoch = Place(
+        self._place_of_epoch = ExpertRouting(
             tables=tables,
             call=call,
             heap=self._heap_array,

@@ -15,7 +15,7 @@ import sys
 
 from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig, ServeConfig
 from eep_jax.model_config import model_from_values
-from eep_jax.runtime.supervisor import Supervisor
+from eep_jax.runtime.supervisor.supervisor import Supervisor
 
 CONFIG_FILE, TOKEN_FILE, LOG_FILE = "run.json", "token", "supervisor.log"
 WITH_PARENT = "--with-parent"

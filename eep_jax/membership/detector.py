@@ -37,7 +37,7 @@ class Signs:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`dead` is final for this incarnation; else it is believed alive. `reason` is a sentence."""
+    """`dead` is final for this incarnation; else it counts as alive. `reason` is a sentence."""
 
     rank: int
     dead: bool

@@ -48,7 +48,7 @@ def stand_by(view: View, rank: int) -> View:
 
 
 def suspect(view: View, rank: int) -> View:
-    """A rank is believed dead. Nothing moves until it is evicted; the epoch stays."""
+    """A rank is presumed dead. Nothing moves until it is evicted; the epoch stays."""
     member = _expect(view, rank, RankState.ACTIVE, "be suspected")
     return _with(view, rank, dataclasses.replace(member, state=RankState.SUSPECT))
 

@@ -213,7 +213,7 @@ def _joined(copies: list[tuple[int, int, int, int]], own: int) -> list[tuple[int
 
 @dataclasses.dataclass(frozen=True)
 class SlotTarget:
-    """A slot that is written in any order, from several threads; see relocation/blocks.py.
+    """A slot that is written in any order, from several threads; see storage/blocks.py.
 
     `at` counts values of `[L 3 F D]` in C order, without padding.
     """

@@ -18,10 +18,10 @@ from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.backups import SHARD_OVERHEAD_BYTES, plan_backups
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.sources import Backup, Source, SourceKind
-from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.shard_server import ShardServer, fetch_shard, receive_file
 from eep_jax.relocation.shards import chunk_name, load_shard, map_shard, save_shard
+from eep_jax.storage.checkpoint import Checkpoint
 
 _log = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.block_loader import BlockLoader, Job
-from eep_jax.relocation.checkpoint import Checkpoint
-from eep_jax.relocation.digests import digest_like
-from eep_jax.relocation.fetch_ahead import FetchAhead
-from eep_jax.relocation.patience import Patience, Pending
+from eep_jax.relocation.fetch_ahead import Prefetcher
+from eep_jax.relocation.patience import DeadlineRunner, Pending
 from eep_jax.relocation.placing import Placing, is_in_memory, require_shape
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import Transport, all_transports
+from eep_jax.storage.block_loader import BlockLoader, Job
+from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.digests import digest_like
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Executor:
         self._bank, self._checkpoint, self._beat = bank, checkpoint, beat
         self._transports = transports or all_transports(bank, checkpoint)
         self.rates = rates or Rates()
-        self._patience, self._check = Patience(fetch_deadline_ms, beat), check
+        self._patience, self._check = DeadlineRunner(fetch_deadline_ms, beat), check
         self._fetches_at_once = fetches_at_once
         self._loader = BlockLoader(fetch_deadline_ms, beat)
         stored_bytes = bank.expert_bytes // bank.dtype.itemsize * self._stored_dtype.itemsize
@@ -108,7 +108,7 @@ class Executor:
         return self._bank.contents
 
     def _fill_all(
-        self, moves: list[Move], failed: dict[int, str], ahead: FetchAhead
+        self, moves: list[Move], failed: dict[int, str], ahead: Prefetcher
     ) -> dict[int, str]:
         """One after the other; why not, by expert, where no source works."""
         lost = {}
@@ -132,7 +132,7 @@ class Executor:
             raise RelocationFailed(failures[move.slot])
         return True
 
-    def _fetch_ahead(self, moves: list[Move], failed: dict[int, str]) -> FetchAhead:
+    def _fetch_ahead(self, moves: list[Move], failed: dict[int, str]) -> Prefetcher:
         """Of those whose next source is storage or a network, and answers as a whole."""
         following = [(m.expert, m.sources[m.slot in failed :][:1]) for m in moves]
         wanted = [
@@ -141,9 +141,9 @@ class Executor:
             for source in sources
             if not (self.is_in_memory(source) or self._loads(source))
         ]
-        return FetchAhead(wanted, self._begin_fetch, _key, self._fetches_at_once)
+        return Prefetcher(wanted, self._begin_fetch, _key, self._fetches_at_once)
 
-    def _fill(self, move: Move, failed: str | None, ahead: FetchAhead) -> None:
+    def _fill(self, move: Move, failed: str | None, ahead: Prefetcher) -> None:
         """From one source after the other; `failed` says why the first one is not tried again."""
         failures = [] if failed is None else [f"{name_of(move.sources[0])}: {failed}"]
         if failures:
@@ -274,7 +274,7 @@ class Executor:
         """Whether fetching from it is a copy within this host, which takes no time to speak of."""
         return is_in_memory(self._bank, source)
 
-    def _fetch(self, expert: int, source: Source, ahead: FetchAhead) -> tuple[np.ndarray, float]:
+    def _fetch(self, expert: int, source: Source, ahead: Prefetcher) -> tuple[np.ndarray, float]:
         """(weights, seconds). Of the right digest, or the expert's fingerprint is known.
 
         Where a slot can be checked, the host reads nothing.

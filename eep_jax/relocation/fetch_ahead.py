@@ -12,7 +12,7 @@ from eep_jax.relocation.patience import Pending
 Wanted = tuple[int, Source]  # an expert, and the source that will be asked for it
 
 
-class FetchAhead:
+class Prefetcher:
     """Fetches of one repair, in the order of `wanted`. Of one thread."""
 
     def __init__(

@@ -42,7 +42,7 @@ class Pending:
         self._done.set()
 
 
-class Patience:
+class DeadlineRunner:
     """Runs work in threads while the caller waits, up to a deadline, and shows that it lives.
 
     Work that was given up may go on in its thread; while it does, no more work under its key is

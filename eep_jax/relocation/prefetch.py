@@ -17,7 +17,7 @@ import numpy as np
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source
 from eep_jax.relocation.executor import Executor, name_of
-from eep_jax.relocation.patience import Patience
+from eep_jax.relocation.patience import DeadlineRunner
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Prefetch:
         """`on_done` is called in a thread once `advance` can go on."""
         self._executor, self._on_done = executor, on_done
         # It beats for nobody: the engine's loop goes on, and says so itself.
-        self._patience = Patience(fetch_deadline_ms)
+        self._patience = DeadlineRunner(fetch_deadline_ms)
         self._move: Move | None = None
         self._sources: list[Source] = []
         self._read: _Read | None = None

@@ -52,11 +52,6 @@ def map_shard(directory: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype) 
     return np.memmap(path, np.uint8, "r").view(dtype).reshape(shape)
 
 
-def open_orbax() -> ocp.Checkpointer:
-    """Restores checkpoints of any layout that Orbax has."""
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-
 class _NoOcdbt(logging.Filter):
     """Orbax warns of each shard that there is nothing to merge: that is as wanted here."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from eep_jax.models.expert_bank import ExpertBank
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.storage.checkpoint import Checkpoint
 
 
 class Transport(Protocol):

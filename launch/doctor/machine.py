@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from eep_jax.heap.libcuda import GpuFacts
+from eep_jax.heap.cuda.libcuda import GpuFacts
 
 UNLIMITED = -1
 OPTIONAL = ("cuda-bindings", "jax-cuda12-plugin", "jax-cuda13-plugin")  # packages for GPUs

@@ -18,7 +18,7 @@ import subprocess
 import sys
 
 from eep_jax.config import RunConfig
-from eep_jax.heap.libcuda import GpuFacts
+from eep_jax.heap.cuda.libcuda import GpuFacts
 from launch.doctor.machine import OPTIONAL, UNLIMITED, Machine
 
 PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
@@ -52,7 +52,7 @@ print(json.dumps([jax.default_backend(), jax.local_device_count()]))
 """
 _ASK_GPUS = """
 import dataclasses, json
-from eep_jax.heap.libcuda import survey
+from eep_jax.heap.cuda.libcuda import survey
 version, gpus = survey()
 print(json.dumps([version, [dataclasses.asdict(gpu) for gpu in gpus]]))
 """

@@ -29,7 +29,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
-class Place(NamedTuple):
+class SlurmTask(NamedTuple):
     """Where SLURM put a task, with tasks in blocks over the nodes."""
 
     rank: int
@@ -65,14 +65,14 @@ class SlurmEnvironment:
         step = "SLURM_STEP_NUM_TASKS"
         return self._number(step if step in self._variables else "SLURM_NTASKS")
 
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[SlurmTask, ...]:
         """Where the tasks of a step of the whole job go; for the batch script."""
         counts = expand_counts(self._text("SLURM_TASKS_PER_NODE"))
         nodes, found = self.nodes, []
         if len(counts) != len(nodes):
             raise UsageError(f"SLURM names {len(nodes)} nodes and tasks for {len(counts)}")
         for node, count in zip(nodes, counts, strict=True):
-            found += [Place(len(found) + i, node, i, count) for i in range(count)]
+            found += [SlurmTask(len(found) + i, node, i, count) for i in range(count)]
         return tuple(found)
 
     def identity(

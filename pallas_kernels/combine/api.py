@@ -46,10 +46,10 @@ def combine(
     if platform() == "gpu":
         # Imported here: the CPU path needs nothing of Mosaic GPU.
         from pallas_kernels.combine.mosaic_gpu import combine_mosaic
-        from pallas_kernels.gpu import Place
+        from pallas_kernels.gpu import ExchangeSpec
 
         config = config or CombineConfig()
-        place = Place(layout, slots_per_rank, slab_bytes)
+        place = ExchangeSpec(layout, slots_per_rank, slab_bytes)
         data = (results, received, sent_weights, slots, weights)
         return combine_mosaic(*data, heap, call, place, config)
     shapes = (

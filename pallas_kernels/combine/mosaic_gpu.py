@@ -17,10 +17,10 @@ from pallas_kernels.gpu import (
     GROUP_THREADS,
     HOME,
     INCOMPLETE,
+    ArrivalFlags,
+    ExchangeScalars,
+    ExchangeSpec,
     Heap,
-    Heard,
-    Place,
-    Told,
     await_partners,
     entry,
     first_of_each,
@@ -57,7 +57,7 @@ def combine_mosaic(
     weights: Float32[Array, "T K"],
     heap: UInt8[Array, "N B"],
     call: Call,
-    place: Place,
+    place: ExchangeSpec,
     config: CombineConfig,
 ) -> tuple[Float32[Array, "T D"], Int32[Array, "R"]]:
     """As `combine.api.combine`. Of `results` only rows of choices received here are read."""
@@ -74,7 +74,7 @@ def send_home(
     sent_weights,
     heap,
     call: Call,
-    place: Place,
+    place: ExchangeSpec,
     config: CombineConfig,
     *,
     stand_in: bool = False,
@@ -92,7 +92,7 @@ def send_home(
 
     def body(results, received, weights, heap_ref, *rest):
         *rest, done, ticket = rest
-        refs = Told(*rest)
+        refs = ExchangeScalars(*rest)
         world = open_heap(place, heap_ref, refs.round, refs.rank)
         is_partner, _ = partner_test(refs.active, refs.suspicion, world.rank)
         write(results, received, weights, world, is_partner)
@@ -108,7 +108,7 @@ def send_home(
     return simt(body, *operands, out=done, grid=blocks, name="combine_send", shared=(1,))["done"]
 
 
-def send_choices(results, place: Place, config: CombineConfig):
+def send_choices(results, place: ExchangeSpec, config: CombineConfig):
     """One row for each choice, to `returns[rank, t, k]` of its source: (blocks, part of a kernel).
 
     The part is `(results, received, weights, heap, is_partner)`.
@@ -135,7 +135,7 @@ def send_choices(results, place: Place, config: CombineConfig):
     return blocks, write
 
 
-def send_sums(results, place: Place, config: CombineConfig):
+def send_sums(results, place: ExchangeSpec, config: CombineConfig):
     """One row for each token: this rank's weighted sum over its choices, in the order of k.
 
     As `send_choices`.
@@ -192,7 +192,7 @@ def receive_home(
     heap,
     call: Call,
     sent,
-    place: Place,
+    place: ExchangeSpec,
     config: CombineConfig,
     *,
     stand_in: bool = False,
@@ -207,7 +207,10 @@ def receive_home(
     blocks = min(tokens * parts, config.sum_blocks)
 
     def body(slots, weights, heap_ref, *rest):
-        refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
+        refs, rest = (
+            ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
+            rest[len(ExchangeScalars._fields) :],
+        )
         _, y, suspicion, heard, failed, news = rest
         world = open_heap(place, heap_ref, refs.round, refs.rank)
         block, thread = peers.block(), peers.thread()
@@ -217,7 +220,7 @@ def receive_home(
         summing = Summing(place, slots, weights, world, refs, suspicion, choices, parts)
         first = summing.prepare(block)  # under way while this block waits
         with peers.when(block == 0):
-            out = Heard(suspicion, heard, failed)
+            out = ArrivalFlags(suspicion, heard, failed)
             await_partners("returned", world, refs, out, GROUP_THREADS, stand_in)
             peers.barrier()
             with peers.when(thread == 0):
@@ -262,11 +265,11 @@ class Item(typing.NamedTuple):
 class Summing(typing.NamedTuple):
     """The part of a kernel that sums: each thread CHANNELS channels of a token, by choice."""
 
-    place: Place
+    place: ExchangeSpec
     slots: Array
     weights: Array
     heap: Heap
-    refs: Told
+    refs: ExchangeScalars
     suspicion: Array  # the kernel's output; read only where not all partners came
     choices: int
     parts: int

@@ -48,10 +48,10 @@ def dispatch(
     if platform() == "gpu":
         # Imported here: the CPU path needs nothing of Mosaic GPU.
         from pallas_kernels.dispatch.mosaic_gpu import dispatch_mosaic
-        from pallas_kernels.gpu import Place
+        from pallas_kernels.gpu import ExchangeSpec
 
         config = config or config_for(tokens, slots.shape[1], slots_per_rank)
-        place = Place(layout, slots_per_rank, slab_bytes)
+        place = ExchangeSpec(layout, slots_per_rank, slab_bytes)
         return dispatch_mosaic(x, slots, weights, heap, call, place, config)
     sources, choices = layout.ranks, slots.shape[1]
     shapes = (

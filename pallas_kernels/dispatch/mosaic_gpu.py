@@ -15,11 +15,11 @@ from pallas_kernels.fp8 import unpack_rows
 from pallas_kernels.gpu import (
     DISPATCH_DONE,
     GROUP_THREADS,
+    ArrivalFlags,
+    ExchangeScalars,
+    ExchangeSpec,
     Heap,
-    Heard,
-    MemberLists,
-    Place,
-    Told,
+    RowLists,
     await_partners,
     entry,
     first_of_each,
@@ -42,7 +42,7 @@ from pallas_kernels.peers import Word
 class RowsInWindow:
     """Rows that dispatch received, left where they arrived, and which of them belong to which slot.
 
-    Valid until the next use of the window's half. The lists are those of `gpu.MemberLists`.
+    Valid until the next use of the window's half. The lists are those of `gpu.RowLists`.
     """
 
     heap: UInt8[Array, "N B"]
@@ -51,7 +51,7 @@ class RowsInWindow:
     counts: Int32[Array, "S"]
     tiles: Int32[Array, "_"]
     slots: Int32[Array, "R T K"]
-    lists: MemberLists = dataclasses.field(metadata={"static": True})
+    lists: RowLists = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,7 +80,7 @@ def dispatch_mosaic(
     weights: Float32[Array, "T K"],
     heap: UInt8[Array, "N B"],
     call: Call,
-    place: Place,
+    place: ExchangeSpec,
     config: DispatchConfig,
     *,
     stand_in: bool = False,
@@ -89,17 +89,20 @@ def dispatch_mosaic(
 
     With `stand_in`, for measuring one rank of a loopback, it also posts the others' flags.
     """
-    lists = MemberLists(place, *slots.shape, config.tile_rows)
+    lists = RowLists(place, *slots.shape, config.tile_rows)
     sending = Sending.of(slots.shape, place, config, config.groups or lists.groups)
     threads = sending.threads
 
     def body(rows, slots, weights, heap_ref, *rest):
-        refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
+        refs, rest = (
+            ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
+            rest[len(ExchangeScalars._fields) :],
+        )
         suspicion, wish, *listed, ticket, heard, failed, loudest, counts = rest
         world = open_heap(place, heap_ref, refs.round, refs.rank)
         sending.write(rows, slots, weights, world, refs)
         with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
-            out = Heard(suspicion, heard, failed)
+            out = ArrivalFlags(suspicion, heard, failed)
             _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads, stand_in)
 
     found = simt(
@@ -116,7 +119,7 @@ def dispatch_mosaic(
     return _received(found, slots.shape, heap, call, lists)
 
 
-def send(x, slots, weights, heap, call: Call, place: Place, config: DispatchConfig):
+def send(x, slots, weights, heap, call: Call, place: ExchangeSpec, config: DispatchConfig):
     """The first half of `dispatch_mosaic`, for ranks that take turns: writes, and posts the round.
 
     There no rank may wait before all have posted. Returns an array that is there once it is done.
@@ -125,7 +128,7 @@ def send(x, slots, weights, heap, call: Call, place: Place, config: DispatchConf
 
     def body(rows, slots, weights, heap_ref, *rest):
         *rest, done, ticket = rest
-        refs = Told(*rest)
+        refs = ExchangeScalars(*rest)
         world = open_heap(place, heap_ref, refs.round, refs.rank)
         sending.write(rows, slots, weights, world, refs)
         with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
@@ -147,19 +150,24 @@ def send(x, slots, weights, heap, call: Call, place: Place, config: DispatchConf
     )["done"]
 
 
-def receive(shape: tuple[int, int], heap, call: Call, sent, place: Place, config: DispatchConfig):
+def receive(
+    shape: tuple[int, int], heap, call: Call, sent, place: ExchangeSpec, config: DispatchConfig
+):
     """The second half: posts once more, waits, and lists what came by slot.
 
     `sent` is the output of `send`, shape (T, K).
     """
-    lists = MemberLists(place, *shape, config.tile_rows)
+    lists = RowLists(place, *shape, config.tile_rows)
     threads = GROUP_THREADS * lists.groups
 
     def body(heap_ref, *rest):
-        refs, rest = Told(*rest[: len(Told._fields)]), rest[len(Told._fields) :]
+        refs, rest = (
+            ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
+            rest[len(ExchangeScalars._fields) :],
+        )
         _, suspicion, wish, *listed, heard, failed, loudest, counts = rest
         world = open_heap(place, heap_ref, refs.round, refs.rank)
-        out = Heard(suspicion, heard, failed)
+        out = ArrivalFlags(suspicion, heard, failed)
         _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads)
 
     found = simt(
@@ -178,11 +186,11 @@ def receive(shape: tuple[int, int], heap, call: Call, sent, place: Place, config
 
 def _arrive(
     heap: Heap,
-    refs: Told,
-    out: Heard,
+    refs: ExchangeScalars,
+    out: ArrivalFlags,
     loudest,
     wish,
-    lists: MemberLists,
+    lists: RowLists,
     counts,
     listed,
     threads: int,
@@ -196,7 +204,7 @@ def _arrive(
     gather_wishes(heap, refs, out.heard, loudest, wish, threads, meanwhile=collect)
 
 
-def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: MemberLists):
+def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: RowLists):
     """What dispatch returns, of a kernel's outputs."""
     received = found["slots"].reshape(lists.place.ranks, *shape)
     rows = RowsInWindow(
@@ -218,7 +226,7 @@ class Sending:
     `groups` warpgroups make a block; `parts` tokens share it.
     """
 
-    place: Place
+    place: ExchangeSpec
     tokens: int
     choices: int
     blocks: int
@@ -226,7 +234,7 @@ class Sending:
     parts: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int], place: Place, config: DispatchConfig, groups: int):
+    def of(cls, shape: tuple[int, int], place: ExchangeSpec, config: DispatchConfig, groups: int):
         """For (T, K). Threads that a row has no use for take another token."""
         tokens, choices = shape
         layout = place.layout
@@ -244,7 +252,7 @@ class Sending:
     def operands(self, x, slots, weights) -> tuple[Array, Array, Array]:
         return x.astype(self.place.layout.row_dtype), slots.reshape(-1), weights.reshape(-1)
 
-    def write(self, rows, slots, weights, heap: Heap, refs: Told) -> None:
+    def write(self, rows, slots, weights, heap: Heap, refs: ExchangeScalars) -> None:
         thread, block, layout = peers.thread(), peers.block(), self.place.layout
         is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
         row_threads = self.threads // self.parts

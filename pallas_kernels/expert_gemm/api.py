@@ -56,7 +56,7 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool
     if isinstance(rows, RowsInWindow):
         tile_rows = rows.lists.tile_rows
         rows_per_slot = slots[0].size / num_slots  # every rank sends as much, to all slots alike
-        source, lists = mosaic_gpu.members_of(rows)
+        source, lists = mosaic_gpu.expert_rows_of(rows)
         homes = mosaic_gpu.homes_of(rows) if send_home else None
     else:
         rows_per_slot = slots.size / num_slots

@@ -19,7 +19,7 @@ from pallas_kernels import peers
 from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
-from pallas_kernels.gpu import GROUP_THREADS, MemberLists, Place, entry, open_heap, told
+from pallas_kernels.gpu import GROUP_THREADS, ExchangeSpec, RowLists, entry, open_heap, told
 from pallas_kernels.peers import Word
 
 DEPTH = 64  # channels of one stage: 128 bytes, the copy engine's widest swizzle
@@ -29,8 +29,8 @@ SWIZZLED = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
 LOAD_REGISTERS, MULTIPLY_REGISTERS = 56, {1: 232, 2: 216}
 
 
-class Members(typing.NamedTuple):
-    """The lists of `gpu.MemberLists`."""
+class ExpertRows(typing.NamedTuple):
+    """The lists of `gpu.RowLists`."""
 
     members: Int32[Array, "_"]
     counts: Int32[Array, "S"]
@@ -40,7 +40,7 @@ class Members(typing.NamedTuple):
 class InWindow(typing.NamedTuple):
     """Rows at their place in the own window of this round."""
 
-    place: Place
+    place: ExchangeSpec
     heap: Array
     round: UInt32[Array, "1"]
     rank: Int32[Array, "1"]
@@ -58,7 +58,7 @@ class InWindow(typing.NamedTuple):
 class Homes(typing.NamedTuple):
     """The windows of the rows' sources: there `returns[this rank, t, k]` takes a result."""
 
-    place: Place
+    place: ExchangeSpec
     heap: Array
     round: UInt32[Array, "1"]
     rank: Int32[Array, "1"]
@@ -94,7 +94,7 @@ class InArray(typing.NamedTuple):
 def expert_gemm_mosaic(
     source: InWindow | InArray,
     shape: tuple[int, int, int],
-    lists: Members,
+    lists: ExpertRows,
     bank: BFloat16[Array, "S L 3 F D"],
     layer,
     config: GemmConfig,
@@ -109,7 +109,7 @@ def expert_gemm_mosaic(
     return down(h, shape, lists, bank, layer, config, homes, mlp)
 
 
-def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> Members:
+def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> ExpertRows:
     """The lists for rows that did not come through a window."""
     ranks, tokens, _ = slots.shape
     flat, pairs = slots.reshape(-1), slots.size
@@ -125,7 +125,7 @@ def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -
     first = (tile - jnp.where(slot > 0, ends[slot - 1], 0)) * tile_rows
     entries = jnp.stack([slot, first], axis=1).reshape(-1)
     tiles = jnp.concatenate([ends[-1:], entries]).astype(jnp.int32)
-    return Members(members, counts, tiles)
+    return ExpertRows(members, counts, tiles)
 
 
 def _as_data(layer) -> Int32[Array, "1"]:
@@ -133,7 +133,7 @@ def _as_data(layer) -> Int32[Array, "1"]:
     return jnp.full(1, layer, jnp.int32)
 
 
-def _tiles_max(lists: Members) -> int:
+def _tiles_max(lists: ExpertRows) -> int:
     return (lists.tiles.shape[0] - 1) // 2
 
 
@@ -202,7 +202,7 @@ def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None
 
 
 def gate_up(
-    source, shape, lists: Members, bank, layer, config: GemmConfig, mlp: ExpertMlp = SWIGLU
+    source, shape, lists: ExpertRows, bank, layer, config: GemmConfig, mlp: ExpertMlp = SWIGLU
 ) -> BFloat16[Array, "N F"]:
     """`silu(gate(x)) * up(x)` of all members, tile by tile; N rows, `tile_rows` for each tile.
 
@@ -352,7 +352,7 @@ def _bias(bank, matrix: int, slot, layer, start, columns: int, width: int):
 def down(
     h,
     shape,
-    lists: Members,
+    lists: ExpertRows,
     bank,
     layer,
     config: GemmConfig,
@@ -558,23 +558,23 @@ def _store_rows(tile, out, members, first, here, column, homes=None, windows=())
     store(tile, out, lists, tuple(windows), first, here, column)
 
 
-def members_of(rows) -> tuple[InWindow | InArray, Members]:
+def expert_rows_of(rows) -> tuple[InWindow | InArray, ExpertRows]:
     """Source and lists of the rows that dispatch left in the window.
 
     Rows in fp8 are widened into an array `[R T D]` first.
     """
-    lists: MemberLists = rows.lists
+    lists: RowLists = rows.lists
     if lists.place.layout.dispatch_dtype:
         source = InArray(rows.array())
     else:
         refs = told(rows.call)
         source = InWindow(lists.place, rows.heap, refs.round, refs.rank)
-    return source, Members(rows.members, rows.counts, rows.tiles)
+    return source, ExpertRows(rows.members, rows.counts, rows.tiles)
 
 
 def homes_of(rows) -> Homes | None:
     """Where results may be written at once; None if they are summed before they travel."""
-    lists: MemberLists = rows.lists
+    lists: RowLists = rows.lists
     if lists.place.layout.combine != "per_choice":
         return None
     refs = told(rows.call)

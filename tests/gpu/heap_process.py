@@ -59,7 +59,7 @@ class HeapProcess:
 
 
 def main(rank: int, ranks: int, slab_bytes: int) -> None:
-    from eep_jax.heap.cuda_vmm import CudaVmmHeap
+    from eep_jax.heap.cuda.vmm import CudaVmmHeap
 
     heap = CudaVmmHeap(rank, ranks, slab_bytes)
     print(heap.export(), flush=True)

@@ -15,10 +15,10 @@ import pytest
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.arrays import control_array, device_array, heap_array
-from eep_jax.heap.cuda_loopback import CudaLoopbackHeap, open_all_cuda
-from eep_jax.heap.cuda_vmm import DUMMY_BYTES_MAX, CudaVmmHeap
+from eep_jax.heap.cuda.libcuda import Device
+from eep_jax.heap.cuda.loopback import CudaLoopbackHeap, open_all_cuda
+from eep_jax.heap.cuda.vmm import DUMMY_BYTES_MAX, CudaVmmHeap
 from eep_jax.heap.heap import CONTROL_BYTES
-from eep_jax.heap.libcuda import Device
 from eep_jax.heap.open import open_heap
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from pallas_kernels.window import Region

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from eep_jax.heap import cuda_vmm
-from eep_jax.heap.cuda_loopback import open_all_cuda
+from eep_jax.heap.cuda import vmm
+from eep_jax.heap.cuda.loopback import open_all_cuda
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import EMPTY
@@ -18,10 +18,10 @@ from eep_jax.placement.planner import Move, initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
-from eep_jax.relocation.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
+from eep_jax.storage.checkpoint import Checkpoint, save_checkpoint
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, bring
 from tests.support.fingerprints import by_hand
 from tests.support.models import a_model, a_run, rounded_weights
@@ -100,7 +100,7 @@ def test_a_damaged_slot_of_a_peer_is_not_used(world):
 
 @pytest.mark.parametrize("staged_bytes_min", [1, 1 << 30], ids=["pinned", "pageable"])
 def test_what_comes_from_host_memory_is_right_either_way(world, monkeypatch, staged_bytes_min):
-    monkeypatch.setattr(cuda_vmm, "STAGED_BYTES_MIN", staged_bytes_min)
+    monkeypatch.setattr(vmm, "STAGED_BYTES_MIN", staged_bytes_min)
     slots = (5, 3, EMPTY, EMPTY)
     world.executor.carry_out(slots, (bring(5, 0, CHECKPOINT), bring(3, 1, CHECKPOINT)))
     world.check(slots)

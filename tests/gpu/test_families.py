@@ -21,10 +21,10 @@ from flax import nnx
 
 from configs import tiny_gpu
 from eep_jax.config import ClusterConfig, RunConfig
-from eep_jax.heap.cuda_loopback import open_all_cuda
+from eep_jax.heap.cuda.loopback import open_all_cuda
 from eep_jax.models.weights import build_dense_model, expert_name
-from eep_jax.relocation.checkpoint import save_checkpoint
-from eep_jax.relocation.random_checkpoint import RandomCheckpoint
+from eep_jax.storage.checkpoint import save_checkpoint
+from eep_jax.storage.random_checkpoint import RandomCheckpoint
 from tests.support.engines import EngineCluster, a_request
 from tests.support.models import a_model
 from tests.support.parity import NAMES, Reference, reference

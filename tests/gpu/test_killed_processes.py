@@ -144,7 +144,7 @@ class Cluster:
             process.ask("detach", rank=rank)
         self.change()
 
-    def take_back(self, rank: int) -> None:
+    def restore_priority(self, rank: int) -> None:
         """A new process with new memory, at the addresses where peers had the old one."""
         self.processes[rank] = self.spares.take(rank)
         self.introduce(rank)
@@ -222,7 +222,7 @@ def test_ranks_killed_anywhere_in_a_step_hang_nobody_and_return(cluster, plan, s
 
         cluster.evict(victim)
         cluster.check_steps(trial, count=2)
-        cluster.take_back(victim)
+        cluster.restore_priority(victim)
         cluster.check_steps(trial, count=2)
     assert accused == KILLS * (RANKS - 1), "all steps that lost a rank were discarded"
 
@@ -249,5 +249,5 @@ def test_late_writes_of_a_rank_that_slept_change_nothing_and_it_can_return(clust
         cluster.check_steps(9)
     finally:
         sleeper.kill()
-    cluster.take_back(victim)
+    cluster.restore_priority(victim)
     cluster.check_steps(10, count=2)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from eep_jax.heap.cuda_loopback import CudaLoopbackHeap
+from eep_jax.heap.cuda.loopback import CudaLoopbackHeap
 from tests.gpu.exchanges import (
     DEADLINE_MS,
     Ranks,

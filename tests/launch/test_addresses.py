@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from configs import tiny_cpu, tiny_gpu
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control.endpoint import ENDPOINT
 from launch import addresses
 from launch.errors import UsageError
 from tests.launch.test_flags import parse  # noqa: F401 (a fixture: flags as a command line)

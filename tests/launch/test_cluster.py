@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from eep_jax.config import ClusterConfig
-from eep_jax.runtime.priority import nice_of
+from eep_jax.runtime.rank.priority import nice_of
 from launch import cluster as cluster_module
 from launch.cluster import (
     DELAY_MAX_MS,

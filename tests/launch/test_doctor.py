@@ -13,7 +13,7 @@ import pytest
 
 from configs import small_moe_h100x1, tiny_cpu, tiny_gpu
 from eep_jax.errors import HeapError
-from eep_jax.heap.libcuda import GpuFacts, survey
+from eep_jax.heap.cuda.libcuda import GpuFacts, survey
 from eep_jax.models.expert_bank import slab_layout
 from launch.doctor.checks import check
 from launch.doctor.device_checks import needs

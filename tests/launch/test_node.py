@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import tiny_cpu
-from eep_jax.runtime.messages import HostProcess
+from eep_jax.runtime.control.messages import HostProcess
 from launch import flags as flags_of_launch
 from launch import node
 from launch.cluster import QUICK_DEATH_S, Child

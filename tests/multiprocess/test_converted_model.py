@@ -6,8 +6,8 @@ import json
 import aiohttp
 import pytest
 
-from eep_jax.relocation.conversion import Conversion
-from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+from eep_jax.storage.conversion import Conversion
+from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 from tests.support.hf_directories import write_chat_model
 from tests.support.processes import ClusterUnderTest, is_out
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from eep_jax.runtime.priority import nice_of
+from eep_jax.runtime.rank.priority import nice_of
 from tests.support.processes import RANKS, events_after, incarnation, is_out
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]

@@ -13,10 +13,10 @@ import pytest
 from configs import tiny_cpu
 from eep_jax.models.weights import expert_name
 from eep_jax.relocation.shards import chunk_name
-from eep_jax.runtime.journal import replay
-from eep_jax.runtime.repairs import PAUSE_PHASES
+from eep_jax.runtime.history.change_costs import PAUSE_PHASES
+from eep_jax.runtime.history.journal import replay
 from launch.cluster import is_whole
-from tests.eep_jax.relocation.test_checkpoint import damage
+from tests.eep_jax.storage.test_checkpoint import damage
 from tests.support.processes import ClusterUnderTest, is_out
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.expert_gemm.mosaic_gpu import list_members
-from pallas_kernels.gpu import MemberLists, Place, first_of_each
+from pallas_kernels.gpu import ExchangeSpec, RowLists, first_of_each
 from tests.support.kernels import check_lists, naive_targets
 from tests.support.lowering import a_layout
 
@@ -71,7 +71,7 @@ def test_every_member_is_listed_once_and_in_one_tile(sizes, seed, none_share, of
 def test_both_ways_to_list_have_room_for_the_same(shape, num_slots, tile_rows):
     ranks, tokens, choices = shape
     layout = a_layout(ranks, tokens, choices)
-    lists = MemberLists(Place(layout, num_slots), tokens, choices, tile_rows)
+    lists = RowLists(ExchangeSpec(layout, num_slots), tokens, choices, tile_rows)
     slots = np.full(shape, -1, np.int32)
     found = lists_of(slots, num_slots, tile_rows)
     for name in ("members", "counts", "tiles"):

@@ -4,7 +4,7 @@ import random
 
 from eep_jax.coordination.participant import StepAccused
 from eep_jax.coordination.protocol import Mode
-from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.coordination.scaling import ScaleRequest, ranks_out
 from eep_jax.coordination.state import Measured, ScaleTo
 from eep_jax.errors import EepError
 from tests.simulator.cluster import Cluster
@@ -122,14 +122,16 @@ def stop_supervisor(cluster: Cluster, dice: random.Random) -> None:
 
 def drain_a_rank(cluster: Cluster, dice: random.Random) -> None:
     """The operator's doing, not a fault; but it may come at any time."""
-    _scale(cluster, Wish(action="scale_down", ranks=(dice.randrange(cluster.options.ranks),)))
+    _scale(
+        cluster, ScaleRequest(action="scale_down", ranks=(dice.randrange(cluster.options.ranks),))
+    )
 
 
 def grow(cluster: Cluster, dice: random.Random) -> None:
-    _scale(cluster, Wish(action="scale_up", count=1))
+    _scale(cluster, ScaleRequest(action="scale_up", count=1))
 
 
-def _scale(cluster: Cluster, wish: Wish) -> None:
+def _scale(cluster: Cluster, wish: ScaleRequest) -> None:
     supervisor = cluster.supervisor
     if supervisor is None or supervisor.stopped:
         return

@@ -9,7 +9,7 @@ import pathlib
 import aiohttp
 
 from eep_jax.config import ClusterConfig, EngineConfig, ModelConfig, RunConfig, ServeConfig
-from eep_jax.runtime.supervisor import Supervisor
+from eep_jax.runtime.supervisor.supervisor import Supervisor
 from tests.support.fake_rank import FakeRank
 
 TOKEN = "a token of sixteen characters or more"

@@ -11,7 +11,7 @@ import os
 import threading
 from types import SimpleNamespace
 
-from eep_jax.heap import libcuda
+from eep_jax.heap.cuda import libcuda
 
 PAGE_BYTES = 4096
 TOTAL_BYTES = 1 << 30

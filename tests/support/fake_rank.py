@@ -17,10 +17,10 @@ from eep_jax.coordination import participant as p
 from eep_jax.coordination import protocol
 from eep_jax.engine.request import Progress, Request
 from eep_jax.placement.placement import EMPTY
-from eep_jax.runtime import messages
-from eep_jax.runtime.codec import decode, encode
-from eep_jax.runtime.identity import host_id, start_ticks
-from eep_jax.runtime.supervisor_files import ENDPOINT
+from eep_jax.runtime.control import messages
+from eep_jax.runtime.control.codec import decode, encode
+from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.identity import host_id, start_ticks
 
 HEARTBEAT_S = 0.1
 RETRY_S = 0.05

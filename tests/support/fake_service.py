@@ -4,30 +4,30 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Iterable
 
-from eep_jax.coordination.scaling import Wish
+from eep_jax.coordination.scaling import ScaleRequest
 from eep_jax.errors import QueueFull
-from eep_jax.runtime.completion import CompletionRequest
-from eep_jax.runtime.http_api import KeyConflict, Progress, ServiceUnavailable
+from eep_jax.runtime.http.completion import CompletionRequest
+from eep_jax.runtime.serving.contract import KeyConflict, ServiceUnavailable, StreamProgress
 
 CREATED_S = 1_700_000_000
 
 
-def spell(text: str, finish_reason: str | None = "length") -> tuple[Progress, ...]:
-    """One Progress for each byte; the last one has the finish reason."""
-    steps = [Progress(tokens=(byte,)) for byte in text.encode()]
+def spell(text: str, finish_reason: str | None = "length") -> tuple[StreamProgress, ...]:
+    """One StreamProgress for each byte; the last one has the finish reason."""
+    steps = [StreamProgress(tokens=(byte,)) for byte in text.encode()]
     return (*steps[:-1], dataclasses.replace(steps[-1], finish_reason=finish_reason))
 
 
 class FakeStream:
     """Yields the script. Waits where it holds an Event, raises where it holds an exception."""
 
-    def __init__(self, name: str, script: Iterable[Progress | asyncio.Event | Exception]):
+    def __init__(self, name: str, script: Iterable[StreamProgress | asyncio.Event | Exception]):
         self.id, self.created = name, CREATED_S
         self.cancelled = asyncio.Event()
         self.num_read = 0
         self._script = script
 
-    async def __aiter__(self) -> AsyncIterator[Progress]:
+    async def __aiter__(self) -> AsyncIterator[StreamProgress]:
         for step in self._script:
             if isinstance(step, asyncio.Event):
                 await step.wait()
@@ -50,7 +50,7 @@ class FakeService:
         self.streams: list[FakeStream] = []
         self.submitting = asyncio.Event()
         self.healthy = True
-        self.wishes: list[Wish] = []
+        self.wishes: list[ScaleRequest] = []
         self._by_key: dict[str, CompletionRequest] = {}
 
     def submit(self, request: CompletionRequest, key: str | None) -> FakeStream:
@@ -63,7 +63,7 @@ class FakeService:
         self.submitting.set()
         return self.streams[-1]
 
-    def apply(self, wish: Wish) -> dict:
+    def apply(self, wish: ScaleRequest) -> dict:
         if self.refusal is not None:
             raise self.refusal
         self.wishes.append(wish)

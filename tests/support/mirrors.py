@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
+from eep_jax.heap.mirror.heap import MirrorHeap, MirrorOptions
 from pallas_kernels.window import WindowLayout, round_up
 
 TRANSPORT = "tcp"  # of mirrors that do not say

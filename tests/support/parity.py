@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from eep_jax.relocation.hugging_face import HuggingFaceCheckpoint
+from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 from tests.eep_jax.models.make_parity import EXPECTED, FAMILIES
 
 ROOT = pathlib.Path(__file__).parents[1] / "eep_jax" / "models" / "parity"

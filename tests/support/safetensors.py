@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from eep_jax.relocation.safetensors_files import DTYPES, SafetensorsFile
+from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFile
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:

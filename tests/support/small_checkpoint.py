@@ -7,7 +7,7 @@ import numpy as np
 
 from configs import tiny_cpu
 from eep_jax.models.weights import expert_name
-from eep_jax.relocation.checkpoint import save_checkpoint
+from eep_jax.storage.checkpoint import save_checkpoint
 from tests.support.models import rounded_weights
 
 MODEL = dataclasses.replace(tiny_cpu.get_config().model, layers=1)

@@ -96,7 +96,7 @@ class TestRedundancy:
         cluster.unsent.clear()
         cluster.say(failing, fetched=task.number)
         assert [note.kind for note in cluster.notes][-1] == "fetch_failed"
-        assert cluster.state.background is None and cluster.state.records[failing].believed
+        assert cluster.state.background is None and cluster.state.records[failing].is_current
         cluster.feed(Tick())
         assert cluster.state.background is None
         cluster.pass_time(cluster.state.options.background_retry_ms + 400)
@@ -148,7 +148,7 @@ class TestDrain:
         assert cluster.state.view.in_epoch == (0, 1, 2)
         assert not missing_experts(cluster.state.placement, (0, 1, 2))
         assert changes(cluster) == ["background", "drain"]
-        assert cluster.ranks[3].mode is Mode.STANDBY and cluster.state.records[3].believed
+        assert cluster.ranks[3].mode is Mode.STANDBY and cluster.state.records[3].is_current
         assert cluster.state.view.members[3].state is RankState.JOINING
 
     def test_it_comes_back_as_the_same_incarnation(self):

@@ -207,7 +207,7 @@ class TestDeath:
         cluster.feed(Ended(2, 1))
         del cluster.ranks[2]
         cluster.say(0, mode=Mode.READY, prepared=2, contents=(0, 4, 6))
-        assert [r for r in range(4) if not cluster.state.records[r].believed] == [0, 2]
+        assert [r for r in range(4) if not cluster.state.records[r].is_current] == [0, 2]
 
     def test_what_lies_in_an_empty_slot_does_not_matter(self):
         cluster = a_serving_cluster()
@@ -248,7 +248,7 @@ class TestDeath:
                     contents=(),
                 )
             )
-        assert cluster.state.records[2].believed
+        assert cluster.state.records[2].is_current
 
     def test_a_sleep_of_the_supervisor_is_nobodys_silence(self):
         cluster = a_serving_cluster()
@@ -272,7 +272,7 @@ class TestWarmUp:
             cluster.feed(
                 a_status(2, number + 1, Mode.ALONE, incarnation=2, stalled_ms=200 * number)
             )
-        assert cluster.state.records[2].believed
+        assert cluster.state.records[2].is_current
         assert "dead" not in kinds(cluster)[1:], "only its first incarnation died"
 
 

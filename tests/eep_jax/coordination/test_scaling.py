@@ -4,19 +4,19 @@ import dataclasses
 
 import pytest
 
-from eep_jax.coordination.scaling import Wish, ranks_out
+from eep_jax.coordination.scaling import ScaleRequest, ranks_out
 from eep_jax.coordination.state import ScaleTo
 from eep_jax.errors import CoverageLost, InvalidMove
 from eep_jax.membership.view import RankState
 from tests.support.factories import ByHand, a_serving_cluster
 
 
-def down(*ranks: int, count: int = 0) -> Wish:
-    return Wish(action="scale_down", ranks=ranks, count=count)
+def down(*ranks: int, count: int = 0) -> ScaleRequest:
+    return ScaleRequest(action="scale_down", ranks=ranks, count=count)
 
 
-def up(*ranks: int, count: int = 0) -> Wish:
-    return Wish(action="scale_up", ranks=ranks, count=count)
+def up(*ranks: int, count: int = 0) -> ScaleRequest:
+    return ScaleRequest(action="scale_up", ranks=ranks, count=count)
 
 
 def a_cluster_without(*ranks: int) -> ByHand:

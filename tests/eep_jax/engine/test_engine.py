@@ -15,8 +15,8 @@ from eep_jax.engine.step import StepKind, empty_batch
 from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import build_dense_model, expert_name
-from eep_jax.relocation.checkpoint import Checkpoint
-from eep_jax.relocation.random_checkpoint import open_checkpoint
+from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.random_checkpoint import open_checkpoint
 from eep_jax.tables import solo_tables
 from tests.support.engines import Book, a_request
 from tests.support.models import a_run, some_weights

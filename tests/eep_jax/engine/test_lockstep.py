@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eep_jax.engine.lockstep import Lockstep
-from eep_jax.heap.cuda_loopback import open_all_cuda
+from eep_jax.heap.cuda.loopback import open_all_cuda
 from eep_jax.heap.loopback import open_all
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.fake_cuda import put_fake_driver

@@ -15,11 +15,11 @@ import pytest
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.arrays import import_memory
-from eep_jax.heap.cuda_loopback import CudaLoopbackHeap
-from eep_jax.heap.cuda_vmm import CudaVmmHeap
+from eep_jax.heap.cuda.loopback import CudaLoopbackHeap
+from eep_jax.heap.cuda.vmm import CudaVmmHeap
 from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap
 from eep_jax.heap.loopback import LoopbackHeap
-from eep_jax.heap.mirror import MirrorHeap, MirrorOptions
+from eep_jax.heap.mirror.heap import MirrorHeap, MirrorOptions
 from eep_jax.heap.open import open_heap as open_heap_for
 from eep_jax.heap.posix_shm import PosixShmHeap
 from pallas_kernels.window import WindowLayout

@@ -10,7 +10,7 @@ from flax import nnx
 from eep_jax.heap.loopback import open_all
 from eep_jax.library.config import ROUTERS, MoEConfig, run_config
 from eep_jax.library.elastic_moe import ElasticMoE, expert_arrays, without_experts
-from eep_jax.library.stepper import Stepper
+from eep_jax.library.stepper import StepEngine
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import Placement
@@ -107,7 +107,7 @@ class StepperCluster:
 
         example = (self.weights, np.zeros((TOKENS, a_moe().hidden), np.float32))
         self.steppers = [
-            Stepper(config, rank, heap, layout, step, example)
+            StepEngine(config, rank, heap, layout, step, example)
             for rank, heap in enumerate(self.heaps)
         ]
         for stepper in self.steppers:

@@ -16,8 +16,8 @@ from eep_jax.library.given_experts import open_experts
 from eep_jax.library.rank import join
 from eep_jax.library.supervise import read_run, write_run
 from eep_jax.placement.sources import SourceKind
-from eep_jax.relocation.checkpoint import save_checkpoint
-from eep_jax.relocation.digests import digest
+from eep_jax.storage.checkpoint import save_checkpoint
+from eep_jax.storage.digests import digest
 from tests.eep_jax.library.factories import a_model, a_moe, expert_arrays
 
 ROOT = pathlib.Path(__file__).parents[3]

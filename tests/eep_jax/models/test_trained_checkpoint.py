@@ -9,7 +9,7 @@ import pytest
 
 from configs.tiny_cpu import get_config
 from eep_jax.models.weights import build_dense_model
-from eep_jax.relocation.checkpoint import Checkpoint
+from eep_jax.storage.checkpoint import Checkpoint
 
 PASSAGE = (
     "Give ear, O ye heavens, and I will speak; and hear, O earth, the words of my mouth.\n"

@@ -20,11 +20,11 @@ from eep_jax.placement.planner import initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store, shard_server
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore, bytes_on_disk
-from eep_jax.relocation.checkpoint import Checkpoint
-from eep_jax.relocation.digests import digest
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.shard_server import fetch_shard
 from eep_jax.relocation.shards import chunk_name, load_shard
+from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.digests import digest
 from tests.support.models import a_model, rounded_weights
 
 TOKEN = "a token of enough letters"

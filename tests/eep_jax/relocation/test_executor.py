@@ -13,11 +13,11 @@ from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.checkpoint import Checkpoint
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.slot_check import SlotCheck
 from eep_jax.relocation.transports import all_transports
-from tests.eep_jax.relocation.test_checkpoint import damage
+from eep_jax.storage.checkpoint import Checkpoint
+from tests.eep_jax.storage.test_checkpoint import damage
 from tests.support.factories import a_placement
 from tests.support.models import a_model, a_run, rounded_weights
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.fetch_ahead import FetchAhead
-from eep_jax.relocation.patience import Patience
+from eep_jax.relocation.fetch_ahead import Prefetcher
+from eep_jax.relocation.patience import DeadlineRunner
 
 FIRST, SECOND = (Source(SourceKind.BACKUP, rank) for rank in (1, 2))
 
@@ -17,9 +17,9 @@ class World:
     """Sources that answer at once, and what was under way or not taken yet at each begin."""
 
     def __init__(self, wanted, at_once, failing=()):
-        self.patience, self.begun, self.held, self.most = Patience(10_000), [], 0, 0
+        self.patience, self.begun, self.held, self.most = DeadlineRunner(10_000), [], 0, 0
         self.failing, self.lock = set(failing), threading.Lock()
-        self.ahead = FetchAhead(wanted, self._begin, lambda source: source.rank, at_once)
+        self.ahead = Prefetcher(wanted, self._begin, lambda source: source.rank, at_once)
 
     def _begin(self, expert, source):
         self.begun.append((expert, source))
@@ -80,8 +80,8 @@ def test_others_are_under_way_while_one_is_waited_for():
         meet = lambda: expert if expert == 0 else all_there.wait(10) or expert
         return patience.begin(source.rank, meet)
 
-    patience = Patience(20_000)
-    ahead = FetchAhead([(e, FIRST) for e in range(4)], begin, lambda source: source.rank, 3)
+    patience = DeadlineRunner(20_000)
+    ahead = Prefetcher([(e, FIRST) for e in range(4)], begin, lambda source: source.rank, 3)
     for expert in range(4):  # three meet, so three go on at the same time
         ahead.take(expert, FIRST, patience.wait)
     assert started == [0, 1, 2, 3]

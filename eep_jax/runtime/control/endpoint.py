@@ -1,0 +1,75 @@
+"""Address of the supervisor, read from its run directory or given; connections to it."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import AsyncIterator
+
+import aiohttp
+
+from eep_jax.config import ServeConfig
+
+# Names of files in a run directory that several processes know.
+ENDPOINT = "endpoint.json"  # where the control channel and HTTP listen
+JOURNAL = "journal.jsonl"
+
+RETRY_MS = 150
+CONNECT_TIMEOUT_MS = 3_000
+
+
+def find_supervisor(endpoint_file: pathlib.Path, address: str = "") -> str:
+    """The URL of the control channel: at `address` (host:port) if given, else as the file says.
+
+    The file is read anew each time: every supervisor rewrites it. Raises OSError, ValueError or
+    LookupError while there is none, or none that is whole.
+    """
+    if not address:
+        endpoint = json.loads(endpoint_file.read_text())
+        host = endpoint["host"]
+        address = f"[{host}]:{endpoint['port']}" if ":" in host else f"{host}:{endpoint['port']}"
+    return f"http://{address}/control"
+
+
+def write_endpoint(
+    endpoint_file: pathlib.Path, serve: ServeConfig, control_port: int, http_port: int
+) -> None:
+    """Says where this process listens, in one step: who reads the file reads all of it."""
+    endpoint = {
+        "host": serve.control_host,
+        "port": control_port,
+        "http_host": serve.host,
+        "http_port": http_port,
+        "pid": os.getpid(),
+    }
+    fresh = endpoint_file.with_name(endpoint_file.name + ".new")
+    fresh.write_text(json.dumps(endpoint))
+    os.replace(fresh, endpoint_file)
+
+
+def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:
+    """(control, HTTP) ports of the supervisor that wrote the file last; 0 where none is known."""
+    try:
+        endpoint = json.loads(endpoint_file.read_text())
+        return int(endpoint["port"]), int(endpoint["http_port"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0, 0
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    endpoint_file: pathlib.Path, address: str, token: str, message_bytes_max: int
+) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, str]]:
+    """One connection to the control channel: its socket, and the URL. Whoever has the token may.
+
+    Raises what `find_supervisor` does, and aiohttp.ClientError where nobody answers in
+    CONNECT_TIMEOUT_MS.
+    """
+    url = find_supervisor(endpoint_file, address)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)
+    headers = {"Authorization": f"Bearer {token}"}
+    async with (
+        aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+        session.ws_connect(url, max_msg_size=message_bytes_max) as socket,
+    ):
+        yield socket, url

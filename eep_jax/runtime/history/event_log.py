@@ -1,0 +1,66 @@
+"""What happened, told once to each who asks: the journal, people, monitors, and the log.
+
+Each change of members also leaves a `repair` record of what it cost; see `repairs`.
+"""
+
+import collections
+import logging
+from collections.abc import Callable, Iterable
+
+from eep_jax.runtime.control.messages import ChangeTimes
+from eep_jax.runtime.history.change_costs import ChangeTotals, RepairLog
+from eep_jax.runtime.history.journal import Journal
+
+_log = logging.getLogger(__name__)
+
+EVENTS_MAX = 500
+UNLOGGED = ("slots", "moves")  # long, and in the journal
+
+
+class EventLog:
+    """The last `EVENTS_MAX` events, the last commit, and counts since this supervisor started.
+
+    `before` are the events of before a restart, `members` the ranks of the epoch it found.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        now_ms: Callable[[], int],
+        before: Iterable[dict] = (),
+        members: Iterable[int] = (),
+    ):
+        self._journal, self._now_ms = journal, now_ms
+        self._repairs = RepairLog(members)
+        before = list(before)
+        self.commit = next((e for e in reversed(before) if e["kind"] == "commit"), None)
+        self.events: collections.deque[dict] = collections.deque(before, maxlen=EVENTS_MAX)
+        self.counts, self.totals = collections.Counter(), ChangeTotals()
+
+    def note(self, kind: str, facts: dict, silent_ms: int = 0) -> None:
+        """Something happened. `silent_ms`: how long a rank that is `dead` gave no sign of life."""
+        # First of all, so that what follows from it is never known to others alone.
+        record = self._journal.append(kind, facts)
+        self.events.append(record)
+        self.counts[kind] += 1
+        _log.info("%s %s", kind, {k: v for k, v in facts.items() if k not in UNLOGGED})
+        now_ms = self._now_ms()
+        match kind:
+            case "prepare":
+                self._repairs.prepared(facts["epoch"], now_ms)
+            case "dead":
+                self._repairs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
+            case "commit":
+                self.commit = record
+                self._repairs.committed(facts, now_ms)
+
+    def told(self, rank: int, times: ChangeTimes) -> None:
+        """A rank says how its last change went."""
+        self._repairs.told(rank, times)
+        self.note_repairs()
+
+    def note_repairs(self) -> None:
+        """Notes what each change cost of which nothing more will be heard."""
+        for facts in self._repairs.take(self._now_ms()):
+            self.totals.add(facts)
+            self.note("repair", facts)

@@ -1,0 +1,150 @@
+"""What the supervisor counts and measures, in Prometheus' text format."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from eep_jax.coordination.coordinator import missing
+from eep_jax.coordination.state import CoordinatorState
+from eep_jax.membership.view import RankState
+from eep_jax.placement.balance import rank_loads
+from eep_jax.placement.load import settled
+from eep_jax.placement.sources import median_rates
+from eep_jax.runtime.history.event_log import EventLog
+from eep_jax.runtime.serving.request_table import RequestTable
+
+
+def load_shares(state: CoordinatorState) -> tuple[float, ...]:
+    """Of all choices of late, those of each expert; empty while too few were counted."""
+    loads = settled(state.load)
+    return tuple(load / sum(loads) for load in loads)
+
+
+def imbalance(state: CoordinatorState) -> float | None:
+    """The measured load of the busiest rank to the mean; None while too little is known."""
+    shares = load_shares(state)
+    if not shares or not state.view.in_epoch:
+        return None
+    found = rank_loads(state.placement, state.view.in_epoch, shares).values()
+    return round(max(found) * len(found) / sum(found), 3) if sum(found) else None
+
+
+def replicas_min(state: CoordinatorState) -> int:
+    """Replicas of the expert that has fewest."""
+    replicas = state.placement.replicas()
+    return min(len(replicas.get(e, ())) for e in range(state.placement.experts))
+
+
+class Metrics:
+    """A collector over what a supervisor's parts know; counts begin with the process."""
+
+    def __init__(
+        self, state: Callable[[], CoordinatorState], book: RequestTable, chronicle: EventLog
+    ):
+        self._state, self._book, self._chronicle = state, book, chronicle
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def collect(self):
+        """Called by the registry at each scrape."""
+        state = self._state()
+        gauges = {
+            "eep_epoch": ("Number of the committed View.", state.view.epoch),
+            "eep_active_ranks": (
+                "Ranks that take part in steps.",
+                len(state.view.with_state(RankState.ACTIVE)),
+            ),
+            "eep_drained_ranks": (
+                "Ranks that the operator took out.",
+                len(state.out - set(state.view.in_epoch)),
+            ),
+            "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
+            "eep_requests_waiting": ("Accepted requests on no rank.", self._book.waiting),
+            "eep_requests_running": ("Requests on a rank.", self._book.running),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
+            text = f"Since this supervisor started: {name.replace('_', ' ')}."
+            yield CounterMetricFamily(f"eep_{name}", text, value=self._book.counts[name])
+        text = "Events since this supervisor started, by kind."
+        family = CounterMetricFamily("eep_events", text, labels=["kind"])
+        for kind, number in sorted(self._chronicle.counts.items()):
+            family.add_metric([kind], number)
+        yield family
+        yield from self._collect_changes()
+        yield from self._collect_sources()
+
+    def _collect_changes(self):
+        """Repairs, admissions, drains and background work: how many, what moved, and how long."""
+        totals = self._chronicle.totals
+        for name, text, labels, counts in (
+            ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
+            (
+                "eep_expert_moves",
+                "Experts brought to slots, by the source that supplied them.",
+                ("change", "source"),
+                totals.moves,
+            ),
+            (
+                "eep_expert_move_bytes",
+                "Bytes of these experts.",
+                ("change", "source"),
+                totals.bytes,
+            ),
+            (
+                "eep_change_seconds",
+                "Seconds of changes by phase; load is beside serving, the others are the pause.",
+                ("change", "phase"),
+                totals.seconds,
+            ),
+        ):
+            family = CounterMetricFamily(
+                name, f"{text} Since this supervisor started.", labels=labels
+            )
+            for values, number in sorted(counts.items()):
+                family.add_metric(values, number)
+            yield family
+
+    def _collect_sources(self):
+        """What could supply experts now, and what is being brought in the background."""
+        state = self._state()
+        statuses = {
+            rank: r.status for rank, r in enumerate(state.records) if r.status and r.is_current
+        }
+        backups = GaugeMetricFamily(
+            "eep_backups", "Experts that a rank keeps in host memory.", labels=["rank"]
+        )
+        for rank, status in statuses.items():
+            backups.add_metric([str(rank)], len(status.backup.experts))
+        yield backups
+        rates = GaugeMetricFamily(
+            "eep_source_bytes_per_second",
+            "Median over ranks of what each source of experts was measured to give.",
+            labels=["source"],
+        )
+        for kind, rate in median_rates(s.rates for s in statuses.values()).items():
+            rates.add_metric([kind.value], rate)
+        yield rates
+        yield GaugeMetricFamily(
+            "eep_replicas_min",
+            "Replicas of the expert that has fewest.",
+            value=replicas_min(state),
+        )
+        if (found := imbalance(state)) is not None:
+            yield GaugeMetricFamily(
+                "eep_load_imbalance",
+                "Load of the busiest rank to the mean, as experts were chosen.",
+                value=found,
+            )
+        task = state.background
+        yield GaugeMetricFamily(
+            "eep_background_moves",
+            "Experts that are being brought while serving.",
+            value=0 if task is None else len(task.plan.moves),
+        )

@@ -1,0 +1,157 @@
+"""From journal records back to what a killed supervisor knew, and from that to a short journal."""
+
+import dataclasses
+
+from eep_jax.config import RunConfig
+from eep_jax.coordination.coordinator import initial_state, restored_state
+from eep_jax.coordination.state import CoordinatorOptions, CoordinatorState
+from eep_jax.engine.request import Request
+from eep_jax.membership.view import Member, RankState, View, empty_view
+from eep_jax.placement.placement import Placement, empty_placement
+from eep_jax.runtime.control.messages import HostProcess
+from eep_jax.runtime.processes.registry import OWN_HOST
+from eep_jax.runtime.serving.dispatcher import accepted_facts, finished_facts
+from eep_jax.runtime.serving.request_table import Entry
+
+EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "repair")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What the journal says. Lists are by rank; `processes` holds the newest of each rank.
+
+    Where that of an incarnation which was issued is not there, it has ended, or never began.
+    """
+
+    is_first: bool  # there is no journal: nothing was ever started
+    view: View
+    placement: Placement
+    epoch_tried: int
+    issued: list[int]
+    fenced: list[int]
+    out: frozenset[int]  # ranks that the operator took out
+    processes: list[tuple[str, HostProcess]]  # (host, process)
+    entries: list[Entry]
+    events: list[dict]
+
+    @property
+    def ended(self) -> list[tuple[int, int]]:
+        """(rank, incarnation) of the newest processes that are known to be no more."""
+        there = {(process.rank, process.incarnation) for _, process in self.processes}
+        newest = [(rank, number) for rank, number in enumerate(self.issued) if number]
+        return [one for one in newest if one not in there]
+
+    def coordinator_state(self, options: CoordinatorOptions, now_ms: int) -> CoordinatorState:
+        if self.is_first:
+            return initial_state(options)
+        return restored_state(
+            options,
+            self.view,
+            self.placement,
+            self.epoch_tried,
+            self.issued,
+            now_ms,
+            self.fenced,
+            self.out,
+        )
+
+
+def read_back(records: list[dict], config: RunConfig) -> Restored:
+    """The state after `records`, oldest first; that of a first start where there are none."""
+    model, cluster = config.model, config.cluster
+    view = empty_view(cluster.ranks)
+    placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
+    tried, issued, fenced = 0, [0] * cluster.ranks, [0] * cluster.ranks
+    processes, entries, out = {}, {}, frozenset()
+    for record in records:
+        match record["kind"]:
+            case "commit":
+                view, placement = _view_of(record), _placement_of(record, model.experts)
+            case "scale":
+                out = frozenset(record["out"])
+            case "prepare" | "tried":
+                tried = max(tried, record["epoch"])
+            case "incarnation":
+                issued[record["rank"]] = max(issued[record["rank"]], record["incarnation"])
+            case "process":
+                rank, incarnation = record["rank"], record["incarnation"]
+                issued[rank] = max(issued[rank], incarnation)
+                process = HostProcess(
+                    rank=rank,
+                    incarnation=incarnation,
+                    pid=record["pid"],
+                    ticks=record["ticks"],
+                )
+                processes[rank, incarnation] = (record.get("host", OWN_HOST), process)
+            case "dead":
+                rank = record["rank"]
+                fenced[rank] = max(fenced[rank], record["incarnation"])
+            case "accepted":
+                entry = _entry_of(record)
+                entries[entry.request.id] = entry
+            case "finished" if record["id"] in entries:
+                entry = entries[record["id"]]
+                entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
+    return Restored(
+        is_first=not records,
+        view=view,
+        placement=placement,
+        epoch_tried=tried,
+        issued=issued,
+        fenced=fenced,
+        out=out,
+        processes=[p for key, p in processes.items() if key[1] == issued[key[0]]],
+        entries=list(entries.values()),
+        events=[r for r in records if r["kind"] in EVENT_KINDS],
+    )
+
+
+def snapshot(
+    state: CoordinatorState,
+    commit: dict | None,
+    processes: list[tuple[str, HostProcess]],
+    entries,
+) -> list[dict]:
+    """Records from which `read_back` makes the same; `commit` is the last one's."""
+    records = [{"kind": "tried", "epoch": state.epoch_tried}, *([commit] if commit else [])]
+    if state.out:
+        records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
+    for host, process in processes:
+        records.append({"kind": "process", **process_facts(host, process)})
+    for rank, record in enumerate(state.records):
+        if record.incarnation:  # `processes` may not have it any more, and it is never given twice
+            facts = {"rank": rank, "incarnation": record.incarnation}
+            records.append({"kind": "incarnation", **facts})
+        if record.fenced:
+            facts = {"rank": rank, "incarnation": record.fenced, "time": 0.0}
+            records.append({"kind": "dead", "reason": "before the journal was cut", **facts})
+    for entry in entries:
+        records.append({"kind": "accepted", **accepted_facts(entry)})
+        if entry.finish:
+            records.append({"kind": "finished", **finished_facts(entry)})
+    return records
+
+
+def process_facts(host: str, process: HostProcess) -> dict:
+    """What the journal keeps of a process that was let in."""
+    return dataclasses.asdict(process) | ({} if host == OWN_HOST else {"host": host})
+
+
+def _view_of(commit: dict) -> View:
+    """JSON made the ranks of `members` strings."""
+    active = {int(rank) for rank in commit["members"]}
+    members = tuple(
+        Member(RankState.ACTIVE if rank in active else RankState.ABSENT, incarnation)
+        for rank, incarnation in enumerate(commit["incarnations"])
+    )
+    return View(epoch=commit["epoch"], members=members)
+
+
+def _placement_of(commit: dict, experts: int) -> Placement:
+    return Placement(experts=experts, slots=tuple(tuple(row) for row in commit["slots"]))
+
+
+def _entry_of(record: dict) -> Entry:
+    facts = record["request"]
+    request = Request(**facts | {"prompt": tuple(facts["prompt"]), "produced": ()})
+    return Entry(request, key=record["key"], body=record["body"], created=record["created"])

@@ -1,0 +1,144 @@
+"""What the supervisor tells people: health and status. Decides nothing."""
+
+from collections.abc import Callable
+
+from eep_jax.config import RunConfig
+from eep_jax.coordination.coordinator import missing
+from eep_jax.coordination.state import CoordinatorState
+from eep_jax.errors import CoverageLost
+from eep_jax.membership.view import RankState
+from eep_jax.placement.placement import require_room
+from eep_jax.runtime.control.channels import Channels
+from eep_jax.runtime.control.messages import Telemetry
+from eep_jax.runtime.history.event_log import EventLog
+from eep_jax.runtime.history.metrics import Metrics, imbalance, load_shares, replicas_min
+from eep_jax.runtime.history.problems import problems, waiting_for
+from eep_jax.runtime.processes.registry import RankProcesses
+from eep_jax.runtime.serving.request_table import RequestTable
+
+
+class StatusReporter:
+    """Reads what a supervisor's parts know. `telemetry` is what each rank said last.
+
+    `metrics()` is the text that monitors read.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        state: Callable[[], CoordinatorState],
+        book: RequestTable,
+        chronicle: EventLog,
+        telemetry: dict[int, Telemetry],
+        processes: RankProcesses,
+        channels: Channels,
+    ):
+        self._config, self._state, self._book = config, state, book
+        self._chronicle, self._telemetry = chronicle, telemetry
+        self._processes, self._channels = processes, channels
+        self.metrics = Metrics(state, book, chronicle).text
+
+    def phase(self) -> str:
+        """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
+        state = self._state()
+        if state.blocked:
+            return "blocked"
+        if state.view.epoch == 0:
+            return "forming"
+        return "changing" if state.change is not None else "serving"
+
+    def health(self) -> tuple[bool, dict]:
+        """Healthy while requests are taken; a change of members is no illness."""
+        state, phase = self._state(), self.phase()
+        facts = {
+            "status": phase,
+            "epoch": state.view.epoch,
+            "active_ranks": list(state.view.with_state(RankState.ACTIVE)),
+            "reason": state.blocked or (waiting_for(state) if phase == "forming" else ""),
+            "problems": self._problems(),
+        }
+        return phase in ("serving", "changing"), facts
+
+    def _problems(self) -> list[str]:
+        return problems(self._state(), self._chronicle.events)
+
+    def status(self) -> dict:
+        """Everything a person or a test may want to know of the cluster."""
+        state = self._state()
+        counts = self._book.counts
+        return {
+            "state": self.phase(),
+            "blocked": state.blocked,
+            "problems": self._problems(),
+            "epoch": state.view.epoch,
+            "policy": self._config.cluster.policy,
+            "ranks": [self._rank(rank) for rank in state.view.ranks],
+            "experts": {
+                "count": state.placement.experts,
+                "missing": list(missing(state)),
+                "dropped": list(state.dropped),
+                "replicas_min": replicas_min(state),
+                "placement": [list(row) for row in state.placement.slots],
+                "load": [round(share, 4) for share in load_shares(state)],
+                "imbalance": imbalance(state),
+            },
+            "requests": {
+                "waiting": self._book.waiting,
+                "running": self._book.running,
+                "accepted": counts["accepted"],
+                "finished": counts["finished"],
+                "cancelled": counts["cancelled"],
+                "requeued": counts["requeued"],
+                "tokens": counts["tokens"],
+                "dropped_choices": counts["dropped_choices"],
+            },
+            "background": self.scale(),
+            "events": list(self._chronicle.events),
+        }
+
+    def scale(self) -> dict:
+        """Who is out or on its way out, and what is done for it in the background."""
+        state = self._state()
+        inside = state.view.in_epoch
+        leaving = [rank for rank in inside if rank in state.out]
+        task, change, waits_for = state.background, state.change, ""
+        if leaving:
+            try:
+                require_room(state.placement, [rank for rank in inside if rank not in state.out])
+            except CoverageLost as error:
+                waits_for = str(error)
+        return {
+            "state": self.phase(),
+            "epoch": state.view.epoch,
+            # Experts may have to be fetched before, in epochs of their own.
+            "epoch_planned": change.view.epoch if change is not None else state.epoch_tried + 1,
+            "draining": leaving,
+            "drained": sorted(state.out - set(inside)),
+            "waits_for": waits_for,
+            "fetching": 0 if task is None else len(task.plan.moves),
+            "reason": "" if task is None else task.reason,
+        }
+
+    def _rank(self, rank: int) -> dict:
+        state = self._state()
+        member, record = state.view.members[rank], state.records[rank]
+        telemetry = self._telemetry.get(rank)
+        # The View names a rank's incarnation from its offer on, the record from its first Hello.
+        status = record.status
+        return {
+            "rank": rank,
+            "state": member.state.value,
+            "drained": rank in state.out and rank not in state.view.in_epoch,
+            "incarnation": record.incarnation,
+            "pid": self._processes.pid_of(rank, record.incarnation),
+            "host": self._channels.host_of(rank),
+            "mode": status.mode.value if status is not None and record.is_current else None,
+            "epoch": status.epoch if status is not None else 0,
+            "requests": len(self._book.of_rank(rank)),
+            "compilations_after_start": telemetry.compilations if telemetry else 0,
+            "steps": telemetry.steps if telemetry else 0,
+            "steps_discarded": telemetry.discarded if telemetry else 0,
+            "experts_moved": dict(telemetry.moved) if telemetry else {},
+            "backups": list(status.backup.experts) if status is not None else [],
+            "source_bytes_per_s": dict(status.rates) if status is not None else {},
+        }

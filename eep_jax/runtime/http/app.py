@@ -1,0 +1,277 @@
+"""The HTTP face of the service: OpenAI completions, models, health, membership and metrics.
+
+Membership is changed here too: `apply` takes ranks out for maintenance, and back in.
+
+The life of a completion: `complete` reads and checks the body, submits it, and turns the
+StreamProgress of its Stream into one JSON answer or into server-sent events. Every error is JSON.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from eep_jax.errors import CoverageLost, InvalidMove, QueueFull
+from eep_jax.runtime.http.chat import parse_chat
+from eep_jax.runtime.http.completion import (
+    CompletionLimits,
+    RequestError,
+    parse_request,
+)
+from eep_jax.runtime.http.response import Answer, Failed
+from eep_jax.runtime.http.scale_request import parse_wish
+from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, ServiceUnavailable
+from eep_jax.runtime.text.chat_template import ChatTemplate
+
+BODY_DEADLINE_S = 30.0  # for a body to arrive
+WRITE_DEADLINE_S = 30.0  # for a client to take what it was sent; then it counts as gone
+GONE_CHECK_S = 0.1  # how often a request that waits for tokens looks for its client
+RETRY_AFTER_S = 1  # what a refused client is told to wait
+KEY_CHARS_MAX = 128
+KEY_HEADER = "Idempotency-Key"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy must pass each event on at once
+}
+CLIENT_GONE_STATUS = 499
+
+LOG = logging.getLogger(__name__)
+
+
+def build_app(
+    service: CompletionService,
+    limits: CompletionLimits,
+    *,
+    template: ChatTemplate | None = None,
+    body_bytes_max: int = 1 << 20,
+    write_deadline_s: float = WRITE_DEADLINE_S,
+) -> web.Application:
+    """The application that serves `service`; its caller runs it. No `template`: no chats."""
+    api = _Api(service, limits, template, body_bytes_max, write_deadline_s)
+    app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
+    app.router.add_post("/v1/completions", api.complete)
+    app.router.add_post("/v1/chat/completions", api.chat)
+    app.router.add_get("/v1/models", api.models)
+    app.router.add_get("/v1/models/{id:.+}", api.model)
+    app.router.add_get("/v1/fault_tolerance/status", api.status)
+    app.router.add_post("/v1/fault_tolerance/apply", api.apply)
+    app.router.add_get("/health", api.health)
+    app.router.add_get("/metrics", api.metrics)
+    return app
+
+
+class _ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Api:
+    """The handlers. `http` is the HTTP request, `request` what it asks for."""
+
+    def __init__(
+        self,
+        service: CompletionService,
+        limits: CompletionLimits,
+        template: ChatTemplate | None,
+        body_bytes_max: int,
+        write_deadline_s: float,
+    ):
+        self._service, self._limits, self._template = service, limits, template
+        self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
+        self._model = {
+            "id": limits.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "eep-jax",
+            "max_model_len": limits.context_tokens,
+        }
+
+    async def complete(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, parse_request)
+
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        return await self._answer(http, functools.partial(parse_chat, template=self._template))
+
+    async def _answer(self, http: web.Request, parse) -> web.StreamResponse:
+        # A long prompt takes a tokenizer or a template a second, in which ranks must be heard.
+        request = await asyncio.to_thread(parse, await _read_json(http), limits=self._limits)
+        key = _read_key(http)
+        answer = Answer(request, self._service.submit(request, key), self._limits.tokenizer)
+        try:
+            if request.stream:
+                return await self._send_events(http, answer)
+            text = "".join([delta async for delta in _deltas(http, answer)])
+            return web.json_response(answer.whole(text))
+        except _ClientGone:
+            if http.transport is not None:
+                http.transport.abort()
+            return web.Response(status=CLIENT_GONE_STATUS)
+        finally:
+            # With a key the client may come back for the answer, so the request goes on.
+            if key is None and answer.finish_reason is None:
+                answer.stream.cancel()
+
+    async def models(self, http: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._model]})
+
+    async def model(self, http: web.Request) -> web.Response:
+        if (name := http.match_info["id"]) != self._limits.model:
+            message = f"model {name[:80]!r} does not exist; this service has {self._limits.model!r}"
+            raise RequestError(404, "model", message, code="model_not_found")
+        return web.json_response(self._model)
+
+    async def health(self, http: web.Request) -> web.Response:
+        healthy, facts = self._service.health()
+        return web.json_response(facts, status=200 if healthy else 503)
+
+    async def status(self, http: web.Request) -> web.Response:
+        return web.json_response(self._service.status())
+
+    async def apply(self, http: web.Request) -> web.Response:
+        return web.json_response(self._service.apply(parse_wish(await _read_json(http))))
+
+    async def metrics(self, http: web.Request) -> web.Response:
+        headers = {"Content-Type": PROMETHEUS_TEXT}
+        return web.Response(body=self._service.metrics(), headers=headers)
+
+    async def _send_events(self, http: web.Request, answer: "Answer") -> web.StreamResponse:
+        """Sends every increment as it comes; reads no further while the client takes nothing."""
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        usage = {"usage": None} if answer.request.include_usage else {}
+        await response.prepare(http)
+        try:
+            for opening in answer.opening():
+                await self._send(response, json.dumps(opening | usage))
+            async for delta in _deltas(http, answer):
+                if delta or answer.finish_reason:
+                    await self._send(response, json.dumps(answer.chunk(delta) | usage))
+            if usage:
+                final = {"choices": [], "usage": answer.usage()}
+                await self._send(response, json.dumps(answer.chunk("") | final))
+            await self._send(response, "[DONE]")
+        except _ClientGone:
+            raise
+        except Exception as error:
+            # The status line is out, so the error can only travel as an event.
+            _, body = _describe(error, http, self._body_bytes_max)
+            await self._send(response, json.dumps(body))
+        await self._bounded(response.write_eof())
+        return response
+
+    async def _send(self, response: web.StreamResponse, data: str) -> None:
+        await self._bounded(response.write(f"data: {data}\n\n".encode()))
+
+    async def _bounded(self, write) -> None:
+        """Waits for a write, which waits for a slow client to empty the buffer in front of it."""
+        try:
+            async with asyncio.timeout(self._write_deadline_s):
+                await write
+        except (TimeoutError, ConnectionError):
+            raise _ClientGone from None
+
+    @property
+    def errors_as_json(self):
+        @web.middleware
+        async def middleware(http: web.Request, handler) -> web.StreamResponse:
+            try:
+                return await handler(http)
+            except Exception as error:
+                if isinstance(error, web.HTTPException) and error.status < 400:
+                    raise
+                status, body = _describe(error, http, self._body_bytes_max)
+                headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+                if isinstance(error, web.HTTPMethodNotAllowed):
+                    headers["Allow"] = error.headers["Allow"]
+                return web.json_response(body, status=status, headers=headers)
+
+        return middleware
+
+
+async def _deltas(http: web.Request, answer: Answer) -> AsyncIterator[str]:
+    """The text of each increment until the answer is complete. Raises _ClientGone, Failed."""
+    progresses = aiter(answer.stream)
+    while answer.finish_reason is None:
+        waiting = asyncio.ensure_future(anext(progresses, None))
+        try:
+            # aiohttp tells a handler of a lost client only when it writes, so it must look.
+            while not waiting.done():
+                if http.transport is None or http.transport.is_closing():
+                    raise _ClientGone
+                await asyncio.wait((waiting,), timeout=GONE_CHECK_S)
+        finally:
+            waiting.cancel()
+        yield answer.advance(waiting.result())
+
+
+async def _read_json(http: web.Request) -> object:
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            data = await http.read()
+    except TimeoutError:
+        message = f"the body took longer than {BODY_DEADLINE_S:g} s to arrive; send it again"
+        raise RequestError(408, None, message) from None
+    except web.RequestPayloadError as error:
+        message = f"the body cannot be read ({error}); send it in the encoding that its headers say"
+        raise RequestError(400, None, message) from None
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not valid JSON ({error}); send one JSON object"
+        raise RequestError(400, None, message) from None
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _read_key(http: web.Request) -> str | None:
+    key = http.headers.get(KEY_HEADER)
+    if key is None or (0 < len(key) <= KEY_CHARS_MAX and key.isascii() and key.isprintable()):
+        return key
+    message = (
+        f"{KEY_HEADER} has {len(key)} characters ({key[:40]!a}); "
+        f"send 1 to {KEY_CHARS_MAX} printable ASCII characters, or leave it out"
+    )
+    raise RequestError(400, KEY_HEADER, message)
+
+
+def _describe(error: Exception, http: web.Request, body_bytes_max: int) -> tuple[int, dict]:
+    """The status and the JSON of an error, in OpenAI's form."""
+    param, kind, message = None, "invalid_request_error", str(error)
+    match error:
+        case RequestError():
+            status, param, code = error.status, error.field, error.code
+        case KeyConflict():
+            status, param, code = 409, KEY_HEADER, "idempotency_key_conflict"
+        case InvalidMove():
+            status, code = 409, "invalid_move"
+        case CoverageLost():
+            status, code = 409, "coverage_lost"
+        case QueueFull():
+            status, kind, code = 429, "rate_limit_error", "queue_full"
+        case ServiceUnavailable():
+            status, kind, code = 503, "server_error", "service_unavailable"
+        case Failed():
+            status, kind, code = 500, "server_error", "generation_failed"
+        case web.HTTPRequestEntityTooLarge():
+            status, code = 413, "body_too_large"
+            message = f"the body is larger than {body_bytes_max} bytes; send a shorter prompt"
+        case web.HTTPNotFound():
+            status, code = 404, "unknown_url"
+            message = f"{http.path[:200]} does not exist; completions are at /v1/completions, "
+            message += "chats at /v1/chat/completions"
+        case web.HTTPMethodNotAllowed():
+            status, code = 405, "method_not_allowed"
+            message = f"{http.method} is not allowed here; use {error.headers['Allow']}"
+        case web.HTTPException():
+            status, code = error.status, None
+        case _:
+            LOG.error("%s %s failed", http.method, http.path, exc_info=error)
+            status, kind, code = 500, "server_error", "internal_error"
+            message = f"{type(error).__name__} inside the service; its log says more"
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,174 @@
+"""What a client may ask of a conversation: the body of `POST /v1/chat/completions`, checked."""
+
+import json
+
+from eep_jax.runtime.http.completion import (
+    CompletionLimits,
+    CompletionRequest,
+    RequestError,
+    answer_length,
+    check_room,
+    check_unicode,
+    known_fields,
+    refusal,
+    sampling_fields,
+    wrong,
+)
+from eep_jax.runtime.text.chat_template import ChatTemplate, TemplateRefused
+
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGES_MAX = 1_024
+EFFORTS = ("minimal", "low", "medium", "high")
+
+_no_tools = "send no tools: this service parses no calls out of answers"
+_text_only = "leave it out: answers are text"
+# Fields of OpenAI's API with values that this service can honour: (test, value, way out).
+_ONLY = {
+    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per answer"),
+    "logprobs": (lambda x: x is False, "false", "leave it out"),
+    "top_logprobs": (lambda x: type(x) is int and x == 0, "0", "leave it out"),
+    "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
+    "frequency_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
+    "logit_bias": (lambda x: x == {}, "null or {}", "leave it out"),
+    "response_format": (lambda x: x == {"type": "text"}, '{"type": "text"}', _text_only),
+    "modalities": (lambda x: x == ["text"], '["text"]', _text_only),
+    "tools": (lambda x: x == [], "null or []", _no_tools),
+    "functions": (lambda x: x == [], "null or []", _no_tools),
+    "tool_choice": (lambda x: x == "none", '"none"', _no_tools),
+    "function_call": (lambda x: x == "none", '"none"', _no_tools),
+    "parallel_tool_calls": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
+    # These change no answer.
+    "user": (lambda x: isinstance(x, str), "a string", "leave it out"),
+    "metadata": (lambda x: isinstance(x, dict), "an object", "leave it out"),
+    "store": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
+    "safety_identifier": (lambda x: isinstance(x, str), "a string", "leave it out"),
+    "prompt_cache_key": (lambda x: isinstance(x, str), "a string", "leave it out"),
+    "service_tier": (lambda x: x in ("auto", "default"), '"auto" or "default"', "leave it out"),
+}
+_LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is what it was called before
+_OWN = ("model", "messages", *_LENGTHS, "temperature", "top_p", "seed", "stop", "stream")
+_OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
+FIELDS = (*_OWN, "stream_options", *_OF_TEMPLATE, *_ONLY)
+# What an answer has that a client sends back with the conversation, empty.
+_EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "tool_calls", "function_call")
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+
+
+def parse_chat(
+    body: object, limits: CompletionLimits, template: ChatTemplate | None
+) -> CompletionRequest:
+    """Reads the body, and renders the conversation with the model's template.
+
+    `{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}` may have an answer as long
+    as the context allows. Raises RequestError, naming the field: of a message as
+    `messages[0].content`. Follows OpenAI's "Create chat completion" reference; what this service
+    does not do is refused, never ignored. `chat_template_kwargs` are arguments of the template,
+    such as `{"enable_thinking": false}`.
+    """
+    fields = known_fields(body, FIELDS, _ONLY, limits)
+    if template is None:
+        message = (
+            f"messages: the model {limits.model!r} has no chat template (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json); send a prompt to /v1/completions instead"
+        )
+        raise RequestError(400, "messages", message, code="no_chat_template")
+    messages, arguments = _messages(fields, template), _template_arguments(fields, template)
+    try:
+        text = template.render(messages, **arguments)
+        check_unicode("messages", text)
+        prompt = limits.tokenizer.encode_rendered(text)
+    except (TemplateRefused, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        problem = f"are refused by the model's chat template: {error}"
+        raise refusal("messages", problem) from None
+    if not prompt:
+        raise refusal("messages", "have no tokens after the model's chat template; send some text")
+    check_room("messages", prompt, limits)
+    return CompletionRequest(
+        prompt=prompt,
+        max_tokens=answer_length(
+            fields, _length(fields), len(prompt), limits.context_tokens - len(prompt), limits
+        ),
+        chat=True,
+        conversation=json.dumps([messages, arguments]),
+        **sampling_fields(fields, limits),
+    )
+
+
+def _length(fields: dict) -> str:
+    """Which of the two names the length of the answer has."""
+    new, old = _LENGTHS
+    if new in fields and fields.get(old, fields[new]) != fields[new]:
+        raise wrong(old, fields[old], f"{new} says something else; send one of them")
+    return old if old in fields and new not in fields else new
+
+
+def _messages(fields: dict, template: ChatTemplate) -> list[dict]:
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= MESSAGES_MAX:
+        raise wrong("messages", messages, f"send a list of 1 to {MESSAGES_MAX} messages")
+    return [_message(m, f"messages[{i}]", template) for i, m in enumerate(messages)]
+
+
+def _message(message: object, where: str, template: ChatTemplate) -> dict:
+    if not isinstance(message, dict):
+        raise wrong(where, message, 'send an object like {"role": "user", "content": "Hi"}')
+    fields = {name: value for name, value in message.items() if value is not None}
+    role = fields.get("role")
+    if role not in ROLES:
+        raise wrong(f"{where}.role", role, f"send one of {', '.join(ROLES)}")
+    for name in _EMPTY_OF_MESSAGE:
+        if fields.pop(name, None):
+            raise refusal(f"{where}.{name}", "is not supported by this service; leave it out")
+    if unknown := sorted(fields.keys() - {"role", "content", "name"}):
+        raise refusal(
+            f"{where}.{unknown[0]}", "is not a field of a message; use role, content and name"
+        )
+    if "name" in fields and not isinstance(fields["name"], str):
+        raise wrong(f"{where}.name", fields["name"], "send a string")
+    if "name" in fields and not template.mentions("name"):
+        raise refusal(f"{where}.name", "has no place in this model's template; leave it out")
+    if role == "developer" and not template.mentions("developer"):
+        fields["role"] = "system"  # what that role was called before
+    return fields | {"content": _content(fields.get("content"), f"{where}.content")}
+
+
+def _content(content: object, where: str) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, str):
+        check_unicode(where, content)
+        return content
+    if not isinstance(content, list) or not content:
+        raise wrong(where, content, 'send a string, or a list of {"type": "text", "text": ...}')
+    texts = []
+    for index, part in enumerate(content):
+        name = f"{where}[{index}]"
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise wrong(name, part, "this service takes parts of type text only")
+        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+            raise wrong(name, part, 'send {"type": "text", "text": "..."}')
+        check_unicode(name, part["text"])
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _template_arguments(fields: dict, template: ChatTemplate) -> dict:
+    arguments = fields.get("chat_template_kwargs", {})
+    if not isinstance(arguments, dict):
+        raise wrong("chat_template_kwargs", arguments, 'send an object like {"name": true}')
+    for name, value in arguments.items():
+        field = f"chat_template_kwargs.{name}"
+        if name in _RESERVED or not name.isidentifier():
+            raise refusal(field, "is not an argument that a request may set")
+        if not template.mentions(name):
+            raise refusal(field, "has no place in this model's template; leave it out")
+        if not isinstance(value, str | int | float | bool | None):
+            raise wrong(field, value, "send a string, a number or a boolean")
+    effort = fields.get("reasoning_effort")
+    if effort is None:
+        return arguments
+    if effort not in EFFORTS or not template.mentions("reasoning_effort"):
+        expected = f"one of {', '.join(EFFORTS)}, where the model's template has such an argument"
+        raise wrong("reasoning_effort", effort, f"send {expected}; else leave it out")
+    return arguments | {"reasoning_effort": effort}

@@ -1,0 +1,235 @@
+"""What a client may ask for, checked field by field. No socket, no clock.
+
+`parse_request` is of plain completions; `chat.py` has that of conversations, and uses the parts of
+this one that both have.
+"""
+
+import dataclasses
+import reprlib
+
+from eep_jax.runtime.serving.contract import CompletionRequest
+from eep_jax.runtime.text.tokenizer import ByteTokenizer, Tokenizer
+
+MAX_TOKENS_DEFAULT = 16
+BYTES = ByteTokenizer()
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+
+_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40)
+
+
+class RequestError(ValueError):
+    """A request that is refused. `field` is the part at fault, `code` is OpenAI's word for it."""
+
+    def __init__(self, status: int, field: str | None, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.field, self.code = status, field, code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionLimits:
+    """What this service can answer."""
+
+    model: str
+    context_tokens: int  # prompt with its BOS, and completion
+    max_stop: int = 4
+    stop_chars_max: int = 64
+    tokenizer: Tokenizer = BYTES
+
+
+# Fields of OpenAI's API with one value that this service can honour: (test, value, way out).
+_ONLY = {
+    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per completion"),
+    "best_of": (lambda x: type(x) is int and x == 1, "1", "send one request per candidate"),
+    "echo": (lambda x: x is False, "false", "put the prompt in front of the answer yourself"),
+    "logprobs": (lambda x: False, "null", "leave it out"),
+    "suffix": (lambda x: False, "null", "leave it out"),
+    "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
+    "frequency_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
+    "logit_bias": (lambda x: x == {}, "null or {}", "leave it out"),
+    "user": (lambda x: isinstance(x, str), "a string", "leave it out"),
+}
+_OWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream")
+FIELDS = (*_OWN, "stream_options", *_ONLY)
+
+
+def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
+    """Reads the body of `POST /v1/completions`. An optional field that is null counts as absent.
+
+    `{"model": "tiny", "prompt": "Hi"}` gives prompt (0, 72, 105), 16 tokens at temperature 1.
+
+    Raises RequestError, naming the field. Follows OpenAI's "Create completion" reference; what
+    this service does not do is refused, never ignored.
+    """
+    fields = known_fields(body, FIELDS, _ONLY, limits)
+    prompt = _prompt(fields.get("prompt"), limits)
+    return CompletionRequest(
+        prompt=prompt,
+        max_tokens=answer_length(fields, "max_tokens", len(prompt), MAX_TOKENS_DEFAULT, limits),
+        **sampling_fields(fields, limits),
+    )
+
+
+def known_fields(body: object, known, only: dict, limits: CompletionLimits) -> dict:
+    """The fields of a body that are not null, of the right model and with no unknown one.
+
+    `only[name]` is (test, value, way out) of a field of which one value alone can be honoured.
+    """
+    if not isinstance(body, dict):
+        raise RequestError(400, None, f"the body is {_SHORT.repr(body)}; send a JSON object")
+    for name in body:
+        if name not in known:
+            raise refusal(name, f"is not a field of this API; use {', '.join(known)}")
+    fields = {name: value for name, value in body.items() if value is not None}
+    _check_model(fields, limits)
+    for name in only.keys() & fields.keys():
+        allowed, value, way_out = only[name]
+        if not allowed(fields[name]):
+            raise wrong(name, fields[name], f"this service supports only {value}; {way_out}")
+    return fields
+
+
+def sampling_fields(fields: dict, limits: CompletionLimits) -> dict:
+    """What both kinds of request have beside prompt and length, checked."""
+    stream = _boolean(fields, "stream")
+    return {
+        "temperature": _number(fields, "temperature", lambda x: 0 <= x <= 2, "from 0 to 2"),
+        "top_p": _number(fields, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "seed": integer(fields, "seed", None, SEED_MIN, SEED_MAX),
+        "stop": _stop(fields.get("stop", []), limits),
+        "stream": stream,
+        "include_usage": _include_usage(fields, stream),
+        "model": limits.model,
+    }
+
+
+def refusal(field: str, problem: str) -> RequestError:
+    """A 400 that names the field."""
+    return RequestError(400, field[:80], f"{field[:80]} {problem}")
+
+
+def wrong(field: str, value: object, expectation: str) -> RequestError:
+    """A 400 that names the field, its value, and what it should be."""
+    return refusal(field, f"is {_SHORT.repr(value)}; {expectation}")
+
+
+def _check_model(fields: dict, limits: CompletionLimits) -> None:
+    model = fields.get("model")
+    if not isinstance(model, str):
+        raise wrong("model", model, f"send the name of the model, {limits.model!r}")
+    if model != limits.model:
+        message = f"model is {_SHORT.repr(model)}; this service has only {limits.model!r}"
+        raise RequestError(404, "model", message, code="model_not_found")
+
+
+def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        (prompt,) = prompt
+    if isinstance(prompt, str):
+        check_unicode("prompt", prompt)
+        try:
+            tokens = limits.tokenizer.encode(prompt)
+        except ValueError as error:
+            raise refusal("prompt", str(error)) from None
+    elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        tokens = limits.tokenizer.complete(tuple(prompt))
+    else:
+        raise wrong("prompt", prompt, "send one string, or one list with at least one token id")
+    if not tokens:
+        raise wrong("prompt", prompt, "it has no tokens, and this model has no BOS; send some text")
+    size = limits.tokenizer.vocab_size
+    if outside := [token for token in tokens if not 0 <= token < size]:
+        raise refusal(
+            "prompt", f"holds token {_SHORT.repr(outside[0])}; ids run from 0 to {size - 1}"
+        )
+    check_room("prompt", tokens, limits)
+    return tokens
+
+
+def check_room(field: str, prompt: tuple[int, ...], limits: CompletionLimits) -> None:
+    """Raises RequestError for a prompt that leaves no room for a token of completion."""
+    if len(prompt) >= limits.context_tokens:
+        message = (
+            f"{field}: the prompt has {len(prompt)} tokens{_with_bos(limits)}; the context of "
+            f"{limits.context_tokens} must also hold one token of completion; shorten it"
+        )
+        raise RequestError(400, field, message, code="context_length_exceeded")
+
+
+def check_unicode(field: str, text: str) -> None:
+    """Raises RequestError for text that cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"has a lone surrogate at character {error.start}; send valid Unicode"
+        raise refusal(field, problem) from None
+
+
+def _with_bos(limits: CompletionLimits) -> str:
+    return " with its BOS" if limits.tokenizer.has_bos else ""
+
+
+def answer_length(
+    fields: dict, name: str, prompt_tokens: int, default: int, limits: CompletionLimits
+) -> int:
+    """How many tokens the answer may have; field `name`, which must fit behind the prompt."""
+    room = limits.context_tokens - prompt_tokens
+    wanted = integer(fields, name, default, 1, None)
+    if wanted > room:
+        message = (
+            f"{name} is {_SHORT.repr(wanted)} and the prompt has {prompt_tokens} tokens"
+            f"{_with_bos(limits)}; the context is {limits.context_tokens}: ask for at most {room}"
+        )
+        raise RequestError(400, name, message, code="context_length_exceeded")
+    return wanted
+
+
+def integer(fields: dict, name: str, default: int | None, low: int, high: int | None) -> int | None:
+    value = fields.get(name, default)
+    if value is None:
+        return None
+    if type(value) is int and low <= value and (high is None or value <= high):
+        return value
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise wrong(name, value, f"send an integer {limits}")
+
+
+def _number(fields: dict, name: str, allowed, limits: str) -> float:
+    """A number, 1 where absent. NaN and infinities pass no comparison that `allowed` makes."""
+    value = fields.get(name, 1.0)
+    if type(value) not in (int, float) or not allowed(value):
+        raise wrong(name, value, f"send a number {limits}")
+    return float(value)
+
+
+def _boolean(fields: dict, name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise wrong(name, value, "send true or false")
+    return value
+
+
+def _stop(stop: object, limits: CompletionLimits) -> tuple[str, ...]:
+    words = [stop] if isinstance(stop, str) else stop
+    expectation = f"send a string or a list of at most {limits.max_stop} strings"
+    if not isinstance(words, list) or len(words) > limits.max_stop:
+        raise wrong("stop", stop, expectation)
+    for word in words:
+        if not isinstance(word, str) or not 0 < len(word) <= limits.stop_chars_max:
+            raise wrong("stop", word, f"{expectation} of 1 to {limits.stop_chars_max} characters")
+        if any("\ud800" <= char <= "\udfff" for char in word):
+            raise wrong("stop", word, "it has a lone surrogate; send valid Unicode")
+    return tuple(words)
+
+
+def _include_usage(fields: dict, stream: bool) -> bool:
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise wrong("stream_options", options, 'send an object like {"include_usage": true}')
+    if "stream_options" in fields and not stream:
+        raise wrong("stream_options", options, "it needs stream: true; set that or leave it out")
+    if unknown := options.keys() - {"include_usage"}:
+        raise refusal(f"stream_options.{min(unknown)}", "is not an option; use include_usage")
+    value = options.get("include_usage")
+    if value is not None and not isinstance(value, bool):
+        raise wrong("stream_options.include_usage", value, "send true or false")
+    return value is True

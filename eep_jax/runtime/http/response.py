@@ -1,0 +1,82 @@
+"""What a client is told of its request, in OpenAI's forms: completions and chat completions."""
+
+from eep_jax.runtime.http.completion import CompletionRequest
+from eep_jax.runtime.text.detokenizer import TextAssembler
+from eep_jax.runtime.text.tokenizer import Tokenizer
+
+
+class Failed(Exception):
+    """The service accepted the request and then could not complete it."""
+
+
+class Answer:
+    """What the client of one request has been told so far, and how it ended."""
+
+    def __init__(self, request: CompletionRequest, stream, tokenizer: Tokenizer):
+        self.request, self.stream = request, stream
+        self.finish_reason: str | None = None
+        # A message stands by itself; a completion goes on from its prompt.
+        decoder = tokenizer.decoder(() if request.chat else request.prompt)
+        self._assembler = TextAssembler(request.stop, decoder)
+        self._degraded: set[int] = set()
+
+    def advance(self, progress) -> str:
+        """Takes in one StreamProgress, None for the end of the stream, and returns its text."""
+        if progress is None:
+            raise Failed("the stream ended without a reason; send the request again")
+        self._degraded.update(progress.degraded)
+        text = self._assembler.feed(progress.tokens)
+        if progress.finish_reason is not None:
+            text += self._assembler.finish()
+        if self._assembler.stopped:
+            # An earlier reader of this key cancelled it here, so an error after this is expected.
+            self.stream.cancel()
+        elif progress.error is not None:
+            raise Failed(progress.error)
+        self.finish_reason = "stop" if self._assembler.stopped else progress.finish_reason
+        return text
+
+    def opening(self) -> list[dict]:
+        """What a stream begins with, before any text."""
+        return (
+            [self._envelope("chat.completion.chunk", delta=_SPEAKER)] if self.request.chat else []
+        )
+
+    def chunk(self, text: str) -> dict:
+        """One increment of a stream; the last one has the reason why it ends."""
+        if not self.request.chat:
+            return self._envelope("text_completion", text=text)
+        return self._envelope("chat.completion.chunk", delta={"content": text} if text else {})
+
+    def whole(self, text: str) -> dict:
+        """The one answer to a client that did not ask for a stream."""
+        if not self.request.chat:
+            found = self._envelope("text_completion", text=text)
+        else:
+            message = {"role": "assistant", "content": text, "refusal": None}
+            found = self._envelope("chat.completion", message=message)
+        return found | {"usage": self.usage()}
+
+    def usage(self) -> dict:
+        prompt, completion = len(self.request.prompt), self._assembler.num_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+    def _envelope(self, kind: str, **content) -> dict:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason}
+        found = {
+            "id": f"chat{self.stream.id}" if self.request.chat else self.stream.id,
+            "object": kind,
+            "created": self.stream.created,
+            "model": self.request.model,
+            "choices": [choice],
+        }
+        if self._degraded:
+            found["degraded"] = {"experts": sorted(self._degraded)}
+        return found
+
+
+_SPEAKER = {"role": "assistant", "content": ""}

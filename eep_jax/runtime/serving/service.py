@@ -1,0 +1,123 @@
+"""The completions service on top of the request book: what HTTP clients talk to."""
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+
+from eep_jax.engine.request import Request
+from eep_jax.runtime.serving.contract import (
+    CompletionRequest,
+    KeyConflict,
+    ServiceUnavailable,
+    StreamProgress,
+)
+from eep_jax.runtime.serving.request_table import Entry, RequestTable
+
+
+class CompletionFrontend:
+    """Turns completion requests into book entries, and entries into streams of progress."""
+
+    def __init__(
+        self,
+        book: RequestTable,
+        end_tokens: frozenset[int],
+        unavailable: Callable[[], str],
+        accepted: Callable[[Entry], None],
+        cancelled: Callable[[Entry], None],
+    ):
+        """`unavailable()` says why no request can be taken now, or ''.
+
+        `accepted` and `cancelled` are called after the book has changed.
+        """
+        self._book, self._end_tokens, self._unavailable = book, end_tokens, unavailable
+        self._accepted, self._cancelled = accepted, cancelled
+        self._readers: dict[str, set[asyncio.Event]] = {}
+
+    def submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
+        """Raises QueueFull, ServiceUnavailable or KeyConflict; see contract.CompletionService."""
+        body = _asked(request)
+        if key is not None and (known := self._book.by_key(key)) is not None:
+            if known.body != body:
+                raise KeyConflict(
+                    f"Idempotency-Key {key!r} was used for another request; "
+                    "use a new key for a new one"
+                )
+            return EntryStream(self, known)
+        if reason := self._unavailable():
+            raise ServiceUnavailable(reason)
+        seed = secrets.randbits(64) if request.seed is None else request.seed & (2**64 - 1)
+        rank_request = Request(
+            id=f"cmpl-{secrets.token_hex(12)}",
+            prompt=request.prompt,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=seed,
+        )
+        entry = self._book.submit(Entry(rank_request, key=key, body=body, created=time.time()))
+        self._accepted(entry)
+        return EntryStream(self, entry)
+
+    def changed(self, request_id: str) -> None:
+        """Wakes all who read this request."""
+        for event in self._readers.get(request_id, ()):
+            event.set()
+
+    async def read(self, entry: Entry) -> AsyncIterator[StreamProgress]:
+        """The entry's tokens from the first, as they come. Buffers nothing beyond the entry."""
+        event = asyncio.Event()
+        self._readers.setdefault(entry.request.id, set()).add(event)
+        sent = 0
+        try:
+            while True:
+                event.clear()
+                new, finish = entry.tokens[sent:], entry.finish
+                sent += len(new)
+                degraded = tuple(sorted(entry.degraded))
+                if finish == "stop" and new and new[-1] in self._end_tokens:
+                    new = new[:-1]
+                if finish == "cancelled":
+                    yield StreamProgress(tokens=tuple(new), error="the request was cancelled")
+                    return
+                if new or finish:
+                    reason = finish or None
+                    yield StreamProgress(tokens=tuple(new), finish_reason=reason, degraded=degraded)
+                if finish:
+                    return
+                if len(entry.tokens) == sent and not entry.finish:
+                    await event.wait()
+        finally:
+            readers = self._readers.get(entry.request.id, set())
+            readers.discard(event)
+            if not readers:
+                self._readers.pop(entry.request.id, None)
+
+    def cancel(self, entry: Entry) -> None:
+        if self._book.cancel(entry.request.id) is not None:
+            self._cancelled(entry)
+            self.changed(entry.request.id)
+
+
+class EntryStream:
+    """One client's reading of an entry."""
+
+    def __init__(self, serving: CompletionFrontend, entry: Entry):
+        self._serving, self._entry = serving, entry
+        self.id, self.created = entry.request.id, int(entry.created)
+
+    def __aiter__(self) -> AsyncIterator[StreamProgress]:
+        return self._serving.read(self._entry)
+
+    def cancel(self) -> None:
+        self._serving.cancel(self._entry)
+
+
+def _asked(request: CompletionRequest) -> str:
+    """What a repeated key must ask for again: all that changes the tokens, however it is sent."""
+    fields = dataclasses.asdict(request) | {"stream": None, "include_usage": None}
+    if request.conversation:
+        fields["prompt"] = None  # a template may have written today's date into it
+    return json.dumps(fields)

@@ -1,0 +1,64 @@
+"""Who may come in: what follows from a Hello. Pure; the supervisor carries it out."""
+
+import dataclasses
+
+from eep_jax.coordination.protocol import Fenced, Refused, Welcome
+from eep_jax.coordination.state import Arrived
+from eep_jax.runtime.control.messages import Hello
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What is known when a rank's process says Hello.
+
+    `newest` is the newest incarnation of its rank, 0 if there was none; `is_newest` whether the
+    caller is the very process that has it, and is current. `peers` are the Hellos of the other
+    ranks that are current. `watchable`: whether the end of a process on its host would be seen.
+    """
+
+    newest: int
+    is_newest: bool
+    peers: tuple[Hello, ...]
+    watchable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns:
+    """A process that has its incarnation calls again: this is its channel now."""
+
+
+def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | Fenced:
+    """The answer, or Arrived: then the coordinator knows whether the rank's place is free.
+
+    Refused is asked again after a while, Fenced is for good.
+    """
+    if hello.incarnation:
+        if hello.incarnation == seen.newest:
+            return Returns()
+        return Fenced(
+            reason=f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, "
+            f"{seen.newest}"
+        )
+    if seen.is_newest:
+        # It was let in before, and the channel broke before it heard so.
+        return Welcome(incarnation=seen.newest)
+    if reason := out_of_reach(hello, seen.peers):
+        return Fenced(reason=reason)
+    if not seen.watchable:
+        return Refused(
+            reason=f"no launcher of host {hello.host} has called, so nobody would see rank "
+            f"{hello.rank} die: start ranks there with python -m launch.node"
+        )
+    return Arrived(hello.rank)
+
+
+def out_of_reach(hello: Hello, peers: tuple[Hello, ...]) -> str:
+    """Why this process and the ranks there are could not reach each other's memory, or ''."""
+    hosts = sorted({peer.host for peer in (*peers, hello)})
+    apart = sorted(peer.rank for peer in (*peers, hello) if not peer.mirrored)
+    if len(hosts) == 1 or not apart:
+        return ""
+    return (
+        f"ranks are on the hosts {hosts}, and ranks {apart} serve no mirror: start all ranks "
+        "with --mirror_host=ADDRESS, at which ranks of other hosts reach theirs"
+    )

@@ -1,0 +1,124 @@
+"""Feeds the coordinator with what happens, and carries out what it decides.
+
+Every command is carried out before the next event is fed: nothing that is called here calls back.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+from eep_jax.coordination import coordinator
+from eep_jax.coordination.protocol import Refused, Welcome
+from eep_jax.coordination.state import (
+    Answer,
+    CoordinatorState,
+    Ended,
+    Ending,
+    Kill,
+    Note,
+    Send,
+)
+from eep_jax.runtime.control.channels import Channels
+from eep_jax.runtime.control.messages import Hello, HostProcess
+from eep_jax.runtime.control.server import Connection
+from eep_jax.runtime.history.event_log import EventLog
+from eep_jax.runtime.history.journal import Journal
+from eep_jax.runtime.history.recovery import process_facts
+from eep_jax.runtime.processes.registry import RankProcesses
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DriverDeps:
+    """What commands are carried out with.
+
+    `released` is called for a rank whose requests others must take over, `settled` after every
+    event, when all that it led to has been carried out.
+    """
+
+    now_ms: Callable[[], int]
+    channels: Channels
+    processes: RankProcesses
+    journal: Journal
+    chronicle: EventLog
+    released: Callable[[int], None]
+    settled: Callable[[], None]
+
+
+class Driver:
+    """Has the coordinator's state, and is the only one to change it."""
+
+    def __init__(self, state: CoordinatorState, hands: DriverDeps):
+        self.state, self._hands = state, hands
+
+    def feed(self, event, connection: Connection | None = None) -> None:
+        """`connection` is of the process that caused the event, if one did; it gets the answer."""
+        hands = self._hands
+        self.state, commands = coordinator.advance(self.state, event, hands.now_ms())
+        for command in commands:
+            match command:
+                case Send(rank=rank, incarnation=incarnation, message=message):
+                    hands.channels.send(rank, message, incarnation)
+                case Answer(message=message):
+                    if connection is not None:
+                        self.answer(connection, message)
+                case Kill(rank=rank, incarnation=incarnation, reason=reason):
+                    _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
+                    hands.processes.kill(rank, incarnation)
+                case Note(kind=kind, facts=facts):
+                    self._note(kind, facts)
+        hands.settled()
+
+    def answer(self, connection: Connection, message) -> None:
+        """Tells a process that said Hello how it stands; who is welcome is watched from now on."""
+        if isinstance(message, Welcome):
+            self._let_in(connection, message.incarnation)
+        elif isinstance(message, Refused):
+            _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
+        connection.send(message)
+
+    def ending(self, process: HostProcess) -> None:
+        """A process of a rank has begun to exit."""
+        self.feed(Ending(process.rank, process.incarnation))
+
+    def ended(self, process: HostProcess, why: str = "") -> None:
+        """A process of a rank is known to have ended, or is lost with its host: `why`."""
+        facts = {"rank": process.rank, "incarnation": process.incarnation, "pid": process.pid}
+        self._note("ended", facts | ({"reason": why} if why else {}))
+        self.feed(Ended(process.rank, process.incarnation))
+
+    def current_processes(self) -> set[tuple[int, int]]:
+        """(rank, incarnation) of all that may be members."""
+        return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.is_current}
+
+    def _let_in(self, connection: Connection, incarnation: int) -> None:
+        hands, hello = self._hands, connection.hello
+        connection.incarnation = incarnation
+        hands.channels.register(connection)
+        process, host = process_of(hello, incarnation), hands.processes.named(hello.host)
+        # In the journal before the process hears of it: no later supervisor misses one that lives.
+        hands.journal.append("process", process_facts(host, process))
+        hands.processes.watch(host, process)
+
+    def _note(self, kind: str, facts: dict) -> None:
+        silent_ms = self._silent_ms(facts["rank"]) if kind == "dead" else 0
+        self._hands.chronicle.note(kind, facts, silent_ms)
+        match kind:
+            case "dead":
+                self._hands.released(facts["rank"])
+            case "commit":
+                for rank in facts["drained"]:
+                    self._hands.released(rank)
+
+    def _silent_ms(self, rank: int) -> int:
+        """How long ago a rank that was judged dead last gave a sign of life."""
+        record = self.state.records[rank]
+        alive_ms = self._hands.processes.alive_ms(rank, record.incarnation)
+        ending = alive_ms is not None and (record.ending or record.ended)
+        return max(0, self._hands.now_ms() - (alive_ms if ending else record.heard_ms))
+
+
+def process_of(hello: Hello, incarnation: int) -> HostProcess:
+    """The process that says Hello, as it is known on its host."""
+    return HostProcess(rank=hello.rank, incarnation=incarnation, pid=hello.pid, ticks=hello.ticks)

@@ -1,0 +1,131 @@
+"""What ranks and launchers say: checked, and passed on to whom it concerns."""
+
+import logging
+from collections.abc import Callable
+
+from eep_jax.config import RunConfig
+from eep_jax.coordination.protocol import Fenced, Status
+from eep_jax.coordination.state import Arrived, Disconnected, Measured
+from eep_jax.engine.request import Progress
+from eep_jax.errors import ProtocolError
+from eep_jax.runtime.control import messages
+from eep_jax.runtime.control.channels import Channels
+from eep_jax.runtime.control.server import Connection
+from eep_jax.runtime.history.event_log import EventLog
+from eep_jax.runtime.processes.registry import RankProcesses
+from eep_jax.runtime.processes.remote import HostWatch
+from eep_jax.runtime.serving.dispatcher import RequestDispatcher
+from eep_jax.runtime.supervisor.admission import Returns, Seen, admit
+from eep_jax.runtime.supervisor.driver import Driver, process_of
+from eep_jax.runtime.supervisor.message_checks import (
+    check_hello,
+    check_progress,
+    check_status,
+    check_telemetry,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class MessageHandler:
+    """The handlers of a `ControlServer`. `telemetry` is what each rank said last.
+
+    `assign` gives out requests: a rank that spoke may have room.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        driver: Driver,
+        channels: Channels,
+        processes: RankProcesses,
+        hosts: HostWatch,
+        flow: RequestDispatcher,
+        chronicle: EventLog,
+        assign: Callable[[], None],
+    ):
+        self._config, self._driver, self._channels = config, driver, channels
+        self._processes, self._hosts = processes, hosts
+        self._flow, self._chronicle, self._assign = flow, chronicle, assign
+        self.telemetry: dict[int, messages.Telemetry] = {}
+
+    def on_message(self, connection: Connection, message) -> None:
+        """Raises ProtocolError for what this sender cannot say, or not now."""
+        if isinstance(connection.hello, messages.HostHello):
+            return self._hosts.on_message(connection, message)
+        if isinstance(message, messages.Hello):
+            return self._on_hello(connection, message)
+        if not connection.incarnation:
+            raise ProtocolError(f"{type(message).__name__} before the Hello was answered")
+        if isinstance(message, Status):
+            rank, incarnation = connection.hello.rank, connection.incarnation
+            check_status(message, rank, incarnation, self._config)
+            self._driver.feed(message, connection)
+        elif self._is_heard(connection):
+            self._on_report(connection, message)
+
+    def on_closed(self, connection: Connection) -> None:
+        if isinstance(connection.hello, messages.HostHello):
+            return self._hosts.on_closed(connection)
+        if self._channels.remove(connection):
+            self._driver.feed(Disconnected(connection.hello.rank, connection.incarnation))
+
+    def _on_hello(self, connection: Connection, hello: messages.Hello) -> None:
+        check_hello(hello, self._config)
+        if hello != connection.hello or self._channels.is_current(connection):
+            raise ProtocolError(f"rank {hello.rank} introduced itself twice")
+        match admit(hello, self._seen(hello)):
+            case Returns():
+                self._channels.register(connection)
+                self._processes.watch(hello.host, process_of(hello, hello.incarnation))
+            case Arrived() as event:
+                self._driver.feed(event, connection)
+            case Fenced(reason=reason) as answer:
+                _log.error("rank %d cannot take part: %s", hello.rank, reason)
+                self._driver.answer(connection, answer)
+            case answer:
+                self._driver.answer(connection, answer)
+
+    def _seen(self, hello: messages.Hello) -> Seen:
+        records = self._driver.state.records
+        record, hellos = records[hello.rank], self._channels.hellos()
+        process = process_of(hello, record.incarnation)
+        others = [rank for rank in hellos if rank != hello.rank and records[rank].is_current]
+        return Seen(
+            newest=record.incarnation,
+            is_newest=record.is_current and self._processes.knows(hello.host, process),
+            peers=tuple(hellos[rank] for rank in others),
+            watchable=self._processes.can_watch(hello.host),
+        )
+
+    def _is_heard(self, connection: Connection) -> bool:
+        """Whether this is the channel of its rank's process, and that was not evicted."""
+        is_current = self._driver.state.records[connection.hello.rank].is_current
+        return is_current and self._channels.is_current(connection)
+
+    def _on_report(self, connection: Connection, message) -> None:
+        rank, state = connection.hello.rank, self._driver.state
+        match message:
+            case messages.Produced(progress=progress) if connection.settled:
+                for part in self._checked(rank, progress):
+                    self._flow.produced(rank, part, state.dropped)
+            case messages.Held(progress=progress):
+                is_member = rank in state.view.in_epoch
+                self._flow.held(rank, self._checked(rank, progress), is_member, state.dropped)
+                connection.settled = True
+            case messages.Telemetry():
+                self._on_telemetry(rank, message)
+        self._assign()
+
+    def _checked(self, rank: int, progress: tuple[Progress, ...]) -> tuple[Progress, ...]:
+        for part in progress:
+            check_progress(part, rank, self._config)
+        return progress
+
+    def _on_telemetry(self, rank: int, telemetry: messages.Telemetry) -> None:
+        check_telemetry(telemetry, rank, self._config)
+        self.telemetry[rank] = telemetry
+        if telemetry.change is not None:
+            self._chronicle.told(rank, telemetry.change)
+        if any(telemetry.chosen):
+            self._driver.feed(Measured(telemetry.chosen))

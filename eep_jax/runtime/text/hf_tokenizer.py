@@ -1,0 +1,214 @@
+"""tokenizer.json of a Hugging Face directory, through the `tokenizers` library.
+
+Text of an answer is put together token by token. Two kinds of decoders, which nearly all models
+have, are read as bytes per token (`_byte_level`, `_byte_fallback`): exact, and each token costs
+the same. Any other is asked for the text of a short window of tokens (`WindowDecoder`).
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+import re
+
+import tokenizers
+
+from eep_jax.runtime.text.tokenizer import TOKENIZER_FILE, PieceDecoder
+
+CONFIG_FILE = "tokenizer_config.json"
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+WINDOW_TOKENS = 6  # of the prompt, that tell a decoder how a text goes on
+HELD_TOKENS_MAX = 16  # no character of UTF-8 has more than 4 bytes
+
+
+class HFTokenizer:
+    """A `tokenizers.Tokenizer` behind the verbs of `tokenizer.Tokenizer`.
+
+    `named` has the texts of its special tokens: `{"bos_token": "<s>", ...}`.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        path = directory / TOKENIZER_FILE
+        try:
+            spec = path.read_text()
+            self._inner = tokenizers.Tokenizer.from_str(spec)
+            decoder = json.loads(spec).get("decoder") or {}
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is no tokenizer: {error}") from error
+        # A file may come with the settings of a training run.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        added = self._inner.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
+        self.config = read_tokenizer_config(directory)
+        self.named = named_tokens(directory, self.config)
+        self._bos = self._bos_to_add()
+        self.has_bos = bool(self.encode(""))
+        self._piece, self._strips = _pieces(decoder)
+        if self._piece is not None:
+            self._bytes = functools.cache(self._bytes_of)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        if self._bos is None:
+            return self._encode(text, "add_bos_token" not in self.config)
+        return (self._bos, *self._encode(text, False))
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        return self._encode(text, False)
+
+    def complete(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        return ids
+
+    def decoder(self, after: tuple[int, ...] = ()):
+        if self._piece is None:
+            decode = functools.partial(self._inner.decode, skip_special_tokens=True)
+            return WindowDecoder(decode, after)
+        begins = not any(self._bytes(token) for token in after)
+        return _Stripped(self._bytes, self._strips if begins else 0)
+
+    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
+        # Of a batch, so that other threads run meanwhile.
+        (encoding,) = self._inner.encode_batch([text], add_special_tokens=special)
+        return tuple(encoding.ids)
+
+    def _bos_to_add(self) -> int | None:
+        """The id that `add_bos_token` asks for; without that field tokenizer.json itself says."""
+        if not self.config.get("add_bos_token"):
+            return None
+        token = self._inner.token_to_id(self.named.get("bos_token", ""))
+        if token is None:
+            raise ValueError(
+                f"{CONFIG_FILE} says add_bos_token, but its bos_token "
+                f"{self.named.get('bos_token')!r} is not a token of {TOKENIZER_FILE}"
+            )
+        return token
+
+    def _bytes_of(self, token: int) -> bytes:
+        text = None if token in self._special else self._inner.id_to_token(token)
+        return b"" if text is None else self._piece(text)
+
+
+class _Stripped(PieceDecoder):
+    """A PieceDecoder of a text that begins here: up to `strips` leading spaces are not its own."""
+
+    def __init__(self, piece, strips: int):
+        super().__init__(piece)
+        self._strips = strips
+
+    def feed(self, token: int) -> str:
+        text = super().feed(token)
+        while self._strips and text:
+            if text[0] != " ":
+                self._strips = 0
+                break
+            text, self._strips = text[1:], self._strips - 1
+        return text
+
+
+class WindowDecoder:
+    """Asks `decode` for the text of a few tokens, and passes on by how much one more makes it grow.
+
+    The window begins with tokens whose text is known already: some decoders treat the beginning of
+    a text differently.
+    """
+
+    def __init__(self, decode, after: tuple[int, ...]):
+        self._decode = decode
+        self._tokens = list(after[-WINDOW_TOKENS:])
+        self._known = len(self._tokens)  # of the window; their text was passed on
+
+    def feed(self, token: int) -> str:
+        self._tokens.append(token)
+        held = len(self._tokens) - self._known
+        return self._grown(certain_only=held < HELD_TOKENS_MAX)
+
+    def finish(self) -> str:
+        return self._grown(certain_only=False)
+
+    def _grown(self, certain_only: bool) -> str:
+        before, now = self._decode(self._tokens[: self._known]), self._decode(self._tokens)
+        if certain_only and (now.endswith("\ufffd") or now == before):
+            return ""
+        # What was passed on is the beginning of the next window.
+        self._tokens = self._tokens[self._known :] or self._tokens
+        self._known = len(self._tokens)
+        same = (a == b for a, b in zip(before, now, strict=False))
+        return now[sum(itertools.takewhile(bool, same)) :]
+
+
+def read_tokenizer_config(directory: pathlib.Path) -> dict:
+    """tokenizer_config.json, {} if there is none. Raises ValueError where it is no JSON object."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def named_tokens(directory: pathlib.Path, config: dict) -> dict[str, str]:
+    """Texts of the tokens that a chat template may name."""
+    path = directory / "special_tokens_map.json"
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    named = {}
+    for name in NAMED_TOKENS:
+        token = config.get(name) or found.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            named[name] = token
+    return named
+
+
+def _pieces(decoder: dict):
+    """(token text -> bytes, leading spaces to strip), or (None, 0) for an unknown decoder.
+
+    `decoder` is that part of tokenizer.json.
+    """
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level, 0
+    if "ByteFallback" not in kinds or set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        return None, 0
+    replaced = [(s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"]
+    strips = [s for s in steps if s["type"] == "Strip"]
+    if any(old is None for old, _ in replaced) or len(strips) > 1:
+        return None, 0
+    if strips and (strips[0]["content"] != " " or strips[0]["stop"]):
+        return None, 0
+    piece = functools.partial(_byte_fallback, replaced=replaced)
+    return piece, strips[0]["start"] if strips else 0
+
+
+def _byte_level(text: str) -> bytes:
+    """GPT-2's spelling of bytes as printable characters: "Ġa" is b" a"."""
+    letters = _byte_letters()
+    if all(char in letters for char in text):
+        return bytes(letters[char] for char in text)
+    return text.encode()  # an added token that is spelt as it reads
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """Printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    letters = {chr(byte): byte for byte in own}
+    return letters | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_fallback(text: str, replaced) -> bytes:
+    """SentencePiece's spelling: "▁a" is b" a", "<0x0A>" is a byte."""
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
+        return bytes.fromhex(byte[1])
+    for old, new in replaced:
+        text = text.replace(old, new)
+    return text.encode()
