@@ -88,8 +88,9 @@ class HostWatch:
         """Takes the processes of a lost host for ended.
 
         A host is lost when its launchers were silent for `lost_ms` and none of its processes is in
-        `current`: (rank, incarnation) pairs that may be members. What may still run there shares memory with
-        no member, and mirrors take nothing from a process that was evicted.
+        `current`: (rank, incarnation) pairs that may be members. What may
+        still run there shares memory with no member, and mirrors take
+        nothing from a process that was evicted.
         """
         in_use = {found.host for key, found in self.processes.items() if key in current}
         for key, found in list(self.processes.items()):
