@@ -52,7 +52,7 @@ def main(_) -> None:
             epoch=np.uint32(epoch),
             round=np.uint32(first_round(epoch)),
             deadline_ms=np.uint32(deadline_ms),
-            wish=np.uint32(0),
+            vote=np.uint32(0),
             suspicion=np.zeros(2, np.int32),
             abort_address=address_words(address),
         )

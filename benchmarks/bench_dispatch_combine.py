@@ -173,8 +173,8 @@ def dispatch_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
     for rank in range(RANKS):
         received.append(loop.dispatch(*mine[rank], _at(rank, _after(turn, sent))))
         turn = turn.after(received[-1][3])
-    wish = functools.reduce(jnp.maximum, [got[4] for got in received])
-    return received, dataclasses.replace(turn.next(), wish=wish)
+    vote = functools.reduce(jnp.maximum, [got[4] for got in received])
+    return received, dataclasses.replace(turn.next(), vote=vote)
 
 
 def combine_all(loop: Loopback, call: Call, data: Data) -> tuple[list, Call]:
@@ -209,7 +209,7 @@ def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
     for rank in range(RANKS):
         mine = (data.x[rank], data.slots[rank], data.weights[rank], data.heap)
         received = loop.dispatch_alone(*mine, _at(rank, call))
-        call = dataclasses.replace(call.after(received[3]), wish=received[4])
+        call = dataclasses.replace(call.after(received[3]), vote=received[4])
     return call.next()
 
 
@@ -248,13 +248,13 @@ def timed_of(family: "Family") -> tuple[str, ...]:
 
 
 def live_step(name: str, loop: Loopback):
-    """One repetition: `((round, suspicion, wish), call, data)`; membership is an argument."""
+    """One repetition: `((round, suspicion, vote), call, data)`; membership is an argument."""
 
     def step(carry, call: Call, data: Data):
-        round_, suspicion, wish = carry
-        call = dataclasses.replace(call, round=round_, suspicion=suspicion, wish=wish)
+        round_, suspicion, vote = carry
+        call = dataclasses.replace(call, round=round_, suspicion=suspicion, vote=vote)
         call = TIMED[name](loop, call, data)
-        return call.round, call.suspicion, call.wish
+        return call.round, call.suspicion, call.vote
 
     return step
 
@@ -272,7 +272,7 @@ def fixed_program(name: str, loop: Loopback, call: Call, data, repetitions: int)
 
 
 def _carry(call: Call):
-    return call.round, call.suspicion, call.wish
+    return call.round, call.suspicion, call.vote
 
 
 def dispatch_check(loop: Loopback):
@@ -317,11 +317,11 @@ def read_window(loop: Loopback, source, after) -> dict[str, jax.Array]:
 
 
 def _listed(source):
-    """The slot of each choice as the lists of members have it."""
-    members = source.members.reshape(SLOTS, -1)
-    inside = jnp.arange(members.shape[1])[None] < source.counts[:, None]
-    slot = jnp.broadcast_to(jnp.arange(SLOTS)[:, None], members.shape)
-    at = jnp.where(inside, members, source.slots.size)
+    """The slot of each choice as the lists of dispatch give it."""
+    grouped = source.grouped.reshape(SLOTS, -1)
+    inside = jnp.arange(grouped.shape[1])[None] < source.counts[:, None]
+    slot = jnp.broadcast_to(jnp.arange(SLOTS)[:, None], grouped.shape)
+    at = jnp.where(inside, grouped, source.slots.size)
     return jnp.full(source.slots.size, -1).at[at].set(slot, mode="drop")
 
 

@@ -170,7 +170,7 @@ class After(typing.NamedTuple):
         return peers.address(refs[0], row.wide() * (self.rows.shape[-1] * 2))
 
 
-# Programs. `lists` are those of `mosaic_gpu.list_members`.
+# Programs. `lists` are those of `mosaic_gpu.group_rows`.
 
 
 def gemm_step(case: Case, config: GemmConfig):
@@ -206,7 +206,7 @@ def abstract(case: Case, tile_rows: int):
     of, experts = jax.ShapeDtypeStruct, case.experts
     slots = of(case.shape, jnp.int32)
     lists = jax.eval_shape(
-        lambda slots: mosaic_gpu.list_members(slots, experts.slots, tile_rows), slots
+        lambda slots: mosaic_gpu.group_rows(slots, experts.slots, tile_rows), slots
     )
     rows = of((1, case.tokens, experts.hidden), jnp.bfloat16)
     bank = of(experts.bank_shape, jnp.bfloat16)
@@ -226,7 +226,7 @@ def timed_program(case: Case, repetitions: int) -> Program:
 
 
 def lists_program(case: Case) -> Program:
-    make = lambda s: mosaic_gpu.list_members(s, case.experts.slots, case.config.tile_rows)
+    make = lambda s: mosaic_gpu.group_rows(s, case.experts.slots, case.config.tile_rows)
     return Program(make, (jax.ShapeDtypeStruct(case.shape, jnp.int32),))
 
 
@@ -579,7 +579,7 @@ def tune(cases: list[Case], samples: int) -> None:
         listed = {
             tile_rows: jax.jit(
                 functools.partial(
-                    mosaic_gpu.list_members, num_slots=case.experts.slots, tile_rows=tile_rows
+                    mosaic_gpu.group_rows, num_slots=case.experts.slots, tile_rows=tile_rows
                 )
             )(slots)
             for tile_rows in (64, 128)

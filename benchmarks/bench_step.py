@@ -95,7 +95,7 @@ class World:
         return dataclasses.replace(
             call_of(tables, RANK, deadline_ms, 0),
             round=np.uint32(first_round(int(tables.epoch))),
-            wish=np.uint32(StepKind.DECODE),
+            vote=np.uint32(StepKind.DECODE),
             abort_address=abort_address,
         )
 
@@ -155,7 +155,7 @@ def live_program(world: World) -> Program:
 
 
 def fixed_program(world: World, abort_address: np.ndarray) -> Program:
-    """The same step with tables, members, epoch, deadline and wish as constants."""
+    """The same step with tables, members, epoch, deadline and vote as constants."""
     step, _ = make_step(world.config, world.spread)
     tables = world.tables(0)
     constant = world.call(tables, abort_address)

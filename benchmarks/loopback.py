@@ -68,7 +68,7 @@ class Loopback:
             epoch=np.uint32(epoch),
             round=np.uint32(first_round(epoch) + steps),
             deadline_ms=np.uint32(deadline_ms),
-            wish=np.uint32(1),
+            vote=np.uint32(1),
             suspicion=np.zeros(ranks, np.int32),
             abort_address=address_words(address),
         )
@@ -80,7 +80,7 @@ class Loopback:
 
     @functools.cached_property
     def dispatch(self):
-        """As `send`, and then `-> (rows, slots, weights, suspicion, wish)`."""
+        """As `send`, and then `-> (rows, slots, weights, suspicion, vote)`."""
         return jax.jit(functools.partial(self._exchange, dispatch_gpu.dispatch_mosaic))
 
     @functools.cached_property

@@ -66,7 +66,7 @@ def solo_tables(ranks: int, experts: int, slots_per_rank: int, rank: int) -> Tab
 
 
 def call_of(tables: Tables, rank: int, deadline_ms: int, abort_address: int) -> Call:
-    """What an epoch's exchanges on `rank` are told; round and wish are filled in for each step.
+    """What an epoch's exchanges on `rank` are told; round and vote are filled in for each step.
 
     `abort_address` is where kernels read the abort word (`SymmetricHeap.control_address`).
     """
@@ -76,7 +76,7 @@ def call_of(tables: Tables, rank: int, deadline_ms: int, abort_address: int) -> 
         epoch=tables.epoch,
         round=np.uint32(0),
         deadline_ms=np.uint32(deadline_ms),
-        wish=np.uint32(0),
+        vote=np.uint32(0),
         suspicion=np.zeros(len(tables.active), np.int32),
         abort_address=address_words(abort_address),
     )

@@ -32,7 +32,7 @@ class Call:
     epoch: UInt32[Array, ""]
     round: UInt32[Array, ""]
     deadline_ms: UInt32[Array, ""]
-    wish: UInt32[Array, ""]  # what this rank would like the next step to be
+    vote: UInt32[Array, ""]  # this rank's vote for the kind of the next step
     suspicion: Int32[Array, "R"]
     # Low and high half of the address at which a GPU reads this rank's abort word; unused on CPU.
     abort_address: UInt32[Array, "2"] = dataclasses.field(
@@ -40,8 +40,8 @@ class Call:
     )
 
     def scalars(self) -> UInt32[Array, "5"]:
-        """Rank, epoch, round, deadline and wish in one array, as exchanges on a host take them."""
-        words = (self.rank, self.epoch, self.round, self.deadline_ms, self.wish)
+        """Rank, epoch, round, deadline and vote in one array, as exchanges on a host take them."""
+        words = (self.rank, self.epoch, self.round, self.deadline_ms, self.vote)
         return jnp.stack([jnp.asarray(word, jnp.uint32) for word in words])
 
     def after(self, suspicion: Int32[Array, "R"]) -> "Call":

@@ -84,20 +84,20 @@ class ExchangeScalars(typing.NamedTuple):
     epoch: Array  # [1]
     round: Array  # [1]
     deadline_ms: Array  # [1]
-    wish: Array  # [1]
+    vote: Array  # [1]
     abort: Array  # [2]
     rank: Array  # [1]
     active: Array  # [R]
     suspicion: Array  # [R]
 
 
-def told(call: Call) -> ExchangeScalars:
+def exchange_scalars(call: Call) -> ExchangeScalars:
     one = lambda scalar, dtype=jnp.uint32: jnp.asarray(scalar, dtype).reshape(1)
     return ExchangeScalars(
         epoch=one(call.epoch),
         round=one(call.round),
         deadline_ms=one(call.deadline_ms),
-        wish=one(call.wish),
+        vote=one(call.vote),
         abort=jnp.asarray(call.abort_address),
         rank=one(call.rank, jnp.int32),
         active=jnp.asarray(call.active),
@@ -223,16 +223,16 @@ def forget_home(heap: Heap, refs: ExchangeScalars) -> None:
 def tell_partners(
     flag: str, heap: Heap, refs: ExchangeScalars, is_partner, threads: int, stand_in: bool = False
 ) -> None:
-    """Part of a kernel: the wish and then the round into each partner's window.
+    """Part of a kernel: the vote and then the round into each partner's window.
 
     With `stand_in` also into the own window what the partners would write there.
     """
-    wish, current = word_at(refs.wish), word_at(refs.round)
+    vote, current = word_at(refs.vote), word_at(refs.round)
 
     def tell(peer: Word) -> None:
         with peers.when(is_partner(peer)):
             for to, by in ((peer, heap.rank), (heap.rank, peer))[: 2 if stand_in else 1]:
-                peers.store(heap.region("header", to, by), wish)
+                peers.store(heap.region("votes", to, by), vote)
                 peers.post(heap.region(flag, to, by), current)
 
     peers.each(peers.thread(), heap.place.ranks, threads, tell)
@@ -291,36 +291,36 @@ def await_partners(
         peers.store(entry(out.suspicion, rank), aborted.narrow())
 
 
-def gather_wishes(
+def gather_votes(
     heap: Heap,
     refs: ExchangeScalars,
     heard,
-    loudest,
-    wish,
+    largest,
+    vote,
     threads: int,
     meanwhile: Callable[[], None],
 ) -> None:
-    """Part of a kernel, after `await_partners`: the largest wish of those heard and of this rank.
+    """Part of a kernel, after `await_partners`: the largest vote of those heard and of this rank.
 
-    `loudest` is an int32 [1] in shared memory, `wish` the output. While the wishes are under way
+    `largest` is an int32 [1] in shared memory, `vote` the output. While the votes are under way
     `meanwhile` is done, in which all threads meet at least once.
     """
-    thread, ranks, at = peers.thread(), heap.place.ranks, peers.address(loudest)
+    thread, ranks, at = peers.thread(), heap.place.ranks, peers.address(largest)
     with peers.when(thread == 0):
-        peers.store(at, word_at(refs.wish))
-    wishes = []
+        peers.store(at, word_at(refs.vote))
+    votes = []
     for first in range(0, ranks, threads):
         inside = thread + first < ranks
         peer = peers.select(inside, thread + first, 0)
         came = inside & (peers.load(entry(heard, peer)) != 0)
-        wishes.append((came, peers.load_if(came, heap.region("header", heap.rank, peer))))
+        votes.append((came, peers.load_if(came, heap.region("votes", heap.rank, peer))))
     meanwhile()
-    for came, found in wishes:
+    for came, found in votes:
         with peers.when(came):
             peers.max_shared(at, found)
     peers.barrier()
     with peers.when(thread == 0):
-        peers.store(peers.address(wish), peers.load(at))
+        peers.store(peers.address(vote), peers.load(at))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,9 +329,9 @@ class RowLists:
 
     Outputs of dispatch, all int32:
         slots    [R T K]     slot on this rank of each received choice, -1: none
-        members  [S R*T]     the first counts[s] entries of row s: choices (index into R T K)
+        grouped  [S R*T]     the first counts[s] entries of row s: choices (index into R T K)
         counts   [S]
-        tiles    [1 + 2 N]   how many tiles of `tile_rows` members, then slot and first of each
+        tiles    [1 + 2 N]   how many tiles of `tile_rows` rows, then slot and first of each
     """
 
     place: ExchangeSpec
@@ -348,7 +348,7 @@ class RowLists:
         return self.place.ranks * self.tokens * self.choices
 
     @property
-    def members_max(self) -> int:
+    def rows_max(self) -> int:
         """Of one slot: a token chooses an expert once at most."""
         return self.place.ranks * self.tokens
 
@@ -366,7 +366,7 @@ class RowLists:
     def out(self) -> dict:
         return {
             "slots": ((self.pairs,), jnp.int32),
-            "members": ((self.slots * self.members_max,), jnp.int32),
+            "grouped": ((self.slots * self.rows_max,), jnp.int32),
             "counts": ((self.slots,), jnp.int32),
             "tiles": ((1 + 2 * self.tiles_max,), jnp.int32),
         }
@@ -378,7 +378,7 @@ class RowLists:
 
     def collect(self, heap: Heap, heard, counts_shared, outs, threads: int) -> None:
         """Part of a kernel; called by all threads of the block, after `heard` is written."""
-        slots_out, members, counts, tiles = outs
+        slots_out, grouped, counts, tiles = outs
         thread, per_source = peers.thread(), self.tokens * self.choices
 
         def four(index: Word) -> None:
@@ -394,8 +394,8 @@ class RowLists:
                 # Unsigned: -1 is none, and what a window may hold by mistake is no slot either.
                 with peers.when(slot.below(self.slots)):
                     place = peers.add_shared(entry(counts_shared, slot), 1)
-                    row = slot * self.members_max + place
-                    peers.store(entry(members, row), pair + position)
+                    row = slot * self.rows_max + place
+                    peers.store(entry(grouped, row), pair + position)
 
         peers.each(thread, self.pairs // 4, threads, four)
         peers.barrier()
@@ -453,7 +453,7 @@ def read_region(
         peers.each(first, words // 4, blocks * GROUP_THREADS, four)
 
     shape = {"copy": ((words,), jnp.uint32)}
-    refs = told(call)
+    refs = exchange_scalars(call)
     operands = (heap, refs.round, refs.rank, after)
     run = simt(body, *operands, out=shape, grid=blocks, name=f"read_{name}")
     kept = jax.lax.bitcast_convert_type(

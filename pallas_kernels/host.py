@@ -29,14 +29,14 @@ class HostExchange:
 
     def begin(self, heap, active, scalars, suspicion) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
-        rank, epoch, current, deadline_ms, wish = np.asarray(scalars).tolist()
+        rank, epoch, current, deadline_ms, vote = np.asarray(scalars).tolist()
         return Turn(
             rank=rank,
             windows=self._views.of(heap),
             round=current,
             epoch=epoch,
             deadline_ns=time.monotonic_ns() + deadline_ms * 1_000_000,
-            wish=wish,
+            vote=vote,
             peers=partners(np.asarray(active), suspicion),
         )
 
@@ -73,7 +73,7 @@ class Turn:
     round: int
     epoch: int
     deadline_ns: int
-    wish: int
+    vote: int
     peers: list[int]  # whom the exchange talks to, this rank included
 
     @property

@@ -11,7 +11,7 @@ number, which nobody reads while that rank is inactive. Data regions exist twice
                                       that are done, and the round whose results have come home
     sent        uint32 [2 R]          flags of dispatch: the round that writer s has sent whole
     returned    uint32 [2 R]          flags of combine
-    header      int32  [2 R 1]        the writer's wish for the next step
+    votes       int32  [2 R 1]        the writer's vote for the next step
     slots       int32  [2 R T K]      slot on this rank of each choice, -1 where it lies elsewhere
     weights     f32    [2 R T K]
     rows        row    [2 R T D]      token t of source s; in fp8 its bytes and then its scales
@@ -28,7 +28,7 @@ import numpy as np
 
 REGION_ALIGNMENT_BYTES = 128
 # Regions whose first axis is the parity of the round.
-DOUBLE_BUFFERED = ("sent", "returned", "header", "slots", "weights", "rows", "returns")
+DOUBLE_BUFFERED = ("sent", "returned", "votes", "slots", "weights", "rows", "returns")
 SCALE_CHANNELS = 128  # channels of an fp8 row that share one float32 scale
 
 
@@ -100,7 +100,7 @@ class WindowLayout:
             ("ticket", "uint32", (3,)),
             ("sent", "uint32", (2, ranks)),
             ("returned", "uint32", (2, ranks)),
-            ("header", "int32", (2, ranks, 1)),
+            ("votes", "int32", (2, ranks, 1)),
             ("slots", "int32", (2, ranks, tokens, choices)),
             ("weights", "float32", (2, ranks, tokens, choices)),
             ("rows", self._rows[0], (2, ranks, tokens, self._rows[1])),

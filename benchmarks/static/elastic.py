@@ -32,8 +32,8 @@ class FixedEngine(Engine):
         """Compiles for the tables it has; call it after `resume`. Runs nothing."""
         tables, constant = jax.device_get(self._of_epoch)
 
-        def fixed(dense, bank, cache, heap, batch, round, wish):
-            call = dataclasses.replace(jax.tree.map(jnp.asarray, constant), round=round, wish=wish)
+        def fixed(dense, bank, cache, heap, batch, round, vote):
+            call = dataclasses.replace(jax.tree.map(jnp.asarray, constant), round=round, vote=vote)
             known = jax.tree.map(jnp.asarray, tables)
             return self._step(dense, bank, cache, heap, known, batch, call)
 
@@ -42,9 +42,9 @@ class FixedEngine(Engine):
             jitted = jax.jit(fixed, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = jitted.lower(*arguments).compile()
 
-    def _arguments(self, batch, wish: StepKind):
-        dense, bank, cache, heap, _, batch, call = super()._arguments(batch, wish)
-        return dense, bank, cache, heap, batch, call.round, call.wish
+    def _arguments(self, batch, vote: StepKind):
+        dense, bank, cache, heap, _, batch, call = super()._arguments(batch, vote)
+        return dense, bank, cache, heap, batch, call.round, call.vote
 
 
 def open_engine(

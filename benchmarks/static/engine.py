@@ -39,7 +39,7 @@ def mesh_of(devices) -> Mesh:
     )
 
 
-def pack_batch(batch: Batch, wish: StepKind) -> np.ndarray:
+def pack_batch(batch: Batch, vote: StepKind) -> np.ndarray:
     """All of a batch as one row of 32-bit words, `[1 W]`: one transfer instead of eight."""
     parts = [
         np.ascontiguousarray(getattr(batch, f.name))
@@ -48,11 +48,11 @@ def pack_batch(batch: Batch, wish: StepKind) -> np.ndarray:
         for f in dataclasses.fields(Batch)
     ]
     words = [part.reshape(-1) for part in parts]
-    return np.concatenate([*words, np.array([wish], np.int32)])[None]
+    return np.concatenate([*words, np.array([vote], np.int32)])[None]
 
 
 def unpack_batch(words, like: Batch) -> tuple[Batch, jax.Array]:
-    """The batch inside a step, and the wish."""
+    """The batch inside a step, and the vote."""
     start, found = 0, {}
     for field in dataclasses.fields(Batch):
         model = getattr(like, field.name)
@@ -97,8 +97,8 @@ class StaticEngine:
     def advance(self, kind: StepKind | None = None) -> tuple[Progress, ...]:
         """One step of all ranks, of the kind they agreed on unless one is given."""
         plan = self.scheduler.plan(kind or self.next)
-        wish = self.scheduler.wish_after(plan)
-        words = self._own(pack_batch(plan.batch, wish))
+        vote = self.scheduler.vote_after(plan)
+        words = self._own(pack_batch(plan.batch, vote))
         tokens, agreed, self._cache = self._compiled[plan.kind](
             self._dense, self._bank, self._cache, words
         )
@@ -114,9 +114,9 @@ class StaticEngine:
         step, agree = self._step, self._agree
 
         def local(dense, bank, cache, words):
-            batch, wish = unpack_batch(words[0], like)
-            result = step(dense, bank, cache, None, None, batch, no_call(wish))
-            agreed = lax.pmax(wish, AXIS) if agree else wish
+            batch, vote = unpack_batch(words[0], like)
+            result = step(dense, bank, cache, None, None, batch, no_call(vote))
+            agreed = lax.pmax(vote, AXIS) if agree else vote
             return result.tokens, agreed[None], result.cache
 
         spread = jax.shard_map(

@@ -182,7 +182,7 @@ def as_run_experts(name: str, ranks: int, tile_rows: int, mlp: ExpertMlp = SWIGL
     return run_experts
 
 
-def no_call(wish=0) -> Call:
+def no_call(vote=0) -> Call:
     """What a step is told that talks to nobody over the heap."""
     zero, nobody = jnp.uint32(0), jnp.zeros(1, jnp.int32)
     return Call(
@@ -191,6 +191,6 @@ def no_call(wish=0) -> Call:
         epoch=zero,
         round=zero,
         deadline_ms=zero,
-        wish=jnp.uint32(wish),
+        vote=jnp.uint32(vote),
         suspicion=nobody,
     )

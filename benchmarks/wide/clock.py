@@ -54,7 +54,7 @@ def _stamp_gpu(suspicion):
 
 
 def timed_chain(step, repetitions: int):
-    """`((round, suspicion, wish), *operands) -> (carry, begin, end)`: one repetition, a reading,
+    """`((round, suspicion, vote), *operands) -> (carry, begin, end)`: one repetition, a reading,
     `repetitions` more, a reading. `step(carry, *operands) -> carry`.
 
     Raises ValueError unless `repetitions` is a multiple of UNROLLED.
@@ -63,9 +63,9 @@ def timed_chain(step, repetitions: int):
         raise ValueError(f"{repetitions=} must be a multiple of {UNROLLED}")
 
     def read(carry):
-        round_, suspicion, wish = carry
+        round_, suspicion, vote = carry
         ns, suspicion = stamp(suspicion)
-        return ns, (round_, suspicion, wish)
+        return ns, (round_, suspicion, vote)
 
     def run(carry, *operands):
         def turn(_, carry):

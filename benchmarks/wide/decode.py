@@ -94,7 +94,7 @@ class World:
         tables = once_tables(self.config, EPOCHS[system])
         call = call_of(tables, self.rank, STEP_DEADLINE_MS, abort_address)
         first = np.uint32(first_round(EPOCHS[system]))
-        return dataclasses.replace(call, round=first, wish=np.uint32(StepKind.DECODE))
+        return dataclasses.replace(call, round=first, vote=np.uint32(StepKind.DECODE))
 
     # Weights, drawn on the device.
 

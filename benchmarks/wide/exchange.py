@@ -157,7 +157,7 @@ class Rank:
             epoch=np.uint32(epoch),
             round=np.uint32(first),
             deadline_ms=np.uint32(deadline_ms),
-            wish=np.uint32(1),
+            vote=np.uint32(1),
             suspicion=np.zeros(self.family.ranks, np.int32),
             abort_address=abort_address,
         )
@@ -170,8 +170,8 @@ class Rank:
             # Else packing rows would be done once for all rounds: they do not change.
             x = x + call.suspicion[0].astype(x.dtype)
         mine = (x, data.slots, data.weights, heap, call)
-        *_, suspicion, wish = dispatch(*mine, **self.place)
-        return call.next().round, suspicion, wish
+        *_, suspicion, vote = dispatch(*mine, **self.place)
+        return call.next().round, suspicion, vote
 
     def combine(self, carry, call: Call, data: Data, heap):
         return self._combine(data.results, carry, call, data, heap)
@@ -188,7 +188,7 @@ class Rank:
         call = _at(call, carry)
         others = (data.here, data.shares, data.slots, data.weights, heap, call)
         _, suspicion = combine(results, *others, **self.place)
-        return call.next().round, suspicion, call.wish
+        return call.next().round, suspicion, call.vote
 
     def timed(self) -> dict:
         """The functions by name. Partial sums of `per_rank` are made by the kernel that sends."""
@@ -238,12 +238,12 @@ def _near(rows, x, dispatch_dtype: str):
 
 
 def _at(call: Call, carry) -> Call:
-    round_, suspicion, wish = carry
-    return dataclasses.replace(call, round=round_, suspicion=suspicion, wish=wish)
+    round_, suspicion, vote = carry
+    return dataclasses.replace(call, round=round_, suspicion=suspicion, vote=vote)
 
 
 def carry_of(call: Call):
-    return call.round, call.suspicion, call.wish
+    return call.round, call.suspicion, call.vote
 
 
 def repetitions_of(sent_bytes: int, shared: bool) -> int:

@@ -93,7 +93,7 @@ class Engine:
         self.scheduler = Scheduler(config)
         self.steps = self.discarded = 0
         self._chosen = np.zeros(config.model.experts, np.int64)
-        self._wants_hold = False
+        self._votes_hold = False
         spread = ExpertSpread(
             layout=layout.window,
             slots_per_rank=layout.slots,
@@ -156,16 +156,16 @@ class Engine:
         self._round = np.uint32(first_round(int(tables.epoch)))
         # After a change the kind is agreed anew, in a step that costs every rank the least.
         self._next = StepKind.DECODE
-        self._wants_hold = False
+        self._votes_hold = False
 
     @property
     def paused(self) -> bool:
         """All ranks agreed that there is nothing to do."""
         return self._next is StepKind.IDLE
 
-    def want_hold(self) -> None:
-        """Asks all ranks to stop at one round, soon; `resume` goes on. Nothing is discarded."""
-        self._wants_hold = True
+    def vote_hold(self) -> None:
+        """Votes HOLD until `resume`: all ranks stop at one round, and discard nothing."""
+        self._votes_hold = True
 
     @property
     def held(self) -> bool:
@@ -182,8 +182,8 @@ class Engine:
 
     def try_wake(self) -> bool:
         """While paused: whether this rank or a peer has work, so all go on. Tells the peers."""
-        wish, paused_round = self._raised(self.scheduler.wish()), int(self._round)
-        if wish is not StepKind.IDLE:
+        vote, paused_round = self._raised(self.scheduler.vote()), int(self._round)
+        if vote is not StepKind.IDLE:
             active = np.flatnonzero(self._tables.active)
             self.lockstep.wake_peers([p for p in active if p != self.rank], paused_round)
         elif not self.lockstep.is_woken(paused_round):
@@ -195,8 +195,8 @@ class Engine:
     def advance(self) -> StepOutcome:
         """Runs one step. A discarded one leaves the scheduler as it was, and is planned again."""
         plan = self.scheduler.plan(self._next)
-        wish = self._raised(self.scheduler.wish_after(plan))
-        result = self._run(plan.kind, plan.batch, wish)
+        vote = self._raised(self.scheduler.vote_after(plan))
+        result = self._run(plan.kind, plan.batch, vote)
         # One transfer for all: on a GPU each costs more than its bytes.
         suspicion, next_round, agreed, tokens, dropped, chosen = jax.device_get(
             (
@@ -218,8 +218,8 @@ class Engine:
         self._chosen += chosen
         return StepOutcome(True, tuple(self.scheduler.commit(plan, tokens, dropped)))
 
-    def _raised(self, wish: StepKind) -> StepKind:
-        return StepKind.HOLD if self._wants_hold else wish
+    def _raised(self, vote: StepKind) -> StepKind:
+        return StepKind.HOLD if self._votes_hold else vote
 
     def _empty_cache(self) -> KVCache:
         """Made on a GPU by a program that is kept like the steps."""
@@ -230,16 +230,16 @@ class Engine:
         lower = lambda: jax.jit(zeros).lower()
         return self._store.obtain("cache", lower, (), jax.eval_shape(zeros))()
 
-    def _run(self, kind: StepKind, batch, wish: StepKind):
-        arguments = self._arguments(batch, wish)
+    def _run(self, kind: StepKind, batch, vote: StepKind):
+        arguments = self._arguments(batch, vote)
         result = self._executables[kind](*arguments)
         # The old cache was donated. Discarding a step keeps the new one: rows are kept by position.
         self._cache = result.cache
         return result
 
-    def _arguments(self, batch, wish: StepKind):
+    def _arguments(self, batch, vote: StepKind):
         tables, call = self._of_epoch
-        call = dataclasses.replace(call, round=self._round, wish=np.uint32(wish))
+        call = dataclasses.replace(call, round=self._round, vote=np.uint32(vote))
         return self._dense, self.bank_array, self._cache, self._heap_array, tables, batch, call
 
     def _take_tables(self, tables: Tables) -> None:

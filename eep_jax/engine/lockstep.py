@@ -1,6 +1,6 @@
 """When the ranks of an epoch step, and when they all pause: words in each other's windows.
 
-The kind of a step is agreed in the step before (the largest wish). When nobody wishes anything, all
+The kind of a step is agreed in the step before (the largest vote). When all votes are IDLE, the
 ranks pause at the same round. A rank that finds work writes that round into every peer's `wake`
 word; so a late reader still sees it, and an old word wakes nobody.
 """

@@ -91,15 +91,15 @@ class Scheduler:
         held += [(r.id, r.produced) for r in self._waiting]
         return [Progress(id=i, start=0, tokens=tokens) for i, tokens in held]
 
-    def wish(self) -> StepKind:
+    def vote(self) -> StepKind:
         """What this rank needs next: prompt work, plain decoding, or nothing."""
-        return self._wish({})
+        return self._vote({})
 
-    def wish_after(self, plan: StepPlan) -> StepKind:
+    def vote_after(self, plan: StepPlan) -> StepKind:
         """What it will need once `plan` is committed, as far as can be known before its tokens."""
-        return self._wish(plan.cached)
+        return self._vote(plan.cached)
 
-    def _wish(self, cached: dict[int, int]) -> StepKind:
+    def _vote(self, cached: dict[int, int]) -> StepKind:
         running = {i: s for i, s in enumerate(self._slots) if s is not None}
         # A step that samples adds one token to a sequence, which is then one behind again.
         if any(cached.get(i, s.cached) < len(s.tokens) - 1 for i, s in running.items()):

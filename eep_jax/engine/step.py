@@ -28,7 +28,7 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class StepKind(enum.IntEnum):
-    """What comes next; ranks agree on the largest that any of them wishes."""
+    """What comes next; the largest vote of all ranks wins."""
 
     IDLE = 0  # no step: all ranks pause until one of them has work
     DECODE = 1  # one token for each batch slot: T = B
@@ -136,7 +136,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             cache=cache,
             suspicion=call.suspicion,
             round=call.round,
-            agreed=call.wish,
+            agreed=call.vote,
             dropped=by_slot.at[batch.slots].add(real, mode="drop"),
             chosen=count_chosen(jnp.stack(chosen), config.model.experts),
         )

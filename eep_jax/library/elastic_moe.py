@@ -35,7 +35,7 @@ from pallas_kernels.device import platform
 class ExpertRouting:
     """Where experts are, as one step sees it; each expert layer returns it for the next one.
 
-    `call` carries suspicion, wish and round onwards, `dropped` counts choices that had no live
+    `call` carries suspicion, vote and round onwards, `dropped` counts choices that had no live
     replica. Values never recompile; `spread` is static and belongs to the process.
     """
 

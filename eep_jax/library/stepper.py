@@ -91,7 +91,7 @@ class StepEngine:
         self._calls: collections.deque[_Pending] = collections.deque()
         self._arrived = threading.Condition()
         self._closed: Exception | None = None
-        self._wants_hold = self._had_call = False
+        self._votes_hold = self._had_call = False
         self._next = StepKind.DECODE
         self._spread = ExpertSpread(
             layout=layout.window,
@@ -183,7 +183,7 @@ class StepEngine:
 
     def resume(self, tables: Tables) -> None:
         self._take_tables(tables)
-        self._next, self._wants_hold = StepKind.DECODE, False
+        self._next, self._votes_hold = StepKind.DECODE, False
         self.resumed.set()
 
     @property
@@ -194,8 +194,8 @@ class StepEngine:
     def held(self) -> bool:
         return self._next is StepKind.HOLD
 
-    def want_hold(self) -> None:
-        self._wants_hold = True
+    def vote_hold(self) -> None:
+        self._votes_hold = True
 
     def take_chosen(self) -> tuple[int, ...]:
         """Nothing is counted here, so placement follows no load."""
@@ -206,8 +206,8 @@ class StepEngine:
 
     def try_wake(self) -> bool:
         """While paused: whether this rank or a peer has a call, so all go on. Tells the peers."""
-        wish, paused_round = self._raised(self._wish()), int(self._round)
-        if wish is not StepKind.IDLE:
+        vote, paused_round = self._raised(self._vote()), int(self._round)
+        if vote is not StepKind.IDLE:
             self.lockstep.wake_peers([p for p in self.active if p != self.rank], paused_round)
         elif not self.lockstep.is_woken(paused_round):
             return False
@@ -219,14 +219,14 @@ class StepEngine:
         """Runs one step. One that is discarded leaves its call waiting, to be run again."""
         pending = self._first_call()
         arguments = self._example if pending is None else pending.arguments
-        wish = self._raised(self._wish(but=1))
-        result, call, dropped = self._run(arguments, wish)
+        vote = self._raised(self._vote(but=1))
+        result, call, dropped = self._run(arguments, vote)
         call, dropped = jax.device_get((call, dropped))
         if call.suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
             self.discarded += 1
             accused = set(np.flatnonzero(call.suspicion).tolist()) - {self.rank}
             return StepOutcome(False, accused=tuple(sorted(accused)))
-        self._round, self._next = np.uint32(call.round), StepKind(int(call.wish))
+        self._round, self._next = np.uint32(call.round), StepKind(int(call.vote))
         if pending is not None:
             self.steps += 1
             self.dropped += int(dropped)
@@ -237,12 +237,12 @@ class StepEngine:
                 pending.result.set_result(result)
         return StepOutcome(True)
 
-    def _wish(self, but: int = 0) -> StepKind:
+    def _vote(self, but: int = 0) -> StepKind:
         """DECODE, the kind of a step here, if more than `but` calls wait."""
         return StepKind.DECODE if len(self._calls) > but else StepKind.IDLE
 
-    def _raised(self, wish: StepKind) -> StepKind:
-        return StepKind.HOLD if self._wants_hold else wish
+    def _raised(self, vote: StepKind) -> StepKind:
+        return StepKind.HOLD if self._votes_hold else vote
 
     def _first_call(self) -> _Pending | None:
         with self._arrived:
@@ -250,13 +250,13 @@ class StepEngine:
             self._had_call = bool(self._calls)
             return self._calls[0] if self._calls else None
 
-    def _run(self, arguments: tuple, wish: StepKind):
+    def _run(self, arguments: tuple, vote: StepKind):
         with self._compilations:
-            return self._executable(self._place(wish), *arguments)
+            return self._executable(self._place(vote), *arguments)
 
-    def _place(self, wish: StepKind) -> ExpertRouting:
+    def _place(self, vote: StepKind) -> ExpertRouting:
         call = dataclasses.replace(self._place_of_epoch.call, round=self._round)
-        call = dataclasses.replace(call, wish=np.uint32(wish))
+        call = dataclasses.replace(call, vote=np.uint32(vote))
         return dataclasses.replace(self._place_of_epoch, call=call)
 
     def _take_tables(self, tables: Tables) -> None:

@@ -89,19 +89,19 @@ def elastic_experts(
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`. Returns y, how many choices of
     each token had no live replica (they add nothing, and the weights are not renormalised), and the
-    call for the next layer, its wish raised to the largest heard. `layer` is an int; on a GPU it
+    call for the next layer, its vote raised to the largest heard. `layer` is an int; on a GPU it
     may be an int32 scalar.
     """
     place = {"layout": spread.layout, "slots_per_rank": spread.slots_per_rank}
     place |= {"slab_bytes": spread.slab_bytes}
     slots = assign(expert_ids, tables)
-    rows, here, sent_weights, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
+    rows, here, sent_weights, suspicion, vote = dispatch(x, slots, weights, heap, call, **place)
     call = call.after(suspicion)
     options = {"layer": layer, "tile_rows": spread.tile_rows, "mlp": spread.mlp}
     results = expert_gemm(rows, here, bank, **options, send_home=True)
     y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
     dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
-    return y, dropped, dataclasses.replace(call.after(suspicion).next(), wish=wish)
+    return y, dropped, dataclasses.replace(call.after(suspicion).next(), vote=vote)
 
 
 # For programs with many layers on a GPU: they share one trace, one lowering and one compilation of

@@ -23,6 +23,7 @@ from pallas_kernels.gpu import (
     Heap,
     await_partners,
     entry,
+    exchange_scalars,
     first_of_each,
     forget_home,
     is_last_block,
@@ -30,7 +31,6 @@ from pallas_kernels.gpu import (
     partner_test,
     simt,
     tell_partners,
-    told,
     word_at,
 )
 from pallas_kernels.peers import Word
@@ -93,17 +93,17 @@ def send_home(
     def body(results, received, weights, heap_ref, *rest):
         *rest, done, ticket = rest
         refs = ExchangeScalars(*rest)
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
-        is_partner, _ = partner_test(refs.active, refs.suspicion, world.rank)
-        write(results, received, weights, world, is_partner)
-        with peers.when(is_last_block(world, COMBINE_DONE, blocks, ticket)):
-            forget_home(world, refs)
-            tell_partners("returned", world, refs, is_partner, GROUP_THREADS, stand_in)
+        heap = open_heap(place, heap_ref, refs.round, refs.rank)
+        is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
+        write(results, received, weights, heap, is_partner)
+        with peers.when(is_last_block(heap, COMBINE_DONE, blocks, ticket)):
+            forget_home(heap, refs)
+            tell_partners("returned", heap, refs, is_partner, GROUP_THREADS, stand_in)
             with peers.when(peers.thread() == 0):
                 peers.store(peers.address(done), peers.word(1))
 
     operands = (results.astype(place.layout.row_dtype), received.reshape(-1))
-    operands += (sent_weights.reshape(-1), heap, *told(call))
+    operands += (sent_weights.reshape(-1), heap, *exchange_scalars(call))
     done = {"done": ((1,), jnp.int32)}
     return simt(body, *operands, out=done, grid=blocks, name="combine_send", shared=(1,))["done"]
 
@@ -212,16 +212,16 @@ def receive_home(
             rest[len(ExchangeScalars._fields) :],
         )
         _, y, suspicion, heard, failed, news = rest
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        heap = open_heap(place, heap_ref, refs.round, refs.rank)
         block, thread = peers.block(), peers.thread()
-        home = world.region("ticket", world.rank, HOME)
+        home = heap.region("ticket", heap.rank, HOME)
         current = word_at(refs.round)
         incomplete = current ^ INCOMPLETE
-        summing = Summing(place, slots, weights, world, refs, suspicion, choices, parts)
+        summing = Summing(place, slots, weights, heap, refs, suspicion, choices, parts)
         first = summing.prepare(block)  # under way while this block waits
         with peers.when(block == 0):
             out = ArrivalFlags(suspicion, heard, failed)
-            await_partners("returned", world, refs, out, GROUP_THREADS, stand_in)
+            await_partners("returned", heap, refs, out, GROUP_THREADS, stand_in)
             peers.barrier()
             with peers.when(thread == 0):
                 all_came = peers.load(peers.address(failed)) == 0
@@ -237,7 +237,7 @@ def receive_home(
         following = lambda item: summing.run(summing.prepare(item), all_came, y)
         peers.each(block + blocks, tokens * parts, blocks, following)
 
-    operands = (slots.reshape(-1), weights.reshape(-1), heap, *told(call), sent)
+    operands = (slots.reshape(-1), weights.reshape(-1), heap, *exchange_scalars(call), sent)
     found = simt(
         body,
         *operands,

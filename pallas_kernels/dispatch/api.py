@@ -33,7 +33,7 @@ def dispatch(
     """Sends each token once to every rank that holds one of its K slots; receives from all sources.
 
     `slots` are flat ids, -1 for a choice that has no live replica. Returns for every source its
-    rows, their slots on this rank (-1: not here) and weights, the suspicion, and the largest wish
+    rows, their slots on this rank (-1: not here) and weights, the suspicion, and the largest vote
     of all ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
 
     On a GPU the rows are a `mosaic_gpu.RowsInWindow`: they stay where they arrived, for

@@ -11,11 +11,11 @@ class HostDispatch(HostExchange):
     flag = "sent"
 
     def __call__(self, _, outs, heap, x, slots, weights, active, scalars, suspicion) -> None:
-        rows_out, slots_out, weights_out, suspicion_out, wish_out = map(np.asarray, outs)
+        rows_out, slots_out, weights_out, suspicion_out, vote_out = map(np.asarray, outs)
         x, slots, weights = np.asarray(x), np.asarray(slots), np.asarray(weights)
         suspicion_out[...] = np.asarray(suspicion)
         turn = self.begin(heap, active, scalars, suspicion_out)
-        slots_out[...], weights_out[...], wish_out[...] = -1, 0.0, turn.wish
+        slots_out[...], weights_out[...], vote_out[...] = -1, 0.0, turn.vote
         rows_out[...] = 0
         if suspicion_out[turn.rank]:
             return
@@ -30,7 +30,7 @@ class HostDispatch(HostExchange):
             window["rows"][half, turn.rank, :tokens] = x
             window["slots"][half, turn.rank, :tokens] = theirs[peer]
             window["weights"][half, turn.rank, :tokens] = weights
-            window["header"][half, turn.rank, 0] = turn.wish
+            window["votes"][half, turn.rank, 0] = turn.vote
             self.signal(turn, peer)
 
         # Receive. Invariant: nothing of a source is read before its flag holds this round.
@@ -45,4 +45,4 @@ class HostDispatch(HostExchange):
         here = (received >= 0).any(axis=2)[..., None]
         rows_out[sources] = np.where(here, own["rows"][half, sources, :tokens], 0)
         if heard:
-            wish_out[...] = max(turn.wish, int(own["header"][half, sources, 0].max()))
+            vote_out[...] = max(turn.vote, int(own["votes"][half, sources, 0].max()))

@@ -22,16 +22,16 @@ from pallas_kernels.gpu import (
     RowLists,
     await_partners,
     entry,
+    exchange_scalars,
     first_of_each,
     forget_home,
-    gather_wishes,
+    gather_votes,
     is_last_block,
     open_heap,
     partner_test,
     read_region,
     simt,
     tell_partners,
-    told,
 )
 from pallas_kernels.peers import Word
 
@@ -47,7 +47,7 @@ class RowsInWindow:
 
     heap: UInt8[Array, "N B"]
     call: Call  # of this use of the window
-    members: Int32[Array, "_"]
+    grouped: Int32[Array, "_"]
     counts: Int32[Array, "S"]
     tiles: Int32[Array, "_"]
     slots: Int32[Array, "R T K"]
@@ -98,19 +98,19 @@ def dispatch_mosaic(
             ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
             rest[len(ExchangeScalars._fields) :],
         )
-        suspicion, wish, *listed, ticket, heard, failed, loudest, counts = rest
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
-        sending.write(rows, slots, weights, world, refs)
-        with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
+        suspicion, vote, *listed, ticket, heard, failed, largest, counts = rest
+        heap = open_heap(place, heap_ref, refs.round, refs.rank)
+        sending.write(rows, slots, weights, heap, refs)
+        with peers.when(is_last_block(heap, DISPATCH_DONE, sending.blocks, ticket)):
             out = ArrivalFlags(suspicion, heard, failed)
-            _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads, stand_in)
+            _arrive(heap, refs, out, largest, vote, lists, counts, listed, threads, stand_in)
 
     found = simt(
         body,
         *sending.operands(x, slots, weights),
         heap,
-        *told(call),
-        out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
+        *exchange_scalars(call),
+        out={"suspicion": ((place.ranks,), jnp.int32), "vote": ((1,), jnp.uint32)} | lists.out,
         grid=sending.blocks,
         name="dispatch",
         groups=sending.groups,
@@ -129,11 +129,11 @@ def send(x, slots, weights, heap, call: Call, place: ExchangeSpec, config: Dispa
     def body(rows, slots, weights, heap_ref, *rest):
         *rest, done, ticket = rest
         refs = ExchangeScalars(*rest)
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
-        sending.write(rows, slots, weights, world, refs)
-        with peers.when(is_last_block(world, DISPATCH_DONE, sending.blocks, ticket)):
-            is_partner, _ = partner_test(refs.active, refs.suspicion, world.rank)
-            tell_partners("sent", world, refs, is_partner, sending.threads)
+        heap = open_heap(place, heap_ref, refs.round, refs.rank)
+        sending.write(rows, slots, weights, heap, refs)
+        with peers.when(is_last_block(heap, DISPATCH_DONE, sending.blocks, ticket)):
+            is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
+            tell_partners("sent", heap, refs, is_partner, sending.threads)
             with peers.when(peers.thread() == 0):
                 peers.store(peers.address(done), peers.word(1))
 
@@ -141,7 +141,7 @@ def send(x, slots, weights, heap, call: Call, place: ExchangeSpec, config: Dispa
         body,
         *sending.operands(x, slots, weights),
         heap,
-        *told(call),
+        *exchange_scalars(call),
         out={"done": ((1,), jnp.int32)},
         grid=sending.blocks,
         name="dispatch_send",
@@ -165,17 +165,17 @@ def receive(
             ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
             rest[len(ExchangeScalars._fields) :],
         )
-        _, suspicion, wish, *listed, heard, failed, loudest, counts = rest
-        world = open_heap(place, heap_ref, refs.round, refs.rank)
+        _, suspicion, vote, *listed, heard, failed, largest, counts = rest
+        heap = open_heap(place, heap_ref, refs.round, refs.rank)
         out = ArrivalFlags(suspicion, heard, failed)
-        _arrive(world, refs, out, loudest, wish, lists, counts, listed, threads)
+        _arrive(heap, refs, out, largest, vote, lists, counts, listed, threads)
 
     found = simt(
         body,
         heap,
-        *told(call),
+        *exchange_scalars(call),
         sent,
-        out={"suspicion": ((place.ranks,), jnp.int32), "wish": ((1,), jnp.uint32)} | lists.out,
+        out={"suspicion": ((place.ranks,), jnp.int32), "vote": ((1,), jnp.uint32)} | lists.out,
         grid=1,
         name="dispatch_receive",
         groups=lists.groups,
@@ -188,8 +188,8 @@ def _arrive(
     heap: Heap,
     refs: ExchangeScalars,
     out: ArrivalFlags,
-    loudest,
-    wish,
+    largest,
+    vote,
     lists: RowLists,
     counts,
     listed,
@@ -201,7 +201,7 @@ def _arrive(
     lists.clear(counts, threads)
     await_partners("sent", heap, refs, out, threads, stand_in)
     collect = lambda: lists.collect(heap, out.heard, counts, listed, threads)
-    gather_wishes(heap, refs, out.heard, loudest, wish, threads, meanwhile=collect)
+    gather_votes(heap, refs, out.heard, largest, vote, threads, meanwhile=collect)
 
 
 def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: RowLists):
@@ -210,13 +210,13 @@ def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: RowL
     rows = RowsInWindow(
         heap=heap,
         call=call,
-        members=found["members"],
+        grouped=found["grouped"],
         counts=found["counts"],
         tiles=found["tiles"],
         slots=received,
         lists=lists,
     )
-    return rows, received, rows.weights(), found["suspicion"], found["wish"].reshape(())
+    return rows, received, rows.weights(), found["suspicion"], found["vote"].reshape(())
 
 
 @dataclasses.dataclass(frozen=True)

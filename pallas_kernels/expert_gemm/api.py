@@ -62,7 +62,7 @@ def _on_gpu(rows, slots, bank, layer, config: GemmConfig | None, send_home: bool
         rows_per_slot = slots.size / num_slots
         tile_rows = config.tile_rows if config else tile_rows_for(rows_per_slot)
         source = mosaic_gpu.InArray(rows.astype(jnp.bfloat16))
-        lists = mosaic_gpu.list_members(slots, num_slots, tile_rows)
+        lists = mosaic_gpu.group_rows(slots, num_slots, tile_rows)
     width = mlp.bias_width or width
     config = config or config_for(tile_rows, num_slots, width, hidden, rows_per_slot)
     if mlp.bias_width > hidden and hidden % config.tile_columns:

@@ -19,7 +19,14 @@ from pallas_kernels import peers
 from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
-from pallas_kernels.gpu import GROUP_THREADS, ExchangeSpec, RowLists, entry, open_heap, told
+from pallas_kernels.gpu import (
+    GROUP_THREADS,
+    ExchangeSpec,
+    RowLists,
+    entry,
+    exchange_scalars,
+    open_heap,
+)
 from pallas_kernels.peers import Word
 
 DEPTH = 64  # channels of one stage: 128 bytes, the copy engine's widest swizzle
@@ -32,7 +39,7 @@ LOAD_REGISTERS, MULTIPLY_REGISTERS = 56, {1: 232, 2: 216}
 class ExpertRows(typing.NamedTuple):
     """The lists of `gpu.RowLists`."""
 
-    members: Int32[Array, "_"]
+    grouped: Int32[Array, "_"]
     counts: Int32[Array, "S"]
     tiles: Int32[Array, "_"]
 
@@ -109,7 +116,7 @@ def expert_gemm_mosaic(
     return down(h, shape, lists, bank, layer, config, homes, mlp)
 
 
-def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> ExpertRows:
+def group_rows(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> ExpertRows:
     """The lists for rows that did not come through a window."""
     ranks, tokens, _ = slots.shape
     flat, pairs = slots.reshape(-1), slots.size
@@ -118,14 +125,14 @@ def list_members(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -
     place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
     counts = jnp.sum(one_hot, axis=0)
     at = jnp.where(flat >= 0, flat * cap + place, num_slots * cap)
-    members = jnp.zeros(num_slots * cap, jnp.int32).at[at].set(jnp.arange(pairs), mode="drop")
+    grouped = jnp.zeros(num_slots * cap, jnp.int32).at[at].set(jnp.arange(pairs), mode="drop")
     ends = jnp.cumsum(-(-counts // tile_rows))
     tile = jnp.arange(tiles_max)
     slot = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), num_slots - 1)
     first = (tile - jnp.where(slot > 0, ends[slot - 1], 0)) * tile_rows
     entries = jnp.stack([slot, first], axis=1).reshape(-1)
     tiles = jnp.concatenate([ends[-1:], entries]).astype(jnp.int32)
-    return ExpertRows(members, counts, tiles)
+    return ExpertRows(grouped, counts, tiles)
 
 
 def _as_data(layer) -> Int32[Array, "1"]:
@@ -204,7 +211,7 @@ def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None
 def gate_up(
     source, shape, lists: ExpertRows, bank, layer, config: GemmConfig, mlp: ExpertMlp = SWIGLU
 ) -> BFloat16[Array, "N F"]:
-    """`silu(gate(x)) * up(x)` of all members, tile by tile; N rows, `tile_rows` for each tile.
+    """`silu(gate(x)) * up(x)` of all received choices, tile by tile: N rows, `tile_rows` per tile.
 
     Or what else `mlp` makes of gate and up.
     """
@@ -217,10 +224,10 @@ def gate_up(
         config.groups,
     )
     column_blocks, steps = width // columns, hidden // DEPTH
-    cap = lists.members.shape[0] // lists.counts.shape[0]
+    cap = lists.grouped.shape[0] // lists.counts.shape[0]
 
     def body(*refs):
-        *given, layer, bank, members, counts, tiles, h = refs[: len(source.operands) + 6]
+        *given, layer, bank, grouped, counts, tiles, h = refs[: len(source.operands) + 6]
         x_smem, gate_smem, up_smem, out_smem, offsets, weights_there, rows_there, free = refs[
             len(source.operands) + 6 :
         ]
@@ -239,7 +246,7 @@ def gate_up(
                 _, column, slot, first = unit_at(i)
                 here = jnp.minimum(counts[slot] - first, rows)
                 _find_rows(
-                    source, given, members, offsets, slot * cap + first, here, tokens, choices, rows
+                    source, given, grouped, offsets, slot * cap + first, here, tokens, choices, rows
                 )
 
                 def stage(k, step):
@@ -372,13 +379,13 @@ def down(
         config.groups,
     )
     column_blocks, steps = hidden // columns, width // DEPTH
-    cap = lists.members.shape[0] // lists.counts.shape[0]
+    cap = lists.grouped.shape[0] // lists.counts.shape[0]
 
     windows = homes.operands if homes else ()
 
     def body(*refs):
         refs, scratch = refs[: len(windows) + 7], refs[len(windows) + 7 :]
-        *given, h, layer, bank, members, counts, tiles, results = refs
+        *given, h, layer, bank, grouped, counts, tiles, results = refs
         h_smem, weight_smem, out_smem, there, free = scratch
         group = lax.axis_index("group")
         mine, unit_at = _units(tiles, column_blocks, config.blocks)
@@ -441,7 +448,7 @@ def down(
                     part = out_smem.at[pl.ds(start, GROUP_ROWS)]
                     rows_at = slot * cap + first + start
                     _store_rows(
-                        part, results, members, rows_at, here, column * columns, homes, given
+                        part, results, grouped, rows_at, here, column * columns, homes, given
                     )
 
                 _pass_by(here > 0, steps, step, stages, await_stage, free)
@@ -467,25 +474,25 @@ def down(
     return _launch(body, "expert_down", config, out, scratch, operands)
 
 
-def _find_rows(source, given, members, offsets, first, here, tokens, choices, rows: int) -> None:
+def _find_rows(source, given, grouped, offsets, first, here, tokens, choices, rows: int) -> None:
     """Puts the address of each of a tile's rows into shared memory, two words each."""
 
     @plgpu.inline_mgpu(
         arg_types=((peers.ref,) * len(given), peers.ref, peers.ref, peers.scalar, peers.scalar)
     )
-    def find(_, given, members, offsets, first, here):
+    def find(_, given, grouped, offsets, first, here):
         index = peers.lane()
         # Earlier gathers of this warpgroup may still read the last tile's addresses.
         peers.meet()
         with peers.when(index < peers.splat(here)):
-            pair = peers.load(entry(members, peers.splat(first) + index))
+            pair = peers.load(entry(grouped, peers.splat(first) + index))
             start = source.start(given, pair // choices, tokens)
             low, high = start.narrow(), (start >> 32).narrow()
             peers.store_words(peers.address(offsets, index * 8), [low, high])
         peers.meet()
 
     assert rows <= GROUP_THREADS
-    find(tuple(given), members, offsets, first, here)
+    find(tuple(given), grouped, offsets, first, here)
 
 
 def _gather(x_smem, offsets, here, k, rows: int) -> None:
@@ -524,15 +531,15 @@ def _await_rows(groups_left: int) -> None:
     wait()
 
 
-def _store_rows(tile, out, members, first, here, column, homes=None, windows=()) -> None:
+def _store_rows(tile, out, grouped, first, here, column, homes=None, windows=()) -> None:
     """Copies the first `here` rows of a warpgroup's tile in shared memory to rows of `out`.
 
-    Row i goes to row `members[first + i]`, or `first + i` where there is no list, from `column` on;
+    Row i goes to row `grouped[first + i]`, or `first + i` where there is no list, from `column` on;
     with `homes` to the place it has there.
     """
     width = tile.shape[-1]
     chunks = width * 2 // peers.VECTOR_BYTES
-    lists = () if members is None else (members,)
+    lists = () if grouped is None else (grouped,)
     swizzled = plgpu.RefType(SWIZZLED)
     types = (swizzled, peers.ref, (peers.ref,) * len(lists), (peers.ref,) * len(windows))
 
@@ -567,9 +574,9 @@ def expert_rows_of(rows) -> tuple[InWindow | InArray, ExpertRows]:
     if lists.place.layout.dispatch_dtype:
         source = InArray(rows.array())
     else:
-        refs = told(rows.call)
+        refs = exchange_scalars(rows.call)
         source = InWindow(lists.place, rows.heap, refs.round, refs.rank)
-    return source, ExpertRows(rows.members, rows.counts, rows.tiles)
+    return source, ExpertRows(rows.grouped, rows.counts, rows.tiles)
 
 
 def homes_of(rows) -> Homes | None:
@@ -577,6 +584,6 @@ def homes_of(rows) -> Homes | None:
     lists: RowLists = rows.lists
     if lists.place.layout.combine != "per_choice":
         return None
-    refs = told(rows.call)
+    refs = exchange_scalars(rows.call)
     at = (lists.place, rows.heap, refs.round, refs.rank)
     return Homes(*at, lists.tokens, lists.choices)

@@ -188,7 +188,7 @@ class Rank:
             epoch=np.uint32(current >> 20),
             round=np.uint32(current),
             deadline_ms=np.uint32(deadline_ms),
-            wish=np.uint32(1),
+            vote=np.uint32(1),
             suspicion=np.zeros(RANKS, np.int32),
             abort_address=address_words(self.heap.control_address()),
         )

@@ -117,11 +117,11 @@ class Ranks:
         self.start(epoch, **options)
 
     def start(self, epoch: int, *, active=None, steps: int = 0, deadline_ms: int = DEADLINE_MS):
-        """An epoch begins: nobody is suspected. Wishes differ by rank."""
+        """An epoch begins: nobody is suspected. Votes differ by rank."""
         self.active = self.active if active is None else np.asarray(active, np.int32)
         call = lambda rank: self.loopback.call(rank, self.active, epoch, steps, deadline_ms)
         self.calls = {
-            r: dataclasses.replace(call(r), wish=np.uint32(1 + r)) for r in range(self.ranks)
+            r: dataclasses.replace(call(r), vote=np.uint32(1 + r)) for r in range(self.ranks)
         }
         return self
 
@@ -213,7 +213,7 @@ def check_received(loopback: Loopback, work: Exchange, received: dict, heard=Non
     if layout.dispatch_dtype:
         narrow = np.asarray(through_fp8(layout.hidden)(work.x)).astype(np.float32)
         rows = np.where((here >= 0).any(-1)[..., None], narrow[None], 0)
-    for rank, (found, slots, weights, suspicion, wish) in received.items():
+    for rank, (found, slots, weights, suspicion, vote) in received.items():
         np.testing.assert_array_equal(slots, here[rank], err_msg=f"slots at rank {rank}")
         array = np.asarray(rows_of()(found)).astype(np.float32)
         if layout.dispatch_dtype:
@@ -224,9 +224,9 @@ def check_received(loopback: Loopback, work: Exchange, received: dict, heard=Non
             np.testing.assert_array_equal(array, rows[rank], err_msg=f"rows at rank {rank}")
         shares = np.where(here[rank] >= 0, work.weights, 0)
         np.testing.assert_array_equal(weights, shares, err_msg=f"weights at rank {rank}")
-        lists = (found.members, found.counts, found.tiles)
+        lists = (found.grouped, found.counts, found.tiles)
         check_lists(lists, here[rank], loopback.slots_per_rank, found.lists.tile_rows)
-        assert int(wish) == 1 + max(heard), "the largest wish of those heard"
+        assert int(vote) == 1 + max(heard), "the largest vote of those heard"
         missing = sorted(set(work.members) - set(heard))
         assert np.flatnonzero(suspicion).tolist() == missing
 

@@ -33,7 +33,7 @@ def compiled(width: int, hidden: int, tile_rows: int, mlp: ExpertMlp = SWIGLU):
     config = config_for(tile_rows, SLOTS, width, hidden)
 
     def run(rows, slots, bank):
-        lists = gemm.list_members(slots, SLOTS, tile_rows)
+        lists = gemm.group_rows(slots, SLOTS, tile_rows)
         source = gemm.InArray(rows)
         return gemm.expert_gemm_mosaic(source, SHAPE, lists, bank, LAYER, config, mlp=mlp)
 

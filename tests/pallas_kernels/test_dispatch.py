@@ -67,10 +67,10 @@ def test_weights_of_every_token_travel_with_it():
         np.testing.assert_array_equal(outcome.sent_weights[destination], work.weights)
 
 
-def test_all_members_learn_the_largest_wish_of_any():
+def test_all_members_learn_the_largest_vote_of_any():
     work = an_exchange(7).among([0, 2, 3])
-    outcome = some_ranks().exchange(work, some_results(0, work), wishes=[2, 9, 0, 1])
-    assert outcome.wish[[0, 2, 3]].tolist() == [2, 2, 2]
+    outcome = some_ranks().exchange(work, some_results(0, work), votes=[2, 9, 0, 1])
+    assert outcome.vote[[0, 2, 3]].tolist() == [2, 2, 2]
 
 
 def lower_dispatch(tokens, hidden, choices, **layout):
@@ -80,7 +80,7 @@ def lower_dispatch(tokens, hidden, choices, **layout):
         epoch=np.uint32(1),
         round=np.uint32(2),
         deadline_ms=np.uint32(1),
-        wish=np.uint32(0),
+        vote=np.uint32(0),
         suspicion=np.zeros(2, np.int32),
     )
     window = WindowLayout(ranks=2, **{"tokens": 4, "choices": 2, "hidden": 8} | layout)

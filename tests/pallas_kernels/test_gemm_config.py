@@ -30,7 +30,7 @@ SLOTS, SHAPE = 8, (1, 8, 4)
 @functools.cache
 def lists_of(tile_rows: int):
     """Shapes of the lists for a few rows."""
-    run = lambda slots: mosaic_gpu.list_members(slots, SLOTS, tile_rows)
+    run = lambda slots: mosaic_gpu.group_rows(slots, SLOTS, tile_rows)
     return jax.eval_shape(run, jax.ShapeDtypeStruct(SHAPE, np.int32))
 
 

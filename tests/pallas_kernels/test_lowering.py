@@ -43,14 +43,14 @@ def exchange(layout: WindowLayout, slots_per_rank=SLOTS, experts=None):
     place = {"layout": layout, "slots_per_rank": slots_per_rank}
 
     def run(x, slots, weights, heap, call, bank):
-        rows, here, sent, suspicion, wish = dispatch(x, slots, weights, heap, call, **place)
+        rows, here, sent, suspicion, vote = dispatch(x, slots, weights, heap, call, **place)
         call = call.after(suspicion)
         if experts:
             results = experts(rows, here, bank)
         else:
             results = jnp.broadcast_to(rows.array()[:, :, None], (*here.shape, layout.hidden))
         y, suspicion = combine(results, here, sent, slots, weights, heap, call, **place)
-        return y, suspicion, wish
+        return y, suspicion, vote
 
     return run
 
@@ -244,7 +244,7 @@ def test_the_pipelines_of_the_expert_gemm_have_no_race(capfd):
     """
     config = GemmConfig(tile_columns=64, stages=4, down_stages=3, blocks=2)
     slots = np.random.default_rng(0).integers(0, 2, (1, 96, 2)).astype(np.int32)
-    lists = gemm.list_members(slots, 2, config.tile_rows)
+    lists = gemm.group_rows(slots, 2, config.tile_rows)
     bank, tiles_max = jnp.ones((2, 1, 3, 128, 128), jnp.bfloat16), (len(lists.tiles) - 1) // 2
     h = jnp.ones((tiles_max * config.tile_rows, 128), jnp.bfloat16)
     rows = gemm.InArray(jnp.ones((1, 96, 128), jnp.bfloat16))

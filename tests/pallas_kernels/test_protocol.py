@@ -44,7 +44,7 @@ def test_absent_ranks_and_only_they_are_suspected_and_left_out(mode, absent):
     for rank in survivors:
         assert outcome.accused_by(rank) == sorted(absent)
         unheard = outcome.rows[rank, list(absent)], outcome.here[rank, list(absent)] + 1
-        assert not any(part.any() for part in unheard) and outcome.wish[rank] == 1
+        assert not any(part.any() for part in unheard) and outcome.vote[rank] == 1
         np.testing.assert_allclose(outcome.y[rank], wanted[rank], **CLOSE)
 
 
@@ -138,7 +138,7 @@ def a_late_writer(cluster, rank: int):
                 for name in ("rows", "returns", "weights"):
                     window[name][:, rank] = np.nan
                 window["slots"][:, rank] = step % cluster.slots_per_rank
-                window["header"][:, rank] = 1000
+                window["votes"][:, rank] = 1000
                 old = first_round(step % (cluster.epoch - 1) + 1) + step % 7
                 window["sent"][:, rank] = window["returned"][:, rank] = old
                 window["wake"][rank] = old
@@ -162,7 +162,7 @@ def test_late_writes_of_an_evicted_rank_change_nothing(mode):
         results = without_results_of([2], some_results(6, work))
         with a_late_writer(cluster, 2):
             outcome = cluster.exchange(work, results)
-        assert outcome.wish[survivors].tolist() == [1, 1, 1]
+        assert outcome.vote[survivors].tolist() == [1, 1, 1]
         assert not any(outcome.accused_by(rank) for rank in survivors)
         np.testing.assert_allclose(outcome.y, naive_combine(work, results), **CLOSE)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.expert_gemm.mosaic_gpu import list_members
+from pallas_kernels.expert_gemm.mosaic_gpu import group_rows
 from pallas_kernels.gpu import ExchangeSpec, RowLists, first_of_each
 from tests.support.kernels import check_lists, naive_targets
 from tests.support.lowering import a_layout
@@ -25,7 +25,7 @@ def targets(slots: np.ndarray, partners, per_rank: int) -> np.ndarray:
     return np.where(fresh, owners, -1)
 
 
-lists_of = jax.jit(list_members, static_argnums=(1, 2))
+lists_of = jax.jit(group_rows, static_argnums=(1, 2))
 
 
 @given(seeds, st.lists(st.booleans(), min_size=4, max_size=4))
@@ -74,7 +74,7 @@ def test_both_ways_to_list_have_room_for_the_same(shape, num_slots, tile_rows):
     lists = RowLists(ExchangeSpec(layout, num_slots), tokens, choices, tile_rows)
     slots = np.full(shape, -1, np.int32)
     found = lists_of(slots, num_slots, tile_rows)
-    for name in ("members", "counts", "tiles"):
+    for name in ("grouped", "counts", "tiles"):
         assert lists.out[name][0] == getattr(found, name).shape, name
 
 

@@ -35,7 +35,7 @@ fp8_layouts = st.builds(
 )
 layouts = plain_layouts | fp8_layouts
 VECTOR_BYTES = 16  # the widest access of a GPU thread
-BY_WRITER = {"wake": 0, "sent": 1, "returned": 1, "header": 1, "slots": 1, "weights": 1}
+BY_WRITER = {"wake": 0, "sent": 1, "returned": 1, "votes": 1, "slots": 1, "weights": 1}
 BY_WRITER |= {"rows": 1, "returns": 1}  # the axis that names the writer
 
 

@@ -35,7 +35,7 @@ class RankProcess:
         self.task, self.next_task = None, None
         self.planned: Prepare | None = None  # waits until all ranks hold
         self.planned_ms = 0
-        self.wants_hold = self.held = False
+        self.votes_hold = self.held = False
         self.backups: set[int] = set()
         self.ask()
 
@@ -91,7 +91,7 @@ class RankProcess:
                         self.start_task()
                 case participant.Resume(view=view, placement=placement):
                     self.waiting_for_ms = None
-                    self.wants_hold = self.held = False
+                    self.votes_hold = self.held = False
                     self.back_up(view, placement)
                 case participant.End(reason=reason):
                     self.cluster.log(f"{self} ends: {reason}")
@@ -134,9 +134,9 @@ class RankProcess:
             self.feed(participant.StepAccused(self.state.epoch, missing))
 
     def agree(self) -> None:
-        """The largest wish of all ranks holds for all of them, at one round."""
+        """The largest vote of all ranks holds for all of them, at one round."""
         members = [self.cluster.process(r, m.incarnation) for r, m in self.members()]
-        if any(member.wants_hold for member in members):
+        if any(member.votes_hold for member in members):
             self.cluster.holds += 1
             for member in members:
                 member.held = True
@@ -152,7 +152,7 @@ class RankProcess:
             return
         if self.planned is None:
             self.planned_ms = self.cluster.now_ms
-        self.planned, self.wants_hold = prepare, True
+        self.planned, self.votes_hold = prepare, True
 
     def begin_planned(self) -> None:
         """Takes part in a planned change once all ranks hold, or cannot."""

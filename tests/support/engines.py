@@ -129,7 +129,7 @@ class EngineCluster:
         """Some ranks want a planned change; runs until all hold, at the same round."""
         members = self.ranks if members is None else members
         for rank in wanting:
-            self.engines[rank].want_hold()
+            self.engines[rank].vote_hold()
         rounds = self._run(members, self._until_held)
         assert len(set(rounds.values())) == 1, f"ranks hold at different rounds: {rounds}"
 

@@ -68,7 +68,7 @@ class Outcome:
     rows: np.ndarray
     here: np.ndarray
     sent_weights: np.ndarray
-    wish: np.ndarray
+    vote: np.ndarray
     y: np.ndarray
     suspicion: dict[int, np.ndarray]
 
@@ -101,27 +101,27 @@ class LoopbackRanks:
             for name in ("rows", "returns", "weights"):
                 window[name][...] = value
             window["slots"][...] = 0
-            window["header"][...] = 99
+            window["votes"][...] = 99
 
-    def call(self, rank: int, active, wish: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
+    def call(self, rank: int, active, vote: int = 1, deadline_ms: int = DEADLINE_MS) -> Call:
         return Call(
             rank=np.int32(rank),
             active=np.asarray(active, np.int32),
             epoch=np.uint32(self.epoch),
             round=np.uint32(self.round),
             deadline_ms=np.uint32(deadline_ms),
-            wish=np.uint32(wish),
+            vote=np.uint32(vote),
             suspicion=np.zeros(len(active), np.int32),
         )
 
-    def exchange(self, work: Exchange, results, *, wishes=None, absent=(), **options) -> Outcome:
+    def exchange(self, work: Exchange, results, *, votes=None, absent=(), **options) -> Outcome:
         """One dispatch and combine of all members but the absent; `results` are their experts'."""
         self.start_epoch()
         self.poison()
-        wishes = wishes or [1] * work.ranks
+        votes = votes or [1] * work.ranks
 
         def run(rank):
-            call = self.call(rank, work.active, wishes[rank], **options)
+            call = self.call(rank, work.active, votes[rank], **options)
             mine = (work.x[rank], work.slots[rank], work.weights[rank], results[rank])
             return jax.tree.map(np.asarray, self._programs[rank](*mine, self.arrays[rank], call))
 
@@ -149,10 +149,10 @@ class LoopbackRanks:
         where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
 
         def exchange(x, slots, weights, results, heap, call):
-            rows, here, sent, suspicion, wish = dispatch(x, slots, weights, heap, call, **where)
+            rows, here, sent, suspicion, vote = dispatch(x, slots, weights, heap, call, **where)
             call = call.after(suspicion)
             y, suspicion = combine(results, here, sent, slots, weights, heap, call, **where)
-            return rows, here, sent, wish, y, suspicion
+            return rows, here, sent, vote, y, suspicion
 
         return jax.jit(exchange)
 
@@ -196,10 +196,10 @@ def _gather(work: Exchange, seen: dict) -> Outcome:
     rows = np.zeros((ranks, ranks, tokens, hidden), np.float32)
     here = np.full((ranks, *work.slots.shape), -1, np.int32)
     sent_weights = np.zeros((ranks, *work.slots.shape), np.float32)
-    wish, y = np.zeros(ranks, np.uint32), np.zeros_like(work.x)
+    vote, y = np.zeros(ranks, np.uint32), np.zeros_like(work.x)
     for rank, out in seen.items():
-        rows[rank], here[rank], sent_weights[rank], wish[rank], y[rank], _ = out
-    return Outcome(rows, here, sent_weights, wish, y, {r: out[-1] for r, out in seen.items()})
+        rows[rank], here[rank], sent_weights[rank], vote[rank], y[rank], _ = out
+    return Outcome(rows, here, sent_weights, vote, y, {r: out[-1] for r, out in seen.items()})
 
 
 @contextlib.contextmanager

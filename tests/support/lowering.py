@@ -77,7 +77,7 @@ def a_call(
         epoch=np.uint32(epoch),
         round=np.uint32(first_round(epoch) + steps),
         deadline_ms=np.uint32(1000 * epoch),
-        wish=np.uint32(steps),
+        vote=np.uint32(steps),
         suspicion=np.zeros(ranks, np.int32),
         abort_address=np.array([address, epoch], np.uint32),
     )

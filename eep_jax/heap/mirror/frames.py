@@ -4,7 +4,7 @@ A frame is everything that a flag announces, and then the flag: who stores a fra
 first. A flag holds its round, so a frame that comes late, or twice, satisfies no wait.
 
     header    kind u8, 3 unused, round u32, items u32, payload bytes u32; little endian
-    SENT      the writer's wish, slots [T K], weights [T K], item numbers [N], rows [N]
+    SENT      the writer's vote, slots [T K], weights [T K], item numbers [N], rows [N]
     RETURNED  item numbers [N], results [N]; an item is a token, or a choice of one (per_choice)
     WAKE      nothing: the round at which the writer found work
 """
@@ -18,7 +18,7 @@ from pallas_kernels.signals import parity, post
 from pallas_kernels.window import WindowLayout
 
 HEADER = struct.Struct("<BxxxIII")
-ROUTING = ("header", "slots", "weights")  # of all tokens, before the rows
+ROUTING = ("votes", "slots", "weights")  # of all tokens, before the rows
 _NUMBER = np.dtype("<u4")
 
 

@@ -129,7 +129,7 @@ class Agent:
             self._planned_s = time.monotonic()
         is_new = self._planned is None or self._planned.epoch < prepare.epoch
         self._planned = prepare
-        self._engine.want_hold()
+        self._engine.vote_hold()
         if is_new:
             self._attach_early(prepare)
 

@@ -22,10 +22,10 @@ def test_a_batch_comes_out_of_its_words_as_it_went_in(kind):
         given[field.name] = bits > 2**31 if model.dtype == np.bool_ else bits.view(model.dtype)
     given["temperature"], given["top_p"] = (rng.random(8, np.float32) for _ in range(2))
     batch = dataclasses.replace(like, **given)
-    found, wish = jax.jit(lambda words: unpack_batch(words, like))(
+    found, vote = jax.jit(lambda words: unpack_batch(words, like))(
         pack_batch(batch, StepKind.HOLD)[0]
     )
-    assert int(wish) == StepKind.HOLD
+    assert int(vote) == StepKind.HOLD
     for name, value in given.items():
         assert getattr(found, name).dtype == value.dtype
         np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)

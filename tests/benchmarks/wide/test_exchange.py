@@ -93,10 +93,10 @@ def test_a_chain_reads_the_clock_around_all_but_its_first_repetition():
     seen = []
 
     def step(carry, word):
-        round_, suspicion, wish = carry
+        round_, suspicion, vote = carry
         count = lambda s: seen.append("step") or s
         kind = jax.ShapeDtypeStruct(suspicion.shape, suspicion.dtype)
-        return round_ + word, jax.pure_callback(count, kind, suspicion), wish
+        return round_ + word, jax.pure_callback(count, kind, suspicion), vote
 
     carry = (jnp.uint32(3), jnp.zeros(2, jnp.int32), jnp.uint32(1))
     run = jax.jit(clock.timed_chain(step, 8))

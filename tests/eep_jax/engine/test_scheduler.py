@@ -70,8 +70,8 @@ events = st.one_of(
 )
 
 
-def kind_agreed(scheduler, peers_wish: StepKind) -> StepKind:
-    return max(scheduler.wish(), peers_wish, StepKind.DECODE)
+def kind_agreed(scheduler, peers_vote: StepKind) -> StepKind:
+    return max(scheduler.vote(), peers_vote, StepKind.DECODE)
 
 
 def commit(scheduler, model, book, kind) -> None:
@@ -103,9 +103,9 @@ def test_every_request_gets_all_its_tokens_whatever_comes_and_goes(drawn):
             model.run(scheduler.plan(kind_agreed(scheduler, value)))
             assert sorted(scheduler.snapshot(), key=lambda p: p.id) == before
     for _ in range(1000):
-        if scheduler.wish() is StepKind.IDLE:
+        if scheduler.vote() is StepKind.IDLE:
             break
-        commit(scheduler, model, book, scheduler.wish())
+        commit(scheduler, model, book, scheduler.vote())
     assert not scheduler.ids()
     for request_id, request in added.items():
         if request_id not in cancelled:
@@ -147,20 +147,20 @@ def test_a_decode_step_leaves_prompts_for_a_later_one():
     scheduler = a_busy_scheduler((1, 2, 3), (4,))
     plan = scheduler.plan(StepKind.DECODE)
     assert plan.cached == {1: 1}
-    assert scheduler.wish_after(plan) is StepKind.MIXED
+    assert scheduler.vote_after(plan) is StepKind.MIXED
 
 
-def test_wishes_are_prompts_then_tokens_then_nothing():
+def test_votes_are_prompts_then_tokens_then_nothing():
     scheduler, model, book = a_busy_scheduler(), Model(), Book()
-    assert scheduler.wish() is StepKind.IDLE
+    assert scheduler.vote() is StepKind.IDLE
     scheduler.add(a_request(prompt=(1, 2, 3), max_tokens=2))
-    assert scheduler.wish() is StepKind.MIXED
+    assert scheduler.vote() is StepKind.MIXED
     plan = scheduler.plan(StepKind.MIXED)
-    assert scheduler.wish_after(plan) is StepKind.DECODE
+    assert scheduler.vote_after(plan) is StepKind.DECODE
     commit(scheduler, model, book, StepKind.MIXED)
-    assert scheduler.wish() is StepKind.DECODE
+    assert scheduler.vote() is StepKind.DECODE
     commit(scheduler, model, book, StepKind.DECODE)
-    assert scheduler.wish() is StepKind.IDLE
+    assert scheduler.vote() is StepKind.IDLE
 
 
 def test_the_end_of_text_ends_a_request_early():

@@ -88,7 +88,7 @@ def arguments(config: RunConfig, batch):
         epoch=np.uint32(1),
         round=np.uint32(first_round(1)),
         deadline_ms=np.uint32(0),
-        wish=np.uint32(0),
+        vote=np.uint32(0),
         suspicion=np.zeros(1, np.int32),
     )
     weights = [jnp.asarray(dense[name], kept) for name, kept in names.items()]
@@ -111,7 +111,7 @@ def serve(config: RunConfig, prompt, count: int):
     step = jax.jit(step_of(config)[0], compiler_options=step_module.COMPILER_OPTIONS)
     scheduler.add(a_request("it", prompt, max_tokens=count))
     values, tokens = arguments(config, None), []
-    while (kind := scheduler.wish()) is not StepKind.IDLE:
+    while (kind := scheduler.vote()) is not StepKind.IDLE:
         plan = scheduler.plan(kind)
         values[-2] = plan.batch
         result = step(*values)

@@ -132,7 +132,7 @@ def test_an_abort_ends_a_step_at_once_and_accuses_nobody():
 
 def test_ranks_hold_together_for_a_planned_change():
     cluster = a_cluster()
-    cluster.steppers[1].want_hold()
+    cluster.steppers[1].vote_hold()
     futures = cluster.submit(rows_of(cluster.ranks))
     cluster.advance(cluster.ranks)
     assert all(f.done() for f in futures.values()) and all(s.held for s in cluster.steppers)

@@ -40,7 +40,7 @@ def compiled(rank: int, mode: str):
     def two_layers(x, ids, weights, bank, heap, tables, call):
         y, dropped, call = elastic_experts(spread, 0, x, ids, weights, bank, heap, tables, call)
         z, _, call = elastic_experts(spread, 1, y, ids, weights, bank, heap, tables, call)
-        return y, z, dropped, call.suspicion, call.wish
+        return y, z, dropped, call.suspicion, call.vote
 
     return jax.jit(two_layers)
 
@@ -56,7 +56,7 @@ def elastic(tokens, placement: Placement, view: View, mode: str = "per_choice", 
         held = np.array(placement.slots[rank])
         bank = np.where((held == EMPTY)[:, None, None, None, None], np.nan, experts[held])
         tables, mine = build_tables(view, placement, rank), [part[rank] for part in tokens]
-        call = cluster.call(rank, tables.active, wish=rank)
+        call = cluster.call(rank, tables.active, vote=rank)
         out = compiled(rank, mode)(*mine, bank, cluster.arrays[rank], tables, call)
         return jax.tree.map(np.asarray, out)
 
@@ -93,10 +93,10 @@ def test_spread_experts_compute_what_the_dense_layer_computes(mode, seed):
     tokens = some_tokens(seed)
     found = elastic(tokens, a_random_placement(seed), a_view(), mode)
     for rank in range(RANKS):
-        y, z, dropped, suspicion, wish = found[rank]
+        y, z, dropped, suspicion, vote = found[rank]
         for layer, wanted in zip((y, z), dense(tokens, rank), strict=True):
             np.testing.assert_allclose(layer, wanted, **CLOSE)
-        assert not dropped.any() and not suspicion.any() and wish == RANKS - 1
+        assert not dropped.any() and not suspicion.any() and vote == RANKS - 1
 
 
 @pytest.mark.parametrize("seed", range(4))

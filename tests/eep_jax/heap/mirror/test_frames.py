@@ -78,7 +78,7 @@ def test_a_frame_brings_what_was_written_and_changes_nothing_else(layout, kind, 
     data, flag = ("rows", "sent") if kind is Kind.SENT else ("returns", "returned")
     expected = before
     if kind is Kind.SENT:
-        for name in ("header", "slots", "weights"):
+        for name in ("votes", "slots", "weights"):
             expected[name][half, ME] = world.staging[name][half, ME]
     width = layout.tokens if kind is Kind.SENT or layout.combine == "per_rank" else -1
     sent = bits(world.staging[data][half, ME]).reshape(max(width, 0) or layout.tokens * 2, -1)
