@@ -18,11 +18,11 @@ from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import Record, append, cpu_device, percentile
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.protocol import Commit, Load, Mode, Prepare, Status
 from eep_jax.coordination.state import (
     Arrived,
-    CoordinatorOptions,
     CoordinatorState,
     Ended,
     RankRecord,
@@ -53,19 +53,15 @@ class Simulation:
 
     def __init__(self, ranks: int, experts: int, redundancy: int):
         slots = -(-experts * redundancy // ranks) + SPARE
-        options = CoordinatorOptions(
-            ranks=ranks,
-            experts=experts,
-            slots_per_rank=slots,
-            redundancy=redundancy,
-            background_experts=0,
+        config = ClusterConfig(
+            ranks=ranks, slots_per_rank=slots, redundancy=redundancy, background_experts=0
         )
         placement = initial_placement(experts, ranks, slots, redundancy)
         self.now_ms, self.cpu_s, self._sequence = 1_000, 0.0, 0
         self.bytes_sent = 0
         statuses = [self._status(r, Mode.SERVING, 1, 0, placement.slots[r]) for r in range(ranks)]
         self.state = CoordinatorState(
-            options=options,
+            config=config,
             view=View(epoch=1, members=(Member(RankState.ACTIVE, 1),) * ranks),
             placement=placement,
             records=tuple(
@@ -89,7 +85,7 @@ class Simulation:
         self.cpu_s = 0.0
         self._feed(Arrived(rank))
         incarnation = self.state.records[rank].incarnation
-        empty = (-1,) * self.state.options.slots_per_rank
+        empty = (-1,) * self.state.config.slots_per_rank
         offered = self._status(rank, Mode.OFFERED, 0, 0, empty, incarnation)
         self._settle(self._hear(offered))
         self._settle(self._feed(Tick()))
@@ -164,7 +160,7 @@ def main() -> int:
         times["repair"].append(simulation.kill(rank))
         times["admission"].append(simulation.admit(rank))
     shape = {"experts": values.experts, "layers": values.layers, "redundancy": values.redundancy}
-    shape |= {"slots": simulation.state.options.slots_per_rank, "samples": values.samples}
+    shape |= {"slots": simulation.state.config.slots_per_rank, "samples": values.samples}
     common = {"bench": "control", "device": cpu_device(), "ranks": values.ranks, "shape": shape}
     records = []
     for kind, ms in times.items():

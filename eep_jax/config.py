@@ -36,25 +36,27 @@ class ClusterConfig:
     imbalance_max: float = 1.25  # load of the busiest rank to the mean that is left alone
     policy: str = "fail_closed"  # what to do when an expert finds no live slot, see POLICIES
     heartbeat_ms: int = 200
-    lease_ms: int = 3_000
-    accused_lease_ms: int = 1_500
-    channel_grace_ms: int = 1_500
-    stall_ms: int = 15_000
+    lease_ms: int = 3_000  # without any heartbeat, then a rank is dead
+    accused_lease_ms: int = 1_500  # the same for a rank that a peer's step timed out on
+    channel_grace_ms: int = 1_500  # without a control channel, process not known dead
+    stall_ms: int = 15_000  # heartbeats arrive, but the engine loop does not move
     sources: tuple[str, ...] = SOURCES  # what experts of a running cluster may be read from
     source_order: str = "measured"  # which is tried first, see SOURCE_ORDERS
     backup_bytes: int = 0  # host memory of each rank for backups of experts; 0: none
     backup_dir: str = "/dev/shm"  # where backups are: should be memory
     fetch_deadline_ms: int = 30_000  # for one expert from a backup or the checkpoint
     fetches_at_once: int = 4  # experts that a repair reads from them, while it writes one more
-    formation_ms: int = 120_000
-    fenced_grace_ms: int = 5_000
-    restart_grace_ms: int = 5_000
+    formation_ms: int = 120_000  # how long the first epoch waits for all ranks
+    fenced_grace_ms: int = 5_000  # for an evicted process to end itself before it is killed
+    restart_grace_ms: int = 5_000  # for ranks to find a restarted supervisor
+    background_retry_ms: int = 5_000  # pause after a rank could not fetch an expert
+    balance_every_ms: int = 30_000  # least time between two looks at an even enough load
     joiner_nice: int = 3  # how far a returning process is put behind those that serve; 0: not
     host_lost_ms: int = 10_000  # a host silent for so long, with no member on it, counts as gone
 
     def __post_init__(self):
         _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
-        _positive(self, "fetch_deadline_ms", "fetches_at_once")
+        _positive(self, "channel_grace_ms", "stall_ms", "fetch_deadline_ms", "fetches_at_once")
         if self.background_experts < 0 or self.background_bytes_per_s < 0:
             raise ValueError(
                 f"{self.background_experts=} and {self.background_bytes_per_s=} must not be "
@@ -80,6 +82,8 @@ class ClusterConfig:
             )
         if self.lease_ms < 3 * self.heartbeat_ms:
             raise ValueError(f"{self.lease_ms=} must be at least 3 x {self.heartbeat_ms=}")
+        if not 0 < self.accused_lease_ms <= self.lease_ms:
+            raise ValueError(f"{self.accused_lease_ms=} must be in 1..{self.lease_ms=}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

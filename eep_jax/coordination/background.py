@@ -14,7 +14,7 @@ import dataclasses
 
 from eep_jax.coordination.protocol import Fetch, Mode, Status
 from eep_jax.coordination.shortages import avoided, explain
-from eep_jax.coordination.state import Background, CoordinatorState, Note, Send
+from eep_jax.coordination.state import BackgroundTask, CoordinatorState, Note, Send
 from eep_jax.membership.view import RankState
 from eep_jax.placement.balance import Aim, next_step
 from eep_jax.placement.load import settled
@@ -25,23 +25,23 @@ from eep_jax.placement.sources import Supply
 
 def advance(
     state: CoordinatorState, supply: Supply, now_ms: int
-) -> tuple[CoordinatorState, tuple, Background | None]:
+) -> tuple[CoordinatorState, tuple, BackgroundTask | None]:
     """The state, what to send, and the task whose experts are all there, if one is."""
     if not is_calm(state):
-        return dataclasses.replace(state, background=None), (), None
+        return with_background(state, task=None), (), None
     commands = ()
-    if state.background is None and now_ms >= state.background_from_ms:
+    if state.background.task is None and now_ms >= state.background.from_ms:
         state = _begin(state, supply, now_ms)
         commands = fetches(state)
-    task = state.background
+    task = state.background.task
     if task is None:
         return state, commands, None
     failed = {m.rank: m.expert for m in task.plan.moves if _has_failed(state, task, m)}
     if failed:
         facts = {"ranks": sorted(failed), "experts": sorted(failed.values())}
         facts["reason"] = explain(state)
-        retry_ms = now_ms + state.options.background_retry_ms
-        state = dataclasses.replace(state, background=None, background_from_ms=retry_ms)
+        retry_ms = now_ms + state.config.background_retry_ms
+        state = with_background(state, task=None, from_ms=retry_ms)
         return state, (*commands, Note("fetch_failed", facts)), None
     there = all(_is_there(state, move) for move in task.plan.moves)
     return state, commands, task if there else None
@@ -62,11 +62,11 @@ def is_calm(state: CoordinatorState) -> bool:
 
 def is_resting(state: CoordinatorState) -> bool:
     """Whether nothing is left to do, as far as is known now."""
-    if state.background is not None or draining(state) or not state.view.in_epoch:
+    if state.background.task is not None or draining(state) or not state.view.in_epoch:
         return False
-    if state.options.background_experts == 0:
+    if state.config.background_experts == 0:
         return True
-    return next_step(state.placement, _aim(state, settled(state.load))) is None
+    return next_step(state.placement, _aim(state, settled(state.load.measured))) is None
 
 
 def draining(state: CoordinatorState) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ def draining(state: CoordinatorState) -> tuple[int, ...]:
 
 def fetches(state: CoordinatorState, only: int | None = None) -> tuple[Send, ...]:
     """Tells the ranks, or one of them, what the pending task wants of them and is not there yet."""
-    task, sends = state.background, ()
+    task, sends = state.background.task, ()
     for rank in state.view.in_epoch if task is not None else ():
         if only not in (None, rank):
             continue
@@ -93,11 +93,11 @@ def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorS
     if leaving and has_room(state, leaving):
         task = _drain(state, supply, leaving)
         return state if task is None else _with_task(state, now_ms, **task)
-    if state.options.background_experts == 0:
+    if state.config.background_experts == 0:
         return state
-    aim = _aim(state, state.balancing)
-    loads = settled(state.load) if now_ms >= state.balance_from_ms else ()
-    if state.rested == (state.placement, aim) and not loads:
+    aim = _aim(state, state.load.spreading)
+    loads = settled(state.load.measured) if now_ms >= state.load.from_ms else ()
+    if state.background.done == (state.placement, aim) and not loads:
         return state
     plan = next_step(state.placement, aim, supply)
     if plan is None and not aim.loads and loads:
@@ -105,23 +105,21 @@ def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorS
         aim = dataclasses.replace(aim, loads=loads)
         plan = next_step(state.placement, aim, supply)
     if plan is None:
-        if aim.loads:
-            later_ms = now_ms + state.options.balance_every_ms
-            state = dataclasses.replace(state, balance_from_ms=later_ms)
-        rested = (state.placement, dataclasses.replace(aim, loads=()))
-        return dataclasses.replace(state, rested=rested, balancing=())
+        from_ms = now_ms + state.config.balance_every_ms if aim.loads else state.load.from_ms
+        state = _with_load(state, spreading=(), from_ms=from_ms)
+        return with_background(state, done=(state.placement, dataclasses.replace(aim, loads=())))
     reason = "load is spread" if aim.loads else "experts get their replicas back"
-    state = dataclasses.replace(state, balancing=aim.loads)
+    state = _with_load(state, spreading=aim.loads)
     return _with_task(state, now_ms, kind="background", plan=plan, reason=reason)
 
 
 def _aim(state: CoordinatorState, loads: tuple[float, ...]) -> Aim:
     return Aim(
         members=state.view.in_epoch,
-        redundancy=state.options.redundancy,
-        moves_max=state.options.background_experts,
+        redundancy=state.config.redundancy,
+        moves_max=state.config.background_experts,
         loads=loads,
-        imbalance_max=state.options.imbalance_max,
+        imbalance_max=state.config.imbalance_max,
         avoid=avoided(state),
     )
 
@@ -129,13 +127,13 @@ def _aim(state: CoordinatorState, loads: tuple[float, ...]) -> Aim:
 def has_room(state: CoordinatorState, leaving) -> bool:
     """Whether the ranks that stay have a slot for every expert. A drain waits until they do."""
     staying = len(set(state.view.in_epoch) - set(leaving))
-    return staying * state.options.slots_per_rank >= state.options.experts
+    return staying * state.config.slots_per_rank >= state.placement.experts
 
 
 def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict | None:
     """The next step of a drain, as far as a task is made of it; None while it has to wait."""
     staying = tuple(rank for rank in state.view.in_epoch if rank not in leaving)
-    moves_max = max(1, state.options.background_experts)
+    moves_max = max(1, state.config.background_experts)
     names = ", ".join(map(str, leaving))
     aim = Aim(members=staying, redundancy=1, moves_max=moves_max, avoid=avoided(state))
     if (plan := next_step(state.placement, aim, supply)) is not None:
@@ -148,9 +146,18 @@ def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict | None:
 
 def _with_task(state: CoordinatorState, now_ms: int, **task) -> CoordinatorState:
     known = (state.records[rank].status.fetched for rank in state.view.in_epoch)
-    number = max(now_ms, state.background_number + 1, *(1 + fetched for fetched in known))
-    background = Background(number=number, epoch=state.view.epoch, **task)
-    return dataclasses.replace(state, background=background, background_number=number)
+    number = max(now_ms, state.background.number + 1, *(1 + fetched for fetched in known))
+    task = BackgroundTask(number=number, epoch=state.view.epoch, **task)
+    return with_background(state, task=task, number=number)
+
+
+def with_background(state: CoordinatorState, **changes) -> CoordinatorState:
+    background = dataclasses.replace(state.background, **changes)
+    return dataclasses.replace(state, background=background)
+
+
+def _with_load(state: CoordinatorState, **changes) -> CoordinatorState:
+    return dataclasses.replace(state, load=dataclasses.replace(state.load, **changes))
 
 
 def _serves(state: CoordinatorState, rank: int) -> bool:
@@ -165,6 +172,6 @@ def _is_there(state: CoordinatorState, move) -> bool:
     return contents[move.slot : move.slot + 1] == (move.expert,)
 
 
-def _has_failed(state: CoordinatorState, task: Background, move) -> bool:
+def _has_failed(state: CoordinatorState, task: BackgroundTask, move) -> bool:
     status: Status = state.records[move.rank].status
     return status.fetched >= task.number and not _is_there(state, move)

@@ -43,7 +43,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     if any(state.records[rank].status is None for rank in members):
         return state, ()  # a restarted supervisor first hears from all, or judges them dead
     try:
-        found, degrade = certain_placement(state, joining), state.options.degrade
+        found, degrade = certain_placement(state, joining), state.config.policy == "degrade"
         supply, avoid = supply_of(state), avoided(state)
         plan = plan_repair(found, members, degrade=degrade, supply=supply, avoid=avoid)
     except CoverageLost as error:
@@ -85,7 +85,7 @@ def start_background(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorS
         fetched=task.plan.moves,
         planned=True,
     )
-    state, more = _propose(dataclasses.replace(state, background=None), change)
+    state, more = _propose(background.with_background(state, task=None), change)
     return state, (*commands, *more)
 
 

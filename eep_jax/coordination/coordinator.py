@@ -12,6 +12,7 @@ Every event ends in the same few questions, asked in this order:
 
 import dataclasses
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import background
 from eep_jax.coordination.changes import (
     certain_placement,
@@ -32,7 +33,6 @@ from eep_jax.coordination.shortages import forget_old, note_lost
 from eep_jax.coordination.state import (
     Answer,
     Arrived,
-    CoordinatorOptions,
     CoordinatorState,
     Disconnected,
     Ended,
@@ -49,19 +49,21 @@ from eep_jax.membership.view import RankState, View, empty_view
 from eep_jax.placement.load import observe
 from eep_jax.placement.placement import Placement, empty_placement, holds, missing_experts
 
+OWN_PAUSE_MS = 1_000  # a longer gap between two events means that the supervisor itself slept
 
-def initial_state(options: CoordinatorOptions) -> CoordinatorState:
+
+def initial_state(config: ClusterConfig, experts: int) -> CoordinatorState:
     """The state of a supervisor that was never started before."""
     return CoordinatorState(
-        options=options,
-        view=empty_view(options.ranks),
-        placement=empty_placement(options.experts, options.ranks, options.slots_per_rank),
-        records=(RankRecord(),) * options.ranks,
+        config=config,
+        view=empty_view(config.ranks),
+        placement=empty_placement(experts, config.ranks, config.slots_per_rank),
+        records=(RankRecord(),) * config.ranks,
     )
 
 
 def restored_state(
-    options: CoordinatorOptions,
+    config: ClusterConfig,
     view: View,
     placement: Placement,
     epoch_tried: int,
@@ -76,8 +78,8 @@ def restored_state(
     judged dead, `view` names the members, `out` the ranks that the operator took out. A member gets
     `restart_grace_ms` to come back before its silence counts.
     """
-    since_ms = now_ms + options.restart_grace_ms
-    fenced = fenced or [0] * options.ranks
+    since_ms = now_ms + config.restart_grace_ms
+    fenced = fenced or [0] * config.ranks
     # A member that was judged dead stays so; where a newer process was let in, it had been.
     members = [(rank, view.members[rank].incarnation) for rank in view.in_epoch]
     gone = [rank for rank, inc in members if issued[rank] > inc or fenced[rank] >= inc]
@@ -93,7 +95,7 @@ def restored_state(
         for rank, member in enumerate(view.members)
     )
     return CoordinatorState(
-        options=options,
+        config=config,
         view=view,
         placement=placement.without_ranks(gone),
         records=records,
@@ -138,7 +140,7 @@ def _excuse_own_pause(state: CoordinatorState, now_ms: int) -> CoordinatorState:
     pause_ms = now_ms - (now_ms if state.advanced_ms is None else state.advanced_ms)
     if pause_ms or state.advanced_ms is None:
         state = dataclasses.replace(state, advanced_ms=now_ms)
-    if pause_ms <= state.options.own_pause_ms:
+    if pause_ms <= OWN_PAUSE_MS:
         return state
     for rank, record in enumerate(state.records):
         lost_ms = record.channel_lost_ms
@@ -175,7 +177,9 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
                 return state, ()
             return dataclasses.replace(state, out=out), (Note("scale", {"out": sorted(out)}),)
         case Measured(choices=choices):
-            return dataclasses.replace(state, load=observe(state.load, choices, now_ms)), ()
+            measured = observe(state.load.measured, choices, now_ms)
+            load = dataclasses.replace(state.load, measured=measured)
+            return dataclasses.replace(state, load=load), ()
         case Tick():
             return state, ()
     raise TypeError(f"{event!r} is no event of the coordinator")

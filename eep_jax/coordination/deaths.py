@@ -30,7 +30,7 @@ def fence_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, 
             continue
         fenced_for_ms = now_ms - record.fenced_ms
         alive = not record.ended and not record.killed
-        if alive and fenced_for_ms > state.options.fenced_grace_ms:
+        if alive and fenced_for_ms > state.config.fenced_grace_ms:
             kill = Kill(rank, record.incarnation, "it was evicted and did not end itself")
             state, commands = with_record(state, rank, killed=True), (*commands, kill)
     return state, commands
@@ -49,7 +49,7 @@ def verdict_on(state: CoordinatorState, rank: int, now_ms: int):
         stalled_ms=0 if status is None or status.mode is Mode.ALONE else status.stalled_ms,
         accused_by=record.accused_by,
     )
-    verdict = judge(now_ms, signs, state.options.detector)
+    verdict = judge(now_ms, signs, state.config)
     reason = _disagreement(state, rank)
     if verdict.dead or not reason:
         return verdict

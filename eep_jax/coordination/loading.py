@@ -1,5 +1,6 @@
 """What joining ranks hold before they are let in, and where they read it from."""
 
+from eep_jax.config import SOURCES
 from eep_jax.coordination.protocol import Load
 from eep_jax.coordination.records import OUTSIDE, handles_of, send_to, unsettled_places, with_record
 from eep_jax.coordination.shortages import avoided
@@ -33,16 +34,15 @@ def assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState
 
 def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
     """The placement with what these joining ranks shall hold."""
-    options = state.options
+    config = state.config
     if state.view.epoch == 0:
-        return initial_placement(
-            options.experts, options.ranks, options.slots_per_rank, options.redundancy
-        )
+        experts = state.placement.experts
+        return initial_placement(experts, config.ranks, config.slots_per_rank, config.redundancy)
     base = with_loads(state.placement, state, loading)
     counted = [r for r in (*state.view.in_epoch, *loading) if state.records[r].is_current]
     held = {rank: state.records[rank].status.contents for rank in waiting}
     avoid = avoided(state)
-    return plan_admission(base, counted, waiting, options.redundancy, held, avoid).placement
+    return plan_admission(base, counted, waiting, config.redundancy, held, avoid).placement
 
 
 def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
@@ -66,12 +66,12 @@ def supply_of(state: CoordinatorState) -> Supply:
         for rank, record in enumerate(state.records)
         if record.is_current and not record.ending and record.status is not None
     }
-    allowed = state.options.sources
-    if state.view.epoch == 0:
-        allowed = tuple(SourceKind)  # the first experts of all come from the checkpoint
+    # The first experts of all come from the checkpoint, whatever is allowed later.
+    allowed = tuple(map(SourceKind, state.config.sources if state.view.epoch else SOURCES))
+    measured = state.config.source_order == "measured"
     return Supply(
         backups={rank: s.backup for rank, s in alive.items() if s.backup.experts},
-        rates=median_rates(s.rates for s in alive.values()) if state.options.measured else {},
+        rates=median_rates(s.rates for s in alive.values()) if measured else {},
         allowed=allowed,
     )
 
@@ -80,9 +80,9 @@ def ready_to_join(state: CoordinatorState, now_ms: int) -> tuple[int, ...]:
     """Joining ranks that can be admitted. The first epoch waits for all ranks, but not forever."""
     joining = state.view.with_state(RankState.JOINING)
     loaded = tuple(r for r in joining if r not in state.out and _has_loaded(state.records[r]))
-    if state.view.epoch == 0 and len(loaded) < state.options.ranks:
+    if state.view.epoch == 0 and len(loaded) < state.config.ranks:
         waited_ms = now_ms - (now_ms if state.first_offer_ms is None else state.first_offer_ms)
-        return loaded if waited_ms >= state.options.formation_ms else ()
+        return loaded if waited_ms >= state.config.formation_ms else ()
     return loaded
 
 

@@ -10,10 +10,8 @@ What such a report could bring about is known from the last look at all ranks:
 A Tick always looks at all ranks.
 """
 
-import dataclasses
-
 from eep_jax.coordination.protocol import Mode, Status
-from eep_jax.coordination.state import CoordinatorState, RankRecord
+from eep_jax.coordination.state import CoordinatorState, Quiet, RankRecord
 from eep_jax.membership.view import RankState
 
 # What of a Status decides anything, beside the time of its coming and what it measured.
@@ -29,14 +27,6 @@ _TELLING = (
     "failure",
 )
 _USUAL = (Mode.SERVING, Mode.PREPARING, Mode.READY)
-
-
-@dataclasses.dataclass(frozen=True)
-class Quiet:
-    """What the last look at all ranks found. `witness` is a rank that the others wait for."""
-
-    due_ms: int
-    witness: int | None = None
 
 
 def look(state: CoordinatorState) -> Quiet | None:
@@ -71,14 +61,14 @@ def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: i
 
 def _due_ms(state: CoordinatorState, record: RankRecord) -> int:
     """Until when this record means the same, if nothing else is heard."""
-    detector = state.options.detector
+    config = state.config
     if not record.is_current:
         waits = not record.ended and not record.killed
-        return record.fenced_ms + state.options.fenced_grace_ms if waits else _NEVER
-    lease_ms = detector.accused_lease_ms if record.accused_by else detector.lease_ms
+        return record.fenced_ms + config.fenced_grace_ms if waits else _NEVER
+    lease_ms = config.accused_lease_ms if record.accused_by else config.lease_ms
     due = record.heard_ms + lease_ms
     if record.channel_lost_ms is not None:
-        due = min(due, record.channel_lost_ms + detector.channel_grace_ms)
+        due = min(due, record.channel_lost_ms + config.channel_grace_ms)
     return due
 
 

@@ -50,9 +50,9 @@ def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> Coordinat
 
 def _wanted(state: CoordinatorState, status: Status) -> tuple[int, ...]:
     """The slots that a rank was told to fill; empty where its `lost` is of something older."""
-    change, task = state.change, state.background
+    change, task = state.change, state.background.task
     load = state.records[status.rank].load
-    if len(status.contents) != state.options.slots_per_rank:
+    if len(status.contents) != state.config.slots_per_rank:
         return ()
     if change is not None and status.rank in change.takes_part:
         is_of_change = status.mode is Mode.READY and status.prepared == change.view.epoch
@@ -71,7 +71,7 @@ def forget_old(state: CoordinatorState, now_ms: int) -> CoordinatorState:
         return state
     short = sorted({expert for _, expert in known.reasons} & set(state.dropped))
     state = dataclasses.replace(state, shortages=dataclasses.replace(known, reasons={}))
-    if short and state.options.background_experts == 0:  # else it is done while ranks serve
+    if short and state.config.background_experts == 0:  # else it is done while ranks serve
         return want_resync(state, f"experts {short} are tried again")
     return state
 

@@ -2,35 +2,13 @@
 
 import dataclasses
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination.protocol import Load, Status
-from eep_jax.membership.detector import DetectorOptions
 from eep_jax.membership.view import View
+from eep_jax.placement.balance import Aim
 from eep_jax.placement.load import LoadEstimate
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.planner import Move, Plan
-from eep_jax.placement.sources import SourceKind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CoordinatorOptions:
-    """Sizes and policies of the cluster. Times in milliseconds."""
-
-    ranks: int
-    experts: int
-    slots_per_rank: int
-    redundancy: int = 1
-    sources: tuple[SourceKind, ...] = tuple(SourceKind)  # what may supply a running cluster
-    measured: bool = True  # the fastest source first; else by tier
-    background_experts: int = 2  # that a rank fetches for one epoch of background work; 0: none
-    imbalance_max: float = 1.25  # load of the busiest rank to the mean that is left alone
-    degrade: bool = False  # go on without experts that find no slot, instead of failing closed
-    formation_ms: int = 120_000  # how long the first epoch waits for all ranks
-    fenced_grace_ms: int = 5_000  # how long an evicted but living process may take to end itself
-    restart_grace_ms: int = 5_000  # how long ranks may take to find a restarted supervisor
-    background_retry_ms: int = 5_000  # after a rank could not fetch an expert
-    balance_every_ms: int = 30_000  # at most so often load is looked at
-    own_pause_ms: int = 1_000  # a longer gap between two events is the supervisor's own sleep
-    detector: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +55,7 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Background:
+class BackgroundTask:
     """Experts on their way into slots that the placement of `epoch` does not use.
 
     `number` tells one such task from all others, also of other supervisors.
@@ -101,13 +79,40 @@ class Shortages:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BackgroundState:
+    """The pending background task, and what limits the next one; see `background`."""
+
+    task: BackgroundTask | None = None
+    from_ms: int = 0  # earliest start of the next task
+    number: int = 0  # of the last task
+    done: tuple[Placement, Aim] | None = None  # these two leave nothing to do
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadState:
+    """Measured load of the experts, and the load that balancing currently spreads."""
+
+    measured: LoadEstimate = dataclasses.field(default_factory=LoadEstimate)
+    spreading: tuple[float, ...] = ()  # fixed while it is being spread; empty if none is
+    from_ms: int = 0  # earliest time at which balancing considers the measured load again
+
+
+@dataclasses.dataclass(frozen=True)
+class Quiet:
+    """Result of the last look at all ranks, see `quiet`. The other ranks wait for `witness`."""
+
+    due_ms: int
+    witness: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinatorState:
     """`view` and `placement` are the committed ones, with suspects and joining ranks marked.
 
     While `blocked`, the dead have also left them, under the old epoch, which nobody can step in.
     """
 
-    options: CoordinatorOptions
+    config: ClusterConfig
     view: View
     placement: Placement
     records: tuple[RankRecord, ...]
@@ -119,16 +124,11 @@ class CoordinatorState:
     blocked: str = ""  # why there is no coverage, empty while all is well
     resync: str = ""  # why the members must agree anew, empty if not
     out: frozenset[int] = frozenset()  # ranks that the operator took out, or wants out
-    background: Background | None = None
-    background_from_ms: int = 0  # not before
-    background_number: int = 0  # of the last task
-    load: LoadEstimate = dataclasses.field(default_factory=LoadEstimate)
-    balancing: tuple[float, ...] = ()  # the load that is being spread, empty if none is
-    balance_from_ms: int = 0
-    rested: object = None  # what placement and aim left nothing to do
+    background: BackgroundState = BackgroundState()
+    load: LoadState = LoadState()
     first_offer_ms: int | None = None
     advanced_ms: int | None = None  # when the last event came
-    quiet: object = None  # see quiet.Quiet: what the last look at all ranks found
+    quiet: Quiet | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,24 +2,7 @@
 
 import dataclasses
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectorOptions:
-    """How long each sign may last. Milliseconds.
-
-    Raises ValueError where the limits contradict each other.
-    """
-
-    lease_ms: int = 3_000  # without any heartbeat
-    accused_lease_ms: int = 1_500  # without any heartbeat, once a peer's step accuses the rank
-    channel_grace_ms: int = 1_500  # without a control channel, process not known dead
-    stall_ms: int = 15_000  # heartbeats arrive, but the engine loop does not move
-
-    def __post_init__(self):
-        if not 0 < self.accused_lease_ms <= self.lease_ms:
-            raise ValueError(f"{self.accused_lease_ms=} must be in 1..{self.lease_ms=}")
-        if min(self.channel_grace_ms, self.stall_ms) <= 0:
-            raise ValueError(f"{self.channel_grace_ms=} and {self.stall_ms=} must be positive")
+from eep_jax.config import ClusterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +27,15 @@ class Verdict:
     reason: str
 
 
-def judge(now_ms: int, signs: Signs, options: DetectorOptions) -> Verdict:
+def judge(now_ms: int, signs: Signs, limits: ClusterConfig) -> Verdict:
     """Decides from all signs. A peer's suspicion alone never kills: it only shortens the lease.
 
-    >>> judge(5_000, Signs(rank=2, heard_ms=4_900, accused_by=(0,)), DetectorOptions()).dead
+    >>> limits = ClusterConfig(ranks=4, slots_per_rank=2, lease_ms=3_000)
+    >>> judge(5_000, Signs(rank=2, heard_ms=4_900, accused_by=(0,)), limits).dead
     False
     """
     silent_ms = now_ms - signs.heard_ms
-    lease_ms = options.accused_lease_ms if signs.accused_by else options.lease_ms
+    lease_ms = limits.accused_lease_ms if signs.accused_by else limits.lease_ms
     accusers = f" and ranks {list(signs.accused_by)} accuse it" if signs.accused_by else ""
     dead = lambda reason: Verdict(signs.rank, True, f"rank {signs.rank} {reason}")
     if signs.ended:
@@ -62,13 +46,13 @@ def judge(now_ms: int, signs: Signs, options: DetectorOptions) -> Verdict:
         return dead(f"was silent for {silent_ms} ms, longer than {lease_ms} ms{accusers}")
     if signs.channel_lost_ms is not None:
         lost_ms = now_ms - signs.channel_lost_ms
-        grace_ms = options.channel_grace_ms
+        grace_ms = limits.channel_grace_ms
         if lost_ms > grace_ms:
             return dead(f"lost its channel {lost_ms} ms ago, longer than {grace_ms} ms{accusers}")
-    if signs.stalled_ms > options.stall_ms:
+    if signs.stalled_ms > limits.stall_ms:
         return dead(
             f"is stuck: its engine did not move for {signs.stalled_ms} ms, longer than "
-            f"{options.stall_ms} ms{accusers}"
+            f"{limits.stall_ms} ms{accusers}"
         )
     if signs.accused_by:
         reason = f"rank {signs.rank} was heard {silent_ms} ms ago{accusers}"

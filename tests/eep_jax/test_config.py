@@ -45,6 +45,13 @@ def test_a_model_of_sizes_that_contradict_is_refused(changes, said):
         ({"sources": ("peer", "moon")}, "'moon'.* must name some of"),
         ({"source_order": "luck"}, "source_order='luck' must be one of"),
         ({"lease_ms": 599}, "lease_ms=599 must be at least 3 x self.heartbeat_ms=200"),
+        (
+            {"lease_ms": 1_000, "accused_lease_ms": 1_001},
+            "accused_lease_ms=1001 must be in",
+        ),
+        ({"accused_lease_ms": 0}, "accused_lease_ms=0 must be in 1"),
+        ({"channel_grace_ms": 0}, "channel_grace_ms=0 must be positive"),
+        ({"stall_ms": -1}, "stall_ms=-1 must be positive"),
     ],
 )
 def test_a_cluster_that_cannot_work_is_refused(changes, said):

@@ -31,7 +31,7 @@ class Checkers:
     def recorded(self, note: Note) -> None:
         if note.kind != "commit":
             return
-        view, placement = supervisor_process.committed(note, self.cluster.options.experts)
+        view, placement = supervisor_process.committed(note, self.cluster.experts)
         members = note.facts["members"]
         newest = max(self.committed, default=0)
         require(view.epoch > newest, f"epoch {view.epoch} is committed after {newest}")
@@ -90,7 +90,7 @@ def is_well(cluster) -> bool:
     """
     supervisor = cluster.supervisor
     processes = [process for process in cluster.living() if process.incarnation]
-    if supervisor is None or len(processes) != cluster.options.ranks:
+    if supervisor is None or len(processes) != cluster.config.ranks:
         return False
     state = supervisor.state
     if state.change is not None or state.dropped or state.blocked:

@@ -5,8 +5,9 @@ import heapq
 import itertools
 import random
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.state import CoordinatorOptions, Disconnected, Ended, Ending, Note
+from eep_jax.coordination.state import Disconnected, Ended, Ending, Note
 from eep_jax.placement.sources import SourceKind
 from tests.simulator.checkers import Checkers
 from tests.simulator.network import Network
@@ -41,8 +42,8 @@ class Timing:
 class Cluster:
     """All of it. `after` schedules, `run_for` lets time pass, everything else acts at once."""
 
-    def __init__(self, options: CoordinatorOptions, seed: int, advance=coordinator.advance):
-        self.options, self.advance = options, advance
+    def __init__(self, config: ClusterConfig, experts: int, seed: int, advance=coordinator.advance):
+        self.config, self.experts, self.advance = config, experts, advance
         self.now_ms = 1_000
         self.random = random.Random(seed)
         self.network = Network(seed)

@@ -64,11 +64,11 @@ def accuse_falsely(cluster: Cluster, dice: random.Random) -> None:
 
 
 def start_second_process(cluster: Cluster, dice: random.Random) -> None:
-    cluster.spawn(dice.randrange(cluster.options.ranks))
+    cluster.spawn(dice.randrange(cluster.config.ranks))
 
 
 def cut_ranks(cluster: Cluster, dice: random.Random) -> None:
-    network, ranks = cluster.network, range(cluster.options.ranks)
+    network, ranks = cluster.network, range(cluster.config.ranks)
     network.cut = frozenset(r for r in ranks if dice.random() < 0.4)
     cluster.after(dice.randint(200, 6_000), lambda: setattr(network, "cut", frozenset()))
 
@@ -123,7 +123,7 @@ def stop_supervisor(cluster: Cluster, dice: random.Random) -> None:
 def drain_a_rank(cluster: Cluster, dice: random.Random) -> None:
     """The operator's doing, not a fault; but it may come at any time."""
     _scale(
-        cluster, ScaleRequest(action="scale_down", ranks=(dice.randrange(cluster.options.ranks),))
+        cluster, ScaleRequest(action="scale_down", ranks=(dice.randrange(cluster.config.ranks),))
     )
 
 
@@ -146,7 +146,7 @@ def _scale(cluster: Cluster, wish: ScaleRequest) -> None:
 def shift_load(cluster: Cluster, dice: random.Random) -> None:
     """The tokens of now like other experts than those of before."""
     if (supervisor := cluster.supervisor) is not None:
-        experts = range(cluster.options.experts)
+        experts = range(cluster.experts)
         supervisor.feed(Measured(tuple(dice.choice((0, 100, 5_000)) for _ in experts)))
 
 

@@ -26,7 +26,7 @@ class RankProcess:
         self.cluster, self.pid, self.rank = cluster, pid, rank
         self.incarnation = 0
         self.state = ParticipantState(rank=rank)
-        self.bank = [EMPTY] * cluster.options.slots_per_rank
+        self.bank = [EMPTY] * cluster.config.slots_per_rank
         self.alive, self.stopped = True, False
         self.stuck_since_ms: int | None = None
         self.waiting_for_ms: int | None = None  # since when a step waits for its peers
@@ -169,7 +169,7 @@ class RankProcess:
         """Fills what `plan_backups` says, one expert after the other; what was kept stays."""
         room = self.cluster.timing.backup_experts * (EXPERT_BYTES + SHARD_OVERHEAD_BYTES)
         if room:
-            experts = self.cluster.options.experts
+            experts = self.cluster.experts
             wanted = plan_backups(experts, view.in_epoch, placement, EXPERT_BYTES, room)[self.rank]
             self.backups &= set(wanted)
             for number, expert in enumerate(wanted):

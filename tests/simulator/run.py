@@ -7,12 +7,12 @@ import argparse
 import random
 import sys
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator
-from eep_jax.coordination.state import CoordinatorOptions
 from tests.simulator import faults
 from tests.simulator.checkers import is_well
 from tests.simulator.cluster import Cluster
-from tests.support.factories import some_options
+from tests.support.factories import some_cluster
 
 TAIL_LINES = 40
 MESSAGES_PER_S_MAX = 25  # of one rank, both ways: heartbeats are 5, the rest are changes
@@ -22,21 +22,21 @@ class Failed(AssertionError):
     """A seed broke a promise. The message holds the command that repeats it and the log's tail."""
 
 
-def options_for(ranks: int, dice: random.Random) -> CoordinatorOptions:
-    """Room that one, several, or all but one rank can be lost, by seed."""
+def a_cluster(ranks: int, dice: random.Random) -> tuple[ClusterConfig, int]:
+    """Room to lose one, several, or all but one rank, by seed; and the number of experts."""
     experts = dice.randint(1, 2 * ranks)
     fewest = -(-experts // ranks)
     slots = dice.randint(fewest, fewest + 3)
-    return some_options(
+    config = some_cluster(
         ranks=ranks,
-        experts=experts,
         slots_per_rank=slots,
         redundancy=dice.randint(1, max(1, min(ranks, ranks * slots // experts))),
         background_experts=dice.randint(0, 3),
         background_retry_ms=1_000,
         balance_every_ms=1_000,
-        degrade=dice.random() < 0.2,
+        policy="degrade" if dice.random() < 0.2 else "fail_closed",
     )
+    return config, experts
 
 
 def simulate(
@@ -48,7 +48,7 @@ def simulate(
 ) -> Cluster:
     """One simulation. Raises Failed where a promise is broken; returns the cluster at its end."""
     dice = random.Random(seed)
-    cluster = Cluster(options_for(ranks, dice), seed, advance)
+    cluster = Cluster(*a_cluster(ranks, dice), seed, advance)
     try:
         _disturb(cluster, dice, faults_ms)
         faults.heal(cluster)
@@ -66,16 +66,16 @@ def simulate(
 
 
 def _process_seconds(cluster: Cluster) -> float:
-    return max(cluster.options.ranks, len(cluster.living())) * cluster.now_ms / 1_000
+    return max(cluster.config.ranks, len(cluster.living())) * cluster.now_ms / 1_000
 
 
 def _disturb(cluster: Cluster, dice: random.Random, duration_ms: int) -> None:
     cluster.timing.warm_up_range_ms = (50, 1_500)
     cluster.timing.move_range_ms = (10, 100)
     cluster.timing.respawn_range_ms = (100, 3_000)
-    cluster.timing.backup_experts = dice.choice((0, 1, cluster.options.experts))
+    cluster.timing.backup_experts = dice.choice((0, 1, cluster.experts))
     cluster.network.delay_ms = (1, 20)
-    for rank in range(cluster.options.ranks):
+    for rank in range(cluster.config.ranks):
         cluster.spawn(rank)
     pace_ms = dice.choice((300, 1_000, 3_000))
     cluster.run_for(dice.randint(0, 3_000))

@@ -4,7 +4,7 @@ from eep_jax.coordination.participant import Broken, StepAccused
 from eep_jax.coordination.state import ScaleTo
 from eep_jax.placement.placement import EMPTY
 from tests.simulator.cluster import Cluster
-from tests.support.factories import some_options
+from tests.support.factories import EXPERTS, some_cluster
 
 
 class Story:
@@ -43,15 +43,14 @@ class Story:
 
     def form(self, ranks: str, *settings: str) -> None:
         values = {key: int(value) for key, value in (s.split("=") for s in settings)}
-        options = some_options(
+        config = some_cluster(
             ranks=int(ranks),
-            experts=values.get("experts", 8),
             slots_per_rank=values.get("slots", 3),
             redundancy=values.get("redundancy", 1),
-            degrade=bool(values.get("degrade", 0)),
+            policy="degrade" if values.get("degrade") else "fail_closed",
             background_experts=values.get("background", 2),
         )
-        self.cluster = Cluster(options, seed=0)
+        self.cluster = Cluster(config, values.get("experts", EXPERTS), seed=0)
         if "starved" in values:
             self.cluster.starved.add(values["starved"])
         for rank in range(int(ranks) - values.get("late", 0)):

@@ -1,9 +1,9 @@
 """A simulated supervisor: the real coordinator, a journal that outlives it, and its restart."""
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.state import (
     Answer,
-    CoordinatorOptions,
     CoordinatorState,
     Ended,
     Kill,
@@ -26,9 +26,9 @@ class SupervisorProcess:
         self.postponed = []
         self.commands_left: int | None = None  # it dies after so many commands, if not None
         if cluster.journal:
-            self.state = restored(cluster.options, cluster.journal, cluster.now_ms)
+            self.state = restored(cluster.config, cluster.experts, cluster.journal, cluster.now_ms)
         else:
-            self.state = coordinator.initial_state(cluster.options)
+            self.state = coordinator.initial_state(cluster.config, cluster.experts)
         self.tick()
 
     def tick(self) -> None:
@@ -73,11 +73,13 @@ class SupervisorProcess:
                 self.cluster.after(1, lambda: self.feed(ended))
 
 
-def restored(options: CoordinatorOptions, journal: list[Note], now_ms: int) -> CoordinatorState:
+def restored(
+    config: ClusterConfig, experts: int, journal: list[Note], now_ms: int
+) -> CoordinatorState:
     """The coordinator's state from the journal alone."""
-    view = empty_view(options.ranks)
-    placement = empty_placement(options.experts, options.ranks, options.slots_per_rank)
-    issued, fenced, epoch_tried = [0] * options.ranks, [0] * options.ranks, 0
+    view = empty_view(config.ranks)
+    placement = empty_placement(experts, config.ranks, config.slots_per_rank)
+    issued, fenced, epoch_tried = [0] * config.ranks, [0] * config.ranks, 0
     out = ()
     for note in journal:
         facts = note.facts
@@ -91,9 +93,9 @@ def restored(options: CoordinatorOptions, journal: list[Note], now_ms: int) -> C
             case "scale":
                 out = facts["out"]
             case "commit":
-                view, placement = committed(note, options.experts)
+                view, placement = committed(note, experts)
     return coordinator.restored_state(
-        options, view, placement, epoch_tried, issued, now_ms, fenced, out
+        config, view, placement, epoch_tried, issued, now_ms, fenced, out
     )
 
 

@@ -10,7 +10,7 @@ from eep_jax.coordination.state import Note, ScaleTo, Send
 from tests.simulator import run
 from tests.simulator.checkers import is_well
 from tests.simulator.cluster import Cluster
-from tests.support.factories import some_options
+from tests.support.factories import EXPERTS, some_cluster
 
 SEEDS = 60
 
@@ -27,7 +27,8 @@ def test_every_promise_is_kept_whatever_fails(ranks):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_without_faults_every_planned_change_is_held_for(ranks):
     """A rank is taken out and back, load shifts: no rank gives up, and no step is discarded."""
-    cluster = Cluster(some_options(ranks=ranks, slots_per_rank=8, redundancy=2), seed=ranks)
+    config = some_cluster(ranks=ranks, slots_per_rank=8, redundancy=2)
+    cluster = Cluster(config, EXPERTS, seed=ranks)
     for rank in range(ranks):
         cluster.spawn(rank)
     assert cluster.run_for(5_000, until=lambda: is_well(cluster))

@@ -1,12 +1,14 @@
 """Small worlds for tests: views, placements, options, statuses and a cluster run by hand."""
 
+from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator, participant
 from eep_jax.coordination.protocol import Mode, Status
-from eep_jax.coordination.state import Answer, Arrived, CoordinatorOptions, Note, Send, Tick
-from eep_jax.membership.detector import DetectorOptions
+from eep_jax.coordination.state import Answer, Arrived, Note, Send, Tick
 from eep_jax.membership.view import Member, RankState, View, check
 from eep_jax.placement.placement import EMPTY, Placement
 from eep_jax.placement.placement import check as check_placement
+
+EXPERTS = 8
 
 
 def a_view(states: str = "active active active active", epoch: int = 1) -> View:
@@ -25,16 +27,10 @@ def a_placement(rows: str = "0 1 -/2 3 -/4 5 -/6 7 -", experts: int = 8) -> Plac
     return check_placement(Placement(experts=experts, slots=slots))
 
 
-def some_options(**changes) -> CoordinatorOptions:
-    """Four ranks with three slots each for eight experts, unless `changes` say otherwise."""
-    defaults = {
-        "ranks": 4,
-        "experts": 8,
-        "slots_per_rank": 3,
-        "formation_ms": 5_000,
-        "detector": DetectorOptions(stall_ms=4_000),
-    }
-    return CoordinatorOptions(**{**defaults, **changes})
+def some_cluster(**changes) -> ClusterConfig:
+    """Four ranks with three slots each, for EXPERTS, unless `changes` say otherwise."""
+    defaults = {"ranks": 4, "slots_per_rank": 3, "formation_ms": 5_000, "stall_ms": 4_000}
+    return ClusterConfig(**{**defaults, **changes})
 
 
 def a_status(rank: int, sequence: int = 1, mode: Mode = Mode.OFFERED, **changes) -> Status:
@@ -50,9 +46,9 @@ class ByHand:
     does at once what the rank asks for; `say` lets a rank report. `settle` passes all that is left.
     """
 
-    def __init__(self, options: CoordinatorOptions | None = None):
+    def __init__(self, config: ClusterConfig | None = None, experts: int = EXPERTS):
         self.now_ms = 1_000
-        self.state = coordinator.initial_state(options or some_options())
+        self.state = coordinator.initial_state(config or some_cluster(), experts)
         self.ranks: dict[int, participant.ParticipantState] = {}
         self.incarnations: dict[int, int] = {}
         self.sequence = 0
@@ -132,9 +128,9 @@ class ByHand:
 
 
 def a_serving_cluster(**changes) -> ByHand:
-    """All ranks of the options serve in epoch 1."""
-    cluster = ByHand(some_options(**changes))
-    for rank in range(cluster.state.options.ranks):
+    """All ranks of `some_cluster` serve in epoch 1."""
+    cluster = ByHand(some_cluster(**changes))
+    for rank in range(cluster.state.config.ranks):
         cluster.join(rank)
     cluster.settle()
     assert cluster.state.view.epoch == 1, cluster.state

@@ -17,7 +17,7 @@ from eep_jax.runtime.serving.request_table import RequestTable
 
 def load_shares(state: CoordinatorState) -> tuple[float, ...]:
     """Of all choices of late, those of each expert; empty while too few were counted."""
-    loads = settled(state.load)
+    loads = settled(state.load.measured)
     return tuple(load / sum(loads) for load in loads)
 
 
@@ -142,7 +142,7 @@ class Metrics:
                 "Load of the busiest rank to the mean, as experts were chosen.",
                 value=found,
             )
-        task = state.background
+        task = state.background.task
         yield GaugeMetricFamily(
             "eep_background_moves",
             "Experts that are being brought while serving.",

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from eep_jax.config import RunConfig
+from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.coordination.coordinator import initial_state, restored_state
-from eep_jax.coordination.state import CoordinatorOptions, CoordinatorState
+from eep_jax.coordination.state import CoordinatorState
 from eep_jax.engine.request import Request
 from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
@@ -41,11 +41,11 @@ class Restored:
         newest = [(rank, number) for rank, number in enumerate(self.issued) if number]
         return [one for one in newest if one not in there]
 
-    def coordinator_state(self, options: CoordinatorOptions, now_ms: int) -> CoordinatorState:
+    def coordinator_state(self, config: ClusterConfig, now_ms: int) -> CoordinatorState:
         if self.is_first:
-            return initial_state(options)
+            return initial_state(config, self.placement.experts)
         return restored_state(
-            options,
+            config,
             self.view,
             self.placement,
             self.epoch_tried,

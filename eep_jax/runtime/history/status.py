@@ -101,7 +101,7 @@ class StatusReporter:
         state = self._state()
         inside = state.view.in_epoch
         leaving = [rank for rank in inside if rank in state.out]
-        task, change, waits_for = state.background, state.change, ""
+        task, change, waits_for = state.background.task, state.change, ""
         if leaving:
             try:
                 require_room(state.placement, [rank for rank in inside if rank not in state.out])

@@ -12,7 +12,6 @@ import time
 from typing import Protocol
 
 from eep_jax.config import RunConfig
-from eep_jax.coordination.options import coordinator_options
 from eep_jax.coordination.scaling import ScaleRequest, ranks_out
 from eep_jax.coordination.state import CoordinatorState, Ended, ScaleTo, Tick
 from eep_jax.membership.view import RankState
@@ -91,7 +90,7 @@ class Supervisor:
         # What was before, and where what comes is written.
         before = read_back(replay(self._run_dir / JOURNAL), config)
         self._journal = Journal(self._run_dir / JOURNAL)
-        state = before.coordinator_state(coordinator_options(config), now_ms())
+        state = before.coordinator_state(config.cluster, now_ms())
         members = state.view.in_epoch
         self._found, self._gone = before.processes, before.ended
         self.book.restore(before.entries)

@@ -27,7 +27,7 @@ def changes(cluster: ByHand) -> list[str]:
 
 def replicas_min(cluster: ByHand) -> int:
     replicas = cluster.state.placement.replicas()
-    return min(len(replicas[e]) for e in range(cluster.state.options.experts))
+    return min(len(replicas[e]) for e in range(cluster.state.placement.experts))
 
 
 def until_fetching(cluster: ByHand) -> None:
@@ -75,14 +75,14 @@ class TestRedundancy:
         cluster = a_serving_cluster(**ROOMY, background_experts=0)
         kill(cluster, 2)
         cluster.settle()
-        assert changes(cluster) == ["repair"] and cluster.state.background is None
+        assert changes(cluster) == ["repair"] and cluster.state.background.task is None
 
     def test_a_death_comes_first(self):
         cluster = a_serving_cluster(**ROOMY)
         kill(cluster, 2)
         until_fetching(cluster)
         kill(cluster, 3)
-        assert cluster.state.change.kind == "repair" and cluster.state.background is None
+        assert cluster.state.change.kind == "repair" and cluster.state.background.task is None
         cluster.settle(rounds=30)
         assert not missing_experts(cluster.state.placement, (0, 1))
         assert background.is_resting(cluster.state)
@@ -91,15 +91,15 @@ class TestRedundancy:
         cluster = a_serving_cluster(**ROOMY)
         kill(cluster, 2)
         until_fetching(cluster)
-        task = cluster.state.background
+        task = cluster.state.background.task
         failing = task.plan.moves[0].rank
         cluster.unsent.clear()
         cluster.say(failing, fetched=task.number)
         assert [note.kind for note in cluster.notes][-1] == "fetch_failed"
-        assert cluster.state.background is None and cluster.state.records[failing].is_current
+        assert cluster.state.background.task is None and cluster.state.records[failing].is_current
         cluster.feed(Tick())
-        assert cluster.state.background is None
-        cluster.pass_time(cluster.state.options.background_retry_ms + 400)
+        assert cluster.state.background.task is None
+        cluster.pass_time(cluster.state.config.background_retry_ms + 400)
         cluster.settle()
         assert replicas_min(cluster) == 2
 
@@ -135,7 +135,7 @@ class TestBalance:
         cluster.feed(Measured(uneven))
         cluster.settle()
         assert changes(cluster) == []
-        cluster.pass_time(cluster.state.options.balance_every_ms + 400)
+        cluster.pass_time(cluster.state.config.balance_every_ms + 400)
         cluster.settle(rounds=40)
         assert "background" in changes(cluster)
 
@@ -218,7 +218,7 @@ class TestDrain:
         absent = dataclasses.replace(state.view.members[3], state=RankState.ABSENT, incarnation=0)
         view = dataclasses.replace(state.view, members=(*state.view.members[:3], absent))
         cluster.state = coordinator.restored_state(
-            state.options, view, state.placement, 9, [1] * 4, cluster.now_ms, out=state.out
+            state.config, view, state.placement, 9, [1] * 4, cluster.now_ms, out=state.out
         )
         cluster.settle()
         assert cluster.state.view.in_epoch == (0, 1, 2) and cluster.state.out == {3}

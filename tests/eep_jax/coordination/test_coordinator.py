@@ -18,7 +18,7 @@ from eep_jax.coordination.protocol import (
 from eep_jax.coordination.state import Answer, Arrived, Disconnected, Ended, Kill, Note, Send, Tick
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.placement import EMPTY, missing_experts
-from tests.support.factories import ByHand, a_placement, a_serving_cluster, a_status, some_options
+from tests.support.factories import ByHand, a_placement, a_serving_cluster, a_status
 
 
 def answers(commands) -> list:
@@ -331,7 +331,7 @@ class TestCoverage:
         assert kinds(cluster).count("coverage_lost") <= 3
 
     def test_degrade_goes_on_without_the_experts_that_find_no_slot(self):
-        cluster = a_serving_cluster(slots_per_rank=2, degrade=True)
+        cluster = a_serving_cluster(slots_per_rank=2, policy="degrade")
         cluster.feed(Ended(3, 1))
         del cluster.ranks[3]
         cluster.settle()
@@ -453,7 +453,7 @@ class TestRestart:
             for r, m in enumerate(old.view.members)
         )
         cluster.state = coordinator.restored_state(
-            old.options,
+            old.config,
             view or View(old.view.epoch, members),
             old.placement,
             old.epoch_tried if epoch_tried is None else epoch_tried,
@@ -488,11 +488,10 @@ class TestRestart:
         assert cluster.state.change.view.epoch == 6
 
     def test_a_rank_that_was_never_seen_can_come_at_once(self):
-        options = some_options()
-        cluster = ByHand(options)
-        empty = coordinator.initial_state(options)
+        cluster = ByHand()
+        empty = cluster.state
         cluster.state = coordinator.restored_state(
-            options, empty.view, empty.placement, 0, [0] * 4, cluster.now_ms
+            empty.config, empty.view, empty.placement, 0, [0] * 4, cluster.now_ms
         )
         assert cluster.feed(Tick()) == ()
         for rank in range(4):
@@ -519,7 +518,7 @@ class TestRestart:
         dead = next(note.facts for note in cluster.notes if note.kind == "dead")
         assert (dead["rank"], dead["incarnation"]) == (1, 1)
         cluster.state = coordinator.restored_state(
-            old.options, old.view, old.placement, 2, [1] * 4, cluster.now_ms, fenced=[0, 1, 0, 0]
+            old.config, old.view, old.placement, 2, [1] * 4, cluster.now_ms, fenced=[0, 1, 0, 0]
         )
         cluster.unsent.clear()
         (fenced,) = answers(cluster.say(1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.quiet import is_quiet
 from eep_jax.coordination.state import Disconnected, Ended, ScaleTo, Tick
-from tests.support.factories import ByHand, a_serving_cluster, some_options
+from tests.support.factories import ByHand, a_serving_cluster, some_cluster
 
 RANKS = 4
 EVENTS = ["end", "lose", "join", "say", "time", "settle", "scale", "tick"]
@@ -17,8 +17,8 @@ EVENTS = ["end", "lose", "join", "say", "time", "settle", "scale", "tick"]
 class Twice(ByHand):
     """Feeds every event to a second coordinator, which looks at all ranks after each."""
 
-    def __init__(self, options=None):
-        super().__init__(options)
+    def __init__(self, config):
+        super().__init__(config)
         self.careful = self.state
 
     def feed(self, event) -> tuple:
@@ -34,7 +34,7 @@ class Twice(ByHand):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_quiet_reports_decide_what_careful_looks_decide(data):
-    cluster = Twice(some_options(background_experts=data.draw(st.integers(0, 2))))
+    cluster = Twice(some_cluster(background_experts=data.draw(st.integers(0, 2))))
     for rank in range(RANKS):
         cluster.join(rank)
     cluster.settle()

@@ -17,15 +17,14 @@ from eep_jax.coordination.shortages import (
     note_lost,
 )
 from eep_jax.placement.placement import EMPTY
-from tests.support.factories import some_options
+from tests.support.factories import some_cluster
 
 RANKS, EXPERTS, SLOTS = 4, 6, 3
-SETTINGS = {"ranks": RANKS, "experts": EXPERTS, "slots_per_rank": SLOTS}
 
 
 def a_joining_cluster(*slots: int):
     """Every rank was told to load these."""
-    state = initial_state(some_options(**SETTINGS))
+    state = initial_state(some_cluster(ranks=RANKS, slots_per_rank=SLOTS), EXPERTS)
     load = Load(slots=slots, moves=(), handles={})
     records = tuple(dataclasses.replace(record, load=load) for record in state.records)
     return dataclasses.replace(state, records=records)

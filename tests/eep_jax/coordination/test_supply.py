@@ -52,18 +52,18 @@ def test_the_fastest_as_measured_comes_first_unless_the_tier_is_chosen():
     first = lambda cluster: {s[0][0] for s in sources_after(cluster, Ended(3, 1)).values()}
     assert first(with_backups(1, rates=SLOW_CHECKPOINT)) == {BACKUP}
     assert first(with_backups(1, rates=SLOW_BACKUP)) == {CHECKPOINT}
-    assert first(with_backups(1, rates=SLOW_BACKUP, measured=False)) == {BACKUP}
+    assert first(with_backups(1, rates=SLOW_BACKUP, source_order="tier")) == {BACKUP}
 
 
 def test_only_allowed_sources_are_planned_for_a_running_cluster():
     for kind in (BACKUP, CHECKPOINT):
-        cluster = with_backups(1, sources=(kind,))
+        cluster = with_backups(1, sources=(kind.value,))
         found = sources_after(cluster, Ended(3, 1))
         assert {k for sources in found.values() for k, _ in sources} == {kind}
 
 
 def test_the_first_experts_come_from_the_checkpoint_whatever_is_allowed_later():
-    cluster = a_serving_cluster(sources=(BACKUP,))
+    cluster = a_serving_cluster(sources=("backup",))
     assert cluster.state.view.epoch == 1
 
 

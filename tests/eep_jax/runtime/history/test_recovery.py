@@ -5,7 +5,6 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eep_jax.coordination.options import coordinator_options
 from eep_jax.runtime.control.messages import HostProcess
 from eep_jax.runtime.history.recovery import process_facts, read_back, snapshot
 from tests.support.control_world import a_config
@@ -38,7 +37,7 @@ def lives(draw) -> list[dict]:
 
 
 def state_of(before):
-    return before.coordinator_state(coordinator_options(CONFIG), now_ms=0)
+    return before.coordinator_state(CONFIG.cluster, now_ms=0)
 
 
 @given(lives(), st.data())

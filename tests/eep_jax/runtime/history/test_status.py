@@ -5,9 +5,8 @@ import json
 import pytest
 
 from eep_jax.coordination.coordinator import initial_state
-from eep_jax.coordination.options import coordinator_options
 from eep_jax.coordination.protocol import Mode
-from eep_jax.coordination.state import CoordinatorOptions, Ended, Measured
+from eep_jax.coordination.state import Ended, Measured
 from eep_jax.placement.sources import Backup
 from eep_jax.runtime.control.channels import Channels
 from eep_jax.runtime.history.event_log import EventLog
@@ -18,7 +17,7 @@ from eep_jax.runtime.processes.registry import RankProcesses
 from eep_jax.runtime.processes.remote import HostWatch
 from eep_jax.runtime.serving.request_table import RequestTable
 from tests.support.control_world import a_config
-from tests.support.factories import ByHand
+from tests.support.factories import ByHand, some_cluster
 
 COUNTS = ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices")
 
@@ -26,8 +25,7 @@ COUNTS = ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_ch
 @pytest.fixture
 def cluster():
     """A coordinator of the size of the configuration, all of whose ranks serve."""
-    options = CoordinatorOptions(ranks=2, experts=4, slots_per_rank=2, formation_ms=5_000)
-    cluster = ByHand(options)
+    cluster = ByHand(some_cluster(ranks=2, slots_per_rank=2), experts=4)
     cluster.join(0), cluster.join(1)
     cluster.settle()
     return cluster
@@ -38,7 +36,7 @@ class Reported:
 
     def __init__(self, journal: Journal):
         config = a_config(slots_per_rank=2)
-        self.state = initial_state(coordinator_options(config))
+        self.state = initial_state(config.cluster, config.model.experts)
         self.book = RequestTable(queue_max=8, finished_max=8, per_rank_max=8)
         self.chronicle = EventLog(journal, lambda: 0)
         here = LocalProcesses(lambda: 0, print, print)

@@ -5,7 +5,6 @@ import contextlib
 import os
 
 from eep_jax.coordination.coordinator import initial_state
-from eep_jax.coordination.options import coordinator_options
 from eep_jax.coordination.protocol import Fenced, Mode, Refused, Welcome
 from eep_jax.coordination.state import Arrived
 from eep_jax.runtime.control.channels import Channels
@@ -43,7 +42,7 @@ class World:
             released=self.released.append,
             settled=self._settle,
         )
-        self.driver = Driver(initial_state(coordinator_options(config)), hands)
+        self.driver = Driver(initial_state(config.cluster, config.model.experts), hands)
 
     def _settle(self) -> None:
         self.settled += 1
