@@ -66,7 +66,7 @@ class Case:
         return min(LAYERS_MAX, -(-CACHED_BYTES // self.seen_bytes))
 
     @functools.cached_property
-    def slots(self) -> np.ndarray:
+    def batch_rows(self) -> np.ndarray:
         if not self.prompts:
             return np.arange(self.tokens, dtype=np.int32)
         return (np.arange(self.tokens) * self.prompts // self.tokens).astype(np.int32)
@@ -84,8 +84,10 @@ class Case:
     def seen_bytes(self) -> int:
         """Keys and values that some token sees; those that several see count once."""
         reach: dict[int, int] = {}
-        for slot, position in zip(self.slots.tolist(), self.positions.tolist(), strict=True):
-            reach[slot] = max(reach.get(slot, 0), position + 1)
+        for batch_row, position in zip(
+            self.batch_rows.tolist(), self.positions.tolist(), strict=True
+        ):
+            reach[batch_row] = max(reach.get(batch_row, 0), position + 1)
         span = self.tokens // self.prompts if self.prompts else 1
         most = self.window + span - 1 if self.window else self.length
         seen = sum(min(most, length) for length in reach.values())
@@ -107,48 +109,48 @@ CASES = (
 )
 FEW = CASES[:1]
 
-# (q, keys, values, slots, positions, sinks) -> out, by name. Keys are `[B Hkv P C]`.
+# (q, keys, values, batch_rows, positions, sinks) -> out, by name. Keys are `[B Hkv P C]`.
 
 
 def kernels_of(case: Case) -> dict[str, Callable]:
     if case.latent:
         scale = (128 + case.channels) ** -0.5
         return {
-            "xla": lambda q, k, v, slots, at, sinks: attend_latent(
+            "xla": lambda q, k, v, batch_rows, at, sinks: attend_latent(
                 q, k[:, 0], v[:, 0], at, scale=scale
             )
         }
-    looked_up = lambda slots: slots if case.prompts else None
-    own = lambda cache, slots: cache[slots] if case.prompts else cache
+    looked_up = lambda batch_rows: batch_rows if case.prompts else None
+    own = lambda cache, batch_rows: cache[batch_rows] if case.prompts else cache
     options = lambda sinks: {"window": case.window, "sinks": sinks}
     found = {
-        "xla": lambda q, k, v, slots, at, sinks: attend_xla(
-            q, own(k, slots), own(v, slots), at, **options(sinks)
+        "xla": lambda q, k, v, batch_rows, at, sinks: attend_xla(
+            q, own(k, batch_rows), own(v, batch_rows), at, **options(sinks)
         ),
-        "cudnn": lambda q, k, v, slots, at, sinks: attend_cudnn(
-            q, k, v, at, looked_up(slots), **options(sinks)
+        "cudnn": lambda q, k, v, batch_rows, at, sinks: attend_cudnn(
+            q, k, v, at, looked_up(batch_rows), **options(sinks)
         ),
     }
     if case.prompts:
-        found["cudnn, gathered"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
-            q, own(k, slots), own(v, slots), at, **options(sinks)
+        found["cudnn, gathered"] = lambda q, k, v, batch_rows, at, sinks: attend_cudnn(
+            q, own(k, batch_rows), own(v, batch_rows), at, **options(sinks)
         )
     elif not case.window:
-        found["cudnn, by pages"] = lambda q, k, v, slots, at, sinks: attend_cudnn(
-            q, k, v, at, slots, **options(sinks)
+        found["cudnn, by pages"] = lambda q, k, v, batch_rows, at, sinks: attend_cudnn(
+            q, k, v, at, batch_rows, **options(sinks)
         )
     if not case.sinks:
         found["tokamax"] = functools.partial(_tokamax, own)
     return found
 
 
-def _tokamax(own, q, k, v, slots, at, sinks):
+def _tokamax(own, q, k, v, batch_rows, at, sinks):
     import tokamax
 
     del sinks
     tokens, heads, channels = q.shape
     kv_heads, length = k.shape[1:3]
-    packed = lambda cache: own(cache, slots).reshape(tokens * kv_heads, length, 1, channels)
+    packed = lambda cache: own(cache, batch_rows).reshape(tokens * kv_heads, length, 1, channels)
     found = tokamax.dot_product_attention(
         q.reshape(tokens * kv_heads, heads // kv_heads, 1, channels),
         packed(k),
@@ -160,19 +162,19 @@ def _tokamax(own, q, k, v, slots, at, sinks):
 
 
 def program_of(case: Case, kernel: Callable) -> Program:
-    """`(q, caches, slots, positions, sinks) -> (last q, out of the first layer)`.
+    """`(q, caches, batch_rows, positions, sinks) -> (last q, out of the first layer)`.
 
     One layer after the other, each with what the one before made as its queries.
     """
 
-    def run(q, caches, slots, positions, sinks):
+    def run(q, caches, batch_rows, positions, sinks):
         def repeat(_, q):
             for keys, values in caches:
-                out = kernel(q, keys, values, slots, positions, sinks)
+                out = kernel(q, keys, values, batch_rows, positions, sinks)
                 q = jnp.concatenate([out, q[..., case.latent :]], -1) if case.latent else out
             return q
 
-        first = kernel(q, *caches[0], slots, positions, sinks)
+        first = kernel(q, *caches[0], batch_rows, positions, sinks)
         return jax.lax.fori_loop(0, REPETITIONS, repeat, q), first
 
     return Program(run, inputs_of(case, shapes=True))
@@ -195,19 +197,19 @@ def inputs_of(case: Case, shapes: bool = False):
         ]
         q = normal(0, case.tokens, case.query_heads, case.latent + case.channels)
         sinks = normal(1 << 20, case.query_heads) if case.sinks else None
-        return q, caches, jnp.asarray(case.slots), jnp.asarray(case.positions), sinks
+        return q, caches, jnp.asarray(case.batch_rows), jnp.asarray(case.positions), sinks
 
     return jax.eval_shape(draw) if shapes else jax.jit(draw)()
 
 
-def reference(case: Case, q, caches, slots, positions, sinks) -> np.ndarray:
+def reference(case: Case, q, caches, batch_rows, positions, sinks) -> np.ndarray:
     """float32 `[T Hq C]` of the first layer, token by token."""
     wide = lambda array: array.astype(jnp.float32)
     keys, values = caches[0]
 
     def one(parts):
-        q, slot, position = parts
-        k, v = wide(keys[slot])[None], wide(values[slot])[None]
+        q, batch_row, position = parts
+        k, v = wide(keys[batch_row])[None], wide(values[batch_row])[None]
         at = position[None]
         if case.latent:
             scale = (128 + case.channels) ** -0.5
@@ -215,7 +217,7 @@ def reference(case: Case, q, caches, slots, positions, sinks) -> np.ndarray:
         return attend_xla(wide(q)[None], k, v, at, window=case.window, sinks=sinks)[0]
 
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(lambda *p: jax.lax.map(one, p))(q, slots, positions))
+        return np.asarray(jax.jit(lambda *p: jax.lax.map(one, p))(q, batch_rows, positions))
 
 
 def measure_case(

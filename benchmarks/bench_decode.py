@@ -59,7 +59,7 @@ def world_of(layers: int, batch: int) -> World:
     cluster = dataclasses.replace(config.cluster, ranks=1, slots_per_rank=experts, redundancy=1)
     engine = dataclasses.replace(
         config.engine,
-        batch_slots=batch,
+        batch_rows=batch,
         prefill_tokens=batch,
         row_tile=batch,
         context_tokens=min(CONTEXT_TOKENS, CACHED_TOKENS // batch),
@@ -146,7 +146,7 @@ class Line:
 
     @property
     def tokens(self) -> int:
-        return self.world.config.engine.batch_slots
+        return self.world.config.engine.batch_rows
 
     @property
     def reached(self) -> float:

@@ -94,7 +94,7 @@ def _check_room(config: RunConfig) -> None:
     steps = (values.blocks + WARM_BLOCKS) * (values.steps + 1) + CHECKED_TOKENS
     room = config.engine.context_tokens - PROMPT_TOKENS
     # Prompts go in a few at a time, and the first ones produce tokens meanwhile.
-    prompts = config.engine.batch_slots * PROMPT_TOKENS // config.engine.prefill_tokens + 1
+    prompts = config.engine.batch_rows * PROMPT_TOKENS // config.engine.prefill_tokens + 1
     if steps + prompts > room:
         raise flags.UsageError(
             f"--blocks={values.blocks} of --steps={values.steps} need {steps + prompts} tokens of "
@@ -138,13 +138,13 @@ def _run(config: RunConfig, systems: list[str], directory: pathlib.Path) -> dict
 def _records(config: RunConfig, report: dict, commit: str, time: str) -> list[Record]:
     """tokens/s of all ranks for each system. The baseline of elastic is the fastest static one."""
     model, engine, steps = config.model, config.engine, absl_flags.FLAGS.steps
-    tokens = engine.batch_slots * config.cluster.ranks * steps
+    tokens = engine.batch_rows * config.cluster.ranks * steps
     rates = {name: tokens / percentile(seconds, 50) for name, seconds in report["seconds"].items()}
     static = {name: rate for name, rate in rates.items() if name in EXCHANGES}
     best = max(static, key=static.get, default=None)
     shape = {
         "config": config.name,
-        "tokens": engine.batch_slots,
+        "tokens": engine.batch_rows,
         "hidden": model.hidden,
         "layers": model.layers,
         "experts": model.experts,

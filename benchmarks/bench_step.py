@@ -105,12 +105,12 @@ class World:
         return self.config.engine.context_tokens // 2
 
     def batch(self) -> Batch:
-        """A decode step of all batch slots, each at the same position."""
-        rows = self.config.engine.batch_slots
+        """A decode step of all batch rows, each at the same position."""
+        rows = self.config.engine.batch_rows
         return dataclasses.replace(
             empty_batch(self.config, StepKind.DECODE),
             tokens=(np.arange(rows) % self.config.model.vocab_size).astype(np.int32),
-            slots=np.arange(rows, dtype=np.int32),
+            batch_rows=np.arange(rows, dtype=np.int32),
             positions=np.full(rows, self.context_tokens - 1, np.int32),
             sampled=np.ones(rows, np.bool_),
         )
@@ -247,7 +247,7 @@ def bytes_of(world: World, touched: list[int], context_tokens: int) -> StepBytes
     return StepBytes(
         experts=sum(touched) * matrices * width * hidden * size,
         dense=dense * size,
-        cache=engine.batch_slots * context_tokens * per_token * size,
+        cache=engine.batch_rows * context_tokens * per_token * size,
     )
 
 
@@ -338,7 +338,7 @@ def check(live: Live, reference, batch: Batch) -> list[int]:
             raise Unfit(f"{name} of layer {layer} differ from the reference by {error:.3g} of it")
     agreeing = float(np.mean(np.asarray(expected.tokens) == np.asarray(found.tokens)))
     print(f"tokens equal to the reference: {agreeing:.0%}", flush=True)
-    if len(batch.slots) >= AGREEING_MIN and agreeing < AGREEING:
+    if len(batch.batch_rows) >= AGREEING_MIN and agreeing < AGREEING:
         raise Unfit(f"only {agreeing:.0%} of the tokens are those of the reference")
     return np.asarray(touched).tolist()
 
@@ -421,7 +421,7 @@ def measure_changes(live: Live, batch: Batch, samples: int) -> tuple[dict[str, T
 def shape_of(world: World) -> dict:
     model, engine = world.config.model, world.config.engine
     return {
-        "tokens": engine.batch_slots,
+        "tokens": engine.batch_rows,
         "context_tokens": world.context_tokens,
         "layers": model.layers,
         "hidden": model.hidden,
@@ -449,7 +449,7 @@ def step_records(world: World, device: str, timings: dict, bound_us: float, comp
     records += time_records(timings["failing"], metric="latency_silent_peer", **fields)
     shape = shape | {"samples": len(timings["live"].samples_us)}
     of_step = {"bench": "step", "device": device, "ranks": 1, "shape": shape}
-    tokens = world.config.engine.batch_slots
+    tokens = world.config.engine.batch_rows
     rate = tokens / timings["live"].p50_us * 1e6
     best = tokens / bound_us * 1e6
     records.append(
@@ -521,7 +521,7 @@ def main() -> int:
 
 
 def report(world: World, timings: dict, size: StepBytes, bound_us: float, compiled: int) -> None:
-    tokens, live, fixed = world.config.engine.batch_slots, timings["live"], timings["fixed"]
+    tokens, live, fixed = world.config.engine.batch_rows, timings["live"], timings["fixed"]
     ratio = live.p50_us / fixed.p50_us
     line = lambda name, timing: f"  {name:28} {timing.p50_us:9.1f} us p50 {timing.p99_us:9.1f} p99"
     print(

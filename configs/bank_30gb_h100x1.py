@@ -42,7 +42,7 @@ def get_config() -> RunConfig:
             formation_ms=600_000,
         ),
         engine=EngineConfig(
-            batch_slots=16,
+            batch_rows=16,
             prefill_tokens=16,
             context_tokens=512,
             row_tile=16,  # a decode step is one tile, without a loop

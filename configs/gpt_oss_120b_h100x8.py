@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
             formation_ms=1_800_000,
         ),
         engine=EngineConfig(
-            batch_slots=32,
+            batch_rows=32,
             prefill_tokens=64,
             context_tokens=4096,
             row_tile=32,  # a decode step is one tile, without a loop

@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
             fetch_deadline_ms=120_000,
         ),
         engine=EngineConfig(
-            batch_slots=32,
+            batch_rows=32,
             prefill_tokens=64,
             context_tokens=4096,
             row_tile=32,  # a decode step is one tile, without a loop

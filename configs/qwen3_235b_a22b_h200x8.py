@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
             fetch_deadline_ms=120_000,
         ),
         engine=EngineConfig(
-            batch_slots=64,
+            batch_rows=64,
             prefill_tokens=64,
             context_tokens=2048,
             row_tile=64,  # a decode step is one tile, without a loop

@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
             formation_ms=900_000,
         ),
         engine=EngineConfig(
-            batch_slots=64,
+            batch_rows=64,
             prefill_tokens=64,
             context_tokens=4096,
             row_tile=64,  # a decode step is one tile, without a loop

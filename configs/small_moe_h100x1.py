@@ -44,7 +44,7 @@ def get_config() -> RunConfig:
             formation_ms=600_000,
         ),
         engine=EngineConfig(
-            batch_slots=32,
+            batch_rows=32,
             prefill_tokens=32,
             context_tokens=2048,
             row_tile=32,  # a decode step is one tile, without a loop

@@ -27,6 +27,6 @@ def get_config() -> RunConfig:
             redundancy=2,
             backup_bytes=8 << 20,  # all experts, 288 KiB each and what a shard needs besides
         ),
-        engine=EngineConfig(batch_slots=8, prefill_tokens=32, context_tokens=512),
+        engine=EngineConfig(batch_rows=8, prefill_tokens=32, context_tokens=512),
         checkpoint=str(pathlib.Path(__file__).parent / "tiny_checkpoint"),
     )

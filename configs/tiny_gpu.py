@@ -24,7 +24,7 @@ def get_config() -> RunConfig:
         platform="gpu",
         cluster=dataclasses.replace(cpu.cluster, stall_ms=45_000, formation_ms=300_000),
         engine=EngineConfig(
-            batch_slots=16,
+            batch_rows=16,
             prefill_tokens=32,
             context_tokens=512,
             row_tile=16,  # a decode step is one tile, without a loop

@@ -90,19 +90,19 @@ class ClusterConfig:
 class EngineConfig:
     """The fixed shapes of a rank's steps."""
 
-    batch_slots: int = 8  # B, sequences a rank decodes at once
+    batch_rows: int = 8  # B, sequences a rank decodes at once
     prefill_tokens: int = 32  # C, prompt tokens a mixed step takes beside the B decode rows
     context_tokens: int = 512  # P, longest prompt + completion
     row_tile: int = 8  # rows of one matrix product; results do not depend on other tiles
     combine: str = "per_choice"  # see COMBINE_MODES
     step_deadline_ms: int = 2_000  # how long a step waits for a peer
-    waiting_max: int = 256  # requests a rank holds beyond its batch slots
+    waiting_max: int = 256  # requests a rank holds beyond its batch rows
     dtype: str = "float32"  # of weights, KV cache, rows and bank, see DTYPES
     dispatch_dtype: str = ""  # of rows on their way to experts, "" is dtype, see DISPATCH_DTYPES
 
     def __post_init__(self):
         _positive(
-            self, "batch_slots", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
+            self, "batch_rows", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
         )
         for name, allowed in (
             ("combine", COMBINE_MODES),
@@ -111,7 +111,7 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        for name in ("batch_slots", "prefill_tokens"):
+        for name in ("batch_rows", "prefill_tokens"):
             if getattr(self, name) % self.row_tile:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}"
@@ -120,7 +120,7 @@ class EngineConfig:
     @property
     def tokens_max(self) -> int:
         """T, the rows of the widest step."""
-        return self.batch_slots + self.prefill_tokens
+        return self.batch_rows + self.prefill_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class DeviceConfig:
     of the heap (window and experts) and about 0.6 GiB of CUDA context per rank come out of the
     rest.
 
-    When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.batch_slots` or
+    When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.batch_rows` or
     `engine.context_tokens` (the KV cache grows with their product), or raise `memory_fraction`; if
     the heap cannot be opened, lower `memory_fraction` or `cluster.slots_per_rank`, or put fewer
     ranks on a GPU.

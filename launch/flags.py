@@ -94,6 +94,7 @@ PARENT_PID = flags.DEFINE_integer("parent_pid", 0, "End when this process, the p
 TOKEN_VARIABLE = "EEP_TOKEN"
 TOKEN_FILE = "token"
 EXIT_USAGE = 2
+RENAMED = {"batch_slots": "batch_rows"}  # fields of configurations, by the name they had before
 
 
 def run_config() -> RunConfig:
@@ -226,6 +227,8 @@ def _change(config, path: list[str], text: str) -> dict:
     name, rest = path[0], path[1:]
     hints = typing.get_type_hints(type(config))
     if name not in hints:
+        if name in RENAMED:
+            raise ValueError(f"{name} is now called {RENAMED[name]}; give that name instead")
         raise ValueError(f"{type(config).__name__} has no {name!r}, only {sorted(hints)}")
     if not rest:
         return {name: _parse(name, hints[name], text)}

@@ -121,22 +121,22 @@ def make_engine(name: str, config, rank: int, weights, meeting: pathlib.Path):
 
 
 def some_requests(config, rank: int) -> list:
-    """One greedy request for each batch slot, which does not end while anything is measured."""
+    """One greedy request for each batch row, which does not end while anything is measured."""
     from eep_jax.engine.request import Request
 
-    text, slots = TEXT.read_bytes(), config.engine.batch_slots
+    text, batch_rows = TEXT.read_bytes(), config.engine.batch_rows
     requests = []
-    for slot in range(slots):
-        start = (rank * slots + slot) * 101 % (len(text) - PROMPT_TOKENS)
+    for batch_row in range(batch_rows):
+        start = (rank * batch_rows + batch_row) * 101 % (len(text) - PROMPT_TOKENS)
         prompt = tuple(b % config.model.vocab_size for b in text[start : start + PROMPT_TOKENS])
         requests.append(
             Request(
-                id=str(slot),
+                id=str(batch_row),
                 prompt=prompt,
                 max_tokens=config.engine.context_tokens - PROMPT_TOKENS,
                 temperature=0.0,
                 top_p=1.0,
-                seed=slot,
+                seed=batch_row,
             )
         )
     return requests

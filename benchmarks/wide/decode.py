@@ -80,7 +80,7 @@ class World:
         return self.config.engine.context_tokens // 2
 
     def batch(self) -> Batch:
-        rows = self.config.engine.batch_slots
+        rows = self.config.engine.batch_rows
         first = self.rank * rows
         return dataclasses.replace(
             empty_batch(self.config, StepKind.DECODE),

@@ -45,7 +45,7 @@ class Unfit(Exception):
 def check_short(config, rank: int, names, meeting: Meeting, name: str) -> dict[str, str]:
     """Compares all systems of a short stack with plain experts; what is wrong with each, here."""
     dense = min(config.model.dense_layers, 1)
-    sizes = {"ranks": config.cluster.ranks, "batch": config.engine.batch_slots}
+    sizes = {"ranks": config.cluster.ranks, "batch": config.engine.batch_rows}
     sizes |= {"context_tokens": config.engine.context_tokens}
     short = with_sizes(config, layers=dense + CHECKED_MOE_LAYERS, **sizes)
     # Plain experts are all on one rank.
@@ -122,7 +122,7 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
             kind="step",
             family=name,
             name=system,
-            batch=config.engine.batch_slots,
+            batch=config.engine.batch_rows,
             layers=config.model.layers,
             samples_us=samples[system],
             agreeing=agreeing[system],
@@ -171,7 +171,7 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
         out.write(kind="read", bytes_per_s=read_rate(READ_SAMPLES))
     every = [with_sizes(config, ranks=job["ranks"], **sizes) for sizes in job["sizes"]]
     # Of a few tokens too many may be near a tie, and of many the reference takes long.
-    checked = min(every, key=lambda c: abs(c.engine.batch_slots - CHECKED_BATCH))
+    checked = min(every, key=lambda c: abs(c.engine.batch_rows - CHECKED_BATCH))
     wrong = check_short(checked, rank, job["systems"], meeting, "short")
     everyone = meeting.share("short.wrong", wrong)
     for system in job["systems"]:

@@ -62,7 +62,7 @@ def _profile(found: Found, index: int, config: RunConfig, machine: Machine, comm
 
 
 def _of_batch(samples, config: RunConfig, machine: Machine, common, read_bytes_per_s):
-    tokens = config.engine.batch_slots * machine.ranks
+    tokens = config.engine.batch_rows * machine.ranks
     rate = lambda us: tokens / us * 1e6
     rates = {name: rate(percentile(us, 50)) for name, us in samples.items()}
     static = {name: rates[name] for name in EXCHANGES if name in rates}
@@ -103,7 +103,7 @@ def shape_of(config: RunConfig, machine: Machine) -> dict:
     model = config.model
     return {
         "model": model.name,
-        "tokens": config.engine.batch_slots,
+        "tokens": config.engine.batch_rows,
         "context": config.engine.context_tokens // 2 + 1,
         "layers": model.layers,
         "hidden": model.hidden,

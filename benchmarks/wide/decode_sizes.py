@@ -33,7 +33,7 @@ def with_sizes(
         model = dataclasses.replace(model, **changes)
     engine = dataclasses.replace(
         config.engine,
-        batch_slots=batch,
+        batch_rows=batch,
         prefill_tokens=batch,
         row_tile=batch,
         context_tokens=context_tokens,
@@ -89,7 +89,7 @@ def step_bytes(config: RunConfig) -> int:
     """
     model, cluster, engine = config.model, config.cluster, config.engine
     needed = memory_per_rank(config)
-    rows = cluster.ranks * engine.batch_slots
+    rows = cluster.ranks * engine.batch_rows
     touched = 1 - (1 - model.experts_per_token / model.experts) ** rows
     embedding = needed.embeddings // (1 if model.tied_embeddings else 2)
     cached = needed.cache * (engine.context_tokens // 2 + 1) // engine.context_tokens

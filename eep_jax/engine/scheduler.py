@@ -1,4 +1,4 @@
-"""Which tokens go into the next step: continuous batching into fixed slots, with chunked prefill.
+"""Which tokens go into the next step: continuous batching into fixed rows, with chunked prefill.
 
 Pure on its own state: no clock, no JAX arrays. A plan changes nothing until it is committed, so a
 step that was discarded is simply planned again.
@@ -18,11 +18,11 @@ from eep_jax.errors import QueueFull
 
 @dataclasses.dataclass
 class Sequence:
-    """A request in a batch slot. Positions below `cached` are in the KV cache."""
+    """A request in a batch row. Positions below `cached` are in the KV cache."""
 
     request: Request
     tokens: list[int]  # prompt and all produced
-    number: int = 0  # grows with every sequence that was given a slot
+    number: int = 0  # grows with every sequence that was given a batch row
     cached: int = 0
     dropped: int = 0  # choices without a live expert since the last token
 
@@ -33,7 +33,7 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """A batch, and how far each batch slot's cache reaches once it is committed."""
+    """A batch, and how far each batch row's cache reaches once it is committed."""
 
     kind: StepKind
     batch: Batch
@@ -41,11 +41,11 @@ class StepPlan:
 
 
 class Scheduler:
-    """Batch slots and the queue before them."""
+    """Batch rows and the queue before them."""
 
     def __init__(self, config: RunConfig):
         self._config = config
-        self._slots: list[Sequence | None] = [None] * config.engine.batch_slots
+        self._sequences: list[Sequence | None] = [None] * config.engine.batch_rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._numbers = itertools.count()
 
@@ -71,9 +71,9 @@ class Scheduler:
 
     def cancel(self, request_id: str) -> bool:
         """Forgets a request; False if it is not here."""
-        for index, sequence in enumerate(self._slots):
+        for index, sequence in enumerate(self._sequences):
             if sequence is not None and sequence.request.id == request_id:
-                self._slots[index] = None
+                self._sequences[index] = None
                 return True
         kept = [r for r in self._waiting if r.id != request_id]
         found = len(kept) < len(self._waiting)
@@ -81,12 +81,12 @@ class Scheduler:
         return found
 
     def ids(self) -> set[str]:
-        running = {s.request.id for s in self._slots if s is not None}
+        running = {s.request.id for s in self._sequences if s is not None}
         return running | {r.id for r in self._waiting}
 
     def snapshot(self) -> list[Progress]:
         """All tokens of every request that is here, from the first."""
-        running = [s for s in self._slots if s is not None]
+        running = [s for s in self._sequences if s is not None]
         held = [(s.request.id, tuple(s.tokens[len(s.request.prompt) :])) for s in running]
         held += [(r.id, r.produced) for r in self._waiting]
         return [Progress(id=i, start=0, tokens=tokens) for i, tokens in held]
@@ -100,24 +100,24 @@ class Scheduler:
         return self._vote(plan.cached)
 
     def _vote(self, cached: dict[int, int]) -> StepKind:
-        running = {i: s for i, s in enumerate(self._slots) if s is not None}
+        running = {i: s for i, s in enumerate(self._sequences) if s is not None}
         # A step that samples adds one token to a sequence, which is then one behind again.
         if any(cached.get(i, s.cached) < len(s.tokens) - 1 for i, s in running.items()):
             return StepKind.MIXED
-        if self._waiting and len(running) < len(self._slots):
+        if self._waiting and len(running) < len(self._sequences):
             return StepKind.MIXED
         return StepKind.DECODE if running else StepKind.IDLE
 
     def plan(self, kind: StepKind) -> StepPlan:
         """The fullest batch of this kind. Prompts go into the prefill rows oldest first."""
-        self._fill_slots()
+        self._fill_batch()
         batch, cached = empty_batch(self._config, kind), {}
-        next_row = self._config.engine.batch_slots
-        running = [(s.number, slot, s) for slot, s in enumerate(self._slots) if s is not None]
-        for _, slot, sequence in sorted(running, key=lambda entry: entry[0]):
+        next_row = self._config.engine.batch_rows
+        running = [(s.number, i, s) for i, s in enumerate(self._sequences) if s is not None]
+        for _, batch_row, sequence in sorted(running, key=lambda entry: entry[0]):
             missing = len(sequence.tokens) - sequence.cached
             if missing == 1:
-                rows = np.array([slot])
+                rows = np.array([batch_row])
             else:
                 rows = np.arange(next_row, min(next_row + missing, len(batch.tokens)))
                 next_row += len(rows)
@@ -125,30 +125,33 @@ class Scheduler:
                 continue
             start, end = sequence.cached, sequence.cached + len(rows)
             batch.tokens[rows] = sequence.tokens[start:end]
-            batch.slots[rows] = slot
+            batch.batch_rows[rows] = batch_row
             batch.positions[rows] = np.arange(start, end)
-            batch.last_rows[slot] = rows[-1]
-            batch.sampled[slot] = end == len(sequence.tokens)
+            batch.last_rows[batch_row] = rows[-1]
+            batch.sampled[batch_row] = end == len(sequence.tokens)
             request = sequence.request
-            batch.seeds[slot] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
-            batch.temperature[slot], batch.top_p[slot] = request.temperature, request.top_p
-            cached[slot] = end
+            batch.seeds[batch_row] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+            batch.temperature[batch_row], batch.top_p[batch_row] = (
+                request.temperature,
+                request.top_p,
+            )
+            cached[batch_row] = end
         return StepPlan(kind, batch, cached)
 
     def commit(self, plan: StepPlan, tokens: np.ndarray, dropped: np.ndarray) -> list[Progress]:
         """Takes the step's tokens; returns what each request gained, finished ones last seen."""
         progress = []
-        for slot, cached in plan.cached.items():
-            sequence = self._slots[slot]
+        for batch_row, cached in plan.cached.items():
+            sequence = self._sequences[batch_row]
             sequence.cached = cached
-            sequence.dropped += int(dropped[slot])
-            if not plan.batch.sampled[slot]:
+            sequence.dropped += int(dropped[batch_row])
+            if not plan.batch.sampled[batch_row]:
                 continue
-            token, start = int(tokens[slot]), sequence.produced
+            token, start = int(tokens[batch_row]), sequence.produced
             sequence.tokens.append(token)
             finish = self._finish_of(sequence, token)
             if finish:
-                self._slots[slot] = None
+                self._sequences[batch_row] = None
             progress.append(
                 Progress(
                     id=sequence.request.id,
@@ -169,9 +172,9 @@ class Scheduler:
             return "stop"
         return "length" if sequence.produced >= sequence.request.max_tokens else ""
 
-    def _fill_slots(self) -> None:
-        for index, sequence in enumerate(self._slots):
+    def _fill_batch(self) -> None:
+        for index, sequence in enumerate(self._sequences):
             if sequence is None and self._waiting:
                 request = self._waiting.popleft()
                 tokens = [*request.prompt, *request.produced]
-                self._slots[index] = Sequence(request, tokens, number=next(self._numbers))
+                self._sequences[index] = Sequence(request, tokens, number=next(self._numbers))

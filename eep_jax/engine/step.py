@@ -31,7 +31,7 @@ class StepKind(enum.IntEnum):
     """What comes next; the largest vote of all ranks wins."""
 
     IDLE = 0  # no step: all ranks pause until one of them has work
-    DECODE = 1  # one token for each batch slot: T = B
+    DECODE = 1  # one token for each batch row: T = B
     MIXED = 2  # prompt tokens beside them: T = B + prefill_tokens
     HOLD = 3  # no step: an epoch is prepared, and all ranks stop at this round for it
 
@@ -43,9 +43,9 @@ class Batch:
     """The tokens of one step. A row with position -1 is empty."""
 
     tokens: Int32[Array, "T"]
-    slots: Int32[Array, "T"]  # batch slot of each row
+    batch_rows: Int32[Array, "T"]  # batch row of each row
     positions: Int32[Array, "T"]
-    last_rows: Int32[Array, "B"]  # row whose logits give the next token of each batch slot
+    last_rows: Int32[Array, "B"]  # row whose logits give the next token of each batch row
     sampled: Bool[Array, "B"]  # whether they do in this step
     seeds: UInt32[Array, "B 2"]
     temperature: Float32[Array, "B"]
@@ -63,7 +63,9 @@ class StepResult:
     suspicion: Int32[Array, "R"]
     round: UInt32[Array, ""]  # the round of the next step
     agreed: UInt32[Array, ""]  # the StepKind all ranks take next
-    dropped: Int32[Array, "B"]  # choices without a live expert, summed over the rows of each slot
+    dropped: Int32[
+        Array, "B"
+    ]  # choices without a live expert, summed over the rows of each batch row
     chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
 
 
@@ -95,22 +97,22 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
             q, k, v = by_tile(layer.before_attention, tile, x, visible)
-            cache = cache.write(index, batch.slots, batch.positions, k, v)
+            cache = cache.write(index, batch.batch_rows, batch.positions, k, v)
 
             keys, values = cache.keys[index], cache.values[index]
 
-            def attend(x, q, positions, slots, keys=keys, values=values, layer=layer):
-                context = layer.attention.attend(q, keys, values, positions, slots)
+            def attend(x, q, positions, batch_rows, keys=keys, values=values, layer=layer):
+                context = layer.attention.attend(q, keys, values, positions, batch_rows)
                 return (layer.after_attention if layer.routed else layer.finish)(x, context)
 
             def attend_own(x, q, positions, keys, values, attend=attend):
                 return attend(x, q, positions, None, keys, values)
 
-            # Row i of a decode step belongs to slot i (`Scheduler.plan`), so nothing is looked up.
-            if len(batch.tokens) == config.engine.batch_slots:
+            # Row i of a decode step is of batch row i (`Scheduler.plan`), so nothing is looked up.
+            if len(batch.tokens) == config.engine.batch_rows:
                 parts = by_tile(attend_own, tile, x, q, visible, keys, values)
             else:
-                parts = by_tile(attend, tile, x, q, visible, batch.slots)
+                parts = by_tile(attend, tile, x, q, visible, batch.batch_rows)
             if not layer.routed:
                 x = parts
                 continue
@@ -129,7 +131,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             batch.temperature,
             batch.top_p,
         )
-        by_slot = jnp.zeros(batch.last_rows.shape, jnp.int32)
+        by_batch_row = jnp.zeros(batch.last_rows.shape, jnp.int32)
         real = jnp.where(batch.positions >= 0, dropped, 0)
         return StepResult(
             tokens=tokens,
@@ -137,7 +139,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             suspicion=call.suspicion,
             round=call.round,
             agreed=call.vote,
-            dropped=by_slot.at[batch.slots].add(real, mode="drop"),
+            dropped=by_batch_row.at[batch.batch_rows].add(real, mode="drop"),
             chosen=count_chosen(jnp.stack(chosen), config.model.experts),
         )
 
@@ -168,15 +170,15 @@ def by_tile(function, tile_rows: int, *arrays):
 def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
     """A batch without tokens: what a rank runs so that others can go on."""
     engine = config.engine
-    rows = engine.batch_slots if kind is StepKind.DECODE else engine.tokens_max
-    slots = engine.batch_slots
+    batch_rows = engine.batch_rows
+    rows = batch_rows if kind is StepKind.DECODE else engine.tokens_max
     return Batch(
         tokens=np.zeros(rows, np.int32),
-        slots=np.zeros(rows, np.int32),
+        batch_rows=np.zeros(rows, np.int32),
         positions=np.full(rows, -1, np.int32),
-        last_rows=np.arange(slots, dtype=np.int32),
-        sampled=np.zeros(slots, np.bool_),
-        seeds=np.zeros((slots, 2), np.uint32),
-        temperature=np.zeros(slots, np.float32),
-        top_p=np.ones(slots, np.float32),
+        last_rows=np.arange(batch_rows, dtype=np.int32),
+        sampled=np.zeros(batch_rows, np.bool_),
+        seeds=np.zeros((batch_rows, 2), np.uint32),
+        temperature=np.zeros(batch_rows, np.float32),
+        top_p=np.ones(batch_rows, np.float32),
     )

@@ -132,7 +132,7 @@ def run_config(
     tile = _ROW_TILE[platform]
     cluster = {"fenced_grace_ms": _LEFT_GRACE_MS} | cluster
     engine = EngineConfig(
-        batch_slots=tile,
+        batch_rows=tile,
         prefill_tokens=max(1, -(-(tokens_max - tile) // tile)) * tile,
         row_tile=tile,
         combine=combine,

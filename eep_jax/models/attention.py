@@ -49,9 +49,9 @@ class Attention(nnx.Module):
         turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
         return turn(q), turn(k), heads(self.v_proj(x))
 
-    def attend(self, q, keys, values, positions, slots=None):
+    def attend(self, q, keys, values, positions, batch_rows=None):
         """`attend_cached` with the scale, window and sinks of this layer."""
-        return attend_cached(q, keys, values, positions, slots, **self._options())
+        return attend_cached(q, keys, values, positions, batch_rows, **self._options())
 
     def attend_whole(self, q, k, v):
         """`attend_causal` with the scale, window and sinks of this layer."""
@@ -102,7 +102,7 @@ def attend_cached(
     k: Float[Array, "B Hkv P C"],
     v: Float[Array, "B Hkv P C"],
     positions: Int32[Array, "T"],
-    slots: Int32[Array, "T"] | None = None,
+    batch_rows: Int32[Array, "T"] | None = None,
     *,
     scale: float | None = None,
     window: int = 0,
@@ -110,7 +110,7 @@ def attend_cached(
 ) -> Float[Array, "T Hq C"]:
     """Attention of T tokens, each to P cached positions, of which it sees those `<= positions[t]`.
 
-    Token t looks into cache `slots[t]`; without `slots`, and with B = T, into cache t.
+    Token t looks into cache `batch_rows[t]`; without `batch_rows`, and with B = T, into cache t.
 
     Every token is an own batch entry of the matrix products, so its result has the same bits
     whichever other tokens stand beside it. Scores and softmax are float32, the result is of q's
@@ -121,9 +121,9 @@ def attend_cached(
     """
     options = {"scale": scale, "window": window, "sinks": sinks}
     if fits_cudnn(q, k):
-        return attend_cudnn(q, k, v, positions, slots, **options)
-    if slots is not None:
-        k, v = k[slots], v[slots]
+        return attend_cudnn(q, k, v, positions, batch_rows, **options)
+    if batch_rows is not None:
+        k, v = k[batch_rows], v[batch_rows]
     return attend_xla(q, k, v, positions, **options)
 
 

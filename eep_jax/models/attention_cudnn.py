@@ -31,7 +31,7 @@ def attend_cudnn(
     k: BFloat16[Array, "B Hkv P C"],
     v: BFloat16[Array, "B Hkv P C"],
     positions: Int32[Array, "T"],
-    slots: Int32[Array, "T"] | None = None,
+    batch_rows: Int32[Array, "T"] | None = None,
     *,
     scale: float | None = None,
     window: int = 0,
@@ -41,7 +41,7 @@ def attend_cudnn(
 
     The query heads that share a key head see the same keys, so they are given to cuDNN as the
     queries of one sequence: a cache is read once for all of them, and is not transposed. With
-    `slots`, its pages are found through a table, and nothing is gathered.
+    `batch_rows`, its pages are found through a table, and nothing is gathered.
 
     cuDNN has windows of whole sequences, not of a query that stands for one position: the last
     `window` positions are copied out and attended to without one.
@@ -50,45 +50,45 @@ def attend_cudnn(
     caches gathered, and 266 us by XLA. A window of 128 with sinks took 29 us, by XLA 304 us.
     """
     if 0 < window < k.shape[2]:
-        own = jnp.arange(len(q)) if slots is None else slots
+        own = jnp.arange(len(q)) if batch_rows is None else batch_rows
         first = jnp.maximum(positions + 1 - window, 0)
-        k, v, slots = _part(k, own, first, window), _part(v, own, first, window), None
+        k, v, batch_rows = _part(k, own, first, window), _part(v, own, first, window), None
         positions = jnp.minimum(positions, window - 1)
     page = math.gcd(k.shape[2], PAGE_TOKENS)
-    if slots is not None and (page < PAGE_TOKENS_MIN or len(k) % len(q)):
-        k, v, slots = k[slots], v[slots], None
+    if batch_rows is not None and (page < PAGE_TOKENS_MIN or len(k) % len(q)):
+        k, v, batch_rows = k[batch_rows], v[batch_rows], None
     kv_heads, length, channels = k.shape[1:]
     lengths = jnp.repeat((positions + 1).astype(jnp.int32), kv_heads)
-    if slots is None:
+    if batch_rows is None:
         alone = lambda cache: cache.reshape(-1, length, 1, channels)
         return _attend(q, alone(k), alone(v), lengths, None, scale, sinks)
-    table = page_table(slots, k.shape[:3], page)
+    table = page_table(batch_rows, k.shape[:3], page)
     paged = lambda cache: cache.reshape(-1, page, 1, channels)
     return _attend(q, paged(k), paged(v), lengths, table, scale, sinks)
 
 
 def page_table(
-    slots: Int32[Array, "T"], shape: tuple[int, int, int], page: int
+    batch_rows: Int32[Array, "T"], shape: tuple[int, int, int], page: int
 ) -> Int32[Array, "T*Hkv 1 _ 1"]:
     """The pages of each token and key head, in caches of `shape` (B, Hkv, P) one after the other.
 
     B must be a multiple of T, since JAX wants as many entries as there are pages; those beyond a
-    cache's last page are not looked up. Slots [1 0], shape (2, 1, 256) and pages of 128 give
+    cache's last page are not looked up. Batch rows [1 0], shape (2, 1, 256) and pages of 128 give
     `[2 3] [0 1]`.
     """
     sequences, kv_heads, length = shape
-    caches = (slots[:, None] * kv_heads + jnp.arange(kv_heads)).reshape(-1, 1)
+    caches = (batch_rows[:, None] * kv_heads + jnp.arange(kv_heads)).reshape(-1, 1)
     pages = length // page
     table = caches * pages + jnp.arange(pages)
-    table = jnp.tile(table, (1, sequences // len(slots)))
+    table = jnp.tile(table, (1, sequences // len(batch_rows)))
     return table[:, None, :, None].astype(jnp.int32)
 
 
-def _part(cache, slots, first, count: int):
+def _part(cache, batch_rows, first, count: int):
     """`count` positions of each token's cache from its `first` one on: [T H count C]."""
     size = (1, cache.shape[1], count, cache.shape[3])
-    take = lambda slot, start: lax.dynamic_slice(cache, (slot, 0, start, 0), size)[0]
-    return jax.vmap(take)(slots, first)
+    take = lambda batch_row, start: lax.dynamic_slice(cache, (batch_row, 0, start, 0), size)[0]
+    return jax.vmap(take)(batch_rows, first)
 
 
 def _attend(q, keys, values, lengths, table, scale, sinks):

@@ -26,15 +26,15 @@ class KVCache:
     def write(
         self,
         layer: int,
-        slots: Int32[Array, "T"],
+        batch_rows: Int32[Array, "T"],
         positions: Int32[Array, "T"],
         k: Float[Array, "T Hk Ck"],
         v: Float[Array, "T Hv Cv"],
     ) -> "KVCache":
-        """Writes token t at `[slots[t], :, positions[t]]`; a position of -1 writes nothing."""
+        """Writes token t at `[batch_rows[t], :, positions[t]]`; a position of -1 writes nothing."""
         # Out of range rather than negative, which would count from the end.
         length = self.keys[layer].shape[2]
-        at = (slots, slice(None), jnp.where(positions < 0, length, positions))
+        at = (batch_rows, slice(None), jnp.where(positions < 0, length, positions))
         put = lambda old, new: old.at[at].set(new, mode="drop")
         keys = (*self.keys[:layer], put(self.keys[layer], k), *self.keys[layer + 1 :])
         values = (*self.values[:layer], put(self.values[layer], v), *self.values[layer + 1 :])
@@ -57,7 +57,7 @@ def zeros_of_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
 
 
 def _shape(engine: EngineConfig, heads: int, channels: int) -> tuple[tuple[int, ...], str]:
-    return (engine.batch_slots, heads, engine.context_tokens, channels), engine.dtype
+    return (engine.batch_rows, heads, engine.context_tokens, channels), engine.dtype
 
 
 def _cache(model: ModelConfig, make) -> KVCache:

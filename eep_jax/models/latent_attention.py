@@ -66,10 +66,10 @@ class LatentAttention(nnx.Module):
             self.kv_norm(kept[..., : latent.kv_rank])[..., None, :],
         )
 
-    def attend(self, q, keys, values, positions, slots=None):
-        """`attend_latent` with the scale of this model; for `slots` see `attend_cached`."""
-        if slots is not None:
-            keys, values = keys[slots], values[slots]
+    def attend(self, q, keys, values, positions, batch_rows=None):
+        """`attend_latent` with the scale of this model; for `batch_rows` see `attend_cached`."""
+        if batch_rows is not None:
+            keys, values = keys[batch_rows], values[batch_rows]
         config, latent = self.config, self.config.latent
         scale = (latent.plain_channels + latent.rope_channels) ** -0.5 * config.rope.score_factor
         return attend_latent(q, keys[:, 0], values[:, 0], positions, scale=scale)

@@ -63,7 +63,7 @@ def memory_per_rank(config: RunConfig) -> RankMemory:
     model, engine, cluster = config.model, config.engine, config.cluster
     item = _BYTES[engine.dtype]
     dense = {name: count * item for name, count in dense_elements(model).items()}
-    tokens = engine.batch_slots + engine.prefill_tokens
+    tokens = engine.batch_rows + engine.prefill_tokens
     window = WindowLayout(
         ranks=cluster.ranks,
         tokens=tokens,
@@ -77,7 +77,7 @@ def memory_per_rank(config: RunConfig) -> RankMemory:
         experts=cluster.slots_per_rank * expert_bytes(config),
         window=window.window_bytes,
         dummy=MAPPED_BYTES if config.platform == "gpu" else 0,
-        cache=model.cache_elements * engine.batch_slots * engine.context_tokens * item,
+        cache=model.cache_elements * engine.batch_rows * engine.context_tokens * item,
         step=_step_bytes(config, tokens, item),
         context=CONTEXT_BYTES if config.platform == "gpu" else 0,
         **dense,
@@ -111,7 +111,7 @@ def _step_bytes(config: RunConfig, tokens: int, item: int) -> int:
     # One tile of rows gathers the keys and values of its sequences, a layer at a time.
     gathered = engine.row_tile * engine.context_tokens * model.cache_elements // model.layers * item
     # The sampler sorts the logits of each sequence: several float32 arrays of them.
-    logits = 6 * engine.batch_slots * model.vocab_size * 4
+    logits = 6 * engine.batch_rows * model.vocab_size * 4
     channels = 8 * model.hidden + 4 * model.query_heads * model.head_dim + 3 * model.dense_hidden
     routed = model.experts_per_token * (3 * model.expert_hidden + model.hidden)
     # Rows of all ranks may meet here; half of them is far more than routing gives.
@@ -152,7 +152,7 @@ def check_fit(config: RunConfig, gpu: str, gpus: int) -> Fit:
     if share < needed.jax:
         raise ValueError(
             f"{config.name}: JAX has {_gib(share)} in each rank, and needs {_gib(needed.jax)}; "
-            "raise device.memory_fraction, or lower engine.batch_slots or engine.context_tokens"
+            "raise device.memory_fraction, or lower engine.batch_rows or engine.context_tokens"
         )
     if fit.free < RESERVE_BYTES:
         raise ValueError(
@@ -195,7 +195,7 @@ def describe(config: RunConfig, gpu: str, gpus: int) -> str:
 
 
 def _cache_of(config: RunConfig) -> str:
-    return f"{config.engine.batch_slots} sequences x {config.engine.context_tokens} positions"
+    return f"{config.engine.batch_rows} sequences x {config.engine.context_tokens} positions"
 
 
 def losses_covered(config: RunConfig) -> tuple[int, int]:

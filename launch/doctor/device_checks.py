@@ -50,7 +50,7 @@ def needs(config: RunConfig) -> Needs:
         window=window.window_bytes,
         bank=cluster.slots_per_rank * math.prod((layers, matrices, width, hidden)) * item,
         dense=model.dense_parameters * item,
-        cache=model.cache_elements * engine.batch_slots * engine.context_tokens * item,
+        cache=model.cache_elements * engine.batch_rows * engine.context_tokens * item,
     )
 
 
@@ -113,7 +113,7 @@ def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Fin
             f"{size(rank)} x {ranks} ranks, {size(machine.memory_free_bytes)} of "
             f"{size(machine.memory_bytes)} free"
         )
-        fix = "fewer ranks on this machine, or lower cluster.slots_per_rank, engine.batch_slots"
+        fix = "fewer ranks on this machine, or lower cluster.slots_per_rank, engine.batch_rows"
         yield either(rank * ranks <= machine.memory_free_bytes, "memory", found, fix)
         return
     if not machine.gpus:
@@ -122,7 +122,7 @@ def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Fin
     fraction = config.device.memory_fraction
     jax = int(total * fraction / sharing)
     found = f"{size(needed.dense + needed.cache)} of {size(jax)} that JAX has per rank"
-    fix = "raise device.memory_fraction, or lower engine.batch_slots or engine.context_tokens"
+    fix = "raise device.memory_fraction, or lower engine.batch_rows or engine.context_tokens"
     yield either(needed.dense + needed.cache <= jax, "GPU memory, model", found, fix)
     rest = int(total * (1 - fraction))
     # Each rank has a slab, and one more stands for absent peers.

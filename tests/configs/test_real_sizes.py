@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     with pytest.raises(ValueError, match=r"lower cluster\.slots_per_rank"):
         check_fit(dataclasses.replace(config, cluster=wide), "h100", 4)
     greedy = dataclasses.replace(config.engine, context_tokens=16_384)
-    with pytest.raises(ValueError, match=r"lower engine\.batch_slots"):
+    with pytest.raises(ValueError, match=r"lower engine\.batch_rows"):
         check_fit(dataclasses.replace(config, engine=greedy), "h100", 4)
     with pytest.raises(ValueError, match="must be one of"):
         check_fit(config, "abacus", 4)
@@ -119,4 +119,4 @@ def test_the_table_is_printed_without_loading_jax():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert describe(config_of("gpt_oss_120b_h100x8"), "h100", 8) in done.stdout
     wrong = subprocess.run([*command, "--gpus_of_kind=h100x2"], capture_output=True, timeout=60)
-    assert wrong.returncode == 2 and b"lower engine.batch_slots" in wrong.stderr
+    assert wrong.returncode == 2 and b"lower engine.batch_rows" in wrong.stderr

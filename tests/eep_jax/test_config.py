@@ -64,7 +64,7 @@ def test_a_cluster_that_cannot_work_is_refused(changes, said):
     [
         ({"context_tokens": 0}, "EngineConfig.context_tokens=0 must be positive"),
         ({"combine": "sum"}, "combine='sum' must be one of"),
-        ({"batch_slots": 12}, "batch_slots=12 must be a multiple of self.row_tile=8"),
+        ({"batch_rows": 12}, "batch_rows=12 must be a multiple of self.row_tile=8"),
         ({"prefill_tokens": 20}, "prefill_tokens=20 must be a multiple of self.row_tile=8"),
         ({"dtype": "float16"}, "dtype='float16' must be one of"),
         ({"dispatch_dtype": "int8"}, "dispatch_dtype='int8' must be one of"),
@@ -135,7 +135,7 @@ def test_every_configuration_names_itself_and_its_weights(name):
     # An engine that waits for a peer until the deadline, and then once more, is not stuck.
     assert config.cluster.stall_ms > 2 * config.engine.step_deadline_ms
     if config.platform == "gpu":
-        assert config.engine.row_tile == config.engine.batch_slots
+        assert config.engine.row_tile == config.engine.batch_rows
 
 
 def test_the_small_moe_fits_one_h100_four_times():
@@ -144,7 +144,7 @@ def test_the_small_moe_fits_one_h100_four_times():
     width, gib = 2, 2**30
     bank = cluster.slots_per_rank * model.expert_elements * width
     dense = (model.parameters - model.experts * model.expert_elements) * width
-    positions = engine.batch_slots * engine.context_tokens
+    positions = engine.batch_rows * engine.context_tokens
     cache = 2 * model.layers * positions * model.kv_heads * model.head_dim * width
     assert (bank / gib, cache / gib) == (4.5, 2.0) and round(dense / gib, 2) == 0.57
     jax_share = 79.6 * config.device.memory_fraction / cluster.ranks
@@ -153,7 +153,7 @@ def test_the_small_moe_fits_one_h100_four_times():
 
 
 def test_the_widest_step_has_all_decode_and_all_prefill_rows():
-    assert EngineConfig(batch_slots=16, prefill_tokens=24).tokens_max == 40
+    assert EngineConfig(batch_rows=16, prefill_tokens=24).tokens_max == 40
 
 
 def test_configurations_are_values():

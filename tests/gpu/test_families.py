@@ -200,7 +200,7 @@ class LargeRank(GpuRank):
         sizes |= {"head_dim": 128, "experts_per_token": 4, "expert_hidden": 768}
         model = a_model(**sizes)
         config = gpu_run(model)
-        engine = {"batch_slots": 64, "prefill_tokens": 64, "row_tile": 64, "context_tokens": 128}
+        engine = {"batch_rows": 64, "prefill_tokens": 64, "row_tile": 64, "context_tokens": 128}
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine))
         drawn = RandomCheckpoint(model, 0)
         EngineCluster.__init__(

@@ -120,6 +120,7 @@ class TestOverride:
             ("cluster.ranks=1", "redundancy"),
             ("cluster.ranks=2", "raise slots_per_rank"),
             ("engine.row_tile=7", "multiple"),
+            ("engine.batch_slots=8", "batch_slots is now called batch_rows"),
             ("random_weights=some", "of type int"),
             ("device.memory_fraction=1", "between 0 and 1"),
             ("platform=gpu", "set engine.dtype=bfloat16"),

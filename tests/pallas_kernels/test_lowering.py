@@ -158,7 +158,7 @@ def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
         like(shapes[name].shape, np.float32 if name.endswith("correction") else dtype)
         for name in names
     ]
-    sequences, positions = config.engine.batch_slots, config.engine.context_tokens
+    sequences, positions = config.engine.batch_rows, config.engine.context_tokens
     keys, values = (
         tuple(like((sequences, heads, positions, channels), dtype) for _ in range(model.layers))
         for heads, channels in model.cache_channels

@@ -44,7 +44,7 @@ def a_config(ranks: int = 2, serve: dict | None = None, **cluster) -> RunConfig:
         name="tiny",
         model=model,
         cluster=ClusterConfig(ranks=ranks, **{"slots_per_rank": 4, "redundancy": 1, **cluster}),
-        engine=EngineConfig(batch_slots=8, prefill_tokens=8, context_tokens=512),
+        engine=EngineConfig(batch_rows=8, prefill_tokens=8, context_tokens=512),
         serve=ServeConfig(port=0, **(serve or {})),
     )
 

@@ -31,7 +31,7 @@ def parity_run(wanted: Reference, ranks: int, slots_per_rank: int) -> RunConfig:
         model=wanted.checkpoint.model,
         cluster=ClusterConfig(ranks=ranks, slots_per_rank=slots_per_rank),
         engine=EngineConfig(
-            batch_slots=4,
+            batch_rows=4,
             prefill_tokens=4,
             row_tile=4,
             context_tokens=48,

@@ -224,7 +224,7 @@ class Device:
         return (
             f"; wanted {wanted} bytes, {free}: lower --device_memory_fraction "
             "(XLA_PYTHON_CLIENT_MEM_FRACTION), cluster.slots_per_rank, or "
-            "engine.batch_slots and engine.prefill_tokens"
+            "engine.batch_rows and engine.prefill_tokens"
         )
 
     def _properties(self):

@@ -79,7 +79,7 @@ class Supervisor:
         self._tokenizer = open_tokenizer(config)
         self._template = open_chat_template(tokenizer_directory(config))
         serve, engine = config.serve, config.engine
-        self.book = RequestTable(serve.queue_max, serve.finished_max, engine.batch_slots * 2)
+        self.book = RequestTable(serve.queue_max, serve.finished_max, engine.batch_rows * 2)
         self._serving = CompletionFrontend(
             self.book,
             config.model.end_tokens,

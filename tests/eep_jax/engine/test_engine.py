@@ -65,17 +65,17 @@ def next_epoch(engine: Engine) -> None:
     engine.resume(dataclasses.replace(tables, epoch=np.uint32(engine.epoch + 1)))
 
 
-def rows_of(engine: Engine, slot: int, length: int) -> list[np.ndarray]:
-    """Keys and values of every layer at the first positions of a batch slot."""
+def rows_of(engine: Engine, batch_row: int, length: int) -> list[np.ndarray]:
+    """Keys and values of every layer at the first positions of a batch row."""
     leaves = jax.tree.leaves(engine._cache)
-    return [np.asarray(leaf)[slot, :, :length] for leaf in leaves]
+    return [np.asarray(leaf)[batch_row, :, :length] for leaf in leaves]
 
 
-def slots_of(engine: Engine) -> dict[str, int]:
-    """The batch slot of each request in the next step."""
-    engine.scheduler.plan(engine._next)  # changes nothing but who is in which slot
-    running = enumerate(engine.scheduler._slots)
-    return {s.request.id: slot for slot, s in running if s is not None}
+def batch_rows_of(engine: Engine) -> dict[str, int]:
+    """The batch row of each request in the next step."""
+    engine.scheduler.plan(engine._next)  # changes nothing but which sequence is in which batch row
+    running = enumerate(engine.scheduler._sequences)
+    return {s.request.id: row for row, s in running if s is not None}
 
 
 def serve(engine: Engine, *requests, discard_every: int = 0) -> tuple[Book, dict]:
@@ -95,14 +95,14 @@ def serve(engine: Engine, *requests, discard_every: int = 0) -> tuple[Book, dict
             assert not outcome.committed and not outcome.accused and not outcome.progress
             next_epoch(engine)
             continue
-        slots = slots_of(engine)
+        batch_rows = batch_rows_of(engine)
         outcome = engine.advance()
         assert outcome.committed
         book.take(outcome.progress)
         for part in outcome.progress:
             if part.finish and part.id in prompts:
                 length = prompts[part.id] + len(part.tokens) - 1
-                rows[part.id] = rows_of(engine, slots[part.id], length)
+                rows[part.id] = rows_of(engine, batch_rows[part.id], length)
     raise AssertionError("the engine does not pause")
 
 
@@ -177,19 +177,19 @@ def test_a_cache_row_has_the_same_bits_from_prefill_and_from_decode(make):
 @ENGINES
 def test_tokens_and_cache_rows_are_the_same_in_any_company(make):
     engine = make()
-    slots = engine.config.engine.batch_slots
+    batch_rows = engine.config.engine.batch_rows
     requests = [
         a_request(f"r{n}", some_prompt(engine, 1 + 5 * n % 17, n), 4 + n, **by_turns(n))
-        for n in range(2 * slots)
+        for n in range(2 * batch_rows)
     ]
     together, _ = serve(engine, *requests)
-    for request in requests[:: slots // 2 + 1]:
+    for request in requests[:: batch_rows // 2 + 1]:
         alone, _ = serve(engine, request)
         assert alone.tokens[request.id] == together.tokens[request.id]
 
 
 @ENGINES
-def test_cache_rows_do_not_depend_on_slot_row_or_chunks(make):
+def test_cache_rows_do_not_depend_on_batch_row_or_chunks(make):
     engine = make()
     request = a_request("it", some_prompt(engine, 14), max_tokens=3)
     _, alone = serve(engine, request)
@@ -237,15 +237,15 @@ def test_a_rank_that_is_alone_pauses_and_wakes_by_itself():
     assert engine.paused and not engine.scheduler.ids()
 
 
-def test_a_cancelled_request_leaves_its_slot_to_the_next():
+def test_a_cancelled_request_leaves_its_batch_row_to_the_next():
     engine = small()
-    slots = engine.config.engine.batch_slots
-    for number in range(slots):
+    batch_rows = engine.config.engine.batch_rows
+    for number in range(batch_rows):
         engine.add(a_request(f"r{number}", (5, number), 30))
     engine.try_wake()
     for _ in range(5):
         assert engine.advance().committed
-    for number in range(slots):
+    for number in range(batch_rows):
         assert engine.scheduler.cancel(f"r{number}")
     request = a_request("new", some_prompt(engine, 9), 5)
     after, _ = serve(engine, request)

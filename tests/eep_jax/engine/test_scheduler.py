@@ -28,26 +28,28 @@ class Model:
 
     def __init__(self):
         self.fed: dict[int, list[int]] = {}  # by seed, the tokens in its cache
-        self.cache_of: dict[int, int] = {}  # by batch slot, the seed that wrote it last
+        self.cache_of: dict[int, int] = {}  # by batch row, the seed that wrote it last
 
     def run(self, plan) -> np.ndarray:
         """Tokens `[B]`; a row must come right after those before it, or be one of them again."""
-        batch, tokens = plan.batch, np.zeros(CONFIG.engine.batch_slots, np.int32)
-        widest = CONFIG.engine.batch_slots if plan.kind is StepKind.DECODE else 8
+        batch, tokens = plan.batch, np.zeros(CONFIG.engine.batch_rows, np.int32)
+        widest = CONFIG.engine.batch_rows if plan.kind is StepKind.DECODE else 8
         assert len(batch.tokens) == widest
         for row in np.flatnonzero(batch.positions >= 0):
-            slot, position = int(batch.slots[row]), int(batch.positions[row])
-            seed = int(batch.seeds[slot, 1])
-            if self.cache_of.get(slot) != seed:
-                assert position == 0, "a new sequence in a slot must be written from its start"
-                self.cache_of[slot], self.fed[seed] = seed, []
+            batch_row, position = int(batch.batch_rows[row]), int(batch.positions[row])
+            seed = int(batch.seeds[batch_row, 1])
+            if self.cache_of.get(batch_row) != seed:
+                assert position == 0, "a new sequence in a batch row must be written from its start"
+                self.cache_of[batch_row], self.fed[seed] = seed, []
             written = self.fed[seed]
             assert position <= len(written), f"position {position} after {len(written)}"
             written[position:] = [int(batch.tokens[row])]
-        for slot in np.flatnonzero(batch.sampled):
-            last = batch.last_rows[slot]
-            assert batch.slots[last] == slot
-            tokens[slot] = next_token(int(batch.seeds[slot, 1]), int(batch.positions[last]))
+        for batch_row in np.flatnonzero(batch.sampled):
+            last = batch.last_rows[batch_row]
+            assert batch.batch_rows[last] == batch_row
+            tokens[batch_row] = next_token(
+                int(batch.seeds[batch_row, 1]), int(batch.positions[last])
+            )
         return tokens
 
 
@@ -76,7 +78,7 @@ def kind_agreed(scheduler, peers_vote: StepKind) -> StepKind:
 
 def commit(scheduler, model, book, kind) -> None:
     plan = scheduler.plan(kind)
-    zeros = np.zeros(CONFIG.engine.batch_slots, np.int32)
+    zeros = np.zeros(CONFIG.engine.batch_rows, np.int32)
     book.take(tuple(scheduler.commit(plan, model.run(plan), zeros)))
 
 
@@ -225,12 +227,12 @@ def test_a_snapshot_tells_all_tokens_of_running_and_waiting_requests():
     assert told == {f"r{n}": (0, (2, 3)) for n in range(6)}
 
 
-def test_an_older_prompt_is_not_held_up_by_a_newer_one_in_a_lower_slot():
-    """A slot says nothing of age.
+def test_an_older_prompt_is_not_held_up_by_a_newer_one_in_a_lower_batch_row():
+    """A batch row does not show the age of its sequence.
 
-    Slot 0 was freed and taken again after slot 1's long prompt came.
+    Batch row 0 was freed and taken again after batch row 1's long prompt came.
     """
-    scheduler, nothing = Scheduler(CONFIG), np.zeros(CONFIG.engine.batch_slots, np.int32)
+    scheduler, nothing = Scheduler(CONFIG), np.zeros(CONFIG.engine.batch_rows, np.int32)
     length = CONFIG.engine.prefill_tokens + 4
     scheduler.add(a_request("first", (5, 6), max_tokens=2))
     scheduler.add(a_request("old", (5,) * length, max_tokens=2))

@@ -66,27 +66,27 @@ def worlds(draw):
         "sinks": normal(kv_heads * group) if draw(st.booleans()) else None,
     }
     positions = random.integers(0, length, tokens).astype(np.int32)
-    slots = random.integers(0, sequences, tokens).astype(np.int32)
+    batch_rows = random.integers(0, sequences, tokens).astype(np.int32)
     q = normal(tokens, kv_heads * group, channels)
-    return q, cache(), cache(), jnp.asarray(positions), jnp.asarray(slots), options
+    return q, cache(), cache(), jnp.asarray(positions), jnp.asarray(batch_rows), options
 
 
 @settings(max_examples=20, deadline=None)
 @given(worlds())
 def test_what_cudnn_is_asked_is_attention_to_the_caches(world):
-    q, k, v, positions, slots, options = world
+    q, k, v, positions, batch_rows, options = world
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "dot_product_attention", attend_padded)
         patch.setattr(fused, "paged_attention", attend_pages)
-        wanted = attend_xla(q, k[slots], v[slots], positions, **options)
-        found = attend_cudnn(q, k, v, positions, slots, **options)
+        wanted = attend_xla(q, k[batch_rows], v[batch_rows], positions, **options)
+        found = attend_cudnn(q, k, v, positions, batch_rows, **options)
         np.testing.assert_allclose(
             found.astype(np.float32), wanted.astype(np.float32), atol=0.03, rtol=0.02
         )
         # Whatever lies beyond a position changes nothing.
         beyond = np.arange(k.shape[2])[None, None, :, None] > np.asarray(positions).max()
         spoilt = [jnp.where(beyond, POISON, cache) for cache in (k, v)]
-        again = attend_cudnn(q, *spoilt, positions, slots, **options)
+        again = attend_cudnn(q, *spoilt, positions, batch_rows, **options)
         np.testing.assert_array_equal(found, again)
         own = k[: len(q)], v[: len(q)]
         wanted = attend_cudnn(q, *own, positions, jnp.arange(len(q)), **options)

@@ -339,7 +339,7 @@ class TestErrors:
             "--device_memory_fraction",
             "XLA_PYTHON_CLIENT_MEM_FRACTION",
             "cluster.slots_per_rank",
-            "engine.batch_slots",
+            "engine.batch_rows",
             "engine.prefill_tokens",
         ):
             assert way_out in said
