@@ -16,8 +16,8 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     128 experts on 2 ranks: up to 1 may die, up to 1 with nothing to load
 """
 
-from configs._architectures import published
 from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig
+from eep_jax.models.families.published import published
 
 
 def get_config() -> RunConfig:

@@ -20,7 +20,8 @@ import aiohttp
 from eep_jax.config import ClusterConfig
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from eep_jax.runtime.rank import priority
-from launch.flags import EXIT_USAGE, TOKEN_FILE
+from launch.flags import TOKEN_FILE
+from launch.program import EXIT_USAGE
 
 SUPERVISOR = "supervisor"
 WATCH_MS = 50

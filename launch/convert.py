@@ -13,14 +13,13 @@ serves it.
 import logging
 import os
 import pathlib
-import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from eep_jax.config import DTYPES
+from launch import program
 from launch.console import progress, say
-from launch.flags import main_with_usage
 
 HF = flags.DEFINE_string(
     "hf", None, "Directory with config.json and safetensors files.", required=True
@@ -63,5 +62,7 @@ def main() -> int:
     return 0
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    sys.exit(app.run(main_with_usage(main)))
+    cli()

@@ -8,13 +8,11 @@ import asyncio
 import contextlib
 import pathlib
 import signal
-import sys
 
 import aiohttp
-from absl import app
 from absl import flags as absl_flags
 
-from launch import flags
+from launch import flags, program
 from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
 from launch.demo import run_demo
@@ -144,5 +142,7 @@ def _print_how_to_use(cluster: LocalCluster, config) -> None:
     )
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    sys.exit(app.run(flags.main_with_usage(main)))
+    cli()

@@ -13,11 +13,10 @@ import pathlib
 import time
 
 import aiohttp
-from absl import app
 from absl import flags as absl_flags
 
 from eep_jax.runtime.control.endpoint import ENDPOINT
-from launch import flags
+from launch import flags, program
 from launch.environments.slurm import SlurmEnvironment
 from launch.processes import end_with_parent
 
@@ -93,5 +92,7 @@ async def _status(session: aiohttp.ClientSession, run_dir: pathlib.Path) -> dict
         return None
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    app.run(flags.main_with_usage(main))
+    cli()

@@ -6,11 +6,10 @@ python -m launch.memory --config=qwen3_30b_a3b_h100x4 --gpus_of_kind=h200x2
 
 import re
 
-from absl import app
 from absl import flags as absl_flags
 
 from eep_jax.models.memory import describe
-from launch import flags
+from launch import flags, program
 
 GPUS_OF_KIND = absl_flags.DEFINE_string(
     "gpus_of_kind", None, "Kind and number of GPUs, such as h100x4. Default: as the name ends."
@@ -29,5 +28,7 @@ def main() -> int:
     return 0
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    app.run(flags.main_with_usage(main))
+    cli()

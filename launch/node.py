@@ -23,14 +23,13 @@ import sys
 import tempfile
 import time
 
-from absl import app
 from absl import flags as absl_flags
 
 from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from eep_jax.runtime.control.identity import host_id
 from eep_jax.runtime.control.launcher_client import LauncherClient, LauncherClientOptions
-from launch import flags
+from launch import flags, program
 from launch.addresses import with_addresses
 from launch.cluster import QUICK_DEATH_S, Child, LocalCluster, rank_name
 from launch.environments.environment import Identity
@@ -177,5 +176,7 @@ async def _work(host_ranks: HostRanks, link: LauncherClient) -> int:
     return 0
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    sys.exit(app.run(flags.main_with_usage(main)))
+    cli()

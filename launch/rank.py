@@ -10,10 +10,8 @@ import signal
 import sys
 import time
 
-from absl import app
-
 from eep_jax.config import RunConfig
-from launch import flags
+from launch import flags, program
 from launch.addresses import with_addresses
 from launch.environments.environment import Identity
 from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
@@ -72,7 +70,7 @@ def main() -> int:
 def _end_turned_away(reason: str) -> None:
     """At once: there is no use in loading and compiling for this run, nor in another try."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
-    os._exit(flags.EXIT_USAGE)
+    os._exit(program.EXIT_USAGE)
 
 
 def _environment(config: RunConfig, identity: Identity, run_dir: pathlib.Path) -> dict[str, str]:
@@ -204,5 +202,7 @@ def open_backups(config, rank: int, checkpoint, rates, heap):
         return NoBackupStore(problem)
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    app.run(flags.main_with_usage(main))
+    cli()

@@ -11,11 +11,9 @@ import dataclasses
 import signal
 import sys
 
-from absl import app
-
 from eep_jax.config import RunConfig
 from eep_jax.runtime.supervisor.supervisor import Supervisor
-from launch import flags
+from launch import flags, program
 from launch.processes import end_with_parent, set_up_logging
 
 
@@ -33,7 +31,7 @@ def main() -> int:
         asyncio.run(_serve(supervisor))
     except OSError as error:
         print(f"error: {error.strerror or error}", file=sys.stderr)
-        return flags.EXIT_USAGE
+        return program.EXIT_USAGE
     return 0
 
 
@@ -58,5 +56,7 @@ async def _serve(supervisor: Supervisor) -> None:
     await supervisor.run(stop)
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    app.run(flags.main_with_usage(main))
+    cli()

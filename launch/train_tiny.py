@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from configs import tiny_cpu
 from eep_jax.models.decoder import DenseModel
 from eep_jax.models.weights import build_dense_model, split_model
 from eep_jax.storage.checkpoint import save_checkpoint
+from launch import program
+from launch.config_files import load_config
 
 TEXT = flags.DEFINE_string("text", None, "Plain text to train on.", required=True)
 OUT = flags.DEFINE_string(
@@ -128,7 +129,7 @@ def held_out_loss(model: DenseModel, data: np.ndarray, length: int, bos: int) ->
 
 
 def main(_):
-    config = tiny_cpu.get_config().model
+    config = load_config("tiny_cpu").model
     text = np.frombuffer(pathlib.Path(TEXT.value).read_bytes(), np.uint8)
     train, held_out = split_text(text)
     if len(held_out) < WINDOW.value:
@@ -179,5 +180,7 @@ def main(_):
     print(f"wrote {OUT.value}: held out {loss:.4f} nats per byte", flush=True)
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    app.run(main)
+    cli()

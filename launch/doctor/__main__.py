@@ -5,14 +5,12 @@ python -m launch.doctor --config=tiny_cpu [--json]
 
 import dataclasses
 import json
-import sys
 
-from absl import app
 from absl import flags as absl_flags
 from rich.table import Table
 from rich.text import Text
 
-from launch import flags
+from launch import flags, program
 from launch.console import STDOUT
 from launch.doctor.checks import check
 from launch.doctor.finding import Finding, Level
@@ -65,5 +63,7 @@ def show(findings: tuple[Finding, ...], name: str) -> None:
     STDOUT.print(", ".join(f"{count} {level.value}" for level, count in counts.items()))
 
 
+cli = program.runner(main)
+
 if __name__ == "__main__":
-    sys.exit(app.run(flags.main_with_usage(main)))
+    cli()

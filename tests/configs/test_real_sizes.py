@@ -11,9 +11,9 @@ import sys
 import pytest
 
 import configs
-from configs._architectures import PUBLISHED, published
 from eep_jax.errors import CoverageLost
 from eep_jax.models.expert_bank import slab_layout
+from eep_jax.models.families.published import PUBLISHED, published
 from eep_jax.models.memory import (
     GPU_BYTES,
     check_fit,

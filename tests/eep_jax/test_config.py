@@ -12,9 +12,9 @@ from flax import nnx
 
 import configs
 from configs import tiny_cpu
-from configs._architectures import PUBLISHED
 from eep_jax.config import SCALE_CHANNELS, ClusterConfig, DeviceConfig, EngineConfig, RunConfig
 from eep_jax.models.decoder import DenseModel
+from eep_jax.models.families.published import PUBLISHED
 from pallas_kernels import window
 from tests.support.models import a_model, a_run
 

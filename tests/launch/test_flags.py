@@ -8,8 +8,8 @@ import pytest
 from absl import flags as absl_flags
 
 from configs import tiny_cpu
-from configs._architectures import PUBLISHED
 from eep_jax.errors import CheckpointError
+from eep_jax.models.families.published import PUBLISHED
 from launch import flags
 
 CONFIG = tiny_cpu.get_config()
@@ -109,6 +109,7 @@ class TestOverride:
             ("name.ranks=3", "no 'ranks'"),
             ("=3", "no ''"),
             ("cluster=3", "has parts"),
+            ("model.latent=3", "has parts"),
             ("cluster.ranks=three", "of type int"),
             ("cluster.ranks=2.0", "of type int"),
             ("cluster.ranks=", "of type int"),
@@ -152,6 +153,38 @@ class TestRunConfig:
         parse(f"--config={name}")
         with pytest.raises(flags.UsageError, match=r"not one of \[.*'tiny_cpu'"):
             flags.run_config()
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("x = 1", r"does not define get_config\(\) -> RunConfig; see .*tiny_cpu.py"),
+            ("import nothing_there", "line 1: ModuleNotFoundError: No module named"),
+            ("def get_config():\n    raise OSError('full')", "line 2: OSError: full"),
+            ("def get_config(:", "line 1: SyntaxError"),
+            ("def get_config():\n    return {}", r"get_config\(\) returned {}, not a RunConfig"),
+        ],
+    )
+    def test_a_file_that_gives_no_configuration_is_one_line(self, parse, tmp_path, text, says):
+        path = tmp_path / "mine.py"
+        path.write_text(text)
+        parse(f"--config={path}")
+        with pytest.raises(flags.UsageError, match=says) as caught:
+            flags.run_config()
+        assert f"--config='{path}'" in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_a_file_is_named_to_other_processes_by_its_whole_path(
+        self, parse, tmp_path, monkeypatch
+    ):
+        source = pathlib.Path(tiny_cpu.__file__).read_text()
+        (tmp_path / "mine.py").write_text(source.replace('"tiny_cpu"', '"mine"'))
+        monkeypatch.chdir(tmp_path)
+        parse("--config=./mine.py", "--override=model.latent.kv_rank=3")
+        with pytest.raises(flags.UsageError, match="NoneType has no 'kv_rank'"):
+            flags.run_config()
+        absl_flags.FLAGS["override"].value = []
+        parse("--config=./mine.py")
+        assert flags.run_config().name == "mine"
+        assert f"--config={tmp_path / 'mine.py'}" in flags.forwarded()
 
     def test_another_process_is_given_the_same_configuration(self, parse):
         parse("--override=name=a", "--override=cluster.lease_ms=4000", "--port=0", "--host=h")

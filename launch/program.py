@@ -1,0 +1,139 @@
+"""Frame of every program: its flags, --help and --version, and errors of usage in one line."""
+
+import importlib.metadata
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+
+from absl import app, flags
+
+import eep_jax
+from eep_jax.errors import CheckpointError
+from launch.errors import UsageError
+
+EXIT_USAGE = 2
+_OWN_PACKAGES = ("launch", "benchmarks")
+_COLUMNS_MAX = 100
+
+_groups: dict[str, str] = {}  # name of a flag -> title of its group in --help
+_described: list[Callable] = []  # the main function whose module's docstring opens --help
+
+
+def group(title: str, *holders: flags.FlagHolder) -> None:
+    """Shows these flags under `title` in --help; others come first, as the program's own."""
+    _groups.update((holder.name, title) for holder in holders)
+
+
+def runner(main: Callable[[], int]) -> Callable[[], None]:
+    """The entry point of a program: parses sys.argv, runs `main`, exits with what it returns."""
+    return lambda: app.run(main_with_usage(main), flags_parser=_parse)
+
+
+def main_with_usage(main: Callable[[], int]) -> Callable[[list[str]], int]:
+    """`main` as absl runs it, with --help and --version; errors of usage are one line, status 2."""
+    _define_help()
+    _described[:] = [main]
+
+    def wrapped(arguments: list[str]):
+        if len(arguments) > 1:
+            print(f"unexpected arguments {arguments[1:]}; options begin with --", file=sys.stderr)
+            return EXIT_USAGE
+        try:
+            return main()
+        except (UsageError, CheckpointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+
+    return wrapped
+
+
+def require_extra(package: str, extra: str, purpose: str) -> None:
+    """Raises UsageError naming the extra to install where an optional package is missing."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError(
+            f"{purpose} needs {package}, which is not installed; install the extra {extra!r}: "
+            f"pip install 'eep-jax[{extra}]', or pip install '.[{extra}]' in the repository"
+        ) from None
+
+
+def help_text() -> str:
+    """The program's docstring, then all flags that it defines, by group, with their defaults."""
+    values, columns = flags.FLAGS, min(_COLUMNS_MAX, shutil.get_terminal_size().columns)
+    groups: dict[str, list[flags.Flag]] = {"Flags": []}
+    for title in _groups.values():
+        groups.setdefault(title, [])
+    for module, defined in values.flags_by_module_dict().items():
+        if module == sys.argv[0] or module.partition(".")[0] in _OWN_PACKAGES:
+            for flag in (f for f in defined if not isinstance(f, _Printing)):
+                groups[_groups.get(flag.name, "Flags")].append(flag)
+    lines = [(sys.modules[_described[0].__module__].__doc__ or "").strip()]
+    for title, defined in groups.items():
+        lines += ["", f"{title}:"] if defined else []
+        for flag in defined:
+            lines += [_usage(flag), *_meaning(flag, columns)]
+    return "\n".join(
+        [*lines, "", "Also: --help, --version, --flagfile=FILE (a file of flags, one per line)."]
+    )
+
+
+def _usage(flag: flags.Flag) -> str:
+    if flag.boolean:
+        return f"  --[no]{flag.name}"
+    choices = getattr(flag.parser, "enum_values", None)
+    if choices:
+        return f"  --{flag.name}={'|'.join(choices)}"
+    return f"  --{flag.name}={'LIST' if 'list' in flag.flag_type() else flag.flag_type().upper()}"
+
+
+def _meaning(flag: flags.Flag, columns: int) -> list[str]:
+    """What the flag does, its limits, and its default or that it is required."""
+    # absl puts the choices before, and a remark on repetition after what was written.
+    text = re.sub(r"^<[^>]*>: |;\s+repeat this option .*$", "", flag.help)
+    notes = [flag.parser.syntactic_help] if hasattr(flag.parser, "lower_bound") else []
+    if any("other than None" in validator.message for validator in flag.validators):
+        notes.append("required")
+    elif flag.default not in (None, "", []):
+        notes.append(f"default: {flag.default_as_str.strip(chr(39))}")
+    text += f" ({'; '.join(notes)})" if notes else ""
+    return textwrap.wrap(text, columns, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _version() -> str:
+    return f"eep-jax {eep_jax.__version__}"
+
+
+class _Printing(flags.BooleanFlag):
+    """A flag that prints a text and ends the program with status 0."""
+
+    def __init__(self, name: str, text: Callable[[], str], meaning: str, short: str | None = None):
+        super().__init__(name, False, meaning, short_name=short, allow_override=True)
+        self._text = text
+
+    def parse(self, argument):
+        if self._parse(argument):
+            print(self._text())
+            sys.exit(0)
+
+
+def _define_help() -> None:
+    """Takes the place of absl's --help, which lists the flags of one module and exits with 1."""
+    if "version" not in flags.FLAGS:
+        app.define_help_flags()
+        for name in ("help", "helpshort", "helpfull"):
+            short = "h" if name == "help" else None
+            flags.DEFINE_flag(_Printing(name, help_text, "Shows this help.", short))
+        flags.DEFINE_flag(_Printing("version", _version, "Shows the version."))
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
+        said = f"missing {', '.join(missing)}" if missing else str(error)
+        print(f"error: {said}; --help lists all flags", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
