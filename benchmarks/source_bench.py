@@ -15,12 +15,10 @@ from eep_jax.placement.planner import Move, initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
-from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.fetch_ahead import Prefetcher
-from eep_jax.relocation.patience import DeadlineRunner
+from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.transports import all_transports
 from eep_jax.storage.checkpoint import Checkpoint, save_checkpoint
+from eep_jax.storage.fetcher import Fetch, Fetcher, Prefetcher
 from eep_jax.storage.random_checkpoint import RandomCheckpoint
 
 FILLED_S = 300.0  # for the backups of a rank, which rests between experts
@@ -97,14 +95,13 @@ class Bench:
         fetch, experts = self.executor.fetch, range(self.orphans)
         if source_of(0).rank == 0:
             return lambda: self.bank.write_all((e, e, fetch(e, source_of(e))) for e in experts)
-        patience, at_once = DeadlineRunner(60_000), self.config.cluster.fetches_at_once
-        begin = lambda e, source: patience.begin(0, lambda: fetch(e, source))
+        fetcher, at_once = Fetcher(60_000), self.config.cluster.fetches_at_once
+        make = lambda expert: Fetch(0, lambda: fetch(expert, source_of(expert)))
 
         def move() -> None:
-            ahead = Prefetcher([(e, source_of(e)) for e in experts], begin, lambda s: 0, at_once)
+            ahead = Prefetcher(fetcher, experts, make, at_once)
             for expert in experts:
-                weights, _ = ahead.take(expert, source_of(expert), patience.wait)
-                self.bank.write(expert, expert, weights)
+                self.bank.write(expert, expert, ahead.take(ahead.begin(expert)).result())
 
         return move
 
@@ -187,12 +184,9 @@ class Bench:
 
     def _executor(self) -> Executor:
         check = SlotCheck(self.heaps[0], self.bank.layout, self.checkpoint.content_name)
-        transports = all_transports(self.bank, self.checkpoint, self.stores[0])
         for expert, weights in self.experts.items():
             self.peer.write(expert, expert, weights)
             self.bank.write(expert, expert, weights)
             check.learn(expert, expert)
-        at_once = self.config.cluster.fetches_at_once
-        return Executor(
-            self.bank, self.checkpoint, transports, check=check, fetches_at_once=at_once
-        )
+        options = FetchOptions(at_once=self.config.cluster.fetches_at_once)
+        return Executor(self.bank, self.checkpoint, self.stores[0], check, options)

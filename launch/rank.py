@@ -111,9 +111,8 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     from eep_jax.engine.executables import ExecutableStore, step_facts
     from eep_jax.heap.open import open_heap
     from eep_jax.models.expert_bank import slab_layout
-    from eep_jax.relocation.executor import Executor
+    from eep_jax.relocation.executor import Executor, FetchOptions
     from eep_jax.relocation.rates import Rates
-    from eep_jax.relocation.transports import all_transports
     from eep_jax.runtime.rank.agent import Agent
     from eep_jax.storage.random_checkpoint import open_checkpoint
 
@@ -135,16 +134,13 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     watch.phase("check")
     rates = Rates()
     backups = open_backups(config, rank, checkpoint, rates, heap)
-    executor = Executor(
-        engine.bank,
-        checkpoint,
-        all_transports(engine.bank, checkpoint, backups),
+    options = FetchOptions(
+        deadline_ms=cluster.fetch_deadline_ms,
+        at_once=cluster.fetches_at_once,
         beat=link.beat,
         rates=rates,
-        fetch_deadline_ms=cluster.fetch_deadline_ms,
-        check=check,
-        fetches_at_once=cluster.fetches_at_once,
     )
+    executor = Executor(engine.bank, checkpoint, backups, check, options)
     _log.info("loaded after %.1f s", time.monotonic() - started)
     watch.phase("sources")
     return Agent(rank, engine, heap, executor, link, backups, watch)

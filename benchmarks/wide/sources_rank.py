@@ -24,7 +24,6 @@ from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.executor import Executor
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.transports import all_transports
 from eep_jax.storage.random_checkpoint import RandomCheckpoint
 from launch.flags import load_config, override
 from launch.processes import end_with_parent
@@ -61,8 +60,7 @@ class Bringing:
     def ways(self) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
         """Name -> (the way of a repair, a plain copy of as many bytes from the same memory)."""
         check = self._check()
-        transports = all_transports(self.bank, self.drawn)
-        executor = Executor(self.bank, self.drawn, transports, check=check)
+        executor = Executor(self.bank, self.drawn, check=check)
         source = lambda expert: (Source(SourceKind.PEER, OWNER, expert),)
         moves = tuple(Move(0, e, e, source(e)) for e in range(self.count))
         wanted = (*range(self.count), *[-1] * self.count)

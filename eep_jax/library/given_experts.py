@@ -9,9 +9,10 @@ from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import expert_name
 from eep_jax.storage.checkpoint import Checkpoint
 from eep_jax.storage.digests import digest
+from eep_jax.storage.expert_store import ExpertStore
 
 
-class InMemoryExperts:
+class InMemoryExperts(ExpertStore):
     """Reads as a Checkpoint does. `experts[name]` are `[L 3 F D]`, converted to `dtype` once.
 
     Raises CheckpointError naming the experts that are missing or of another shape than the model's.
@@ -36,8 +37,7 @@ class InMemoryExperts:
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """Just these experts, `[L 3 F D]`. Raises CheckpointError for those there are none of."""
-        if unknown := [e for e in experts if expert_name(e) not in self._experts]:
-            raise CheckpointError(f"there are no experts {unknown} of {self.model.experts}")
+        self._require_experts(experts)
         return {e: self._experts[expert_name(e)] for e in experts}
 
 

@@ -19,9 +19,7 @@ from eep_jax.library.operator import AdminClient
 from eep_jax.library.stepper import StepEngine
 from eep_jax.library.supervise import read_run
 from eep_jax.models.expert_bank import slab_layout
-from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.rates import Rates
-from eep_jax.relocation.transports import all_transports
+from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from eep_jax.runtime.control.messages import Shutdown
 from eep_jax.runtime.control.rank_client import ControlClient, LinkOptions
@@ -195,14 +193,8 @@ def join(
             message_bytes_max=config.serve.message_bytes_max,
         )
     )
-    executor = Executor(
-        stepper.bank,
-        source,
-        all_transports(stepper.bank, source),
-        beat=link.beat,
-        rates=Rates(),
-        fetch_deadline_ms=cluster.fetch_deadline_ms,
-    )
+    options = FetchOptions(deadline_ms=cluster.fetch_deadline_ms, beat=link.beat)
+    executor = Executor(stepper.bank, source, options=options)
     agent = Agent(rank, stepper, heap, executor, link)
     link.start()
     operator = AdminClient(pathlib.Path(run_dir) / ENDPOINT, rank)

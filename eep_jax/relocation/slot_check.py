@@ -115,6 +115,13 @@ class SlotCheck:
                 self._known[expert] = said
         return self._known.get(expert)
 
+    def mismatch(self, expert: int, found: str) -> str | None:
+        """Why a slot with the fingerprint `found` does not hold a known expert; None if it does."""
+        expected = self.known(expert)
+        if found == expected:
+            return None
+        return f"fingerprint {found} of expert {expert}, expected {expected}"
+
     def learn(self, expert: int, slot: int) -> None:
         """The slot holds the expert, as its digest said."""
         if self.known(expert) is not None:

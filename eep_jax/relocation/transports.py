@@ -6,7 +6,7 @@ import numpy as np
 
 from eep_jax.models.expert_bank import ExpertBank
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.expert_store import ExpertStore
 
 
 class Transport(Protocol):
@@ -41,14 +41,14 @@ class PeerCopy:
         return self._bank.read_peer(source.rank, source.slot)
 
 
-class CheckpointCopy:
-    """From the Orbax checkpoint; only this expert is read."""
+class StoreCopy:
+    """From the store of all experts; only this expert is read."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self._checkpoint = checkpoint
+    def __init__(self, store: ExpertStore):
+        self._store = store
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        return self._checkpoint.read_experts([expert])[expert]
+        return self._store.read_experts([expert])[expert]
 
 
 class NoBackups:
@@ -59,11 +59,11 @@ class NoBackups:
 
 
 def all_transports(
-    bank: ExpertBank, checkpoint: Checkpoint, backups: Transport | None = None
+    bank: ExpertBank, store: ExpertStore, backups: Transport
 ) -> dict[SourceKind, Transport]:
     return {
         SourceKind.LOCAL: LocalCopy(bank),
         SourceKind.PEER: PeerCopy(bank),
-        SourceKind.BACKUP: backups or NoBackups(),
-        SourceKind.CHECKPOINT: CheckpointCopy(checkpoint),
+        SourceKind.BACKUP: backups,
+        SourceKind.CHECKPOINT: StoreCopy(store),
     }

@@ -1,15 +1,17 @@
-"""Several threads bring arrays from storage, block by block, while the caller waits and watches.
+"""Loading of arrays from storage, block by block, by several threads, while the caller waits.
 
-A thread takes the next block of whichever array comes first, so a single expert is read by all
-threads, too. Storage that hangs costs one deadline: what was given up writes nothing later, except
-blocks that were read in place, and until those end nobody else may use that memory.
+A thread takes the next block of whichever array comes first, so that all threads read a single
+expert, too. Storage that hangs costs one deadline (`fetcher.py`): what was given up writes nothing
+later, except blocks that were read in place; until those end, their memory must not be reused.
 """
 
 import collections
 import dataclasses
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -24,16 +26,15 @@ from eep_jax.storage.blocks import (
     Worker,
     WriteGate,
 )
-
-BEAT_S = 0.05
+from eep_jax.storage.fetcher import Fetch, Fetcher
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One array: `blocks()` says what to read, and is asked in a thread, for it may hang.
+    """One array. `blocks()` lists the reads; a worker thread calls it because it may block.
 
-    `digest` is the name that its content must have, "" for any. `in_place`: it may be read into the
-    target's own memory. `error` is why it failed, once it is done.
+    `digest`: the expected digest of the content, "" for any. `in_place`: blocks may be read into
+    the target's own memory. `error`: why the job failed, once it is done.
     """
 
     name: str
@@ -47,121 +48,93 @@ class Job:
 
 
 class BlockLoader:
-    """Loads jobs. Of one thread, and starts others. Raises nothing: see `Job.error`."""
+    """Loads jobs in threads of its own. Not thread-safe."""
 
-    def __init__(self, deadline_ms: float = float("inf"), beat: Callable[[], None] = lambda: None):
-        """`beat` is called while it waits. Where no block comes within `deadline_ms`, all that is
-        left fails with TimeoutError, and so does everything later, as long as the read hangs."""
-        self._deadline_s, self._beat = deadline_ms / 1000, beat
-        self._given_up: list[_Run] = []
+    def __init__(self, fetcher: Fetcher | None = None, key: Hashable = "storage"):
+        """`fetcher` sets deadline and beat, none by default; reads of one `key` hang together."""
+        self._fetcher, self._key = fetcher or Fetcher(), key
+        self._runs: list[_Run] = []
 
     def load(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        """Yields each job when it is done. Ask until the end."""
-        for run in self._given_up:
-            run.end()
-        self._given_up = [run for run in self._given_up if run.is_alive]
-        run = _Run(jobs)
-        if self._given_up:
-            run.fail_all(TimeoutError("an earlier read from it still hangs"))
-        else:
-            run.start()
-        moved_s, progress = time.monotonic(), 0
+        """Yields each job once it is done; a failure is in `Job.error`, and none is raised.
+
+        Where no block comes within the deadline, all jobs that are left fail with TimeoutError, as
+        do later ones while the read hangs.
+        """
+        run = _Run(jobs, self._key)
+        self._runs = [*(each for each in self._runs if each.fetch.is_alive), run]
+        self._fetcher.start(run.fetch)
         for _ in jobs:
-            while (job := run.next_done(BEAT_S)) is None:
-                self._beat()
-                now_s = time.monotonic()
-                if run.progress != progress:
-                    progress, moved_s = run.progress, now_s
-                elif now_s - moved_s > self._deadline_s:
-                    run.give_up(f"it took longer than {self._deadline_s * 1000:.0f} ms")
-                    self._given_up.append(run)
-            moved_s = time.monotonic()
-            yield job
-        run.end()
+            self._fetcher.wait(run.fetch, run.wait_for_job)
+            yield run.done.get()
 
     def may_still_write(self, target: Target) -> bool:
         """Whether a read in place that was given up goes on, and may end in this memory."""
-        return any(run.is_alive and run.writes(target) for run in self._given_up)
+        return any(run.fetch.is_alive and run.may_still_write(target) for run in self._runs)
 
 
 class _Run:
-    """Threads and what is left for them. Its lock is held for moments only."""
+    """The jobs of one `load`, and the queue that its threads work on."""
 
-    def __init__(self, jobs: Sequence[Job]):
-        self._jobs = jobs
+    def __init__(self, jobs: Sequence[Job], key: Hashable):
+        self._jobs, self.done = jobs, queue.SimpleQueue()
         self._todo = collections.deque((job, -1, None) for job in jobs)
-        self._condition, self._done = threading.Condition(), collections.deque()
+        self._condition = threading.Condition()  # held for moments only
         self._files, self._gate = Files(), WriteGate()
-        self._threads: list[threading.Thread] = []
-        self._working = 0  # threads that may still add to `_todo`
-        self._is_over = False
-        self.progress = 0
+        self._threads = self._working = digests.threads()  # the latter may still add to `_todo`
+        self.fetch = Fetch(key, self._work, self._threads)
+        self.fetch.add_done_callback(self._ended)
 
-    @property
-    def is_alive(self) -> bool:
-        return any(thread.is_alive() for thread in self._threads)
-
-    def start(self) -> None:
-        for number in range(digests.threads()):
-            thread = threading.Thread(target=self._work, name=f"load {number}", daemon=True)
-            self._threads.append(thread)
-        self._working = len(self._threads)
-        for thread in self._threads:
-            thread.start()
-
-    def next_done(self, timeout_s: float) -> Job | None:
+    def wait_for_job(self, seconds: float) -> bool:
+        """Waits up to `seconds` for a job in `done`."""
         with self._condition:
-            self._condition.wait_for(lambda: self._done, timeout_s)
-            return self._done.popleft() if self._done else None
+            return self._condition.wait_for(lambda: not self.done.empty(), seconds)
 
-    def give_up(self, why: str) -> None:
+    def may_still_write(self, target: Target) -> bool:
+        in_place = any(job.in_place and job.target == target for job in self._jobs)
+        return in_place and self._gate.is_closed
+
+    def _ended(self, fetch: Future) -> None:
+        """All threads are through, or the fetch was given up: then no thread writes any more."""
+        if (error := fetch.exception()) is None:
+            return
         self._gate.close()
-        self.fail_all(TimeoutError(why))
-
-    def fail_all(self, error: Exception) -> None:
         with self._condition:
-            self._is_over = True
             self._todo.clear()
+            self._working = 0
             for job in self._jobs:
                 if job._left > 0:
                     job.error, job._left = job.error or error, 0
-                    self._done.append(job)
+                    self.done.put(job)
             self._condition.notify_all()
-
-    def end(self) -> None:
-        """Closes files; a thread that hangs keeps them until it ends."""
-        for thread in self._threads:
-            if not self._gate.is_closed:
-                thread.join()
-        if not self.is_alive:
-            self._files.close()
-
-    def writes(self, target: Target) -> bool:
-        return any(job.in_place and job.target == target for job in self._jobs)
 
     def _work(self) -> None:
         worker = Worker(self._files, ScratchBuffer(), self._gate)
         while (item := self._take()) is not None:
             job, number, block = item
-            worker.room.reset()
+            worker.scratch.reset()
             try:
                 if block is None:
                     self._announce(job, list(job.blocks()))
                 elif job.error is None:
-                    job._found[number] = block.carry(
+                    job._found[number] = block.load_into(
                         worker, job.target, in_place=job.in_place, checked=bool(job.digest)
                     )
             except Exception as error:  # whatever storage raises is this job's failure
                 with self._condition:
                     job.error = job.error or error
             self._count(job)
+        with self._condition:
+            self._threads -= 1
+            if not self._threads:
+                self._files.close()
 
-    def _take(self):
+    def _take(self) -> tuple[Job, int, Block | None] | None:
         """The next block; None once there can be no more."""
         with self._condition:
             self._working -= 1
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._todo or not self._working or self._is_over)
+            self._condition.wait_for(lambda: self._todo or self._working <= 0)
             if not self._todo:
                 return None
             self._working += 1
@@ -179,8 +152,8 @@ class _Run:
             self._condition.notify_all()
 
     def _count(self, job: Job) -> None:
+        self.fetch.progress_s = time.monotonic()
         with self._condition:
-            self.progress += 1
             if job._left <= 0:
                 return  # given up
             job._left -= 1
@@ -190,7 +163,7 @@ class _Run:
                 found = digests.of_blocks(job._found)
                 if found != job.digest:
                     job.error = wrong_digest(job.name, found, job.digest)
-            self._done.append(job)
+            self.done.put(job)
             self._condition.notify_all()
 
 
@@ -202,13 +175,13 @@ def wrong_digest(name: str, found: str, expected: str) -> CheckpointError:
 
 
 def load_array(array: np.ndarray, name: str, blocks: Callable, digest: str = "") -> np.ndarray:
-    """Fills one array, see Job. Raises why it cannot."""
+    """Fills one array, see Job. Raises the error of a read that failed."""
     load_arrays([Job(name, blocks, ArrayTarget(array), digest, in_place=True)])
     return array
 
 
 def load_arrays(jobs: Sequence[Job]) -> None:
-    """Loads them all. Raises why the first one that failed did; others may be filled or not."""
+    """Loads all jobs. Raises the first failure; the other arrays may be filled or not."""
     failed = [job for job in BlockLoader().load(jobs) if job.error is not None]
     if failed:
         raise failed[0].error

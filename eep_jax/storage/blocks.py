@@ -149,12 +149,12 @@ class Worker:
     """What a thread has: files, its own memory, and the gate that it may write through."""
 
     files: Files
-    room: ScratchBuffer
+    scratch: ScratchBuffer
     gate: WriteGate
 
 
 class Block(Protocol):
-    def carry(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
+    def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
         """Reads and stores the block; returns the digest of its bytes if it is `checked`.
 
         `in_place`: it may be read into the target's own memory, past the gate.
@@ -171,12 +171,12 @@ class PlainBlock:
     path: pathlib.Path
     start: int
 
-    def carry(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
+    def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
         memory = None
         if in_place and target.dtype == self.dtype:
             memory = target.memory(self.at, self.count)
         nbytes = self.count * self.dtype.itemsize
-        data = worker.room.take(nbytes) if memory is None else memory.view(np.uint8)
+        data = worker.scratch.take(nbytes) if memory is None else memory.view(np.uint8)
         worker.files.read(self.path, self.start, data)
         found = block_digest(data) if checked else b""  # while it is in the cache
         if memory is None:
@@ -195,50 +195,50 @@ class TransposedBlock:
     path: pathlib.Path
     start: int
 
-    def carry(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
+    def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
         rows, columns = self.shape
         memory = target.memory(self.at, rows * columns)
         if memory is None:
-            self._carry_whole(worker, target)
+            self._load_whole(worker, target)
             return b""
         out, row_bytes = memory.reshape(columns, rows), columns * self.dtype.itemsize
         step = max(1, _TURNED_BYTES // row_bytes)
         for row in range(0, rows, step):
-            worker.room.reset()
+            worker.scratch.reset()
             part = self._read(worker, self.start + row * row_bytes, min(step, rows - row))
             if part.dtype != target.dtype:  # faster than while it is turned
-                part, narrow = _like(part, target.dtype, worker.room), part
+                part, narrow = _like(part, target.dtype, worker.scratch), part
                 copy_values(part, narrow)
             with worker.gate:
                 copy_values(out[:, row : row + step], part.T)
         return b""
 
-    def _carry_whole(self, worker: Worker, target: Target) -> None:
+    def _load_whole(self, worker: Worker, target: Target) -> None:
         values = self._read(worker, self.start, self.shape[0]).T
-        turned = _like(values, target.dtype, worker.room)
+        turned = _like(values, target.dtype, worker.scratch)
         copy_values(turned, values)
         with worker.gate:
             target.put(self.at, turned)
 
     def _read(self, worker: Worker, start: int, rows: int) -> np.ndarray:
-        data = worker.room.take(rows * self.shape[1] * self.dtype.itemsize)
+        data = worker.scratch.take(rows * self.shape[1] * self.dtype.itemsize)
         worker.files.read(self.path, start, data)
         return data.view(self.dtype).reshape(rows, self.shape[1])
 
 
-def _like(values: np.ndarray, dtype: np.dtype, room: ScratchBuffer) -> np.ndarray:
-    return room.take(values.size * dtype.itemsize).view(dtype).reshape(values.shape)
+def _like(values: np.ndarray, dtype: np.dtype, scratch: ScratchBuffer) -> np.ndarray:
+    return scratch.take(values.size * dtype.itemsize).view(dtype).reshape(values.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputedBlock:
-    """Values that `make(files, room)` computes from what it reads."""
+    """Values that `make(files, scratch)` computes from what it reads."""
 
     at: int
     make: Callable[[Files, ScratchBuffer], np.ndarray]
 
-    def carry(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
-        values = self.make(worker.files, worker.room)
+    def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
+        values = self.make(worker.files, worker.scratch)
         with worker.gate:
             target.put(self.at, values)
         return b""

@@ -31,6 +31,7 @@ from eep_jax.models.weights import expert_name
 from eep_jax.storage.block_loader import Job, load_arrays, wrong_digest
 from eep_jax.storage.blocks import ArrayTarget, Block, Target
 from eep_jax.storage.digests import digest, digest_like, is_blocked
+from eep_jax.storage.expert_store import ExpertStore
 from eep_jax.storage.manifest import MANIFEST, read_manifest
 from eep_jax.storage.plain_arrays import PlainArray, plain_array, save_plain
 
@@ -66,7 +67,7 @@ def require_same_model(root, found: ModelConfig, wanted: ModelConfig, but=()) ->
         raise CheckpointError(f"{root} holds another model than the configuration: {wrong}")
 
 
-class Checkpoint:
+class Checkpoint(ExpertStore):
     """A checkpoint opened for reading. Reads are whole weights, each compared with its digest.
 
     Raises CheckpointError where the directory, a weight or its digest is not as the manifest says.
@@ -80,19 +81,13 @@ class Checkpoint:
         """Raises CheckpointError if the checkpoint is of another model than the configuration."""
         require_same_model(self.root, self.model, model)
 
-    def content_name(self, expert: int) -> str:
-        """The same for experts of the same bits, whoever reads them; at no cost."""
-        return self.manifest["experts"][expert_name(expert)]
-
     def read_dense(self) -> dict[str, np.ndarray]:
         """All weights outside the experts, by name, in the stored dtype."""
         return self._read("dense", list(self.manifest["dense"]))
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """Just these experts, each `[L 3 F D]` in the stored dtype. Nothing else is read."""
-        missing = [e for e in experts if expert_name(e) not in self.manifest["experts"]]
-        if missing:
-            raise CheckpointError(f"{self.root} has no experts {missing}")
+        self._require_experts(experts)
         if not experts:
             return {}
         arrays = self._read("experts", [expert_name(e) for e in experts])

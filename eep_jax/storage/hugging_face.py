@@ -41,6 +41,7 @@ from eep_jax.storage.blocks import (
 )
 from eep_jax.storage.checkpoint import MANIFEST, require_same_model
 from eep_jax.storage.digests import digest
+from eep_jax.storage.expert_store import ExpertStore
 from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFiles, TensorSpan
 
 NARROW = ("F8_E4M3", "U8")  # what quantized weights are stored as
@@ -53,7 +54,7 @@ def is_hugging_face(directory) -> bool:
     return (root / registry.CONFIG).exists() and not (root / MANIFEST).exists()
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(ExpertStore):
     """Reads as a Checkpoint does. `dtype` is that of experts, "" as stored (bfloat16 if quantized).
 
     Opening it reads config.json and the headers of the files. Raises CheckpointError for what is
@@ -103,8 +104,7 @@ class HuggingFaceCheckpoint:
 
     def expert_job(self, expert: int, target: Target, in_place: bool) -> Job:
         """How to load an expert block by block; nothing else is read."""
-        if not 0 <= expert < self.model.experts:
-            raise CheckpointError(f"{self.root} has no expert {expert} of {self.model.experts}")
+        self._require_experts([expert])
         blocks = functools.partial(self._expert_blocks, expert)
         return Job(f"expert {expert} of {self.root}", blocks, target, in_place=in_place)
 
@@ -144,12 +144,14 @@ class HuggingFaceCheckpoint:
                 return [TransposedBlock(at, place.shape, place.dtype, place.path, place.start)]
         return [ComputedBlock(at, functools.partial(self._matrix, parts))]
 
-    def _matrix(self, parts: list[ExpertPart], files: Files, room: ScratchBuffer) -> np.ndarray:
+    def _matrix(self, parts: list[ExpertPart], files: Files, scratch: ScratchBuffer) -> np.ndarray:
         """One matrix `[F D]` of an expert, its bias in the rows below."""
         shape, width = self.model.expert_shape[2:], self.model.expert_hidden
-        out = room.take(shape[0] * shape[1] * self.dtype.itemsize).view(self.dtype).reshape(shape)
+        out = (
+            scratch.take(shape[0] * shape[1] * self.dtype.itemsize).view(self.dtype).reshape(shape)
+        )
         for part in parts:
-            values = part.stored.form(self._tensor(part.stored, files, room))
+            values = part.stored.form(self._tensor(part.stored, files, scratch))
             if part.bias:
                 below = out[width:].reshape(-1)
                 below[: values.size], below[values.size :] = values, 0
@@ -162,7 +164,7 @@ class HuggingFaceCheckpoint:
         worker = Worker(Files(), ScratchBuffer(), WriteGate())
         try:
             if self._is_quantized(stored) or stored.form not in (as_stored, transposed):
-                values = stored.form(self._tensor(stored, worker.files, worker.room))
+                values = stored.form(self._tensor(stored, worker.files, worker.scratch))
                 out = empty_aligned(values.shape, values.dtype)
                 copy_values(out, values)
                 return out
@@ -173,28 +175,28 @@ class HuggingFaceCheckpoint:
                 return out
             out = empty_aligned(place.shape[::-1], place.dtype)
             block = TransposedBlock(0, place.shape, place.dtype, place.path, place.start)
-            block.carry(worker, ArrayTarget(out), in_place=True, checked=False)
+            block.load_into(worker, ArrayTarget(out), in_place=True, checked=False)
             return out
         finally:
             worker.files.close()
 
-    def _tensor(self, stored: Stored, files: Files, room: ScratchBuffer) -> np.ndarray:
-        """The tensor, or its part, as values; in `room` unless it is quantized."""
+    def _tensor(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray:
+        """The tensor, or its part, as values; in `scratch` unless it is quantized."""
         for reader in (self._mxfp4, self._fp8):
-            if (found := reader(stored, files, room)) is not None:
+            if (found := reader(stored, files, scratch)) is not None:
                 return found
-        return _values(self._files.place(stored.key, stored.shape, stored.index), files, room)
+        return _values(self._files.place(stored.key, stored.shape, stored.index), files, scratch)
 
-    def _fp8(self, stored: Stored, files: Files, room: ScratchBuffer) -> np.ndarray | None:
+    def _fp8(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
         key = f"{stored.key}_scale_inv"
         if self._quantization.method != "fp8" or key not in self._files:
             return None
         block = self._quantization.block
         scales = self._files.place(key, scales_shape(stored.shape, block))
         weight = self._files.place(stored.key, stored.shape)
-        return from_fp8(_values(weight, files, room), _values(scales, files, room), block)
+        return from_fp8(_values(weight, files, scratch), _values(scales, files, scratch), block)
 
-    def _mxfp4(self, stored: Stored, files: Files, room: ScratchBuffer) -> np.ndarray | None:
+    def _mxfp4(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
         key = f"{stored.key}_blocks"
         if self._quantization.method != "mxfp4" or key not in self._files:
             return None
@@ -203,7 +205,7 @@ class HuggingFaceCheckpoint:
         shape = (experts, outputs, inputs // MXFP4_BLOCK)
         blocks = self._files.place(key, (*shape, MXFP4_BLOCK // 2), stored.index)
         scales = self._files.place(f"{stored.key}_scales", shape, stored.index)
-        return from_mxfp4(_values(blocks, files, room), _values(scales, files, room)).T
+        return from_mxfp4(_values(blocks, files, scratch), _values(scales, files, scratch)).T
 
     def _is_quantized(self, stored: Stored) -> bool:
         ends = ("blocks", "scale_inv") if self._quantization.method else ()
@@ -234,8 +236,8 @@ class HuggingFaceCheckpoint:
         return self._files.place(stored.key, stored.shape).dtype
 
 
-def _values(place: TensorSpan, files: Files, room: ScratchBuffer) -> np.ndarray:
-    data = room.take(place.nbytes)
+def _values(place: TensorSpan, files: Files, scratch: ScratchBuffer) -> np.ndarray:
+    data = scratch.take(place.nbytes)
     files.read(place.path, place.start, data)
     return data.view(place.dtype).reshape(place.shape)
 

@@ -20,6 +20,7 @@ from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import dense_names, expert_name
 from eep_jax.storage.checkpoint import Checkpoint
 from eep_jax.storage.digests import digest
+from eep_jax.storage.expert_store import ExpertStore
 from eep_jax.storage.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
 STORED = np.dtype(ml_dtypes.bfloat16)
@@ -35,7 +36,7 @@ def draw_normal(seed, kind, name, number, scale, *, shape: tuple[int, ...]):
     return (jax.random.normal(key, shape, jnp.float32) * scale).astype(STORED)
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(ExpertStore):
     """Reads as a Checkpoint does. Nothing is drawn before it is asked for; the last expert is kept.
 
     `manifest` has the keys of a Checkpoint's; its digests are computed when they are looked up.
@@ -85,9 +86,7 @@ class RandomCheckpoint:
         Gate and up are normal times `D ** -0.5`, down is normal times `F ** -0.5`; biases, in the
         rows below them, are zeros. Raises CheckpointError for experts that the model does not have.
         """
-        unknown = [e for e in experts if not 0 <= e < self.model.experts]
-        if unknown:
-            raise CheckpointError(f"there are no experts {unknown} of {self.model.experts}")
+        self._require_experts(experts)
         return {expert: self._draw_expert(expert) for expert in experts}
 
     def _draw_dense(self, name: str) -> np.ndarray:

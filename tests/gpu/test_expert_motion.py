@@ -18,9 +18,8 @@ from eep_jax.placement.planner import Move, initial_placement
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
-from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.transports import all_transports
 from eep_jax.storage.checkpoint import Checkpoint, save_checkpoint
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, bring
 from tests.support.fingerprints import by_hand
@@ -143,9 +142,9 @@ def test_backups_arrive_to_the_bit(world, stores, rank, knows):
     executor = Executor(
         world.bank,
         world.checkpoint,
-        all_transports(world.bank, world.checkpoint, stores[0]),
+        backups=stores[0],
         check=world.slot_check,
-        fetches_at_once=3,
+        options=FetchOptions(at_once=3),
     )
     moves = tuple(Move(0, slot, expert, (source,)) for slot, expert in enumerate(slots))
     executor.carry_out(slots, moves)

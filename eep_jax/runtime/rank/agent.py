@@ -14,9 +14,9 @@ from eep_jax.engine.request import Progress
 from eep_jax.errors import HeapError, QueueFull, RelocationFailed
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.sources import Backup
+from eep_jax.relocation.background_fetch import BackgroundFetch
 from eep_jax.relocation.backup_store import BackupStore
 from eep_jax.relocation.executor import Executor
-from eep_jax.relocation.prefetch import Prefetch
 from eep_jax.runtime.control import messages
 from eep_jax.runtime.control.rank_client import REASON_CHARACTERS_MAX, Connected, ControlClient
 from eep_jax.runtime.rank.change_timer import ChangeTimer
@@ -58,8 +58,7 @@ class Agent:
         self._planned: Prepare | None = None  # waits until all ranks hold
         self._planned_s = 0.0
         self._fetch_from_s = 0.0
-        deadline_ms = engine.config.cluster.fetch_deadline_ms
-        self._prefetch = Prefetch(executor, deadline_ms, engine.lockstep.nudge)
+        self._background = BackgroundFetch(executor, engine.lockstep.nudge)
         self._watch, self._start = ChangeTimer(executor), start or StartTimer()
         link.on_arrival = engine.lockstep.nudge
         link.on_prepare = engine.lockstep.abort
@@ -162,14 +161,14 @@ class Agent:
         if fetch is None or time.monotonic() < self._fetch_from_s:
             return False
         missing = [m for m in fetch.moves if bank.contents[m.slot] != m.expert]
-        came = self._prefetch.advance(missing[0]) if missing else False
+        came = self._background.advance(missing[0]) if missing else False
         if came is None:
             return False  # under way
         if came:
             if limit := self._engine.config.cluster.background_bytes_per_s:
                 self._fetch_from_s = time.monotonic() + bank.expert_bytes / limit
             return True
-        lost = {missing[0].expert: self._prefetch.failure} if missing else {}
+        lost = {missing[0].expert: self._background.failure} if missing else {}
         self._feed(p.Fetched(fetch.number, bank.contents, _in_short(lost)))
         return True
 

@@ -13,9 +13,8 @@ from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move, plan_repair
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.transports import all_transports
 from eep_jax.storage.checkpoint import Checkpoint
 from tests.eep_jax.storage.test_checkpoint import damage
 from tests.support.factories import a_placement
@@ -46,7 +45,7 @@ class CountingCheckpoint(Checkpoint):
 class World:
     """Rank 0 with an executor; the banks of both ranks; the right weights."""
 
-    def __init__(self, directory, bank_dtype="float32", checks=False):
+    def __init__(self, directory, bank_dtype="float32", checks=False, deadline_ms=30_000):
         config = a_run(2, slots_per_rank=SLOTS)
         layout = slab_layout(config.model, config.engine, 2, SLOTS, bank_dtype=bank_dtype)
         self.heaps = open_all(2, layout.slab_bytes)
@@ -57,8 +56,8 @@ class World:
         self.executor = Executor(
             self.bank,
             self.checkpoint,
-            beat=lambda: self.beats.append(1),
             check=self.slot_check,
+            options=FetchOptions(beat=lambda: self.beats.append(1), deadline_ms=deadline_ms),
         )
 
     def a_check(self, directory=None) -> SlotCheck:
@@ -250,11 +249,10 @@ class TestEverySourceFails:
     MOVE = bring(5, 0, (BACKUP, 1), CHECKPOINT)
     SLOTS_WANTED = (5, EMPTY, EMPTY, EMPTY)
 
-    def executor(self, world, backups, deadline_ms=20_000, **options):
-        transports = all_transports(world.bank, world.checkpoint, backups)
+    def executor(self, world, backups, deadline_ms=20_000, check=None, at_once=1):
         beat = lambda: world.beats.append(1)
-        options = {"fetch_deadline_ms": deadline_ms, **options}
-        return Executor(world.bank, world.checkpoint, transports, beat, **options)
+        options = FetchOptions(beat=beat, deadline_ms=deadline_ms, at_once=at_once)
+        return Executor(world.bank, world.checkpoint, backups, check, options)
 
     def backups(self, world, fetch=None):
         """Backups that answer with what `fetch(expert)` says, the right weights if it is None."""
@@ -389,7 +387,7 @@ class TestEverySourceFails:
             return right.fetch(expert, None)
 
         backups = self.backups(world, fetch)
-        executor = self.executor(world, backups, check=world.slot_check, fetches_at_once=3)
+        executor = self.executor(world, backups, check=world.slot_check, at_once=3)
         slots = (4, 5, 6, 7)
         executor.carry_out(slots, tuple(bring(e, s, (self.BACKUP, 1)) for s, e in enumerate(slots)))
         world.check(slots)

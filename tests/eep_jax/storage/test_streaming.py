@@ -17,7 +17,7 @@ from eep_jax.models.families import registry
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
-from eep_jax.relocation.executor import Executor
+from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.storage.blocks import ComputedBlock
 from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 from tests.support.parity import ROOT
@@ -34,7 +34,7 @@ class World:
         engine = EngineConfig(dtype=dtype)
         layout = slab_layout(self.checkpoint.model, engine, 2, SLOTS)
         self.bank, self.peer = (ExpertBank(layout, h) for h in open_all(2, layout.slab_bytes))
-        self.executor = Executor(self.bank, self.checkpoint, **options)
+        self.executor = Executor(self.bank, self.checkpoint, options=FetchOptions(**options))
 
     def whole(self, expert: int) -> np.ndarray:
         return self.checkpoint.read_experts([expert])[expert]
@@ -72,7 +72,7 @@ def test_a_peers_expert_is_compared_with_the_directory():
 
 
 def cut(world, after: int, then) -> None:
-    """Expert 5 is cut: `then(files, room)` makes what comes in place of block number `after`."""
+    """Expert 5 is cut: `then(files, scratch)` makes what comes in place of block number `after`."""
     job_of = world.checkpoint.expert_job
 
     def expert_job(expert, target, in_place):
@@ -89,7 +89,7 @@ def test_a_read_that_fails_halfway_leaves_no_expert_in_the_slot():
     world = World(ROOT / "olmoe")
     world.executor.carry_out((1, EMPTY, EMPTY), ())
 
-    def fail(files, room):
+    def fail(files, scratch):
         raise OSError("the disk is gone")
 
     cut(world, 4, fail)
@@ -116,11 +116,11 @@ def test_an_expert_of_which_parts_are_missing_is_none():
 @pytest.mark.parametrize("sources", [FROM_TWO[:1], FROM_TWO], ids=["alone", "and a peer"])
 def test_a_read_that_hangs_ends_with_the_deadline_and_writes_nothing_later(sources):
     hang, came = threading.Event(), threading.Event()
-    world = World(ROOT / "olmoe", fetch_deadline_ms=200)
+    world = World(ROOT / "olmoe", deadline_ms=200)
     world.peer.write(0, 5, world.whole(5))
     shape = world.checkpoint.model.expert_shape[2:]
 
-    def wait(files, room):
+    def wait(files, scratch):
         hang.wait(30)
         came.set()
         return np.zeros(shape, np.float32)
@@ -141,8 +141,10 @@ def test_a_read_that_hangs_ends_with_the_deadline_and_writes_nothing_later(sourc
     before = world.bank.read(0)
     hang.set()
     assert came.wait(30)
-    for run in world.executor._loader._given_up:
-        for thread in run._threads:  # which `threading.enumerate` may leave out a moment too early
+    for run in world.executor._loader._runs:
+        for (
+            thread
+        ) in run.fetch.threads:  # which `threading.enumerate` may leave out a moment too early
             thread.join(30)
     np.testing.assert_array_equal(world.bank.read(0), before)
     assert world.executor.carry_out((EMPTY, EMPTY, 6), ()) == (EMPTY, EMPTY, 6), "it works again"

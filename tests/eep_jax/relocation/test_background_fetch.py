@@ -6,7 +6,7 @@ import time
 import pytest
 
 from eep_jax.placement.placement import EMPTY
-from eep_jax.relocation.prefetch import Prefetch
+from eep_jax.relocation.background_fetch import BackgroundFetch
 from tests.eep_jax.relocation.test_executor import CHECKPOINT, PEER, World, bring
 from tests.support.models import fill_bank
 
@@ -15,16 +15,16 @@ DEADLINE_S = 20.0
 
 @pytest.fixture(params=[False, True], ids=["digests", "slots are checked"])
 def world(pristine_checkpoint, request):
-    made = World(pristine_checkpoint, checks=request.param)
+    made = World(pristine_checkpoint, checks=request.param, deadline_ms=1_000)
     made.done = threading.Event()
-    made.prefetch = Prefetch(made.executor, 1_000, made.done.set)
+    made.background = BackgroundFetch(made.executor, made.done.set)
     return made
 
 
 def finish(world, move) -> bool:
     ends_s = time.monotonic() + DEADLINE_S
     while time.monotonic() < ends_s:
-        if (came := world.prefetch.advance(move)) is not None:
+        if (came := world.background.advance(move)) is not None:
             return came
         world.done.wait(0.01)
     raise AssertionError("it never ended")
@@ -60,7 +60,7 @@ def test_the_caller_never_waits_for_storage(world, monkeypatch):
     monkeypatch.setattr(world.checkpoint, "read_experts", lambda experts: hang.wait(DEADLINE_S))
     started = time.monotonic()
     move = bring(3, 1, CHECKPOINT)
-    assert world.prefetch.advance(move) is None
+    assert world.background.advance(move) is None
     assert time.monotonic() - started < 0.5
     assert not finish(world, move)
     hang.set()
@@ -70,7 +70,7 @@ def test_a_move_that_was_given_up_writes_nothing(world):
     attach(world, (0, EMPTY, 3, EMPTY))
     if world.slot_check is not None:
         return  # its copy is done at once
-    assert world.prefetch.advance(bring(3, 1, (PEER, 1, 2))) is None
+    assert world.background.advance(bring(3, 1, (PEER, 1, 2))) is None
     assert world.done.wait(DEADLINE_S)
     assert finish(world, bring(0, 2, (PEER, 1, 0)))
     world.check((EMPTY, EMPTY, 0, EMPTY))

@@ -1,0 +1,106 @@
+"""Copies of experts from this host's memory, made together and checked on the device.
+
+From slots of the own rank and of mapped peers they are copied inside the heap, from own backups
+they are uploaded. All are under way before one is waited for, and the host reads none of their
+bytes: the fingerprint of a filled slot is compared with that of its expert.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from eep_jax.errors import HeapError, RelocationFailed
+from eep_jax.models.expert_bank import ExpertBank
+from eep_jax.placement.planner import Move
+from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.relocation.slot_check import SlotCheck
+from eep_jax.relocation.transports import Transport
+
+Filled = tuple[Move, float, str | None]  # a move by its first source, seconds, why it failed
+
+
+class SlotCopier:
+    """Fills slots by the first sources of moves. Call from the engine thread only."""
+
+    def __init__(self, bank: ExpertBank, check: SlotCheck | None, backups: Transport):
+        self._bank, self._check, self._backups = bank, check, backups
+
+    def can(self, move: Move) -> bool:
+        """Whether the first source is in this host's memory, and the slot can be checked."""
+        if self._check is None or not move.sources:
+            return False
+        source = move.sources[0]
+        is_here = is_in_memory(self._bank, source) or self._is_own_backup(source)
+        if source.kind is SourceKind.LOCAL:
+            is_here = self._bank.contents[source.slot] == move.expert
+        return is_here and self._check.known(move.expert) is not None
+
+    def fill(self, moves: Sequence[Move]) -> Iterator[Filled]:
+        """Fills the slots of `moves`, each accepted by `can`. A slot that failed holds nothing."""
+        uploads = [move for move in moves if self._is_own_backup(move.sources[0])]
+        copies = [move for move in moves if move not in uploads]
+        yield from self._fill(copies, self._copy)
+        yield from self._fill(uploads, self._upload)
+
+    def _is_own_backup(self, source: Source) -> bool:
+        return source.kind is SourceKind.BACKUP and source.rank == self._bank.rank
+
+    def _fill(
+        self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]]
+    ) -> Iterator[Filled]:
+        if not moves:
+            return
+        started = time.monotonic()
+        try:
+            failures = bring(moves)  # by slot
+        except HeapError as error:
+            failures = {move.slot: str(error) for move in moves}
+        brought = [move.slot for move in moves if move.slot not in failures]
+        found = dict(zip(brought, self._check.of(brought), strict=True))
+        share_s = (time.monotonic() - started) / len(moves)
+        for move in moves:
+            if move.slot in found:
+                failure = self._check.mismatch(move.expert, found[move.slot])
+            else:
+                failure = failures[move.slot]
+            if failure is None:
+                self._bank.holds(move.slot, move.expert)
+            else:
+                self._bank.clear(move.slot)
+            yield move, share_s, failure
+
+    def _copy(self, moves: list[Move]) -> dict[int, str]:
+        self._bank.copy_all([(m.slot, m.sources[0].rank, m.sources[0].slot) for m in moves])
+        return {}
+
+    def _upload(self, moves: list[Move]) -> dict[int, str]:
+        failures = {}
+
+        def mapped() -> Iterator[tuple[int, int, np.ndarray]]:
+            for move in moves:
+                try:
+                    weights = self._backups.fetch(move.expert, move.sources[0])
+                    require_shape(self._bank, move.expert, weights)
+                except Exception as error:  # any failure of a source means the next source
+                    failures[move.slot] = str(error)
+                    continue
+                yield move.slot, move.expert, weights
+
+        self._bank.write_all(mapped())
+        return failures
+
+
+def is_in_memory(bank: ExpertBank, source: Source) -> bool:
+    """Whether it is a slot of this host."""
+    if source.kind is SourceKind.PEER:
+        return bank.is_mapped(source.rank)
+    return source.kind is SourceKind.LOCAL
+
+
+def require_shape(bank: ExpertBank, expert: int, weights: np.ndarray) -> None:
+    """Raises RelocationFailed for weights of another shape than a slot of the bank takes."""
+    if weights.shape != bank.layout.expert_shape:
+        raise RelocationFailed(
+            f"expert {expert} has shape {weights.shape}, expected {bank.layout.expert_shape}"
+        )
