@@ -8,11 +8,9 @@ the experts that some token chose, the dense weights, and keys and values.
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 import sys
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +19,10 @@ from absl import app
 from absl import flags as absl_flags
 
 from benchmarks import bench_step, options
-from benchmarks.bench_step import STEPS, Live, World
+from benchmarks.bench_step import STEPS, Live
 from benchmarks.gpu_rates import rate_record, read_rate
 from benchmarks.gpu_timing import (
     Chained,
-    Program,
     Timing,
     Unfit,
     compile_all,
@@ -35,8 +32,7 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.gpu_trace import longest, run_kernels, shares
 from benchmarks.harness import Record, append
-from eep_jax.engine import step as step_module
-from eep_jax.models.weights import dense_names
+from benchmarks.world import World, bytes_of, shape_of, touched_slots, with_layers
 from launch import flags
 
 CONFIG = "qwen3_30b_a3b_h100x1"
@@ -54,8 +50,7 @@ def world_of(layers: int, batch: int) -> World:
     config = flags.load_config(name)
     for text in flags.OVERRIDE.value:
         config = flags.override(config, text)
-    experts = config.model.experts
-    model = dataclasses.replace(config.model, layers=min(layers, config.model.layers))
+    config, experts = with_layers(config, layers), config.model.experts
     cluster = dataclasses.replace(config.cluster, ranks=1, slots_per_rank=experts, redundancy=1)
     engine = dataclasses.replace(
         config.engine,
@@ -64,70 +59,16 @@ def world_of(layers: int, batch: int) -> World:
         row_tile=batch,
         context_tokens=min(CONTEXT_TOKENS, CACHED_TOKENS // batch),
     )
-    return World(dataclasses.replace(config, model=model, cluster=cluster, engine=engine))
-
-
-def chosen_by_layer(ids, experts: int):
-    """Stands in for `step.count_chosen`: how often each expert was chosen in each layer, [L E]."""
-    return jax.vmap(lambda layer: _count(layer, experts))(ids)
-
-
-_count = step_module.count_chosen
-
-
-def program_of(world: World) -> Program:
-    """The step, which also says what each layer chose."""
-    program = bench_step.live_program(world)
-
-    @functools.wraps(program.function)  # whose argument names say what is donated
-    def run(*arguments):
-        with mock.patch.object(step_module, "count_chosen", chosen_by_layer):
-            return program.function(*arguments)
-
-    return dataclasses.replace(program, function=run)
-
-
-def make_dense(world: World, seed: int) -> list[jax.Array]:
-    """Random weights in the step's order, drawn on the GPU; norms are one."""
-    shapes, names = world.weight_shapes()[0], step_module.make_step(world.config, world.spread)[1]
-    assert set(names) == set(dense_names(world.config.model))
-    found = []
-    for index, (name, leaf) in enumerate(zip(names, shapes, strict=True)):
-        if len(leaf.shape) < 2:
-            found.append(jnp.ones(leaf.shape, leaf.dtype))
-            continue
-        # Embeddings are rows of unit variance, projections keep it.
-        scale = 1.0 if name.endswith("embedding") else leaf.shape[-2] ** -0.5
-        found.append(_draw(jax.random.key(seed + index), leaf.shape, leaf.dtype, scale))
-    return found
-
-
-def _draw(key, shape, dtype, scale):
-    return _normal(key, shape, dtype) * jnp.asarray(scale, dtype)
-
-
-_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-
-
-def live_of(world: World, executable, dense, bank, abort) -> Live:
-    window = world.layout.window
-    return Live(
-        world=world,
-        executable=executable,
-        dense=dense,
-        bank=bank,
-        heap=jnp.zeros((window.ranks, window.window_bytes), jnp.uint8),
-        abort=abort,
-    )
+    return World(dataclasses.replace(config, cluster=cluster, engine=engine))
 
 
 def check(batches, executables, abort) -> None:
     """Raises Unfit where a short stack of layers disagrees with plain experts."""
     short = world_of(CHECKED_LAYERS, 1)
-    weights = make_dense(short, 0), bench_step.make_bank(short, 1), abort
+    weights = short.dense(), short.bank(), abort
     for batch in batches:
         world = world_of(CHECKED_LAYERS, batch)
-        live = live_of(world, executables[f"short {batch}"], *weights)
+        live = bench_step.live_of(world, executables[f"short {batch}"], *weights)
         bench_step.check(live, executables[f"plain {batch}"], world.batch())
 
 
@@ -153,7 +94,7 @@ class Line:
         return self.bound_us / self.timing.p50_us
 
     def records(self, device: str) -> list[Record]:
-        shape = bench_step.shape_of(self.world) | {"model": self.world.config.model.name}
+        shape = shape_of(self.world) | {"model": self.world.config.model.name}
         fields = {"bench": "decode", "device": device, "ranks": 1, "shape": shape}
         found = time_records(self.timing, bound=self.bound_us, **fields)
         fields["shape"] = shape | {"samples": len(self.timing.samples_us)}
@@ -184,10 +125,9 @@ def measure_batch(live: Live, rate: float, samples: int) -> Line:
     timing = measure_one(run, samples)
     if np.asarray(run.carry[3]).any():
         raise Unfit("a rank that is alone suspects someone")
-    tables = world.tables(0)
+    tables = world.alone(0)
     result = live.run(run.carry[0], tables, batch, world.call(tables, live.abort_address))
-    touched = np.count_nonzero(np.asarray(result.chosen), axis=1).tolist()
-    size = bench_step.bytes_of(world, touched, world.context_tokens)
+    size = bytes_of(world, touched_slots(tables, result.chosen), world.context_tokens)
     state = [bench_step.start_of(world, batch, 8)]
     del run, result
 
@@ -210,10 +150,11 @@ def main() -> int:
     print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
     programs = {}
     for batch in batches:
-        short = world_of(CHECKED_LAYERS, batch)
-        programs[f"short {batch}"] = bench_step.live_program(short)
-        programs[f"plain {batch}"] = bench_step.reference_program(short)
-        programs[f"whole {batch}"] = program_of(world_of(layers, batch))
+        short, whole = world_of(CHECKED_LAYERS, batch), world_of(layers, batch)
+        arguments = short.arguments(short.alone(0))
+        programs[f"short {batch}"] = short.live(arguments)
+        programs[f"plain {batch}"] = short.reference(arguments)
+        programs[f"whole {batch}"] = whole.counting(whole.arguments(whole.alone(0)))
     executables = compile_all(programs, threads=16)
     out = absl_flags.FLAGS.out and pathlib.Path(absl_flags.FLAGS.out)
     if out:
@@ -221,9 +162,11 @@ def main() -> int:
     try:
         check(batches, executables, abort)
         whole = world_of(layers, 1)
-        weights = make_dense(whole, 0), bench_step.make_bank(whole, 1), abort
+        weights = whole.dense(), whole.bank(), abort
         for batch in batches:
-            live = live_of(world_of(layers, batch), executables[f"whole {batch}"], *weights)
+            live = bench_step.live_of(
+                world_of(layers, batch), executables[f"whole {batch}"], *weights
+            )
             line = measure_batch(live, rate, samples)
             print(line, flush=True)
             if absl_flags.FLAGS.kernels:

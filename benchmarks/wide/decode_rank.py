@@ -17,15 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_trace
 from benchmarks.gpu_rates import read_rate
 from benchmarks.gpu_timing import compile_all, shapes_of
-from benchmarks.gpu_trace import run_kernels, shares
-from benchmarks.wide.decode import World
+from benchmarks.static.exchanges import no_call
 from benchmarks.wide.decode_sizes import ELASTIC, with_few_experts, with_sizes
 from benchmarks.wide.decode_systems import Systems
 from benchmarks.wide.exchange_rank import Out
 from benchmarks.wide.meeting import Meeting
 from benchmarks.wide.workers import JOB
+from benchmarks.world import World, agreeing, differences
+from eep_jax.tables import solo_tables
 from launch.flags import load_config, override
 from launch.processes import end_with_parent
 
@@ -33,8 +35,6 @@ CHECKED_MOE_LAYERS = 2
 WARM_BLOCKS = 1
 CHECKED_BATCH, CHECKED_BYTES_MAX = 16, 4 << 30
 READ_SAMPLES, PROFILED_STEPS = 5, 2
-AGREEING = 0.5  # of the tokens at least; later a rounding may move a token to another expert
-AGREEING_MIN = 8  # tokens; of fewer, too many may be near a tie
 CLOSE = 0.03  # of keys and values after the first expert layer: results are rounded to bfloat16
 
 
@@ -51,40 +51,26 @@ def check_short(config, rank: int, names, meeting: Meeting, name: str) -> dict[s
     # Plain experts are all on one rank.
     world = World(with_few_experts(short, config.cluster.ranks, CHECKED_BYTES_MAX), rank)
     systems = Systems(world, names, meeting, name)
-    experts = jnp.stack([world.draw_expert(e) for e in range(world.config.model.experts)])
-    shapes = systems.shapes()
-    program = world.reference(shapes, shapes_of(experts))
-    cache = world.cache(7)
-    reference = compile_all({"": program})[""]
-    wanted = reference(systems.dense, experts, cache, systems.batch)
+    experts = world.draw_experts(range(world.config.model.experts))
+    dense, _, cache, *_, batch, _ = systems.shapes()
+    count = world.config.model.experts
+    alone = solo_tables(1, count, count, 0)
+    shapes = (dense, shapes_of(experts), cache, None, alone, batch, shapes_of(no_call()))
+    reference = compile_all({"": world.reference(shapes)})[""]
+    given = (systems.dense, experts, world.cache(7), None, alone, systems.batch, no_call())
+    wanted = reference(*given)
     wrong = dict(systems.failures)
     for system in systems.names:
         _, _, round_, suspicion = systems.start(7)
         state = (world.cache(7), jnp.array(world.batch().tokens), round_, suspicion)
         found = jax.block_until_ready(systems.step(system, state))
-        if texts := _compare(world, wanted, found):
+        cache, tokens, _, suspicion = found
+        texts = differences(world, wanted, tokens, cache, CLOSE)
+        if np.asarray(suspicion).any():
+            texts.insert(0, f"suspects {np.flatnonzero(suspicion).tolist()}")
+        if texts:
             wrong[system] = "; ".join(texts)
     systems.close()
-    return wrong
-
-
-def _compare(world: World, wanted, found) -> list[str]:
-    """The last layer's keys and values depend on the experts of the layers before."""
-    tokens, cache = wanted
-    wrong, layer = [], world.config.model.layers - 1
-    if np.asarray(found[3]).any():
-        wrong.append(f"suspects {np.flatnonzero(found[3]).tolist()}")
-    for name in ("keys", "values"):
-        right, got = (
-            np.asarray(getattr(c, name)[layer][:, :, world.at], np.float32)
-            for c in (cache, found[0])
-        )
-        error = float(np.sqrt(np.mean((right - got) ** 2) / np.mean(right**2)))
-        if not error < CLOSE:
-            wrong.append(f"{name} of layer {layer} are off by {error:.3g} of the reference")
-    share = float(np.mean(np.asarray(tokens) == np.asarray(found[1])))
-    if len(tokens) >= AGREEING_MIN and share < AGREEING:
-        wrong.append(f"only {share:.0%} of the tokens are the reference's")
     return wrong
 
 
@@ -95,12 +81,12 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
     for system, error in systems.failures.items():
         out.write(kind="failure", family=name, what=system, error=error[:600])
     names, samples, steps = systems.names, {s: [] for s in systems.names}, job["steps"]
-    agreeing, first = {}, None
+    shares, first = {}, None
     for system in names:
         state = systems.step(system, systems.start(7))
         tokens = np.asarray(state[1])
         first = tokens if first is None else first
-        agreeing[system] = float(np.mean(tokens == first))
+        shares[system] = agreeing(first, tokens)
         del state
     states = systems.start(7)
     for block in range(job["samples"] + WARM_BLOCKS):
@@ -125,7 +111,7 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
             batch=config.engine.batch_rows,
             layers=config.model.layers,
             samples_us=samples[system],
-            agreeing=agreeing[system],
+            agreeing=shares[system],
         )
     systems.close()
 
@@ -145,7 +131,7 @@ def _profile(systems: Systems, states, out: Out, name: str):
         return jax.block_until_ready(run())
     before = states
     try:
-        out.write(kind="profile", family=name, shares=shares(run_kernels(run)))
+        out.write(kind="profile", family=name, shares=gpu_trace.shares(gpu_trace.run_kernels(run)))
     except Exception as error:  # the profiler's own troubles end no measurement
         print(f"{name}: no profile: {error}", file=sys.stderr, flush=True)
         if held[0] is before:

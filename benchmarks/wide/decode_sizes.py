@@ -3,6 +3,7 @@
 import dataclasses
 
 from benchmarks.static.exchanges import EXCHANGES, GPU_ONLY
+from benchmarks.world import with_layers
 from eep_jax.config import RunConfig
 from eep_jax.models.memory import CONTEXT_BYTES, RESERVE_BYTES, expert_bytes, memory_per_rank
 
@@ -23,14 +24,7 @@ def with_sizes(
     config: RunConfig, *, ranks: int, batch: int, layers: int, context_tokens: int
 ) -> RunConfig:
     """Each expert once on so many ranks, and `layers` layers, of which at most one is dense."""
-    model = config.model
-    layers = min(layers or model.layers, model.layers)
-    if layers < model.layers:
-        dense = min(model.dense_layers, 1)
-        layers = max(layers, dense + 1)
-        windows = model.windows[:layers]
-        changes = {"layers": layers, "dense_layers": dense, "windows": windows}
-        model = dataclasses.replace(model, **changes)
+    config = with_layers(config, layers)
     engine = dataclasses.replace(
         config.engine,
         batch_rows=batch,
@@ -40,9 +34,9 @@ def with_sizes(
         step_deadline_ms=STEP_DEADLINE_MS,
     )
     cluster = dataclasses.replace(
-        config.cluster, ranks=ranks, slots_per_rank=-(-model.experts // ranks), redundancy=1
+        config.cluster, ranks=ranks, slots_per_rank=-(-config.model.experts // ranks), redundancy=1
     )
-    return dataclasses.replace(config, model=model, engine=engine, cluster=cluster)
+    return dataclasses.replace(config, engine=engine, cluster=cluster)
 
 
 def with_few_experts(config: RunConfig, ranks: int, bytes_max: int) -> RunConfig:
@@ -92,5 +86,5 @@ def step_bytes(config: RunConfig) -> int:
     rows = cluster.ranks * engine.batch_rows
     touched = 1 - (1 - model.experts_per_token / model.experts) ** rows
     embedding = needed.embeddings // (1 if model.tied_embeddings else 2)
-    cached = needed.cache * (engine.context_tokens // 2 + 1) // engine.context_tokens
+    cached = needed.cache * (engine.context_tokens // 2) // engine.context_tokens
     return int(needed.experts * touched) + needed.dense - embedding + cached

@@ -11,15 +11,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.gpu_timing import compile_all, shapes_of
+from benchmarks.gpu_timing import compile_all
 from benchmarks.static.engine import mesh_of
 from benchmarks.static.exchanges import AXIS
-from benchmarks.wide.decode import World, once_tables, own_part, split_of
+from benchmarks.wide.decode import own_part, split_of, static_step
 from benchmarks.wide.decode_sizes import ELASTIC
 from benchmarks.wide.meeting import Meeting
+from benchmarks.world import World
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.cuda.libcuda import Device
 from eep_jax.heap.open import open_heap
+
+EPOCHS = {"live": 1, "fixed": 2}  # of their own: no flag of one is ever right for the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +85,10 @@ class Systems:
             expert = world.rank * slots + slot
             if expert >= world.config.model.experts:
                 continue
-            drawn = jax.block_until_ready(world.draw_expert(expert))
+            drawn = jax.block_until_ready(world.draw_experts([expert]))
             region = world.layout.slot(slot)
             if self.heap.device == "cpu":
-                self.heap.write(region.offset, np.asarray(drawn))
+                self.heap.write(region.offset, np.asarray(drawn[0]))
             else:
                 self._copy(drawn, region)
 
@@ -107,14 +110,15 @@ class Systems:
         if "live" in names:
             programs["live"] = world.live(arguments, self.heap.slab_bytes)
         if "fixed" in names:
-            programs["fixed"] = world.fixed(arguments, self.heap.slab_bytes, address)
+            call = world.call(world.together(EPOCHS["fixed"]), address)
+            programs["fixed"] = world.fixed(arguments, call, self.heap.slab_bytes)
         mesh = placed = None
         if static := [name for name in names if name not in ELASTIC]:
             mesh = mesh_of(jax.devices())
             placed = self._placed(mesh)
             dense, bank, batch = placed
             like = dense, bank, self._cache_shapes(mesh), batch
-            programs |= {name: Jitted(world.static(name, mesh), like) for name in static}
+            programs |= {name: Jitted(static_step(world, name, mesh), like) for name in static}
         failures: dict[str, Exception] = {}
         executables = compile_all(programs, failures)
         found = {
@@ -130,17 +134,13 @@ class Systems:
         print(f"{self.name}: compiled in {time.monotonic() - begin_s:.1f} s", flush=True)
 
     def shapes(self) -> tuple:
-        world = self.world
-        cache = jax.eval_shape(lambda: world.cache(0))
-        tables = once_tables(world.config, 1)
-        call = world.call("live", 0)
         heap = jax.ShapeDtypeStruct(self._argument.shape, self._argument.dtype)
-        dense, bank = shapes_of(self.dense), shapes_of(self.bank)
-        return dense, bank, cache, heap, tables, world.batch(), call
+        return self.world.arguments(self.world.together(EPOCHS["live"]), heap)
 
     def _elastic(self, name: str, run):
-        tables = jax.device_put(once_tables(self.world.config, 1))
-        call = jax.device_put(self.world.call(name, self.heap.control_address()))
+        tables = self.world.together(EPOCHS[name])
+        call = jax.device_put(self.world.call(tables, self.heap.control_address()))
+        tables = jax.device_put(tables)
         rounds = [call.round]  # goes on from step to step, whoever begins anew
 
         def step(state):
@@ -168,7 +168,7 @@ class Systems:
         whole = lambda leaf: (leaf.shape[0] * mesh.size, *leaf.shape[1:])
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(whole(leaf), leaf.dtype, sharding=split),
-            jax.eval_shape(lambda: self.world.cache(0)),
+            self.world.cache_shapes(),
         )
 
     def _static(self, mesh, run, placed):

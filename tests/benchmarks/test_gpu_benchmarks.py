@@ -21,6 +21,8 @@ from benchmarks.bench_expert_gemm import Case, Experts
 from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
 from benchmarks.harness import append, read
 from benchmarks.table import render
+from benchmarks.world import World, touched_slots
+from benchmarks.world import bytes_of as bytes_to_read
 from configs.small_moe_h100x1 import get_config
 from eep_jax.models.attention_cudnn import fused
 from launch.flags import UsageError
@@ -343,30 +345,32 @@ class TestExpertGemm:
         assert "MISSED" in gemm.describe(case, "random", timing, 1.0, (weights, flop))
 
 
-def a_world(layers: int = 2) -> steps.World:
+def a_world(layers: int = 2) -> World:
     config = get_config()
     model = dataclasses.replace(
         config.model, layers=layers, hidden=256, query_heads=4, kv_heads=2, expert_hidden=128
     )
     engine = dataclasses.replace(config.engine, context_tokens=64)
-    return steps.World(dataclasses.replace(config, model=model, engine=engine))
+    return World(dataclasses.replace(config, model=model, engine=engine))
 
 
 class TestStep:
     def test_all_programs_lower_for_an_h100(self):
         world = a_world()
-        live = set(kernel_names(steps.live_program(world)))
+        arguments = world.arguments(world.alone(0))
+        live = set(kernel_names(world.live(arguments)))
         assert live == {"dispatch", "expert_gate_up", "expert_down_home", "combine"}
-        fixed = steps.fixed_program(world, np.zeros(2, np.uint32))
-        assert set(kernel_names(fixed)) == live
-        assert not kernel_names(steps.reference_program(world))
+        assert set(kernel_names(world.counting(arguments))) == live
+        assert set(kernel_names(world.fixed(arguments, arguments[-1]))) == live
+        assert not kernel_names(world.reference(arguments))
 
     def test_the_whole_model_lowers_for_an_h100(self):
-        assert kernel_names(steps.live_program(steps.World(get_config())))
+        world = World(get_config())
+        assert kernel_names(world.live(world.arguments(world.alone(0))))
 
     def test_bytes_are_weights_that_are_touched_and_tokens_that_are_seen(self):
         world = a_world()
-        size, model = steps.bytes_of(world, [3, 4], 10), world.config.model
+        size, model = bytes_to_read(world, [3, 4], 10), world.config.model
         assert size.experts == 7 * 3 * 128 * 256 * 2
         assert size.cache == 32 * 10 * 2 * 2 * 2 * 128 * 2
         expert_parameters = model.experts * model.expert_elements
@@ -377,28 +381,28 @@ class TestStep:
     def test_the_reference_runs_every_expert_on_its_own_rank(self):
         """On CPU; in the step that a GPU compiles, but with plain experts."""
         world = a_world()
-        program = steps.reference_program(world)
-        dense, bank, _, heap = program.arguments[:4]
-        key = jax.random.key(0)
-        dense = [jax.random.normal(key, a.shape, a.dtype) * 0.1 for a in dense]
-        cache, bank = steps.make_cache(world, 1), steps.make_bank(world, 2)
+        program = world.reference(world.arguments(world.alone(0)))
+        heap = program.arguments[3]
+        dense, cache, bank = world.dense(), world.cache(1), world.bank()
+        assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, program.arguments[0])
         assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, program.arguments[2])
         arguments = (dense, bank, cache, jnp.zeros(heap.shape, heap.dtype), *program.arguments[4:])
-        result, touched = jax.jit(program.function)(*arguments)
-        assert touched.shape == (2,) and 0 < int(touched.min()) <= int(touched.max()) <= 32
+        result = jax.jit(program.function)(*arguments)
+        touched = touched_slots(world.alone(0), result.chosen)
+        assert len(touched) == 2 and 0 < min(touched) <= max(touched) <= 32
         assert not np.asarray(result.suspicion).any() and not np.asarray(result.dropped).any()
-        at = world.context_tokens - 1
+        at = world.position
         assert not jnp.array_equal(result.cache.keys[1][:, :, at], cache.keys[1][:, :, at])
         assert jnp.array_equal(result.cache.keys[1][:, :, :at], cache.keys[1][:, :, :at])
 
     def test_an_epoch_may_have_a_silent_peer_and_experts_elsewhere(self):
         world = a_world()
-        tables = world.tables(3, others=(1,), shift=1)
+        tables = world.alone(3, others=(1,), shift=1)
         assert tables.active.tolist() == [1, 1, 0, 0] and int(tables.epoch) == 3
-        alone = world.tables(0)
+        alone = world.alone(0)
         assert alone.active.tolist() == [1, 0, 0, 0]
         assert np.array_equal(tables.expert_slots[1:, 0], alone.expert_slots[:-1, 0])
-        call = world.call(tables, np.zeros(2, np.uint32), 20)
+        call = world.call(tables, 0, 20)
         assert int(call.round) >> 20 == 3 and int(call.deadline_ms) == 20
 
     def test_changes_are_timed_by_what_they_do_to_a_step(self):
@@ -430,7 +434,7 @@ class _FakeResult:
 
 
 def _fake_step(dense, bank, cache, heap, tables, batch, call):
-    return _FakeResult(cache, np.asarray(call.active) * (np.arange(4) != steps.RANK))
+    return _FakeResult(cache, np.asarray(call.active) * (np.arange(4) != 0))
 
 
 def test_the_table_tells_sizes_apart_and_shows_bounds(tmp_path):

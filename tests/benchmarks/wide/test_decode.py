@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_timing import shapes_of
-from benchmarks.static.exchanges import AXIS, EXCHANGES
+from benchmarks.static.exchanges import AXIS, EXCHANGES, no_call
 from benchmarks.wide import decode, decode_report, decode_sizes
-from benchmarks.wide.decode import World
 from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.exchange_report import Found
 from benchmarks.wide.workers import Machine
+from benchmarks.world import World
 from eep_jax.models.memory import memory_per_rank
+from eep_jax.tables import solo_tables
 from launch.flags import load_config
 from tests.support.lowering import H100, kernels, like, on_h100
 
@@ -31,14 +32,7 @@ def a_world(name="tiny_gpu", ranks=2, batch=8, layers=3) -> World:
 
 
 def arguments_of(world: World) -> tuple:
-    names, shapes = decode.make_step(world.config, None)[1], decode.dense_names(world.config.model)
-    dense = [like(shapes[name].shape, jnp.dtype(dtype)) for name, dtype in names.items()]
-    region = world.layout.bank
-    cache = jax.eval_shape(lambda: world.cache(0))
-    tables = decode.once_tables(world.config, 1)
-    call = world.call("live", 0)
-    heap = like((1, 4096), np.uint8)
-    return dense, like(region.shape, region.dtype), cache, heap, tables, world.batch(), call
+    return world.arguments(world.together(1), like((1, 4096), np.uint8))
 
 
 class TestLowering:
@@ -47,7 +41,7 @@ class TestLowering:
         arguments = arguments_of(world)
         programs = {
             "live": world.live(arguments, 1 << 24),
-            "fixed": world.fixed(arguments, 1 << 24, 1 << 40),
+            "fixed": world.fixed(arguments, world.call(world.together(2), 1 << 40), 1 << 24),
         }
         with on_h100():
             found = {
@@ -58,9 +52,12 @@ class TestLowering:
 
     def test_plain_experts_need_no_exchange(self):
         world = a_world()
-        experts = jax.eval_shape(lambda: jnp.stack([world.draw_expert(e) for e in range(16)]))
+        dense, _, cache, *_, batch, _ = arguments_of(world)
+        experts = jax.eval_shape(lambda: world.draw_experts(range(16)))
+        alone = solo_tables(1, 16, 16, 0)
+        arguments = (dense, experts, cache, None, alone, batch, shapes_of(no_call()))
         with on_h100():
-            program = world.reference(arguments_of(world), shapes_of(experts))
+            program = world.reference(arguments)
             text = program.trace().lower(lowering_platforms=("cuda",)).as_text()
         assert not any("dispatch" in kernel for kernel in kernels(text))
 
@@ -75,7 +72,7 @@ class TestLowering:
         with jax.sharding.use_abstract_mesh(mesh):
             dense, bank, cache, _, _, batch, _ = arguments_of(world)
             parts = [jax.tree.map(whole, part) for part in (bank, cache, batch)]
-            traced = world.static(exchange, mesh).trace(dense, *parts)
+            traced = decode.static_step(world, exchange, mesh).trace(dense, *parts)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         # Gate and up, and down, of each layer with experts.
         assert len(kernels(text)) == 2 * world.config.model.moe_layers
@@ -116,7 +113,7 @@ class TestSizes:
         assert few.model.experts_per_token == config.model.experts_per_token
 
     def test_every_expert_is_where_static_sharding_has_it(self):
-        tables = decode.once_tables(with_sizes(load_config("tiny_gpu"), layers=0, **SIZES), 3)
+        tables = World(with_sizes(load_config("tiny_gpu"), layers=0, **SIZES)).together(3)
         assert tables.expert_slots[:, 0].tolist() == list(range(16))
         assert tables.replicas.tolist() == [1] * 16
 
@@ -131,9 +128,9 @@ class TestSizes:
 
     def test_a_rank_draws_the_same_expert_as_any_other(self):
         first, second = a_world(), dataclasses.replace(a_world(), rank=0)
-        drawn = first.draw_expert(3)
-        assert jnp.array_equal(drawn, second.draw_expert(3))
-        assert not jnp.array_equal(drawn, first.draw_expert(4))
+        drawn, other = first.draw_experts([3, 4])
+        assert jnp.array_equal(drawn, second.draw_experts([3])[0])
+        assert not jnp.array_equal(drawn, other)
         assert not np.asarray(drawn, np.float32)[:, :, 96:].any(), "padding is zero"
 
 
