@@ -5,7 +5,7 @@ by the writer's rank, so a rank that was evicted but still lives can reach only 
 number, which nobody reads while that rank is inactive. Data regions exist twice, by round parity.
 
     abort       uint32 [1]            highest epoch in preparation; steps of lower ones end waits
-    bell        uint32 [1]            changes whenever there may be something new; sleepers watch it
+    doorbell    uint32 [1]            changes whenever there may be something new; sleepers watch it
     wake        uint32 [R]            the round at which writer s found work while all were paused
     ticket      uint32 [3]            of the rank's own kernels: blocks of dispatch and of combine
                                       that are done, and the round whose results have come home
@@ -95,7 +95,7 @@ class WindowLayout:
         results = (tokens, choices, hidden) if self.combine == "per_choice" else (tokens, hidden)
         wanted = [
             ("abort", "uint32", (1,)),
-            ("bell", "uint32", (1,)),
+            ("doorbell", "uint32", (1,)),
             ("wake", "uint32", (ranks,)),
             ("ticket", "uint32", (3,)),
             ("sent", "uint32", (2, ranks)),

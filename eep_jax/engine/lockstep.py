@@ -11,7 +11,7 @@ from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap
 from pallas_kernels.signals import post, sleep_on
 from pallas_kernels.window import WindowLayout, view
 
-CONTROL_REGIONS = ("abort", "bell", "wake")
+CONTROL_REGIONS = ("abort", "doorbell", "wake")
 
 
 class Lockstep:
@@ -51,7 +51,7 @@ class Lockstep:
         for peer in peers:
             words = self._words[peer]
             post(words["wake"][self._rank : self._rank + 1], paused_round)
-            _ring(words["bell"])
+            _ring(words["doorbell"])
 
     def forget_wakes(self) -> None:
         """A pause has ended: no word of it may wake another one, a whole turn of rounds later."""
@@ -63,18 +63,18 @@ class Lockstep:
 
     def nudge(self) -> None:
         """Ends this rank's own sleep. May be called from any thread."""
-        _ring(self._words[self._rank]["bell"])
+        _ring(self._words[self._rank]["doorbell"])
 
-    def bell(self) -> int:
+    def doorbell(self) -> int:
         """Read this before looking for work, and pass it to `sleep` if there was none."""
-        return int(self._words[self._rank]["bell"][0])
+        return int(self._words[self._rank]["doorbell"][0])
 
-    def sleep(self, seen_bell: int, timeout_ms: int) -> None:
-        """Sleeps until the bell rings after `seen_bell` was read, or the timeout; burns no core."""
-        sleep_on(self._words[self._rank]["bell"], seen_bell, timeout_ms * 1_000_000)
+    def sleep(self, seen_doorbell: int, timeout_ms: int) -> None:
+        """Blocks until the doorbell differs from `seen_doorbell`, or the timeout; does not poll."""
+        sleep_on(self._words[self._rank]["doorbell"], seen_doorbell, timeout_ms * 1_000_000)
 
 
-def _ring(bell: np.ndarray) -> None:
+def _ring(doorbell: np.ndarray) -> None:
     # Two ringers may write the same value: each wakes sleepers itself, and the reason was stored
-    # before, where whoever read the bell in between looks for it.
-    post(bell, (int(bell[0]) + 1) & 0xFFFFFFFF)
+    # before, where a reader that saw the old doorbell in between looks for it.
+    post(doorbell, (int(doorbell[0]) + 1) & 0xFFFFFFFF)

@@ -1,7 +1,7 @@
-"""Heap memory as `jax.Array`, without a copy: DLPack capsules made by hand.
+"""Zero-copy import of heap memory as `jax.Array`, by DLPack capsules built with ctypes.
 
-numpy has no bfloat16 in DLPack and no device memory, so the capsule of `dlpack.h` (version 0) is
-filled in here. Pass the arrays to jit neither donated nor aliased: XLA would copy them.
+NumPy exports neither bfloat16 nor device memory by DLPack, so the capsule of `dlpack.h` (version 0)
+is filled in here. Do not pass the arrays to jit donated or aliased: XLA would copy them.
 """
 
 import ctypes
@@ -23,10 +23,10 @@ _BFLOAT = 4
 
 
 def heap_argument(heap: SymmetricHeap) -> UInt8[Array, "N B"]:
-    """What a step is given for its heap: all of it on CPU, the head of the range on a GPU.
+    """Heap argument of a step: the whole range on CPU, the head of the range on a GPU.
 
-    XLA counts all arguments as memory that its own allocator holds, and plans to save memory where
-    they are more than that; kernels need the address alone.
+    XLA counts all arguments as memory of its own allocator, and rematerializes where they exceed
+    it; kernels need the address alone.
     """
     if heap.device == "cpu":
         return heap_array(heap)
@@ -34,14 +34,14 @@ def heap_argument(heap: SymmetricHeap) -> UInt8[Array, "N B"]:
 
 
 def heap_array(heap: SymmetricHeap) -> UInt8[Array, "R B"]:
-    """The whole range, imported once; it stays right over every attach and detach."""
+    """The whole range, imported once; it stays valid over every attach and detach."""
     return _import(heap, heap.base, np.dtype(np.uint8), (heap.ranks, heap.slab_bytes))
 
 
 def device_array(heap: SymmetricHeap, region: Region, rank: int | None = None) -> jax.Array:
-    """A region of the slab of `rank` (the own one if not given), in its dtype and shape.
+    """A region of the slab of `rank` (default: the own one), in its dtype and shape.
 
-    Raises HeapError where the region is not inside the slab or JAX cannot take it as it is.
+    Raises HeapError if the region is not inside the slab or JAX cannot import it without a copy.
     """
     rank = heap.rank if rank is None else rank
     address = check_bytes(heap, rank, region.offset, region.bytes)
@@ -49,12 +49,14 @@ def device_array(heap: SymmetricHeap, region: Region, rank: int | None = None) -
 
 
 def control_array(heap: SymmetricHeap) -> UInt32[Array, "W"]:
-    """The own control page as kernels read it; the abort word comes first."""
+    """The own control page as kernels read it, uint32 words; the abort word comes first."""
     words = (CONTROL_BYTES // 4,)
     return _import(heap, heap.control_address(), np.dtype(np.uint32), words)
 
 
-def _import(heap: SymmetricHeap, address: int, dtype: np.dtype, shape: tuple[int, ...]):
+def _import(
+    heap: SymmetricHeap, address: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> jax.Array:
     device = (_DEVICE_TYPES[heap.device], heap.device_ordinal)
     return import_memory(address, dtype, shape, device)
 
@@ -62,9 +64,9 @@ def _import(heap: SymmetricHeap, address: int, dtype: np.dtype, shape: tuple[int
 def import_memory(
     address: int, dtype: np.dtype, shape: tuple[int, ...], device: tuple[int, int] = (1, 0)
 ) -> jax.Array:
-    """The memory at `address` as an array; `device` is DLPack's (type, ordinal), (1, 0) the CPU.
+    """The memory at `address` as an array. `device`: DLPack's (type, ordinal), (1, 0) is the CPU.
 
-    The memory must outlive the array. Raises HeapError where JAX cannot take it as it is.
+    The memory must outlive the array. Raises HeapError if JAX cannot import it without a copy.
     """
     if address % XLA_ALIGNMENT_BYTES:
         raise HeapError(f"address {address:#x} is not aligned to {XLA_ALIGNMENT_BYTES}")
@@ -78,9 +80,11 @@ def import_memory(
 
 
 class _Memory:
-    """Memory that answers DLPack's two questions."""
+    """Exporter of the two methods of the DLPack protocol."""
 
-    def __init__(self, address: int, dtype: np.dtype, shape: tuple[int, ...], device):
+    def __init__(
+        self, address: int, dtype: np.dtype, shape: tuple[int, ...], device: tuple[int, int]
+    ):
         self._address, self._shape, self._device = address, shape, _Device(*device)
         code = _BFLOAT if dtype.name == "bfloat16" else _TYPE_CODES.get(dtype.kind)
         if code is None:
@@ -90,9 +94,9 @@ class _Memory:
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._device.type, self._device.id
 
-    def __dlpack__(self, stream=None, **_):
-        # One block holds the struct and its shape, and C frees it: the deleter may be called when
-        # the interpreter has ended. No stream is ordered here: who fills memory waits for it.
+    def __dlpack__(self, stream: int | None = None, **_) -> object:
+        # One malloc block holds the struct and its shape, freed by C: the deleter may run after
+        # the interpreter ended. No stream is synchronised: whoever writes memory waits for it.
         head = ctypes.sizeof(_Managed)
         block = _libc.malloc(head + 8 * max(1, len(self._shape)))
         if not block:

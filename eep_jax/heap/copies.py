@@ -1,38 +1,39 @@
-"""Copies in host memory at the speed of memory, whatever dtype and order the values have."""
+"""Copies in host memory at memory bandwidth, for any dtype and axis order of the values."""
 
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-ALIGNMENT = 64  # bytes from which JAX on CPU takes an array without copying it
-_COLUMNS = 64  # that are turned at once, so that both sides stay in the cache
+ALIGNMENT = 64  # bytes; JAX on CPU imports an array so aligned without a copy
+_COLUMNS = 64  # transposed at once, so that both sides stay in the cache
 _PLAIN = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def copy_values(out: np.ndarray, values: np.ndarray) -> None:
-    """`out[...] = values`, converted to the dtype of `out` as `astype` does."""
+    """`out[...] = values`, converted to the dtype of `out` as by `astype`."""
     if values.dtype == out.dtype and values.itemsize in _PLAIN:
-        # NumPy's own types are copied faster, and without holding on to the interpreter.
+        # NumPy's own types are copied faster, and without holding the GIL.
         plain = _PLAIN[values.itemsize]
         out, values = out.view(plain), values.view(plain)
     if values.ndim != 2 or values.flags.c_contiguous:
         np.copyto(out, values, casting="unsafe")
         return
-    room = _spread_room(values)
+    scratch = _padded_columns(values)
     for start in range(0, out.shape[1], _COLUMNS):
         part = slice(start, start + _COLUMNS)
         found = values[:, part]
-        if room is not None:
-            spread = room[: found.shape[1]].T
+        if scratch is not None:
+            spread = scratch[: found.shape[1]].T
             np.copyto(spread.T, found.T)
             found = spread
         np.copyto(out[:, part], found, casting="unsafe")
 
 
-def _spread_room(values: np.ndarray) -> np.ndarray | None:
-    """Where a few columns stay in the cache together; None where they do as they are.
+def _padded_columns(values: np.ndarray) -> np.ndarray | None:
+    """Padded scratch buffer for columns that would evict each other; None if not needed.
 
-    Values that are a multiple of a large power of two apart share few places in it.
+    Values a multiple of a large power of two apart map to few sets of the cache.
     """
     if not values.T.flags.c_contiguous or math.gcd(values.strides[1], 4096) <= 512:
         return None
@@ -40,9 +41,9 @@ def _spread_room(values: np.ndarray) -> np.ndarray | None:
     return np.empty((_COLUMNS, values.shape[0] + pad), values.dtype)[:, : values.shape[0]]
 
 
-def empty_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """A new array, not filled, whose address is a multiple of ALIGNMENT."""
+def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """A new uninitialised array whose address is a multiple of ALIGNMENT."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    room = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + nbytes].view(dtype).reshape(shape)
+    scratch = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -scratch.ctypes.data % ALIGNMENT
+    return scratch[start : start + nbytes].view(dtype).reshape(shape)

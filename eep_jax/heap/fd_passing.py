@@ -1,4 +1,4 @@
-"""File descriptors between processes of one host, over a UNIX socket in the abstract namespace."""
+"""File descriptors passed between processes of one host, over an abstract UNIX socket."""
 
 import os
 import secrets
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 ACCEPT_PAUSE_S = 0.05
 MESSAGE_BYTES_MAX = 1024
 
-_FIRST_BYTE = b"f"  # descriptors travel beside at least one byte
+_FIRST_BYTE = b"f"  # descriptors need at least one byte beside them
 
 
 class FdServer:
-    """Hands copies of file descriptors and a short message to every process of the same user."""
+    """Sends copies of file descriptors and a short message to any process of the same user."""
 
     def __init__(self, fds: Sequence[int], message: bytes = b""):
         if len(message) > MESSAGE_BYTES_MAX:
@@ -29,11 +29,11 @@ class FdServer:
         threading.Thread(target=self._serve, name="fd-server", daemon=True).start()
 
     def close(self) -> None:
-        """May be called twice."""
+        """Idempotent."""
         if self._closed:
             return
         self._closed = True
-        # Shutting down, not just closing, is what wakes a thread that sits in accept.
+        # shutdown, unlike close, wakes a thread that is blocked in accept.
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -44,7 +44,7 @@ class FdServer:
             except OSError:
                 if self._closed:
                     return
-                time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, say: it may pass
+                time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, for example: transient
                 continue
             with peer:
                 try:
@@ -52,13 +52,13 @@ class FdServer:
                     if _user_of(peer) == os.geteuid():
                         socket.send_fds(peer, [_FIRST_BYTE + self._message], self._fds)
                 except OSError:
-                    continue  # the asking process is gone; the next one may be well
+                    continue  # that client is gone; serve the next
 
 
 def receive_fds(name: str, count: int, deadline_ms: int) -> tuple[bytes, list[int]]:
-    """The message and the `count` descriptors served under `name`, opened here.
+    """The message and the `count` descriptors served under `name`; the caller closes them.
 
-    Raises OSError within the deadline, also where another number of descriptors came.
+    Raises OSError at the deadline, or for another number of descriptors.
     """
     end = time.monotonic() + deadline_ms / 1000
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as server:
@@ -66,7 +66,7 @@ def receive_fds(name: str, count: int, deadline_ms: int) -> tuple[bytes, list[in
         server.connect("\0" + name)
         if _user_of(server) != os.geteuid():
             raise PermissionError(f"socket {name} belongs to user {_user_of(server)}")
-        # Room for one descriptor too many: what does not fit would be dropped without a word.
+        # Room for one descriptor too many: the kernel silently drops those that do not fit.
         received, fds, _, _ = socket.recv_fds(server, 1 + MESSAGE_BYTES_MAX, count + 1)
         try:
             for fd in fds:

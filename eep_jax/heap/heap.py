@@ -1,85 +1,85 @@
-"""The symmetric heap: every rank's slab of memory at a fixed address in every process."""
+"""Interface of the symmetric heap: each rank's slab, at a fixed address in every process."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from eep_jax.errors import HeapError
 
-# Host memory for the words that hosts watch: abort, bell and wake, the first regions of a window.
+# Host memory of the control words (abort, doorbell, wake), the first regions of a window.
 CONTROL_BYTES = 4096
 
 
+@runtime_checkable
 class SymmetricHeap(Protocol):
     """One slab per rank in one contiguous address range, `base + rank * slab_bytes`.
 
-    The range is reserved once. Slots of ranks that are not attached hold a local dummy, so every
-    address may be read and written at any time; what a dummy holds means nothing. Attaching and
-    detaching change what is behind an address, never the address.
+    The range is reserved once. A slab of a rank that is not attached is backed by a local dummy, so
+    every address can be read and written at any time; the contents of a dummy are undefined.
+    Attaching and detaching change the memory behind an address, never the address.
 
-    `read`, `write`, `fill_zero`, `copy_in` and `post_abort` may be called from any thread. They
-    move bytes now, in no order with a step: call the first four while no step of this rank runs.
-    Those raise HeapError for bytes outside the slab.
+    `read`, `write`, `fill_zero`, `copy_in` and `post_abort` are thread-safe and synchronous, but
+    not ordered with a step: call the first four while no step of this rank runs. They raise
+    HeapError for bytes outside the slab.
     """
 
     rank: int
     ranks: int
-    slab_bytes: int  # at least what was asked for: devices round up, on all ranks alike
+    slab_bytes: int  # the size requested, rounded up as the device requires, alike on all ranks
     base: int
-    device: str  # "cpu" or "cuda": where the slabs are
+    device: str  # that holds the slabs: "cpu" or "cuda"
     device_ordinal: int  # as JAX counts devices of that kind
 
     def export(self) -> str:
-        """A handle with which other processes attach this rank's slab while this process lives."""
+        """Handle by which other processes attach this rank's slab while this process lives."""
 
     def attach(self, rank: int, handle: str) -> None:
-        """Maps the slab behind `handle` at the slot of `rank`, in place of what was there.
+        """Maps the memory behind `handle` as the slab of `rank`, in place of the present one.
 
-        Raises HeapError naming the rank; the slot then holds what it held before, or the dummy.
+        Raises HeapError naming the rank; the slab is then the former one, or the dummy.
         """
 
     def detach(self, rank: int) -> None:
-        """Puts the dummy in the slot of `rank`; its memory is no longer reachable from here."""
+        """Replaces the slab of `rank` by the dummy; its memory is no longer reachable from here."""
 
     def is_mapped(self, rank: int) -> bool:
-        """Whether the slot of `rank` is the slab itself, or staging for one on another host.
+        """Whether the slab of `rank` is mapped here, rather than staging for one on another host.
 
-        `read` of the latter goes over a network, within a deadline, and raises HeapError if it
-        cannot.
+        `read` of the latter is a request over the network with a deadline, and raises HeapError
+        when that fails.
         """
 
     def control(self) -> np.ndarray:
-        """The control pages, uint8 `[R CONTROL_BYTES]`: host memory that all processes share."""
+        """The control pages, uint8 `[R CONTROL_BYTES]`: host memory shared by all processes."""
 
     def control_address(self) -> int:
-        """Where a kernel reads this rank's own abort word, at the start of its control page."""
+        """Address at which kernels read this rank's control page; the abort word comes first."""
 
     def post_abort(self, epoch: int) -> None:
-        """Carries the abort word to where kernels read it, if that is not the control page.
+        """Copies the abort word to where kernels read it, if that is not the control page.
 
-        Call it after storing the word in `control()`. Never waits for the device.
+        Call it after storing the word in `control()`. Does not wait for the device.
         """
 
     def read(self, rank: int, offset: int, nbytes: int) -> np.ndarray:
-        """A copy of these bytes of any rank's slab in host memory, uint8 `[nbytes]`."""
+        """Copy of these bytes of any rank's slab in host memory, uint8 `[nbytes]`."""
 
     def write(self, offset: int, array: np.ndarray) -> None:
         """Copies an array's bytes into the own slab."""
 
     def write_all(self, writes: Iterable[tuple[int, np.ndarray]]) -> None:
-        """`write` of each (offset, array), taken one by one; a device waits for all together."""
+        """`write` of each (offset, array), consumed one by one; a device waits once for all."""
 
     def pin(self, array: np.ndarray) -> bool:
-        """Prepares host memory for being written from, fast and often; whether it did.
+        """Pins a contiguous host array for fast repeated `write`s; returns whether it did.
 
-        The array is contiguous. What is prepared stays until `unpin`, which must come before its
-        pages are given up. Takes time: call it while nobody waits. Both may be called from any
-        thread.
+        It stays pinned until `unpin`, which must precede the release of its pages. Slow: call it
+        off the critical path. Both are thread-safe.
         """
 
     def unpin(self, array: np.ndarray) -> None:
-        """Undoes `pin` of the same array, once no write reads from it any more."""
+        """Undoes `pin` of the same array; no write may still read from it."""
 
     def fill_zero(self, offset: int, nbytes: int) -> None:
         """Zeroes these bytes of the own slab."""
@@ -88,29 +88,39 @@ class SymmetricHeap(Protocol):
         """Copies from any rank's slab into the own one at `offset`; the two must not overlap."""
 
     def copy_in_all(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
-        """`copy_in` of each (offset, rank, source_offset, nbytes); a device does all together."""
+        """`copy_in` of each (offset, rank, source_offset, nbytes); a device waits once for all."""
 
     def whole(self) -> np.ndarray:
-        """The range as host memory, uint8 `[R slab_bytes]`. Raises HeapError where it is none."""
+        """The range, uint8 `[R slab_bytes]`. Raises HeapError if the slabs are device memory."""
 
     def close(self) -> None:
-        """Stops handing out the slab. The range stays mapped: arrays may still alias it."""
+        """Stops exporting the slab. The range stays mapped, because arrays may alias it."""
+
+
+@runtime_checkable
+class AddressRange(Protocol):
+    """Slabs of equal size in one range of addresses: the arithmetic part of a heap."""
+
+    rank: int
+    ranks: int
+    slab_bytes: int
+    base: int
 
 
 def check_rank(rank: int, ranks: int) -> None:
-    """Raises HeapError unless `rank` is one of `ranks`."""
+    """Raises HeapError unless `rank` is in `0..ranks - 1`."""
     if not 0 <= rank < ranks:
         raise HeapError(f"rank {rank} is not in 0..{ranks - 1}")
 
 
-def check_peer(heap: SymmetricHeap, rank: int) -> None:
-    """Raises HeapError unless `rank` is another one than the heap's own."""
+def check_peer(heap: AddressRange, rank: int) -> None:
+    """Raises HeapError unless `rank` is in range and not the heap's own."""
     if rank == heap.rank or not 0 <= rank < heap.ranks:
         raise HeapError(f"rank {rank} is not a peer of rank {heap.rank} of {heap.ranks}")
 
 
-def check_slab(heap: SymmetricHeap, rank: int, found_bytes: int) -> None:
-    """Raises HeapError unless a slab to be attached is as large as the own one."""
+def check_slab(heap: AddressRange, rank: int, found_bytes: int) -> None:
+    """Raises HeapError unless a slab to attach has the size of the own one."""
     if found_bytes != heap.slab_bytes:
         raise HeapError(
             f"the slab of rank {rank} has {found_bytes} bytes, rank {heap.rank} expects "
@@ -118,8 +128,8 @@ def check_slab(heap: SymmetricHeap, rank: int, found_bytes: int) -> None:
         )
 
 
-def check_bytes(heap: SymmetricHeap, rank: int, offset: int, nbytes: int) -> int:
-    """The address of these bytes. Raises HeapError unless they lie in the slab of `rank`."""
+def check_bytes(heap: AddressRange, rank: int, offset: int, nbytes: int) -> int:
+    """Address of these bytes. Raises HeapError unless they lie in the slab of `rank`."""
     check_rank(rank, heap.ranks)
     if offset < 0 or nbytes < 0 or offset + nbytes > heap.slab_bytes:
         raise HeapError(
@@ -130,9 +140,9 @@ def check_bytes(heap: SymmetricHeap, rank: int, offset: int, nbytes: int) -> int
 
 
 def check_copy(
-    heap: SymmetricHeap, offset: int, rank: int, source_offset: int, nbytes: int
+    heap: AddressRange, offset: int, rank: int, source_offset: int, nbytes: int
 ) -> tuple[int, int]:
-    """Returns (target address, source address) of a `copy_in`. Raises HeapError as it says."""
+    """(target address, source address) of a `copy_in`. Raises HeapError if they overlap."""
     target = check_bytes(heap, heap.rank, offset, nbytes)
     source = check_bytes(heap, rank, source_offset, nbytes)
     if abs(target - source) < nbytes:
@@ -140,13 +150,3 @@ def check_copy(
             f"{nbytes} bytes at offset {source_offset} of rank {rank} overlap those at {offset}"
         )
     return target, source
-
-
-def socket_of(handle: str, scheme: str, rank: int) -> str:
-    """The socket name in a handle `<scheme>:<socket name>`. Raises HeapError naming the rank."""
-    found, _, name = handle.partition(":")
-    if found != scheme or not name:
-        raise HeapError(
-            f"handle {handle!r} of rank {rank} is not of the form {scheme}:<socket name>"
-        )
-    return name

@@ -1,8 +1,9 @@
-"""The symmetric heap of several ranks in one process: for tests, and for kernels on one device."""
+"""Symmetric heaps of several ranks in one process: for tests, and for kernels on one device."""
 
 import itertools
 
 from eep_jax.errors import HeapError
+from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.heap.posix_shm import MappedHeap
 
 _open_heaps: dict[str, "LoopbackHeap"] = {}
@@ -10,7 +11,7 @@ _names = itertools.count()
 
 
 class LoopbackHeap(MappedHeap):
-    """Each rank has its own range and may attach and detach as processes do."""
+    """Heap of one rank, with a range of its own; it attaches and detaches as processes do."""
 
     def __init__(self, rank: int, ranks: int, slab_bytes: int):
         super().__init__(rank, ranks, slab_bytes)
@@ -32,7 +33,11 @@ class LoopbackHeap(MappedHeap):
 
 def open_all(ranks: int, slab_bytes: int) -> list[LoopbackHeap]:
     """One heap per rank, all attached to each other."""
-    heaps = [LoopbackHeap(rank, ranks, slab_bytes) for rank in range(ranks)]
+    return attach_all([LoopbackHeap(rank, ranks, slab_bytes) for rank in range(ranks)])
+
+
+def attach_all[H: SymmetricHeap](heaps: list[H]) -> list[H]:
+    """Attaches every heap of one process to every other one."""
     for heap in heaps:
         for peer in heaps:
             if peer is not heap:

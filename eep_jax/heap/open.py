@@ -1,4 +1,4 @@
-"""The heap for the platform that JAX computes on."""
+"""Choice of the heap for the platform that JAX computes on."""
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.heap import SymmetricHeap
@@ -14,13 +14,20 @@ def open_heap(
     mirror: MirrorOptions | None = None,
     writable_bytes: int | None = None,
 ) -> SymmetricHeap:
-    """The heap of one rank process. `platform` as `jax.default_backend()` says: cpu, gpu, cuda.
+    """Opens the heap of one rank process.
 
-    `mirror` is how ranks of other hosts are reached; None where there are none. Beyond its first
-    `writable_bytes` a peer's slab is mapped read-only on a CPU; CUDA gives one access to all of an
-    allocation, and the window, which peers write, is in the same one. On a GPU it takes
-    device 0 of CUDA_VISIBLE_DEVICES, which must be the one JAX uses. Raises HeapError for other
-    platforms, for a mirror on a GPU, and where memory cannot be had.
+    Args:
+        rank: this process's rank, below `ranks`.
+        ranks: number of slabs.
+        slab_bytes: size of a slab; on CPU a multiple of the page size.
+        platform: as `jax.default_backend()` returns it: cpu, gpu or cuda. A GPU is device 0 of
+            CUDA_VISIBLE_DEVICES, which must be the one that JAX uses.
+        mirror: access to ranks of other hosts; None if all share this host.
+        writable_bytes: on CPU a peer's slab is read-only beyond these. CUDA has one access mode
+            for a whole allocation, which includes the window that peers write.
+
+    Raises:
+        HeapError: another platform, a mirror on a GPU, or memory that cannot be allocated.
     """
     if platform == "cpu":
         if mirror is not None:
@@ -29,10 +36,10 @@ def open_heap(
     if platform in ("gpu", "cuda"):
         if mirror is not None:
             raise HeapError(
-                "GPU ranks must share one host: the mirror forwards host memory only; leave "
-                "--mirror_host away, or take a configuration of platform cpu"
+                "GPU ranks must share one host: the mirror forwards host memory only; omit "
+                "--mirror_host, or use a configuration of platform cpu"
             )
         from eep_jax.heap.cuda.vmm import CudaVmmHeap
 
         return CudaVmmHeap(rank, ranks, slab_bytes)
-    raise HeapError(f"there is no heap for platform {platform!r}, only for cpu and gpu")
+    raise HeapError(f"no heap for platform {platform!r}; expected cpu or gpu")

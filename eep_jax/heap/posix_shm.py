@@ -1,12 +1,13 @@
-"""The symmetric heap on CPU: shared memory of the operating system, mapped at fixed addresses.
+"""Symmetric heap on CPU: anonymous shared memory, mapped at fixed addresses.
 
-Slabs are anonymous shared memory (`memfd_create`), which the kernel frees with the last process
-that maps it: nothing can be left behind, even if every process is killed.
+The kernel frees a slab (`memfd_create`) with the last process that maps it: nothing is left behind,
+even if every process is killed.
 """
 
 import ctypes
 import mmap
 import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from eep_jax.heap.heap import (
     check_peer,
     check_rank,
     check_slab,
-    socket_of,
 )
 from pallas_kernels.window import round_up
 
@@ -34,14 +34,13 @@ ATTACH_DEADLINE_MS = 3_000
 
 
 class MappedHeap:
-    """Reserves the range and maps files into it; how files travel is left to subclasses."""
+    """Reserves the range and maps files into it; subclasses pass the files between ranks."""
 
     device = "cpu"
     device_ordinal = 0
 
     def __init__(self, rank: int, ranks: int, slab_bytes: int, writable_bytes: int | None = None):
-        """Of a peer's slab the first `writable_bytes` can be written, in whole pages: what follows
-        is mapped read-only. None: all can be written."""
+        """A peer's slab is read-only beyond `writable_bytes`, rounded up to pages (None: all)."""
         check_rank(rank, ranks)
         if slab_bytes <= 0 or slab_bytes % mmap.PAGESIZE:
             raise HeapError(f"{slab_bytes=} must be a positive multiple of {mmap.PAGESIZE}")
@@ -54,8 +53,8 @@ class MappedHeap:
         self.base = _mmap(None, ranks * slab_bytes, _PROT_NONE, flags, -1, 0, "reserve the range")
         self.own_fd = memory_file(f"eep-rank{rank}", slab_bytes)
         self._dummy = memory_file(f"eep-dummy{rank}", slab_bytes)
-        for slot in range(ranks):
-            self._map(slot, self.own_fd if slot == rank else self._dummy)
+        for each in range(ranks):
+            self._map(each, self.own_fd if each == rank else self._dummy)
 
     def detach(self, rank: int) -> None:
         self._check_peer(rank)
@@ -71,7 +70,7 @@ class MappedHeap:
         return self.base + self.rank * self.slab_bytes
 
     def post_abort(self, epoch: int) -> None:
-        """Nothing to do: steps read the control page itself."""
+        """No effect: steps read the control page itself."""
 
     def read(self, rank: int, offset: int, nbytes: int) -> np.ndarray:
         return self._bytes(rank, offset, nbytes).copy()
@@ -80,15 +79,15 @@ class MappedHeap:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._bytes(self.rank, offset, data.size)[...] = data
 
-    def write_all(self, writes) -> None:
+    def write_all(self, writes: Iterable[tuple[int, np.ndarray]]) -> None:
         for offset, array in writes:
             self.write(offset, array)
 
     def pin(self, array: np.ndarray) -> bool:
-        return False  # one copy by this processor is all there is
+        return False  # a write is a single copy by this CPU already
 
     def unpin(self, array: np.ndarray) -> None:
-        """Nothing to do: nothing is pinned."""
+        """No effect: nothing is pinned."""
 
     def fill_zero(self, offset: int, nbytes: int) -> None:
         self._bytes(self.rank, offset, nbytes)[...] = 0
@@ -98,7 +97,7 @@ class MappedHeap:
         source = self._bytes(rank, source_offset, nbytes)
         self._bytes(self.rank, offset, nbytes)[...] = source
 
-    def copy_in_all(self, copies) -> None:
+    def copy_in_all(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
         for copy in copies:
             check_copy(self, *copy)
         for copy in copies:
@@ -109,14 +108,14 @@ class MappedHeap:
         return np.ctypeslib.as_array(flat).reshape(self.ranks, self.slab_bytes)
 
     def close(self) -> None:
-        """May be called twice. Nothing can be attached or detached after it."""
+        """Idempotent. Attach and detach raise HeapError afterwards."""
         if not self._closed:
             self._closed = True
             for fd in (self.own_fd, self._dummy):
                 os.close(fd)
 
     def attach_fd(self, rank: int, fd: int) -> None:
-        """Maps the slab in this memory file, which the caller may close, at the slot of `rank`."""
+        """Maps this memory file as the slab of `rank`; the caller may close the descriptor."""
         self._check_peer(rank)
         check_slab(self, rank, os.fstat(fd).st_size)
         self._map(rank, fd)
@@ -144,7 +143,7 @@ class MappedHeap:
 
 
 class PosixShmHeap(MappedHeap):
-    """The heap between processes of one host. A handle is `unix:<socket name>`."""
+    """Heap shared by processes of one host. A handle is `unix:<socket name>`."""
 
     def __init__(self, rank: int, ranks: int, slab_bytes: int, writable_bytes: int | None = None):
         super().__init__(rank, ranks, slab_bytes, writable_bytes)
@@ -156,13 +155,7 @@ class PosixShmHeap(MappedHeap):
         return f"unix:{self._server.name}"
 
     def attach(self, rank: int, handle: str) -> None:
-        name = socket_of(handle, "unix", rank)
-        try:
-            _, fds = receive_fds(name, 1, ATTACH_DEADLINE_MS)
-        except OSError as error:
-            raise HeapError(
-                f"rank {rank} does not hand out its slab at {handle}: {error}"
-            ) from error
+        _, fds = receive_slab(rank, handle, "unix", 1)
         try:
             self.attach_fd(rank, *fds)
         finally:
@@ -174,13 +167,29 @@ class PosixShmHeap(MappedHeap):
         super().close()
 
 
+def receive_slab(rank: int, handle: str, scheme: str, count: int) -> tuple[bytes, list[int]]:
+    """Message and descriptors of `handle`, `<scheme>:<socket name>`. Raises HeapError."""
+    found, _, name = handle.partition(":")
+    if found != scheme or not name:
+        raise HeapError(
+            f"handle {handle!r} of rank {rank} is not of the form {scheme}:<socket name>"
+        )
+    try:
+        return receive_fds(name, count, ATTACH_DEADLINE_MS)
+    except OSError as error:
+        raise HeapError(f"rank {rank} does not export its slab at {handle}: {error}") from error
+
+
 def memory_file(name: str, size: int) -> int:
+    """Descriptor of new anonymous shared memory."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
     return fd
 
 
-def _mmap(address, size: int, protection: int, flags: int, fd: int, at: int, what: str) -> int:
+def _mmap(
+    address: int | None, size: int, protection: int, flags: int, fd: int, at: int, what: str
+) -> int:
     found = _libc.mmap(address, size, protection, flags, fd, at)
     if found is None or found == _MAP_FAILED:
         raise HeapError(f"cannot {what} ({size} bytes): {os.strerror(ctypes.get_errno())}")

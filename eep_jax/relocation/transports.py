@@ -1,6 +1,6 @@
 """Ways to get one expert's bytes, behind one verb."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.storage.expert_store import ExpertStore
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Reads an expert from one kind of source. Any exception means: try the next source."""
 

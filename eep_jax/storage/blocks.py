@@ -12,7 +12,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ _TURNED_BYTES = 512 << 10  # of a turned matrix that are read before they are tu
 _AHEAD_BYTES = 16 << 20  # that storage is asked for where the system does not remember the bytes
 
 
+@runtime_checkable
 class Target(Protocol):
     """Where an array goes. Blocks of it may come from several threads at once."""
 
@@ -153,6 +154,7 @@ class Worker:
     gate: WriteGate
 
 
+@runtime_checkable
 class Block(Protocol):
     def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
         """Reads and stores the block; returns the digest of its bytes if it is `checked`.

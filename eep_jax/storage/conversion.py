@@ -18,7 +18,7 @@ import math
 import os
 import pathlib
 import shutil
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,7 @@ COMPANIONS = (
 )
 
 
+@runtime_checkable
 class SourceOfWeights(Protocol):
     """What is converted; `hugging_face.HuggingFaceCheckpoint` is one."""
 

@@ -245,7 +245,7 @@ class TestProcesses:
         assert read() == [21, 12], "the memory of a dead process lives while it is mapped"
         heap.copy_in(OFFSET + 64, 1, OFFSET, 64)
         assert set(heap.read(0, OFFSET + 64, 64)) == {12}
-        with pytest.raises(HeapError, match="rank 1 does not hand out its slab"):
+        with pytest.raises(HeapError, match="rank 1 does not export its slab"):
             heap.attach(1, first.handle)
         heap.detach(1)
         assert read()[0] == 21

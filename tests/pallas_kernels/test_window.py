@@ -97,7 +97,7 @@ def test_the_bytes_a_writer_can_reach_belong_to_no_other_writer(layout):
 
 def test_only_the_ranks_own_words_are_outside_the_writers_parts():
     regions = WindowLayout(ranks=2, tokens=1, choices=1, hidden=1).regions
-    assert set(regions) - set(BY_WRITER) == {"abort", "bell", "ticket"}
+    assert set(regions) - set(BY_WRITER) == {"abort", "doorbell", "ticket"}
 
 
 @given(layouts, st.integers(1, 3))

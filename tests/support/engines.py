@@ -173,7 +173,7 @@ class EngineCluster:
             if engine.held:
                 return int(engine._round)
             if engine.paused and not engine.try_wake():
-                engine.lockstep.sleep(engine.lockstep.bell(), 1)
+                engine.lockstep.sleep(engine.lockstep.doorbell(), 1)
                 continue
             self._steps(rank, 1)
         raise AssertionError(f"rank {rank} does not hold")

@@ -1,17 +1,18 @@
-"""The symmetric heap of several ranks in one process on one GPU: for tests and measurements."""
+"""Symmetric heaps of several ranks in one process on one GPU: for tests and benchmarks."""
 
 import itertools
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.cuda.vmm import MappedCudaHeap
 from eep_jax.heap.heap import check_slab
+from eep_jax.heap.loopback import attach_all
 
 _open_heaps: dict[str, "CudaLoopbackHeap"] = {}
 _names = itertools.count()
 
 
 class CudaLoopbackHeap(MappedCudaHeap):
-    """Each rank has its own range and may attach and detach as processes do."""
+    """Heap of one rank, with a range of its own; it attaches and detaches as processes do."""
 
     def __init__(self, rank: int, ranks: int, slab_bytes: int, device: int = 0):
         super().__init__(rank, ranks, slab_bytes, device)
@@ -36,9 +37,4 @@ class CudaLoopbackHeap(MappedCudaHeap):
 
 def open_all_cuda(ranks: int, slab_bytes: int, device: int = 0) -> list[CudaLoopbackHeap]:
     """One heap per rank, all attached to each other."""
-    heaps = [CudaLoopbackHeap(rank, ranks, slab_bytes, device) for rank in range(ranks)]
-    for heap in heaps:
-        for peer in heaps:
-            if peer is not heap:
-                heap.attach(peer.rank, peer.export())
-    return heaps
+    return attach_all([CudaLoopbackHeap(rank, ranks, slab_bytes, device) for rank in range(ranks)])

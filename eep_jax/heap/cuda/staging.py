@@ -1,8 +1,8 @@
-"""Host to GPU at the speed of the bus: out of memory that the driver has pinned.
+"""Uploads from host to GPU at the bandwidth of the bus, through pinned memory.
 
-Memory that stays, such as backups, is pinned where it is, and the GPU copies from there. Anything
-else goes through two pinned buffers, one filled by several threads while the other is copied; a
-copy out of ordinary memory would go through one of the driver's, filled by one thread.
+Long-lived memory, such as backups, is pinned in place and read by the GPU directly. All other
+arrays go through two pinned buffers, one filled by several threads while the other is uploaded; an
+upload of pageable memory would use a buffer of the driver, filled by one thread.
 """
 
 import concurrent.futures
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 CHUNK_BYTES = 16 << 20  # a bus of 50 GB/s takes a third of a millisecond
 BUFFERS = 2
 THREADS_MAX = 8
-PART_BYTES_MIN = 1 << 20  # what is worth a thread's while
-# Pinned by one call, which holds up other calls of the driver for about a millisecond.
+PART_BYTES_MIN = 1 << 20  # per thread that fills a buffer
+# Pinned by one call, which blocks other calls of the driver for about a millisecond.
 PIECE_BYTES = 16 << 20
 
 
 class PinnedUpload:
-    """Copies host arrays into device memory. May be called from any thread; one copy at a time."""
+    """Copies host arrays into device memory. Thread-safe; uploads are serialised."""
 
     def __init__(self, device: Device, what: str, chunk_bytes: int = CHUNK_BYTES):
-        """Pins `BUFFERS` buffers. Raises HeapError where the driver pins nothing."""
+        """Allocates `BUFFERS` pinned buffers. Raises HeapError if the driver refuses."""
         self._device, self._what, self._chunk_bytes = device, what, chunk_bytes
         self._lock = threading.Lock()
         self._addresses, self._events = [], []
@@ -49,7 +49,7 @@ class PinnedUpload:
         self._parts = threads
 
     def pin(self, array: np.ndarray) -> bool:
-        """Has the driver pin the pages of a contiguous array, until `unpin`; whether it did."""
+        """Pins the pages of a contiguous array until `unpin`; returns whether it did."""
         begun = []
         try:
             for begin, nbytes in _pieces(array.nbytes):
@@ -58,32 +58,32 @@ class PinnedUpload:
         except HeapError as error:
             for address in begun:
                 self._device.unregister(address, self._what)
-            _log.warning("%d bytes are not pinned, and are copied twice: %s", array.nbytes, error)
+            _log.warning("cannot pin %d bytes, uploads of them are staged: %s", array.nbytes, error)
             return False
         with self._lock:
             self._pinned[array.ctypes.data] = array
         return True
 
     def unpin(self, array: np.ndarray) -> None:
-        """Gives up an array that `pin` was called with; does nothing for others."""
-        with self._lock:  # Invariant: nobody copies from it any more.
+        """Unpins an array passed to `pin`; no effect for others."""
+        with self._lock:  # Invariant: no upload reads from it.
             if self._pinned.pop(array.ctypes.data, None) is None:
                 return
         for begin, _ in _pieces(array.nbytes):
             self._device.unregister(array.ctypes.data + begin, self._what)
 
     def upload(self, address: int, data: np.ndarray, what: str) -> None:
-        """Copies a contiguous uint8 array to a device address; it is there on return."""
+        """Copies a contiguous uint8 array to a device address; complete on return."""
         self.upload_all([(address, data)], what)
 
     def upload_all(self, copies: Iterable[tuple[int, np.ndarray]], what: str) -> None:
-        """`upload` of each; all are on their way before one is waited for."""
+        """`upload` of each; all are enqueued before the wait."""
         with self._lock:
             turn, direct = 0, []
             try:
                 for address, data in copies:
                     if self._is_pinned(data):
-                        direct.append(data)  # kept until it was read
+                        direct.append(data)  # kept alive until it was read
                         self._begin_direct(address, data, what)
                     else:
                         turn = self._begin_staged(address, data, turn, what)
@@ -106,15 +106,15 @@ class PinnedUpload:
         return whole is not None and data.nbytes <= whole.nbytes
 
     def _begin_direct(self, address: int, data: np.ndarray, what: str) -> None:
-        """No copy reads from two pieces, which the driver pinned one by one."""
+        """Copies piece by piece: no copy may span pages that were pinned by two calls."""
         for begin, nbytes in _pieces(data.nbytes):
             self._device.begin_upload(address + begin, data.ctypes.data + begin, nbytes, what)
 
     def _begin_staged(self, address: int, data: np.ndarray, turn: int, what: str) -> int:
-        """Returns the turn of the next chunk."""
+        """Enqueues the chunks of an array; returns the turn of the next chunk."""
         for begin in range(0, data.nbytes, self._chunk_bytes):
             chunk, buffer = data[begin : begin + self._chunk_bytes], turn % BUFFERS
-            if turn >= BUFFERS:  # Invariant: nobody fills what the GPU still reads.
+            if turn >= BUFFERS:  # Invariant: the GPU has read what is overwritten.
                 self._device.wait(self._events[buffer], what)
             self._fill(self._buffers[buffer][: chunk.nbytes], chunk)
             self._device.begin_upload(address + begin, self._addresses[buffer], chunk.nbytes, what)
@@ -127,12 +127,12 @@ class PinnedUpload:
         pairs = zip(np.array_split(buffer, parts), np.array_split(chunk, parts), strict=True)
         if parts == 1:
             np.copyto(buffer, chunk)
-        else:  # NumPy lets go of the interpreter while it copies
+        else:  # NumPy releases the GIL while it copies
             list(self._threads.map(lambda pair: np.copyto(*pair), pairs))
 
 
 def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """(begin, bytes) of each piece of an array, or of a part that begins where it does."""
+    """(begin, bytes) of each piece of an array, or of a prefix of it."""
     for begin in range(0, nbytes, PIECE_BYTES):
         yield begin, min(PIECE_BYTES, nbytes - begin)
 

@@ -121,8 +121,8 @@ class FrameCodec:
         half = parity(number)
         if kind == Kind.WAKE:
             post(own["wake"][writer : writer + 1], number)
-            bell = own["bell"]
-            post(bell, (int(bell[0]) + 1) & 0xFFFFFFFF)
+            doorbell = own["doorbell"]
+            post(doorbell, (int(doorbell[0]) + 1) & 0xFFFFFFFF)
             return
         fixed = self._fixed_bytes[kind]
         numbers_end = fixed + items * _NUMBER.itemsize

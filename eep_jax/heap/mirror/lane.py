@@ -1,13 +1,14 @@
 """How frames get to one peer: over the connection itself, or beside it."""
 
 import socket
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from eep_jax.heap.mirror.wire import end_connection, send
 
 SEND_DEADLINE_S = 5.0  # for the peer to take a frame; its step has given up long before
 
 
+@runtime_checkable
 class Lane(Protocol):
     """One way to a peer, of one thread. `connection` stands as long as the peer wants frames."""
 

@@ -75,14 +75,14 @@ class Agent:
         self._link.beat()
         self._feed(p.WarmedUp())
         while self._exit is None:
-            bell = self._engine.lockstep.bell()
+            doorbell = self._engine.lockstep.doorbell()
             for message in self._link.receive():
                 self._handle(message)
             self._link.beat()
             self._send_telemetry()
             self._begin_planned()
             if self._exit is None and not (self._fetch() | self._step()):
-                self._engine.lockstep.sleep(bell, SLEEP_MS)
+                self._engine.lockstep.sleep(doorbell, SLEEP_MS)
         return self._exit
 
     def _step(self) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from eep_jax.coordination.scaling import ScaleRequest
 from eep_jax.errors import EepError
@@ -43,6 +43,7 @@ class StreamProgress:
     degraded: tuple[int, ...] = ()  # experts that were dropped from these tokens
 
 
+@runtime_checkable
 class Stream(Protocol):
     """One reading of a request, from its first token."""
 
@@ -55,6 +56,7 @@ class Stream(Protocol):
         """No further tokens are wanted. Harmless when repeated or after the end."""
 
 
+@runtime_checkable
 class CompletionService(Protocol):
     """What stands behind the API. No method blocks."""
 

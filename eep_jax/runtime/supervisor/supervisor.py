@@ -9,7 +9,7 @@ import asyncio
 import logging
 import pathlib
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination.scaling import ScaleRequest, ranks_out
@@ -45,6 +45,7 @@ BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 
 
+@runtime_checkable
 class Clock(Protocol):
     """Source of time of a process loop; tests bring their own."""
 

@@ -4,11 +4,12 @@
 """
 
 import codecs
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
+@runtime_checkable
 class TokenDecoder(Protocol):
     """One answer's tokens, in order. What `feed` and `finish` return joins to its text."""
 
@@ -19,6 +20,7 @@ class TokenDecoder(Protocol):
         """What was held back, in which each invalid byte sequence is U+FFFD: no more tokens."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to tokens and back. Its methods may be called from any thread."""
 

@@ -207,12 +207,12 @@ def test_a_request_on_one_rank_wakes_all_in_the_same_round(finder):
     cluster = a_cluster()
     cluster.serve()
     others = [e for e in cluster.engines if e.rank != finder]
-    bells = {e.rank: e.lockstep.bell() for e in others}
+    doorbells = {e.rank: e.lockstep.doorbell() for e in others}
     assert not any(engine.try_wake() for engine in others)
     cluster.engines[finder].add(a_request("a", (1, 2, 3), 4))
     assert not any(engine.try_wake() for engine in others), "it has not looked yet"
     assert cluster.engines[finder].try_wake()
-    assert all(e.lockstep.bell() != bells[e.rank] for e in others), "sleepers hear it"
+    assert all(e.lockstep.doorbell() != doorbells[e.rank] for e in others), "sleepers hear it"
     assert all(engine.try_wake() for engine in others)
     assert len({int(engine._round) for engine in cluster.engines}) == 1
     assert len(cluster.serve()["a"]) == 4

@@ -37,9 +37,9 @@ def test_an_abort_is_seen_on_the_host_and_carried_to_the_device(heaps, monkeypat
 
 def test_a_peer_is_woken_at_the_round_of_the_pause_only(heaps):
     first, second = (Lockstep(LAYOUT, heap) for heap in heaps)
-    bell = second.bell()
+    doorbell = second.doorbell()
     first.wake_peers([1], 77)
-    assert second.is_woken(77) and not second.is_woken(78) and second.bell() != bell
+    assert second.is_woken(77) and not second.is_woken(78) and second.doorbell() != doorbell
     assert not first.is_woken(77)
     second.forget_wakes()
     assert not second.is_woken(77)
@@ -50,7 +50,7 @@ def test_a_sleeper_ends_its_sleep_when_a_peer_wakes_it(heaps):
     thread = threading.Timer(0.05, first.wake_peers, ([1], 5))
     started = time.monotonic()
     thread.start()
-    second.sleep(second.bell(), 30_000)
+    second.sleep(second.doorbell(), 30_000)
     thread.join()
     assert time.monotonic() - started < 10
 
@@ -62,7 +62,7 @@ def test_clearing_flags_leaves_rows_and_peers_alone(heaps):
         heap.control()[heap.rank] = 255
     Lockstep(LAYOUT, heaps[0]).clear_flags()
     for name, region in LAYOUT.regions.items():
-        if name in ("abort", "bell", "wake"):
+        if name in ("abort", "doorbell", "wake"):
             page = heaps[0].control()[0, region.offset : region.offset + region.bytes]
             cleared, found = name == "wake", page
         else:

@@ -297,7 +297,7 @@ class TestSymmetricHeap:
         for _ in range(50):
             peer.attach(0, handle)
             peer.detach(0)
-        # Mappings are per slot, and neighbours of one file may or may not be merged.
+        # Mappings are per slab; neighbours of one file may or may not be merged.
         assert len(mappings_of(peer)) <= max(mappings, peer.ranks)
         assert soon(lambda: open_files() == files) and fd_servers() == threads
 

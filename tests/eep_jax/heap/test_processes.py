@@ -94,7 +94,7 @@ def test_a_survivor_keeps_its_memory_when_a_peer_is_killed_and_takes_the_next_on
     first.kill()
     heap.whole()[1, 4] = 98
     assert heap.whole()[1, :5].tolist() == [11, 11, 11, 99, 98]
-    with pytest.raises(HeapError, match="rank 1 does not hand out its slab"):
+    with pytest.raises(HeapError, match="rank 1 does not export its slab"):
         heap.attach(1, first.handle)
     heap.detach(1)
     heap.whole()[1] = 0

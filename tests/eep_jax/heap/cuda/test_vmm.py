@@ -61,11 +61,11 @@ def settled(count, expected) -> bool:
     return count() == expected
 
 
-def is_dummy(heap, slot: int) -> bool:
-    """Whether a slot may be read and written, and what is written is nobody's slab."""
+def is_dummy(heap, rank: int) -> bool:
+    """Whether the slab of `rank` is readable and writable memory of no rank."""
     before = heap.read(heap.rank, 0, heap.slab_bytes).tobytes()
-    dummies = {memory for _, memory in _memories(heap, slot)}
-    again = heap.read(slot, 0, heap.slab_bytes).size == heap.slab_bytes
+    dummies = {memory for _, memory in _memories(heap, rank)}
+    again = heap.read(rank, 0, heap.slab_bytes).size == heap.slab_bytes
     return (
         again
         and dummies == {heap._dummy}
@@ -73,8 +73,8 @@ def is_dummy(heap, slot: int) -> bool:
     )
 
 
-def _memories(heap, slot: int):
-    start = heap.base + slot * heap.slab_bytes
+def _memories(heap, rank: int):
+    start = heap.base + rank * heap.slab_bytes
     mappings = libcuda._module.mappings.items()
     return [
         (address, memory)
@@ -194,7 +194,7 @@ class TestAttach:
                 peer.detach(0)
             kept = cuda.kept()
             cuda.fail(name)
-            said = f"{name} of rank 1, slot 0 failed: CUDA_ERROR_NOT_SUPPORTED (text of 801)"
+            said = f"{name} of rank 1, slab 0 failed: CUDA_ERROR_NOT_SUPPORTED (text of 801)"
             with pytest.raises(HeapError, match=re.escape(said)):
                 peer.attach(0, handle)
             assert is_dummy(peer, 0) and cuda.kept() == kept
@@ -208,7 +208,7 @@ class TestAttach:
         second = opened(cuda, heap_type(0, RANKS, SLAB_BYTES))
         peer.attach(0, first.export())
         cuda.fail(name)
-        with pytest.raises(HeapError, match=f"{name} of rank 1, slot 0"):
+        with pytest.raises(HeapError, match=f"{name} of rank 1, slab 0"):
             peer.attach(0, second.export())
         assert is_dummy(peer, 0)
         peer.control()[0, 9] = 5
@@ -219,7 +219,7 @@ class TestAttach:
         peer.attach(0, owner.export())
         kept, files = cuda.kept(), open_files()
         cuda.fail("cuMemImportFromShareableHandle")
-        with pytest.raises(HeapError, match="cuMemImportFromShareableHandle of rank 1, slot 0"):
+        with pytest.raises(HeapError, match="cuMemImportFromShareableHandle of rank 1, slab 0"):
             peer.attach(0, owner.export())
         owner.write(0, np.full(8, 6, np.uint8))
         assert set(peer.read(0, 0, 8)) == {6}
@@ -231,7 +231,7 @@ class TestAttach:
         kept = cuda.kept()
         peer.attach(0, owner.export())
         cuda.fail(name, 2 if name == "cuMemMap" else 1)
-        with pytest.raises(HeapError, match=f"{name} of .*rank 1.*slot 0"):
+        with pytest.raises(HeapError, match=f"{name} of .*rank 1.*slab 0"):
             peer.detach(0)
         peer.detach(0)
         assert is_dummy(peer, 0)
@@ -324,7 +324,7 @@ class TestErrors:
     def test_errors_of_moving_bytes_name_call_rank_slot_and_bytes(self, cuda, name, use):
         heap, _ = a_pair(cuda)
         cuda.fail(name)
-        said = f"{name} of rank 0, slot 2, 8 bytes at offset 64 failed: CUDA_ERROR_NOT_SUPPORTED"
+        said = f"{name} of rank 0, slab 2, 8 bytes at offset 64 failed: CUDA_ERROR_NOT_SUPPORTED"
         with pytest.raises(HeapError, match=said):
             use(heap)
 

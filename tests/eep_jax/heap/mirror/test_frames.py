@@ -130,10 +130,10 @@ def test_a_frame_that_comes_twice_or_late_leaves_what_came_once():
 
 def test_a_wake_is_its_round_and_rings_the_bell():
     world = World(SIZES, 6)
-    bell = int(world.theirs["bell"][0])
+    doorbell = int(world.theirs["doorbell"][0])
     world.deliver(world.frame(Kind.WAKE, 77))
     assert world.theirs["wake"][ME] == 77
-    assert int(world.theirs["bell"][0]) == (bell + 1) & 0xFFFFFFFF
+    assert int(world.theirs["doorbell"][0]) == (doorbell + 1) & 0xFFFFFFFF
 
 
 @hypothesis.given(seed=st.integers(0, 100_000))
@@ -161,7 +161,7 @@ def test_what_no_rank_sends_is_refused_or_stays_in_its_writers_places(seed):
         if after is not None:
             assert np.array_equal(bits(array), bits(after[name])), f"{name} was touched"
             continue
-        if name == "bell":
+        if name == "doorbell":
             continue
         if array.ndim == 1 and name != "wake":
             assert np.array_equal(array, before[name]), f"{name} was touched"

@@ -95,10 +95,10 @@ class TestBetweenHosts:
 
     def test_a_wake_word_rings_the_bell_of_the_other_host(self, pair):
         near, far = pair
-        bell = int(window(far)["bell"][0])
+        doorbell = int(window(far)["doorbell"][0])
         post(window(near, 1)["wake"][0:1], 17)
         until(lambda: window(far)["wake"][0] == 17, "the wake")
-        until(lambda: int(window(far)["bell"][0]) == bell + 1, "the bell")
+        until(lambda: int(window(far)["doorbell"][0]) == doorbell + 1, "the doorbell")
 
     def test_an_abort_word_stays_at_home(self, pair):
         near, far = pair
