@@ -1,12 +1,12 @@
-"""What travels for one use of a window: packed out of a staging slab, stored into a real one.
+"""Frames of one round: packed from a staging window, stored into the peer's own.
 
-A frame is everything that a flag announces, and then the flag: who stores a frame writes its data
-first. A flag holds its round, so a frame that comes late, or twice, satisfies no wait.
+A frame holds the data that a flag announces; it is stored before the flag is posted. A flag holds
+its round, so a late or repeated frame satisfies no wait.
 
     header    kind u8, 3 unused, round u32, items u32, payload bytes u32; little endian
     SENT      the writer's vote, slots [T K], weights [T K], item numbers [N], rows [N]
     RETURNED  item numbers [N], results [N]; an item is a token, or a choice of one (per_choice)
-    WAKE      nothing: the round at which the writer found work
+    WAKE      empty: the round at which the writer found work
 """
 
 import enum
@@ -18,12 +18,13 @@ from pallas_kernels.signals import parity, post
 from pallas_kernels.window import WindowLayout
 
 HEADER = struct.Struct("<BxxxIII")
+Window = dict[str, np.ndarray]  # regions of one slab by name
 ROUTING = ("votes", "slots", "weights")  # of all tokens, before the rows
 _NUMBER = np.dtype("<u4")
 
 
 class Kind(enum.IntEnum):
-    """What a frame announces; those of one round in the order in which they are made."""
+    """Content of a frame; kinds of one round are numbered in the order of their creation."""
 
     SENT = 1
     RETURNED = 2
@@ -31,11 +32,11 @@ class Kind(enum.IntEnum):
 
 
 class BadFrame(ValueError):
-    """A frame that no rank of this configuration sends."""
+    """Malformed frame: no rank of this configuration sends it."""
 
 
 class FrameCodec:
-    """Frames between the windows of one layout, for the rank whose process this is."""
+    """Packs and stores frames between windows of one layout, for the rank of this process."""
 
     def __init__(self, layout: WindowLayout, rank: int):
         self._layout, self._rank = layout, rank
@@ -54,15 +55,15 @@ class FrameCodec:
 
     @property
     def payload_bytes_max(self) -> int:
-        """Of the longest frame that there is."""
+        """Payload length of the longest frame."""
         return max(self.payload_bytes(kind, self._items_max[kind]) for kind in Kind)
 
     def _bytes_of_one(self, name: str) -> int:
-        """What one writer has of a double-buffered region, for one parity."""
+        """Bytes of one writer in a double-buffered region, for one parity."""
         return self._regions[name].bytes // (2 * self._layout.ranks)
 
-    def flags(self, window: dict[str, np.ndarray]) -> list[tuple[Kind, np.ndarray]]:
-        """The words of this rank in a window: whoever changes one wants a frame sent."""
+    def flags(self, window: Window) -> list[tuple[Kind, np.ndarray]]:
+        """Flags of this rank in a window, with the kind of frame that a change of each requires."""
         rank = self._rank
         doubled = ((Kind.SENT, "sent"), (Kind.RETURNED, "returned"))
         found = [
@@ -71,9 +72,9 @@ class FrameCodec:
         return [*found, (Kind.WAKE, window["wake"][rank : rank + 1])]
 
     def payload_bytes(self, kind: int, items: int) -> int:
-        """The length that such a frame must have. Raises BadFrame where there is no such frame."""
+        """Payload length of a frame. Raises BadFrame for an unknown kind or too many items."""
         if kind not in self._items_max:
-            raise BadFrame(f"kind {kind} is none of {[k.value for k in Kind]}")
+            raise BadFrame(f"unknown kind {kind}; expected one of {[k.value for k in Kind]}")
         if items > self._items_max[kind]:
             raise BadFrame(
                 f"{items} items in a frame of kind {Kind(kind).name}, at most "
@@ -81,11 +82,13 @@ class FrameCodec:
             )
         return self._fixed_bytes[kind] + items * (_NUMBER.itemsize + self._item_bytes[kind])
 
-    def pack(self, kind: Kind, number: int, staging: dict, own: dict, peer: int) -> list:
-        """The frame of round `number` for `peer`, as buffers of its own: nothing of it is shared.
+    def pack(
+        self, kind: Kind, number: int, staging: Window, own: Window, peer: int
+    ) -> list[bytes | memoryview]:
+        """Copies the frame of round `number` for `peer`: header, then buffers of the payload.
 
-        `staging` is the window that this rank's kernels filled in the peer's place, `own` the own
-        one: what the peer sent of its tokens says which results it gets.
+        `staging` is the window that this rank's kernels filled in place of the peer's, `own` the
+        own window, whose slots of the peer's tokens determine which results it gets.
         """
         pieces = []
         half, rank = parity(number), self._rank
@@ -107,11 +110,11 @@ class FrameCodec:
         return [HEADER.pack(kind, number, count, length), *pieces]
 
     def store(
-        self, kind: int, number: int, items: int, payload: memoryview, own: dict, writer: int
-    ):
-        """Puts what `writer` sent where it would have written it itself, then posts its flag.
+        self, kind: int, number: int, items: int, payload: memoryview, own: Window, writer: int
+    ) -> None:
+        """Stores a frame of `writer` in its regions of the own window, then posts its flag.
 
-        Raises BadFrame, and then nothing was stored.
+        Raises BadFrame, before anything is stored.
         """
         if len(payload) != self.payload_bytes(kind, items):
             raise BadFrame(
@@ -138,10 +141,10 @@ class FrameCodec:
             flag = own["returned"]
         if items:
             target.view(np.uint8)[numbers] = data
-        # All of the frame is stored; only now may a wait end.
+        # Invariant: the whole frame is stored before a wait for it can end.
         post(flag[half, writer : writer + 1], number)
 
-    def _store_routing(self, routing: memoryview, targets: dict[str, np.ndarray]) -> None:
+    def _store_routing(self, routing: memoryview, targets: Window) -> None:
         found, start = {}, 0
         for name, target in targets.items():
             piece = routing[start : start + target.nbytes]
@@ -154,5 +157,5 @@ class FrameCodec:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    """An array that nobody else holds, as bytes."""
+    """The bytes of an array."""
     return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))

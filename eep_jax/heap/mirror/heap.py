@@ -1,10 +1,9 @@
-"""The symmetric heap over several hosts: slabs of this host are mapped, others are mirrored.
+"""Symmetric heap over several hosts: slabs of this host are mapped, others are mirrored.
 
-The slot of a rank on another host is staging memory of this process. Kernels write rows into it
-and post flags as they do anywhere; a thread sees a flag change, sends what it announces, and the
-peer's process stores the rows and then posts the flag itself. So kernels cannot tell, a rank is
-written by nobody but itself and its own host's ranks, and an evicted rank is kept out by refusing
-its frames.
+The slab of a rank on another host is staging memory of this process. Kernels write rows into it and
+post flags as anywhere; a thread sends what a changed flag announces, and the peer's process stores
+the rows and then posts the flag itself. So kernels need no special case, a rank's memory is written
+only by itself and ranks of its host, and an evicted rank is excluded by refusing its frames.
 """
 
 import dataclasses
@@ -23,10 +22,10 @@ from eep_jax.config import MIRROR_TRANSPORTS
 from eep_jax.errors import HeapError
 from eep_jax.heap.heap import check_bytes, check_copy
 from eep_jax.heap.mirror.frames import BadFrame, FrameCodec
-from eep_jax.heap.mirror.lane import Lane, TcpLane
-from eep_jax.heap.mirror.nixl import NixlInbox, NixlLane, rdma_devices
+from eep_jax.heap.mirror.nixl import NixlInbox, NixlStream, rdma_devices
 from eep_jax.heap.mirror.sender import MirrorReader, MirrorSender
 from eep_jax.heap.mirror.server import NO_NIXL, READ_BYTES_MAX, MirrorServer
+from eep_jax.heap.mirror.stream import FrameStream, TcpStream
 from eep_jax.heap.mirror.wire import ID_BYTES, Introduction, Purpose, call
 from eep_jax.heap.posix_shm import ATTACH_DEADLINE_MS, PosixShmHeap, memory_file
 from pallas_kernels.window import WindowLayout
@@ -35,17 +34,23 @@ _log = logging.getLogger(__name__)
 
 SCHEME, SEPARATOR = "mirror", "|"
 READ_DEADLINE_S = 5.0
-READ_BYTES_PER_S_MIN = 10e6  # slower than this counts as broken
+READ_BYTES_PER_S_MIN = 10e6  # a slower connection counts as broken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MirrorOptions:
-    """How ranks of other hosts and this one reach each other.
+    """Connection of this rank to ranks of other hosts.
 
-    `host` is an address of this machine, `host_id` what `runtime.identity.host_id` says, `token`
-    the run's. `transport` of frames: nixl, tcp, or auto: NIXL between ranks that both have it and
-    RDMA, for over TCP it must poll, and gains nothing over sockets.
-    Raises ValueError for an id that a handle cannot hold, and for other transports.
+    Args:
+        host: address of this machine.
+        host_id: value of `runtime.control.identity.host_id`.
+        token: the run's token.
+        layout: that of every rank's window.
+        transport: of frames: nixl, tcp, or auto: NIXL between ranks that both have it and RDMA,
+            since over TCP it must poll, and gains nothing over sockets.
+
+    Raises:
+        ValueError: an empty `host_id`, one with a separator of handles, or another transport.
     """
 
     host: str
@@ -56,7 +61,7 @@ class MirrorOptions:
 
     def __post_init__(self):
         if SEPARATOR in self.host_id or not self.host_id:
-            raise ValueError(f"host_id={self.host_id!r} must not be empty or hold {SEPARATOR!r}")
+            raise ValueError(f"{self.host_id=} must not be empty or contain {SEPARATOR!r}")
         if self.transport not in MIRROR_TRANSPORTS:
             raise ValueError(f"{self.transport=} must be one of {MIRROR_TRANSPORTS}")
 
@@ -65,14 +70,14 @@ class MirrorOptions:
 class _Peer:
     """A rank of another host while it is attached."""
 
-    heap: bytes  # id of its heap, by which its frames are known
-    link: MirrorSender
+    heap: bytes  # id of its heap, which its frames must come from
+    sender: MirrorSender
     reader: MirrorReader
-    call: int = 0  # of its connection whose frames count: the newest that sent any
+    call: int = 0  # number of its newest connection that sent frames; older ones are refused
 
 
 class MirrorHeap(PosixShmHeap):
-    """A handle is `mirror:<host id>|<handle on that host>|<address>|<heap id>`."""
+    """Heap over hosts. A handle is `mirror:<host id>|<handle on that host>|<address>|<heap id>`."""
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class MirrorHeap(PosixShmHeap):
         self._codec = FrameCodec(options.layout, rank)
         self._windows = options.layout.views(self.whole())
         self._peers: dict[int, _Peer] = {}
-        self._lock = threading.Lock()  # of `_peers`; held while a frame is stored
+        self._lock = threading.Lock()  # guards `_peers`; held while a frame is stored
         self.frames_refused = 0
         try:
             self._inbox = self._open_inbox()
@@ -96,7 +101,7 @@ class MirrorHeap(PosixShmHeap):
                 options.host,
                 options.token,
                 ranks,
-                self._why_not,
+                self._refusal,
                 self._codec.payload_bytes,
                 self._store,
                 self._own_bytes,
@@ -142,7 +147,7 @@ class MirrorHeap(PosixShmHeap):
             return super().read(rank, offset, nbytes)
         check_bytes(self, rank, offset, nbytes)
         if nbytes > READ_BYTES_MAX:
-            raise HeapError(f"{nbytes} bytes of rank {rank} at once, at most {READ_BYTES_MAX}")
+            raise HeapError(f"read of {nbytes} bytes of rank {rank}, at most {READ_BYTES_MAX}")
         return peer.reader.read(offset, nbytes, READ_DEADLINE_S + nbytes / READ_BYTES_PER_S_MIN)
 
     def copy_in(self, offset: int, rank: int, source_offset: int, nbytes: int) -> None:
@@ -150,7 +155,7 @@ class MirrorHeap(PosixShmHeap):
         self.write(offset, self.read(rank, source_offset, nbytes))
 
     def fill_zero(self, offset: int, nbytes: int) -> None:
-        """Also in the staging slabs: flags that are cleared at home are none elsewhere."""
+        """Zeroes staging slabs as well: flags cleared here must not be sent."""
         super().fill_zero(offset, nbytes)
         for rank in list(self._peers):
             self._bytes(rank, offset, nbytes)[...] = 0
@@ -168,7 +173,7 @@ class MirrorHeap(PosixShmHeap):
         super().close()
 
     def _open_inbox(self) -> NixlInbox | None:
-        """None where frames come over TCP. Raises HeapError where NIXL is wanted and cannot be."""
+        """None if frames come over TCP. Raises HeapError if NIXL is required but unavailable."""
         options, codec = self._options, self._codec
         if options.transport == "tcp" or (options.transport == "auto" and not rdma_devices()):
             return None
@@ -187,38 +192,38 @@ class MirrorHeap(PosixShmHeap):
             introduction = self._introduction(purpose, heap)
             return call(address, self._options.token, introduction, ATTACH_DEADLINE_MS / 1000)
 
-        open_lane = functools.partial(self._open_lane, connect)
-        lane = open_lane()
+        open_stream = functools.partial(self._open_stream, connect)
+        stream = open_stream()
         staging = memory_file(f"eep-staging{rank}", self.slab_bytes)
         try:
             self._forget(rank)  # an earlier process of that rank
             self.attach_fd(rank, staging)
         except BaseException:
-            lane.close()
+            stream.close()
             raise
         finally:
             os.close(staging)
-        link = MirrorSender(rank, self._codec, self._windows, self.rank, lane, open_lane)
+        sender = MirrorSender(rank, self._codec, self._windows, self.rank, stream, open_stream)
         reader = MirrorReader(rank, functools.partial(connect, Purpose.READS))
         with self._lock:
-            self._peers[rank] = _Peer(heap, link, reader)
+            self._peers[rank] = _Peer(heap, sender, reader)
 
-    def _open_lane(self, connect: Callable[[Purpose], socket.socket]) -> Lane:
-        """NIXL where both ends have it, unless the operator chose. Raises OSError, HeapError."""
+    def _open_stream(self, connect: Callable[[Purpose], socket.socket]) -> FrameStream:
+        """NIXL if both ends have it, unless configured. Raises OSError, HeapError."""
         if self._inbox is not None:
             try:
-                return NixlLane(connect(Purpose.NIXL), self._options.host)
+                return NixlStream(connect(Purpose.NIXL), self._options.host)
             except (HeapError, RuntimeError) as error:
                 if self._options.transport == "nixl" or NO_NIXL not in str(error):
                     raise HeapError(f"no mirror over NIXL: {error}") from error
-        return TcpLane(connect(Purpose.WRITES))
+        return TcpStream(connect(Purpose.WRITES))
 
     def _forget(self, rank: int) -> None:
-        """Takes no frame of that rank any more, and sends it none."""
+        """Stops exchanging frames with that rank."""
         with self._lock:
             peer = self._peers.pop(rank, None)
         if peer is not None:
-            peer.link.close()
+            peer.sender.close()
             peer.reader.close()
 
     def _introduction(self, purpose: Purpose, wanted: bytes) -> Introduction:
@@ -232,10 +237,10 @@ class MirrorHeap(PosixShmHeap):
             wanted=wanted,
         )
 
-    def _why_not(self, caller: Introduction) -> str:
-        """Why a caller's frames and questions make no sense here, or ''."""
+    def _refusal(self, caller: Introduction) -> str:
+        """Reason to refuse a caller, or ''."""
         if caller.wanted != self._id:
-            return f"rank {self.rank} has another process here by now"
+            return f"the process of rank {self.rank} here is a newer one"
         if caller.rank == self.rank or caller.rank >= self.ranks:
             return f"rank {caller.rank} is not a peer of rank {self.rank} of {self.ranks}"
         found = (caller.ranks, caller.slab_bytes, caller.layout)
@@ -248,16 +253,22 @@ class MirrorHeap(PosixShmHeap):
         return ""
 
     def _store(
-        self, caller: Introduction, call: int, kind: int, number: int, items: int, payload
+        self,
+        caller: Introduction,
+        call: int,
+        kind: int,
+        number: int,
+        items: int,
+        payload: memoryview,
     ) -> None:
-        """One frame of an attached peer. Others' are dropped: they may come from the evicted."""
+        """Stores a frame of an attached peer; drops others, which an evicted process may send."""
         with self._lock:
             peer = self._peers.get(caller.rank)
             if peer is None or peer.heap != caller.heap:
                 self.frames_refused += 1
                 return
             if call < peer.call:
-                raise BadFrame("it called again since, and this frame is older")
+                raise BadFrame("frame over an older connection than its newest")
             peer.call = call
             own = self._windows[self.rank]
             self._codec.store(kind, number, items, payload, own, caller.rank)

@@ -1,4 +1,4 @@
-"""A rank's door for ranks of other hosts: it stores their frames, and lets them read its slab."""
+"""Server of a rank for ranks of other hosts: stores their frames and serves reads of its slab."""
 
 import functools
 import itertools
@@ -19,31 +19,36 @@ from eep_jax.heap.mirror.wire import (
     SERVICE,
     Introduction,
     Purpose,
-    answer,
     end_connection,
     prepare,
     receive,
     receive_introduction,
+    reply,
     send,
 )
 
 _log = logging.getLogger(__name__)
 
 ACCEPT_PAUSE_S = 0.05
-QUESTION = struct.Struct("<QQ")  # offset and length of bytes of the slab
+READ = struct.Struct("<QQ")  # offset and length of bytes of the slab
 READ_BYTES_MAX = 1 << 30
-NO_NIXL = "no NIXL here"
-STRANGERS_MAX = 16  # connections that have not proved themselves yet
+NO_NIXL = "NIXL is not available here"
+UNAUTHENTICATED_MAX = 16  # connections at once that are not authenticated yet
 
 
 class MirrorServer:
-    """Listens at `host`; `address` says where, as host:port.
+    """Listens at `host`, on the port of `address` (host:port), until `close`.
 
-    `why_not(introduction)` is '' for a caller that is welcome. `payload_bytes(kind, items)` raises
-    BadFrame for frames that there are none of; `store(introduction, call, kind, round, items,
-    payload)` takes the others, and may raise it. `call` counts connections: what comes over an
-    older one is older, whenever it is read. `read(offset, nbytes)` answers questions. `inbox` takes
-    frames over NIXL, if there is one.
+    Args:
+        host: address of this machine.
+        token: the run's token, proved by both ends.
+        ranks: bounds the number of connections.
+        refusal: reason to refuse a caller; '' accepts it.
+        payload_bytes: (kind, items) -> length of a frame's payload; raises BadFrame.
+        store: (introduction, call, kind, round, items, payload) stores a frame; may raise
+            BadFrame. `call` numbers connections, so frames of an older one are recognised.
+        read: (offset, bytes) -> that part of the slab.
+        inbox: receiver of frames over NIXL, if available.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class MirrorServer:
         host: str,
         token: str,
         ranks: int,
-        why_not: Callable[[Introduction], str],
+        refusal: Callable[[Introduction], str],
         payload_bytes: Callable[[int, int], int],
         store: Callable[[Introduction, int, int, int, int, memoryview], None],
         read: Callable[[int, int], memoryview],
@@ -67,19 +72,19 @@ class MirrorServer:
             ) from error
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
-        self._token, self._why_not = token, why_not
+        self._token, self._refusal = token, refusal
         self._payload_bytes, self._store, self._read = payload_bytes, store, read
         self._inbox = inbox
-        self._strangers = threading.BoundedSemaphore(STRANGERS_MAX)
-        # One for writes and a few for reads of each peer, and those that are just being replaced.
-        self._places = threading.BoundedSemaphore(8 * ranks)
+        self._unauthenticated = threading.BoundedSemaphore(UNAUTHENTICATED_MAX)
+        # Per peer one for writes, a few for reads, and those being replaced.
+        self._admitted = threading.BoundedSemaphore(8 * ranks)
         self._open: set[socket.socket] = set()
         self._calls = itertools.count(1)
         self._lock, self._closed = threading.Lock(), False
         threading.Thread(target=self._accept, name="mirror-server", daemon=True).start()
 
     def close(self) -> None:
-        """May be called twice."""
+        """Idempotent."""
         with self._lock:
             if self._closed:
                 return
@@ -95,10 +100,14 @@ class MirrorServer:
                 connection, (host, *_) = self._socket.accept()
             except OSError:
                 if not self._closed:
-                    time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, say: it may pass
+                    time.sleep(ACCEPT_PAUSE_S)  # out of descriptors, for example: transient
                 continue
-            if not self._strangers.acquire(blocking=False):
-                _log.warning("refused %s: %d callers are at the door", host, STRANGERS_MAX)
+            if not self._unauthenticated.acquire(blocking=False):
+                _log.warning(
+                    "refused %s: %d connections are not authenticated yet",
+                    host,
+                    UNAUTHENTICATED_MAX,
+                )
                 connection.close()
                 continue
             body = threading.Thread(
@@ -114,14 +123,14 @@ class MirrorServer:
                 _log.warning("refused a mirror connection from %s: %s", host, error)
                 return
             finally:
-                self._strangers.release()
+                self._unauthenticated.release()
             if introduction is None:
                 return
             try:
                 if introduction.purpose is Purpose.WRITES:
                     self._take_frames(connection, introduction, call)
                 elif introduction.purpose is Purpose.READS:
-                    self._answer_questions(connection)
+                    self._serve_reads(connection)
                 else:
                     self._inbox.serve(
                         connection, functools.partial(self._store, introduction, call)
@@ -135,25 +144,25 @@ class MirrorServer:
                 self._forget(connection)
 
     def _introduced(self, connection: socket.socket) -> tuple[Introduction | None, int]:
-        """Who it is, once it proved that it knows the token; None if it is not welcome."""
+        """Authenticates a caller: its introduction and number, or (None, 0) if refused."""
         prepare(connection)
         admit(connection, self._token, HANDSHAKE_S, SERVICE)
         introduction = receive_introduction(connection)
-        reason = self._why_not(introduction)
+        reason = self._refusal(introduction)
         if not reason and introduction.purpose is Purpose.NIXL and self._inbox is None:
             reason = NO_NIXL
-        if not reason and not self._places.acquire(blocking=False):
-            reason = "too many connections are open here"
+        if not reason and not self._admitted.acquire(blocking=False):
+            reason = "too many open connections"
         if reason:
             _log.info("refused rank %d: %s", introduction.rank, reason)
-            answer(connection, reason)
+            reply(connection, reason)
             return None, 0
-        # Counted before the caller may send: its next call can only come after this one.
+        # Numbered before the caller may send, so its next connection has a larger number.
         with self._lock:
             call = next(self._calls)
             self._open.add(connection)
         try:
-            answer(connection)
+            reply(connection)
         except OSError:
             self._forget(connection)
             raise
@@ -162,7 +171,7 @@ class MirrorServer:
     def _forget(self, connection: socket.socket) -> None:
         with self._lock:
             self._open.discard(connection)
-        self._places.release()
+        self._admitted.release()
 
     def _take_frames(
         self, connection: socket.socket, introduction: Introduction, call: int
@@ -172,13 +181,13 @@ class MirrorServer:
             kind, number, items, length = HEADER.unpack(header)
             expected = self._payload_bytes(kind, items)
             if length != expected:  # before anything is allocated for it
-                raise BadFrame(f"a frame of {length} bytes, expected {expected}")
+                raise BadFrame(f"frame of {length} bytes, expected {expected}")
             payload = receive(connection, length, time.monotonic() + BODY_DEADLINE_S)
             self._store(introduction, call, kind, number, items, memoryview(payload))
 
-    def _answer_questions(self, connection: socket.socket) -> None:
+    def _serve_reads(self, connection: socket.socket) -> None:
         while True:
-            offset, length = QUESTION.unpack(receive(connection, QUESTION.size, None))
+            offset, length = READ.unpack(receive(connection, READ.size, None))
             if length > READ_BYTES_MAX:
-                raise BadFrame(f"{length} bytes to read at once, at most {READ_BYTES_MAX}")
+                raise BadFrame(f"read of {length} bytes, at most {READ_BYTES_MAX} at once")
             send(connection, [self._read(offset, length)], BODY_DEADLINE_S + length / 1e6)

@@ -1,8 +1,8 @@
-"""Connections between mirrors: TCP, one purpose each, only between processes that know the token.
+"""TCP connections between mirrors: one purpose each, authenticated by the run's token.
 
-After the handshake the caller says who it is and what for; the answer is empty, or why not. Then
-a connection for WRITES carries frames one way, one for READS questions and answers, and one for
-NIXL an offer of memory to write frames into.
+After the handshake the caller introduces itself; the reply is empty, or the reason of a refusal.
+Then a connection for WRITES carries frames one way, one for READS requests and replies, and one
+for NIXL an offer of memory to write frames into.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import enum
 import socket
 import struct
 import time
+from collections.abc import Sequence
 
 from eep_jax.errors import HeapError
 from eep_jax.handshake import enter
@@ -18,16 +19,16 @@ from eep_jax.handshake import enter
 SERVICE = b"eep-mirror/1"
 HANDSHAKE_S = 2.0
 BODY_DEADLINE_S = 5.0  # for the rest of a frame, once its header came
-UNANSWERED_MS = 5_000  # bytes that the other host does not acknowledge for so long end a connection
+UNACKNOWLEDGED_MS = 5_000  # a connection ends with bytes that stay unacknowledged for so long
 ID_BYTES = 16
 REASON_BYTES_MAX = 1_000
 
 _INTRODUCTION = struct.Struct(f"<cHHQ{ID_BYTES}s{ID_BYTES}s{ID_BYTES}s")
-_ANSWER = struct.Struct("<H")
+_REPLY = struct.Struct("<H")
 
 
 class Purpose(enum.Enum):
-    """What a connection is for."""
+    """Purpose of a connection."""
 
     WRITES = b"W"
     READS = b"R"
@@ -36,7 +37,7 @@ class Purpose(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Introduction:
-    """Who calls, and whom. Both must have been configured alike."""
+    """Identity of a caller and of the heap it expects. Both must have equal configurations."""
 
     purpose: Purpose
     rank: int
@@ -44,7 +45,7 @@ class Introduction:
     slab_bytes: int
     layout: bytes  # digest of the window's layout
     heap: bytes  # id of the caller's heap
-    wanted: bytes  # id of the heap that it means to reach
+    wanted: bytes  # id of the heap that it expects to reach
 
     def pack(self) -> bytes:
         sizes = (self.purpose.value, self.rank, self.ranks, self.slab_bytes)
@@ -52,10 +53,9 @@ class Introduction:
 
 
 def call(address: str, token: str, introduction: Introduction, deadline_s: float) -> socket.socket:
-    """A connection that the mirror at `address` (host:port) accepted.
+    """Connects to the mirror at `address` (host:port) within the deadline.
 
-    Raises OSError where it cannot be reached or does not know the token, HeapError where it does
-    not want this caller.
+    Raises OSError if it is unreachable or does not prove the token, HeapError if it refuses.
     """
     ends_s = time.monotonic() + deadline_s
     host, _, port = address.rpartition(":")
@@ -64,7 +64,7 @@ def call(address: str, token: str, introduction: Introduction, deadline_s: float
         prepare(connection)
         enter(connection, token, min(HANDSHAKE_S, _left(ends_s)), SERVICE)
         connection.sendall(introduction.pack())
-        (length,) = _ANSWER.unpack(receive(connection, _ANSWER.size, ends_s))
+        (length,) = _REPLY.unpack(receive(connection, _REPLY.size, ends_s))
         if length:
             reason = receive(connection, min(length, REASON_BYTES_MAX), ends_s)
             raise HeapError(bytes(reason).decode(errors="replace"))
@@ -76,7 +76,7 @@ def call(address: str, token: str, introduction: Introduction, deadline_s: float
 
 
 def receive_introduction(connection: socket.socket) -> Introduction:
-    """What a caller that proved itself says. Raises OSError, or ValueError for no purpose."""
+    """Reads an authenticated caller's introduction. Raises OSError or ValueError."""
     raw = receive(connection, _INTRODUCTION.size, time.monotonic() + HANDSHAKE_S)
     purpose, rank, ranks, slab_bytes, layout, heap, wanted = _INTRODUCTION.unpack(raw)
     return Introduction(
@@ -90,17 +90,17 @@ def receive_introduction(connection: socket.socket) -> Introduction:
     )
 
 
-def answer(connection: socket.socket, reason: str = "") -> None:
-    """Accepts a caller, or says why not."""
-    said = reason.encode()[:REASON_BYTES_MAX]
-    connection.sendall(_ANSWER.pack(len(said)) + said)
+def reply(connection: socket.socket, reason: str = "") -> None:
+    """Accepts a caller, or refuses it with a reason."""
+    text = reason.encode()[:REASON_BYTES_MAX]
+    connection.sendall(_REPLY.pack(len(text)) + text)
 
 
 def prepare(connection: socket.socket) -> None:
-    """Sends at once, and notices within seconds when the other host is gone."""
+    """Disables Nagle's algorithm, and detects a dead host within seconds."""
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_MS),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
@@ -110,21 +110,23 @@ def prepare(connection: socket.socket) -> None:
 
 
 def receive(connection: socket.socket, nbytes: int, ends_s: float | None) -> bytearray:
-    """Exactly so many bytes. Raises TimeoutError at `ends_s` of the monotonic clock (None: never),
-    ConnectionError where the other end closed."""
+    """Reads exactly `nbytes`. Raises TimeoutError at `ends_s` of the monotonic clock (None: never),
+    ConnectionError at the end of the stream."""
     found = bytearray(nbytes)
     view, done = memoryview(found), 0
     while done < nbytes:
         connection.settimeout(None if ends_s is None else _left(ends_s))
         count = connection.recv_into(view[done:])
         if not count:
-            raise ConnectionError("the other end closed the connection")
+            raise ConnectionError("the peer closed the connection")
         done += count
     return found
 
 
-def send(connection: socket.socket, pieces: list, deadline_s: float) -> None:
-    """All of these buffers. Raises TimeoutError where the other end does not take them in time."""
+def send(
+    connection: socket.socket, pieces: Sequence[bytes | memoryview], deadline_s: float
+) -> None:
+    """Sends these buffers. Raises TimeoutError if the peer does not accept them in time."""
     ends_s = time.monotonic() + deadline_s
     left = [memoryview(piece) for piece in pieces if len(piece)]
     while left:
@@ -137,13 +139,13 @@ def send(connection: socket.socket, pieces: list, deadline_s: float) -> None:
 
 
 def end_connection(connection: socket.socket) -> None:
-    """Wakes whoever waits for it; closing is for its owner."""
-    with contextlib.suppress(OSError):  # it is over already
+    """Wakes all threads blocked on it; the owner closes it."""
+    with contextlib.suppress(OSError):  # ended already
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def _left(ends_s: float) -> float:
     left_s = ends_s - time.monotonic()
     if left_s <= 0:
-        raise TimeoutError("the other end was too slow")
+        raise TimeoutError("the peer was too slow")
     return left_s

@@ -33,7 +33,7 @@ class Rank:
             self.heap.attach(rank, handle)
         except HeapError as error:
             return f"HeapError: {error}"
-        return type(self.heap._peers[rank].link._lane).__name__
+        return type(self.heap._peers[rank].sender._stream).__name__
 
     def write(self, peer: int, number: int, value: float) -> None:
         there, half, me = self.windows[peer], number & 1, self.heap.rank

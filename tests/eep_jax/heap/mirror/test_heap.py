@@ -11,11 +11,11 @@ import pytest
 from eep_jax.errors import HeapError
 from eep_jax.handshake import enter
 from eep_jax.heap.mirror import heap as mirror_heap
-from eep_jax.heap.mirror import lane, nixl, server
+from eep_jax.heap.mirror import nixl, server, stream
 from eep_jax.heap.mirror.frames import HEADER, Kind
 from eep_jax.heap.mirror.heap import MirrorOptions
-from eep_jax.heap.mirror.nixl import NixlLane, load_nixl
-from eep_jax.heap.mirror.server import QUESTION, STRANGERS_MAX
+from eep_jax.heap.mirror.nixl import NixlStream, load_nixl
+from eep_jax.heap.mirror.server import READ, UNAUTHENTICATED_MAX
 from eep_jax.heap.mirror.wire import SERVICE, Purpose, call, receive
 from eep_jax.heap.open import open_heap
 from pallas_kernels.signals import post
@@ -141,7 +141,7 @@ class TestBetweenHosts:
             for heap in pair:
                 region = LAYOUT.regions["sent"]
                 heap.fill_zero(region.offset, region.bytes)
-            until(lambda: near._peers[1].link._done[0] == 0, "the proxy to see it")
+            until(lambda: near._peers[1].sender._done[0] == 0, "the proxy to see it")
             assert not has_come(far, 0, 2)
 
 
@@ -170,7 +170,7 @@ class TestRanksThatGo:
         near, far = pair
         write(far, 0, 2, 1.0)
         until(lambda: has_come(near, 1, 2))
-        connection = far._peers[0].link._lane.connection
+        connection = far._peers[0].sender._stream.connection
         connection.shutdown(socket.SHUT_RDWR)
         write(far, 0, 4, 2.0)
         until(lambda: has_come(near, 1, 4), "the frame over the new connection")
@@ -178,17 +178,17 @@ class TestRanksThatGo:
         frame = far._codec.pack(Kind.SENT, 6, window(far, 0), window(far), 0)
         payload = memoryview(b"".join(bytes(p) for p in frame[1:]))
         items = HEADER.unpack(frame[0])[2]
-        with pytest.raises(ValueError, match="called again since"):
+        with pytest.raises(ValueError, match="older connection than its newest"):
             near._store(caller, first, Kind.SENT, 6, items, payload)
         assert has_come(near, 1, 4)
 
     def test_a_broken_connection_is_made_again_and_what_stands_is_sent(self, pair):
         near, far = pair
         for number in (2, 3, 4, 5):
-            near._peers[1].link._lane.connection.shutdown(socket.SHUT_RDWR)
+            near._peers[1].sender._stream.connection.shutdown(socket.SHUT_RDWR)
             write(near, 1, number, float(number))
             until(lambda n=number: has_come(far, 0, n), f"round {number}")
-        assert near._peers[1].link.reconnections
+        assert near._peers[1].sender.reconnections
 
     def test_detaching_waits_for_no_host_that_is_gone(self, pair, monkeypatch):
         near, _ = pair
@@ -199,20 +199,20 @@ class TestRanksThatGo:
             assert answered.wait(60)
             raise ConnectionError("gone")
 
-        link = near._peers[1].link
-        link._call = never
-        link._lane.connection.shutdown(socket.SHUT_RDWR)
+        sender = near._peers[1].sender
+        sender._connect = never
+        sender._stream.connection.shutdown(socket.SHUT_RDWR)
         write(near, 1, 2, 1.0)
         assert calling.wait(20)
         near.detach(1)  # returns although the thread is still calling
-        assert link._thread.is_alive()
+        assert sender._thread.is_alive()
         answered.set()
-        link._thread.join(20)
-        assert not link._thread.is_alive()
+        sender._thread.join(20)
+        assert not sender._thread.is_alive()
 
     def test_a_peer_that_takes_nothing_fills_no_memory(self, keep, monkeypatch):
         """Flags are overwritten, not queued: after any number of rounds few frames were made."""
-        monkeypatch.setattr(lane, "SEND_DEADLINE_S", 60.0)
+        monkeypatch.setattr(stream, "SEND_DEADLINE_S", 60.0)
         wide = dataclasses.replace(LAYOUT, hidden=1 << 20)  # 4 MB a row
         near, far = keep(a_mirror(0, "a", wide)), keep(a_mirror(1, "b", wide))
         attach_all([near, far])
@@ -222,10 +222,10 @@ class TestRanksThatGo:
             for number in range(2, 500):
                 there["rows"][number & 1, 0, 0, :8] = number
                 post(there["sent"][number & 1, 0:1], number)
-                until(lambda: near._peers[1].link._thread.is_alive())
+                until(lambda: near._peers[1].sender._thread.is_alive())
         until(lambda: own["sent"][1, 0] == 499, "the last round")
         assert set(own["rows"][1, 0, 0, :8]) == {499.0}
-        assert near._peers[1].link.frames < 100
+        assert near._peers[1].sender.frames < 100
 
     def test_a_peer_that_is_gone_is_an_error_that_names_it(self, pair, keep):
         near, far = pair
@@ -252,7 +252,7 @@ class TestWhoIsLetIn:
             call(near._mirror.address, "x" * 20, self.from_rank_1(near), 5)
         with self.connect(near) as connection:
             receive(connection, len(SERVICE) + 32, None)  # its greeting
-            connection.sendall(b"\0" * 64 + self.from_rank_1(near).pack() + QUESTION.pack(0, 8))
+            connection.sendall(b"\0" * 64 + self.from_rank_1(near).pack() + READ.pack(0, 8))
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(64) == b"", "closed without an answer"
 
@@ -267,7 +267,7 @@ class TestWhoIsLetIn:
             ({"layout": b"\1" * 16}, "another layout"),
             ({"rank": 0}, "rank 0 is not a peer of rank 0 of 3"),
             ({"rank": 3}, "rank 3 is not a peer"),
-            ({"wanted": b"\1" * 16}, "rank 0 has another process here by now"),
+            ({"wanted": b"\1" * 16}, "the process of rank 0 here is a newer one"),
         ],
     )
     def test_who_does_not_fit_is_told_why(self, pair, changes, why):
@@ -300,7 +300,7 @@ class TestWhoIsLetIn:
         near, far = pair
         monkeypatch.setattr(server, "HANDSHAKE_S", 60.0)
         with contextlib.ExitStack() as stack:
-            waiting = [stack.enter_context(self.connect(near)) for _ in range(STRANGERS_MAX)]
+            waiting = [stack.enter_context(self.connect(near)) for _ in range(UNAUTHENTICATED_MAX)]
             for connection in waiting:
                 receive(connection, 1, None)  # it is served
             one_more = stack.enter_context(self.connect(near))
@@ -324,22 +324,22 @@ class TestTransports:
         far_too = keep(a_mirror(2, "c", transport=wanted))
         attach_all([near, far, far_too])
         for heap, peer in ((near, 2), (far_too, 0), (near, 1)):
-            lane = heap._peers[peer].link._lane
-            assert isinstance(lane, NixlLane) == (transport == "nixl"), (heap.rank, peer)
+            stream = heap._peers[peer].sender._stream
+            assert isinstance(stream, NixlStream) == (transport == "nixl"), (heap.rank, peer)
         write(near, 2, 2, 5.0)
         until(lambda: has_come(far_too, 0, 2))
 
     def test_one_that_must_be_nixl_says_why_it_is_not(self, keep, transport, monkeypatch):
         near = keep(a_mirror(0, "a", transport="tcp"))
         if transport == "nixl":
-            with pytest.raises(HeapError, match=r"rank 0 on host a .* no NIXL here"):
+            with pytest.raises(HeapError, match=r"rank 0 on host a .* NIXL is not available here"):
                 keep(a_mirror(1, "b", transport="nixl")).attach(0, near.export())
         monkeypatch.setattr(nixl, "PACKAGES", ("no_such_package",))
         with pytest.raises(HeapError, match=r"NIXL is not installed.*serve.mirror_transport"):
             a_mirror(1, "b", transport="nixl")
         far = keep(a_mirror(1, "b", transport="auto"))
         far.attach(0, near.export())
-        assert not isinstance(far._peers[0].link._lane, NixlLane)
+        assert not isinstance(far._peers[0].sender._stream, NixlStream)
 
     def test_another_transport_is_refused(self):
         with pytest.raises(ValueError, match="must be one of"):

@@ -16,7 +16,7 @@ from tests.support.waiting import is_readable
 pytestmark = pytest.mark.multiprocess
 
 ANSWER_S = 60.0
-LANES = {"tcp": "TcpLane", "nixl": "NixlLane"}
+STREAMS = {"tcp": "TcpStream", "nixl": "NixlStream"}
 
 
 class Process:
@@ -49,9 +49,9 @@ class Process:
             self._process.stdout.close()
 
 
-@pytest.fixture(params=sorted(LANES), scope="module")
+@pytest.fixture(params=sorted(STREAMS), scope="module")
 def world(request):
-    """The cable, both ranks, attached to each other, and the name of their lanes."""
+    """The cable, both ranks, attached to each other, and the name of their streams."""
     if reason := why_not():
         assert os.geteuid() != 0 or "ip netns add" in reason, reason
         pytest.skip(reason)
@@ -67,8 +67,8 @@ def world(request):
             ranks.append(Process(cable, rank, request.param))
             stack.callback(ranks[-1].close)
         handles = [rank.ask("handle") for rank in ranks]
-        lanes = [ranks[0].ask("attach", 1, handles[1]), ranks[1].ask("attach", 0, handles[0])]
-        assert lanes == [LANES[request.param]] * 2
+        streams = [ranks[0].ask("attach", 1, handles[1]), ranks[1].ask("attach", 0, handles[0])]
+        assert streams == [STREAMS[request.param]] * 2
         yield cable, ranks
 
 
