@@ -31,9 +31,9 @@ def main(_) -> None:
     from benchmarks.harness import Record, append, percentile
     from eep_jax.heap.arrays import heap_array
     from eep_jax.heap.open import open_heap
-    from pallas_kernels.call import Call, address_words
     from pallas_kernels.dispatch.api import dispatch
-    from pallas_kernels.signals import first_round
+    from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec, address_words
+    from pallas_kernels.exchange.signals import first_round
     from pallas_kernels.window import WindowLayout
 
     layout = WindowLayout(
@@ -58,8 +58,8 @@ def main(_) -> None:
         )
 
     def exchange(x, slots, weights, memory, call):
-        place = {"layout": layout, "slots_per_rank": SLOTS}
-        return dispatch(x, slots, weights, memory, call, **place)[3]
+        choices = Choices(slots, weights)
+        return dispatch(x, choices, memory, call, ExchangeSpec(layout, SLOTS))[2]
 
     run = jax.jit(exchange).lower(x, slots, weights, memory, call(1, 1)).compile()
     silent = np.asarray(run(x, slots, weights, memory, call(1, 20)))

@@ -37,11 +37,11 @@ from benchmarks.gpu_timing import (
 from benchmarks.harness import Record, append
 from benchmarks.loopback import Loopback, random_routing
 from launch import flags
-from pallas_kernels.call import Call
 from pallas_kernels.combine.reference import combine_reference
 from pallas_kernels.dispatch.reference import dispatch_reference
-from pallas_kernels.fp8 import unpack_rows
-from pallas_kernels.gpu import read_region
+from pallas_kernels.exchange.call import Call
+from pallas_kernels.exchange.fp8 import unpack_rows
+from pallas_kernels.exchange.gpu import read_region
 from pallas_kernels.window import WindowLayout
 
 RANKS, CHOICES, EXPERTS, SLOTS = 8, 8, 256, 32
@@ -309,7 +309,7 @@ def read_window(loop: Loopback, source, after) -> dict[str, jax.Array]:
     all sizes share two kernels.
     """
     layout, tokens = loop.layout, source.shape[1]
-    at = (loop.place, source.heap, source.call, after)
+    at = (loop.spec, source.heap, source.call, after)
     found = {name: read_region(name, *at)[:, :tokens] for name in ("rows", "weights")}
     if layout.dispatch_dtype:
         found["rows"] = unpack_rows(found["rows"], layout.hidden, jnp.bfloat16)
@@ -318,8 +318,8 @@ def read_window(loop: Loopback, source, after) -> dict[str, jax.Array]:
 
 def _listed(source):
     """The slot of each choice as the lists of dispatch give it."""
-    grouped = source.grouped.reshape(SLOTS, -1)
-    inside = jnp.arange(grouped.shape[1])[None] < source.counts[:, None]
+    grouped = source.lists.grouped.reshape(SLOTS, -1)
+    inside = jnp.arange(grouped.shape[1])[None] < source.lists.counts[:, None]
     slot = jnp.broadcast_to(jnp.arange(SLOTS)[:, None], grouped.shape)
     at = jnp.where(inside, grouped, source.slots.size)
     return jnp.full(source.slots.size, -1).at[at].set(slot, mode="drop")

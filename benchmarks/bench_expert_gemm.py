@@ -36,10 +36,11 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.harness import Record, append
 from launch import flags
-from pallas_kernels import peers
+from pallas_kernels import simt
 from pallas_kernels.expert_gemm import mosaic_gpu
-from pallas_kernels.expert_gemm.config import STAGES_MIN, GemmConfig, config_for, tile_rows_for
+from pallas_kernels.expert_gemm.config import STAGES_MIN, GemmConfig, config_for
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
+from pallas_kernels.grouping import group_rows, tile_rows_for
 
 CHOICES = 8
 CHECKED_TOKENS = 32  # compared with the reference at once
@@ -156,7 +157,7 @@ ROUTINGS = {"balanced": balanced, "random": at_random}
 
 
 class After(typing.NamedTuple):
-    """Rows in an array, and something that has to be there first. As `mosaic_gpu.InArray`."""
+    """Rows in an array, and something that has to be there first. As `handover.InArray`."""
 
     rows: jax.Array
     after: jax.Array
@@ -165,27 +166,27 @@ class After(typing.NamedTuple):
     def operands(self):
         return (self.rows, self.after)
 
-    def start(self, refs, row, tokens: int):
-        del tokens
-        return peers.address(refs[0], row.wide() * (self.rows.shape[-1] * 2))
+    def start(self, refs, row):
+        return simt.address(refs[0], row.wide() * (self.rows.shape[-1] * 2))
 
 
-# Programs. `lists` are those of `mosaic_gpu.group_rows`.
+# Programs. `lists` are those of `group_rows`.
 
 
 def gemm_step(case: Case, config: GemmConfig):
     """`(y, rows, lists, bank) -> y`; the y before is only waited for."""
 
     def step(y, rows, lists, bank):
-        source = After(rows, y)
-        return mosaic_gpu.expert_gemm_mosaic(source, case.shape, lists, bank, 0, config)
+        source, experts = After(rows, y), mosaic_gpu.Experts(bank, layer=0)
+        return mosaic_gpu.expert_gemm_mosaic(source, case.shape, lists, experts, config)
 
     return step
 
 
 def gate_up_step(case: Case, config: GemmConfig):
     def step(h, rows, lists, bank):
-        return mosaic_gpu.gate_up(After(rows, h), case.shape, lists, bank, 0, config)
+        experts = mosaic_gpu.Experts(bank, layer=0)
+        return mosaic_gpu.gate_up(After(rows, h), lists, experts, config)
 
     return step
 
@@ -195,7 +196,7 @@ def down_step(case: Case, config: GemmConfig):
 
     def step(counts, h, lists, bank):
         lists = lists._replace(counts=counts)
-        y = mosaic_gpu.down(h, case.shape, lists, bank, 0, config)
+        y = mosaic_gpu.down(h, case.shape, lists, mosaic_gpu.Experts(bank, layer=0), config)
         return counts + (y[0, 0, 0, 0] > HUGE).astype(jnp.int32)
 
     return step
@@ -205,9 +206,7 @@ def abstract(case: Case, tile_rows: int):
     """Shapes of rows, lists, bank and y."""
     of, experts = jax.ShapeDtypeStruct, case.experts
     slots = of(case.shape, jnp.int32)
-    lists = jax.eval_shape(
-        lambda slots: mosaic_gpu.group_rows(slots, experts.slots, tile_rows), slots
-    )
+    lists = jax.eval_shape(lambda slots: group_rows(slots, experts.slots, tile_rows), slots)
     rows = of((1, case.tokens, experts.hidden), jnp.bfloat16)
     bank = of(experts.bank_shape, jnp.bfloat16)
     return rows, lists, bank, of((*case.shape, experts.hidden), jnp.bfloat16)
@@ -215,8 +214,7 @@ def abstract(case: Case, tile_rows: int):
 
 def hidden_rows(lists, tile_rows: int, experts: Experts):
     """Shape of what is between gate-up and down."""
-    tiles = (lists.tiles.shape[0] - 1) // 2
-    return jax.ShapeDtypeStruct((tiles * tile_rows, experts.width), jnp.bfloat16)
+    return jax.ShapeDtypeStruct((lists.tiles_max * tile_rows, experts.width), jnp.bfloat16)
 
 
 def timed_program(case: Case, repetitions: int) -> Program:
@@ -226,7 +224,7 @@ def timed_program(case: Case, repetitions: int) -> Program:
 
 
 def lists_program(case: Case) -> Program:
-    make = lambda s: mosaic_gpu.group_rows(s, case.experts.slots, case.config.tile_rows)
+    make = lambda s: group_rows(s, case.experts.slots, case.config.tile_rows)
     return Program(make, (jax.ShapeDtypeStruct(case.shape, jnp.int32),))
 
 
@@ -578,9 +576,7 @@ def tune(cases: list[Case], samples: int) -> None:
         print(f"\n{case}, random rows; serving takes {case.config}", flush=True)
         listed = {
             tile_rows: jax.jit(
-                functools.partial(
-                    mosaic_gpu.group_rows, num_slots=case.experts.slots, tile_rows=tile_rows
-                )
+                functools.partial(group_rows, num_slots=case.experts.slots, tile_rows=tile_rows)
             )(slots)
             for tile_rows in (64, 128)
         }

@@ -43,7 +43,7 @@ from eep_jax.engine.engine import CompileCounter
 from eep_jax.engine.step import Batch
 from eep_jax.tables import Tables
 from launch import flags
-from pallas_kernels.call import Call
+from pallas_kernels.exchange.call import Call
 
 CONFIG = "small_moe_h100x1"
 LAYERS = 8  # of the model's, without --layers: each has kernels of its own to compile

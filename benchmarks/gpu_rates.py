@@ -14,13 +14,12 @@ import numpy as np
 
 from benchmarks.gpu_timing import Chained, Program, Unfit, chain, compile_all, measure, measure_one
 from benchmarks.harness import Record
-from pallas_kernels import peers
-from pallas_kernels.gpu import GROUP_THREADS, simt
-from pallas_kernels.peers import Word
+from pallas_kernels import simt
+from pallas_kernels.simt import GROUP_THREADS, Word
 from pallas_kernels.window import round_up
 
 PIECES = 4  # of 16 bytes, that a thread has under way at once
-UNIT_BYTES = GROUP_THREADS * PIECES * peers.VECTOR_BYTES
+UNIT_BYTES = GROUP_THREADS * PIECES * simt.VECTOR_BYTES
 GRIDS = (264, 2112)  # blocks; few start sooner, many have more under way
 BUFFER_BYTES = 1 << 30
 UNROLLED = 16  # kernels of one repetition of the loop, so that the GPU is never ahead of the host
@@ -42,19 +41,19 @@ def walk(total_bytes: int, rotations: int) -> np.ndarray:
 
 def _walk_on(words, out, grid: int, body) -> None:
     """Part of a kernel: `body(offsets)` for this thread's part of each unit; then what is next."""
-    first, units, capacity = (peers.load(peers.address(words, 4 * i)) for i in range(3))
-    thread = peers.thread()
+    first, units, capacity = (simt.load(simt.address(words, 4 * i)) for i in range(3))
+    thread = simt.thread()
 
     def one(unit: Word) -> None:
-        offset = (first + unit).wide() * UNIT_BYTES + thread.wide() * peers.VECTOR_BYTES
-        body([offset + piece * (GROUP_THREADS * peers.VECTOR_BYTES) for piece in range(PIECES)])
+        offset = (first + unit).wide() * UNIT_BYTES + thread.wide() * simt.VECTOR_BYTES
+        body([offset + piece * (GROUP_THREADS * simt.VECTOR_BYTES) for piece in range(PIECES)])
 
-    peers.each(peers.block(), units, grid, one)
-    with peers.when((peers.block() == 0) & (thread == 0)):
+    simt.each(simt.block(), units, grid, one)
+    with simt.when((simt.block() == 0) & (thread == 0)):
         following = first + units
-        following = peers.select(following + units > capacity, 0, following)
+        following = simt.select(following + units > capacity, 0, following)
         for index, value in enumerate((following, units, capacity)):
-            peers.store(peers.address(out, 4 * index), value)
+            simt.store(simt.address(out, 4 * index), value)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -66,14 +65,14 @@ def copy_units(words, source, target, *, grid: int):
 
     def body(words, source, target, out):
         def pieces(offsets) -> None:
-            values = [peers.load_wide(peers.address(source, offset)) for offset in offsets]
+            values = [simt.load_wide(simt.address(source, offset)) for offset in offsets]
             for offset, value in zip(offsets, values, strict=True):
-                peers.store_wide(peers.address(target, offset), value)
+                simt.store_wide(simt.address(target, offset), value)
 
         _walk_on(words, out, grid, pieces)
 
     out = {"words": ((3,), jnp.int32)}
-    return simt(body, words, source, target, out=out, grid=grid, name="copy_units")["words"]
+    return simt.kernel(body, words, source, target, out=out, grid=grid, name="copy_units")["words"]
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -82,22 +81,22 @@ def read_units(words, source, *, grid: int):
 
     def body(words, source, out, sums):
         # A sum of what was read lands in memory, so that reading cannot be left out.
-        at = peers.address(sums, (peers.block() * GROUP_THREADS + peers.thread()).wide() * 4)
-        peers.store(at, peers.word(0))
+        at = simt.address(sums, (simt.block() * GROUP_THREADS + simt.thread()).wide() * 4)
+        simt.store(at, simt.word(0))
 
         def pieces(offsets) -> None:
-            found = [peers.load_words(peers.address(source, offset), 4) for offset in offsets]
+            found = [simt.load_words(simt.address(source, offset), 4) for offset in offsets]
             total = functools.reduce(
                 lambda a, b: a ^ b, [word for words in found for word in words]
             )
             # Random bits make this once in 2**32 times.
-            with peers.when(total == 0x5EED):
-                peers.store(at, total)
+            with simt.when(total == 0x5EED):
+                simt.store(at, total)
 
         _walk_on(words, out, grid, pieces)
 
     out = {"words": ((3,), jnp.int32), "sums": ((grid * GROUP_THREADS,), jnp.int32)}
-    return simt(body, words, source, out=out, grid=grid, name="read_units")["words"]
+    return simt.kernel(body, words, source, out=out, grid=grid, name="read_units")["words"]
 
 
 def copy_program(grid: int, repetitions: int) -> Program:

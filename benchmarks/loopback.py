@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.call import Call, address_words
 from pallas_kernels.combine import mosaic_gpu as combine_gpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch import mosaic_gpu as dispatch_gpu
 from pallas_kernels.dispatch.config import config_for
-from pallas_kernels.gpu import ExchangeSpec
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec, address_words
+from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.window import WindowLayout
 
 
@@ -37,7 +36,7 @@ class Loopback:
 
     def __post_init__(self):
         layout, tokens = self.layout, self.tokens or self.layout.tokens
-        self.place = ExchangeSpec(layout, self.slots_per_rank)
+        self.spec = ExchangeSpec(layout, self.slots_per_rank)
         self.dispatch_config = config_for(tokens, layout.choices, self.slots_per_rank)
         self.combine_config = CombineConfig()
 
@@ -76,18 +75,23 @@ class Loopback:
     @functools.cached_property
     def send(self):
         """`(x [T D], slots [T K], weights [T K], heap, call) -> sent`; posts the flags."""
-        return jax.jit(functools.partial(self._exchange, dispatch_gpu.send))
+
+        def run(x, slots, weights, *at):
+            config = self.dispatch_config
+            return dispatch_gpu.send(x, Choices(slots, weights), *at, self.spec, config)
+
+        return jax.jit(run)
 
     @functools.cached_property
     def dispatch(self):
         """As `send`, and then `-> (rows, slots, weights, suspicion, vote)`."""
-        return jax.jit(functools.partial(self._exchange, dispatch_gpu.dispatch_mosaic))
+        return jax.jit(functools.partial(self._dispatch, self.dispatch_config))
 
     @functools.cached_property
     def dispatch_alone(self):
         """As `dispatch` without anybody's `send`: the rank posts the others' flags, too."""
-        alone = functools.partial(dispatch_gpu.dispatch_mosaic, stand_in=True)
-        return jax.jit(functools.partial(self._exchange, alone))
+        alone = dataclasses.replace(self.dispatch_config, stand_in=True)
+        return jax.jit(functools.partial(self._dispatch, alone))
 
     @functools.cached_property
     def receive(self):
@@ -95,40 +99,47 @@ class Loopback:
 
         def run(heap, call, sent, tokens):
             shape = (tokens, self.layout.choices)
-            return dispatch_gpu.receive(shape, heap, call, sent, self.place, self.dispatch_config)
+            config = self.dispatch_config
+            return _flat(dispatch_gpu.receive(shape, heap, call, sent, self.spec, config))
 
         return jax.jit(run, static_argnames="tokens")
 
-    def _exchange(self, function, *arguments):
-        return function(*arguments, self.place, self.dispatch_config)
+    def _dispatch(self, config, x, slots, weights, *at):
+        choices = Choices(slots, weights)
+        return _flat(dispatch_gpu.dispatch_mosaic(x, choices, *at, self.spec, config))
 
     @functools.cached_property
     def send_home(self):
         """`(results [R T K D], slots, weights [R T K], heap, call) -> sent`; posts flags."""
-        return jax.jit(functools.partial(self._send_home, stand_in=False))
+        return jax.jit(functools.partial(self._send_home, self.combine_config))
 
     @functools.cached_property
     def send_home_alone(self):
         """As `send_home`; the rank posts the others' flags, too."""
-        return jax.jit(functools.partial(self._send_home, stand_in=True))
+        alone = dataclasses.replace(self.combine_config, stand_in=True)
+        return jax.jit(functools.partial(self._send_home, alone))
 
-    def _send_home(self, *arguments, stand_in: bool):
-        config = self.combine_config
-        return combine_gpu.send_home(*arguments, self.place, config, stand_in=stand_in)
+    def _send_home(self, config, results, slots, weights, *at):
+        return combine_gpu.send_home(results, Choices(slots, weights), *at, self.spec, config)
 
     @functools.cached_property
     def receive_home(self):
         """`(slots [T K], weights [T K], heap, call, sent) -> (y [T D], suspicion)`."""
-        return jax.jit(functools.partial(self._receive_home, stand_in=False))
+        return jax.jit(functools.partial(self._receive_home, self.combine_config))
 
     @functools.cached_property
     def receive_home_alone(self):
         """As `receive_home` without anybody's `send_home`: the rank posts the others' flags."""
-        return jax.jit(functools.partial(self._receive_home, stand_in=True))
+        alone = dataclasses.replace(self.combine_config, stand_in=True)
+        return jax.jit(functools.partial(self._receive_home, alone))
 
-    def _receive_home(self, *arguments, stand_in: bool):
-        config = self.combine_config
-        return combine_gpu.receive_home(*arguments, self.place, config, stand_in=stand_in)
+    def _receive_home(self, config, slots, weights, *at):
+        return combine_gpu.receive_home(Choices(slots, weights), *at, self.spec, config)
+
+
+def _flat(received):
+    rows, choices, *others = received
+    return rows, *choices, *others
 
 
 def random_routing(rng: np.random.Generator, ranks, tokens, choices, experts, skew=0.0):

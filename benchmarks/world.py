@@ -33,9 +33,9 @@ from eep_jax.models.moe_block import (
 )
 from eep_jax.models.weights import dense_names
 from eep_jax.tables import NO_SLOT, Tables, assign, call_of, solo_tables
-from pallas_kernels.call import Call
+from pallas_kernels.exchange.call import Call, ExchangeSpec
+from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
-from pallas_kernels.signals import first_round
 
 CLOSE = 0.02  # of keys and values behind the first experts, whose results are rounded to bfloat16
 AGREEING = 0.5  # of the tokens at least; by chance it is one of the vocabulary
@@ -59,11 +59,9 @@ class World:
     def spread(self, slab_bytes: int = 0) -> ExpertSpread:
         """As `Engine` makes it; `slab_bytes` where the step gets the head of the heap only."""
         return ExpertSpread(
-            layout=self.layout.window,
-            slots_per_rank=self.layout.slots,
+            exchange=ExchangeSpec(self.layout.window, self.layout.slots, slab_bytes),
             tile_rows=self.config.engine.row_tile,
             mlp=expert_mlp(self.config.model),
-            slab_bytes=slab_bytes,
         )
 
     # Arguments.
@@ -242,7 +240,7 @@ def plain_experts(spread: ExpertSpread, layer, x, ids, weights, bank, heap, tabl
 
     zero = jnp.zeros((*ids.shape, x.shape[1]), jnp.float32)
     results, _ = lax.scan(of_slot, zero, jnp.arange(bank.shape[0], dtype=jnp.int32))
-    travelled = results.astype(spread.layout.row_dtype).astype(jnp.float32)
+    travelled = results.astype(spread.exchange.layout.row_dtype).astype(jnp.float32)
     y = jnp.einsum("tk,tkd->td", weights, travelled, precision="highest")
     return y, jnp.sum(slots < 0, axis=1, dtype=jnp.int32), call.next()
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32, UInt32
 
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import Placement
-from pallas_kernels.call import Call, address_words
+from pallas_kernels.exchange.call import Call, address_words
 
 NO_SLOT = -1
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.call import Call
+from pallas_kernels.exchange.call import Call
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
-from pallas_kernels import peers
+from pallas_kernels import simt
 from pallas_kernels.device import platform
-from pallas_kernels.gpu import entry, simt
+from pallas_kernels.simt import entry
 
 UNROLLED = 4  # repetitions in one turn of the loop, so that the GPU is seldom ahead of the host
 
@@ -38,18 +38,18 @@ def _stamp_gpu(suspicion):
     count = suspicion.shape[0]
 
     def body(given, ns, same):
-        with peers.when(peers.thread() == 0):
-            now = peers.now_ns()
-            peers.store(peers.address(ns), now.narrow())
-            peers.store(peers.address(ns, 4), (now >> 32).narrow())
+        with simt.when(simt.thread() == 0):
+            now = simt.now_ns()
+            simt.store(simt.address(ns), now.narrow())
+            simt.store(simt.address(ns, 4), (now >> 32).narrow())
 
             def one(index) -> None:
-                peers.store(entry(same, index), peers.load(entry(given, index)))
+                simt.store(entry(same, index), simt.load(entry(given, index)))
 
-            peers.each(peers.word(0), count, 1, one)
+            simt.each(simt.word(0), count, 1, one)
 
     out = {"ns": ((2,), jnp.uint32), "same": ((count,), jnp.int32)}
-    found = simt(body, suspicion, out=out, grid=1, name="stamp")
+    found = simt.kernel(body, suspicion, out=out, grid=1, name="stamp")
     return found["ns"], found["same"]
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from benchmarks.gpu_timing import Program, shapes_of
 from benchmarks.loopback import random_routing
 from benchmarks.wide.clock import UNROLLED, timed_chain
-from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 from pallas_kernels.window import WindowLayout
 
 FP8 = "float8_e4m3fn"
@@ -102,6 +102,10 @@ class Data:
     shares: jax.Array  # [R T K], the weights of all sources
     results: jax.Array  # [R T K D], what this rank's experts make of what it receives
 
+    @property
+    def choices(self) -> Choices:
+        return Choices(self.slots, self.weights)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
@@ -112,12 +116,8 @@ class Rank:
     slab_bytes: int
 
     @property
-    def place(self) -> dict:
-        return {
-            "layout": self.family.layout,
-            "slots_per_rank": self.family.slots_per_rank,
-            "slab_bytes": self.slab_bytes,
-        }
+    def spec(self) -> ExchangeSpec:
+        return ExchangeSpec(self.family.layout, self.family.slots_per_rank, self.slab_bytes)
 
     def data(self, slots: np.ndarray, seed: int = 0) -> Data:
         """Of this routing; compiled as one program."""
@@ -169,8 +169,7 @@ class Rank:
         if self.family.dispatch_dtype:
             # Else packing rows would be done once for all rounds: they do not change.
             x = x + call.suspicion[0].astype(x.dtype)
-        mine = (x, data.slots, data.weights, heap, call)
-        *_, suspicion, vote = dispatch(*mine, **self.place)
+        *_, suspicion, vote = dispatch(x, data.choices, heap, call, self.spec)
         return call.next().round, suspicion, vote
 
     def combine(self, carry, call: Call, data: Data, heap):
@@ -178,7 +177,7 @@ class Rank:
 
     def combine_home(self, carry, call: Call, data: Data, heap):
         """As serving has it, whose results the expert GEMM wrote into their owners' windows."""
-        from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
+        from pallas_kernels.handover import ResultsAtHome
 
         _, suspicion, _ = carry
         written = ResultsAtHome(written=suspicion, shape=data.results.shape)
@@ -186,8 +185,8 @@ class Rank:
 
     def _combine(self, results, carry, call: Call, data: Data, heap):
         call = _at(call, carry)
-        others = (data.here, data.shares, data.slots, data.weights, heap, call)
-        _, suspicion = combine(results, *others, **self.place)
+        received = Choices(data.here, data.shares)
+        _, suspicion = combine(results, received, data.choices, heap, call, self.spec)
         return call.next().round, suspicion, call.vote
 
     def timed(self) -> dict:
@@ -207,9 +206,8 @@ class Rank:
         family = self.family
         x, shares = self._drawn(slots.shape, key)
         data = self._data(slots, key)
-        mine = (data.x, data.slots, data.weights, heap, call)
-        found, here, sent, suspicion, _ = dispatch(*mine, **self.place)
-        call = call.after(suspicion)
+        found, received, suspicion, _ = dispatch(data.x, data.choices, heap, call, self.spec)
+        call, (here, sent) = call.after(suspicion), received
         rows = found.array() if hasattr(found, "array") else found
         wanted = (data.here >= 0).any(-1)[..., None]
         near = _near(rows, x, family.dispatch_dtype)
@@ -217,9 +215,7 @@ class Rank:
         wrong_slots = jnp.sum(here != data.here)
         wrong_weights = jnp.sum((sent != shares) & (data.here >= 0))
         results = self._results(jnp.where(wanted, rows, 0), here)
-        y, suspicion = combine(
-            results, here, sent, data.slots, data.weights, heap, call, **self.place
-        )
+        y, suspicion = combine(results, received, data.choices, heap, call, self.spec)
         scale = jnp.where(data.slots >= 0, (data.slots % 8 + 1) / 4, 0)
         total = jnp.sum(scale * data.weights, axis=-1)[:, None]
         own = data.x.astype(jnp.float32)

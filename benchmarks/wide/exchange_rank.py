@@ -33,8 +33,8 @@ from benchmarks.wide.workers import JOB
 from eep_jax.heap.arrays import heap_argument
 from eep_jax.heap.open import open_heap
 from launch.processes import end_with_parent
-from pallas_kernels.call import address_words
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import address_words
+from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.window import round_up
 
 STEP_DEADLINE_MS = 30_000  # for a peer's part of an exchange: nobody dies here on purpose

@@ -24,7 +24,8 @@ from eep_jax.models.kv_cache import KVCache, empty_cache, zeros_of_cache
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.models.weights import put_dense
 from eep_jax.tables import Tables, call_of, solo_tables
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import ExchangeSpec
+from pallas_kernels.exchange.signals import first_round
 
 # Runs of an executable that take longer than others. On a GPU the first loads its kernels, and only
 # the next one records the graph that later ones replay: no peer should wait for that.
@@ -95,11 +96,9 @@ class Engine:
         self._chosen = np.zeros(config.model.experts, np.int64)
         self._votes_hold = False
         spread = ExpertSpread(
-            layout=layout.window,
-            slots_per_rank=layout.slots,
+            exchange=ExchangeSpec(layout.window, layout.slots, heap.slab_bytes),
             tile_rows=config.engine.row_tile,
             mlp=expert_mlp(config.model),
-            slab_bytes=heap.slab_bytes,
         )
         self._step, dtypes = make_step(config, spread)
         self._dense = put_dense(dense, dtypes)

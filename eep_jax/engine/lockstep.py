@@ -8,7 +8,7 @@ word; so a late reader still sees it, and an old word wakes nobody.
 import numpy as np
 
 from eep_jax.heap.heap import CONTROL_BYTES, SymmetricHeap
-from pallas_kernels.signals import post, sleep_on
+from pallas_kernels.exchange.signals import post, sleep_on
 from pallas_kernels.window import WindowLayout, view
 
 CONTROL_REGIONS = ("abort", "doorbell", "wake")

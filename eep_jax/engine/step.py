@@ -20,7 +20,7 @@ from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread, elastic_experts, shared_elastic_experts
 from eep_jax.models.weights import decoder_graph, merge_decoder
 from eep_jax.tables import Tables
-from pallas_kernels.call import Call
+from pallas_kernels.exchange.call import Call
 
 # Every bfloat16 is rounded where the step says so. XLA would skip roundings inside what it fuses,
 # which is not the same in a prefill and in a decode step, and so would not be their bits.

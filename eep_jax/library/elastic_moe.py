@@ -25,8 +25,8 @@ from eep_jax.models.moe_block import (
 from eep_jax.models.router import choose
 from eep_jax.models.weights import expert_name
 from eep_jax.tables import Tables
-from pallas_kernels.call import Call
 from pallas_kernels.device import platform
+from pallas_kernels.exchange.call import Call
 
 
 @jax.tree_util.register_dataclass

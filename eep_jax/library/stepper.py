@@ -24,7 +24,8 @@ from eep_jax.library.elastic_moe import ExpertRouting
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.tables import Tables, call_of, solo_tables
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import ExchangeSpec
+from pallas_kernels.exchange.signals import first_round
 
 # A rank whose last step had a call gives the next call this time to come, before it runs the
 # example: ranks that call together then step together. One that does not call delays nobody.
@@ -94,11 +95,9 @@ class StepEngine:
         self._votes_hold = self._had_call = False
         self._next = StepKind.DECODE
         self._spread = ExpertSpread(
-            layout=layout.window,
-            slots_per_rank=layout.slots,
+            exchange=ExchangeSpec(layout.window, layout.slots, heap.slab_bytes),
             tile_rows=config.engine.row_tile,
             mlp=expert_mlp(config.model),
-            slab_bytes=heap.slab_bytes,
         )
         self._bank_array = device_array(heap, layout.bank)
         self._heap_array = heap_argument(heap)

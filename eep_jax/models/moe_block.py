@@ -9,12 +9,11 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from eep_jax.config import ModelConfig
 from eep_jax.tables import NO_SLOT, Tables, assign
-from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
-from pallas_kernels.window import WindowLayout
 
 
 class DenseExperts(nnx.Module):
@@ -65,13 +64,11 @@ def expert_mlp(config: ModelConfig) -> ExpertMlp:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpread:
-    """Where the experts of a model run: the static part. What changes is in Tables and Call."""
+    """Compile-time part of an expert layer. The part that changes is in Tables and Call."""
 
-    layout: WindowLayout
-    slots_per_rank: int
+    exchange: ExchangeSpec
     tile_rows: int = 8
     mlp: ExpertMlp = SWIGLU
-    slab_bytes: int = 0  # where the step is given the head of the heap only: see heap_argument
 
 
 def elastic_experts(
@@ -92,15 +89,13 @@ def elastic_experts(
     call for the next layer, its vote raised to the largest heard. `layer` is an int; on a GPU it
     may be an int32 scalar.
     """
-    place = {"layout": spread.layout, "slots_per_rank": spread.slots_per_rank}
-    place |= {"slab_bytes": spread.slab_bytes}
-    slots = assign(expert_ids, tables)
-    rows, here, sent_weights, suspicion, vote = dispatch(x, slots, weights, heap, call, **place)
+    choices = Choices(assign(expert_ids, tables), weights)
+    rows, received, suspicion, vote = dispatch(x, choices, heap, call, spread.exchange)
     call = call.after(suspicion)
     options = {"layer": layer, "tile_rows": spread.tile_rows, "mlp": spread.mlp}
-    results = expert_gemm(rows, here, bank, **options, send_home=True)
-    y, suspicion = combine(results, here, sent_weights, slots, weights, heap, call, **place)
-    dropped = jnp.sum(slots == NO_SLOT, axis=1, dtype=jnp.int32)
+    results = expert_gemm(rows, received.slots, bank, **options, send_home=True)
+    y, suspicion = combine(results, received, choices, heap, call, spread.exchange)
+    dropped = jnp.sum(choices.slots == NO_SLOT, axis=1, dtype=jnp.int32)
     return y, dropped, dataclasses.replace(call.after(suspicion).next(), vote=vote)
 
 

@@ -1,4 +1,4 @@
-"""How combine is launched; chosen by shape."""
+"""Launch configuration of combine on a GPU, chosen by shape."""
 
 import dataclasses
 
@@ -9,12 +9,17 @@ BLOCKS_PER_SM = 8
 
 @dataclasses.dataclass(frozen=True)
 class CombineConfig:
-    """Blocks at most of the kernel that sends results home, and of the one that sums them.
+    """Launch configuration.
 
-    Of those that send not all are there at once; who has nothing to send is soon gone. A thread
-    makes partial sums (`per_rank`) of `sum_chunks` x 8 channels at a time.
+    Args:
+        send_blocks: most blocks of the kernel that sends results home. More than the GPU runs at
+            once, since blocks without work end soon.
+        sum_blocks: most blocks of the kernel that sums them.
+        sum_chunks: a thread of `combine_send` sums so many x 8 channels at a time (`per_rank`).
+        stand_in: also post the flags of the other ranks, to measure one rank of a loopback alone.
     """
 
     send_blocks: int = SM_COUNT * BLOCKS_PER_SM * 8
     sum_blocks: int = SM_COUNT * BLOCKS_PER_SM
     sum_chunks: int = 4
+    stand_in: bool = False

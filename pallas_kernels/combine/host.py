@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from pallas_kernels.host import HostExchange
+from pallas_kernels.exchange.host import HostExchange
 
 
 class HostCombine(HostExchange):
-    """Called back from inside the compiled step."""
+    """Called back by the compiled step."""
 
     flag = "returned"
 
@@ -32,12 +32,12 @@ class HostCombine(HostExchange):
         if suspicion_out[turn.rank]:
             return
 
-        # Send home. Invariant: all that a window holds of this rank is written before its flag.
+        # Send home. Invariant: everything written into a window precedes its flag.
         for home in turn.peers:
             returns = turn.windows[home]["returns"][turn.half, turn.rank]
-            if self.layout.combine == "per_choice":
-                # Rows of choices that lie elsewhere go along, and nobody reads them there: picking
-                # the others costs more than their bytes.
+            if self.spec.layout.combine == "per_choice":
+                # Includes rows of choices that ran elsewhere, which are never read: selecting the
+                # others costs more than their bytes.
                 returns[: results.shape[1]] = results[home]
             else:
                 mine = received[home] >= 0
@@ -46,26 +46,32 @@ class HostCombine(HostExchange):
                 returns[token] = ordered_sum(share, results[home, token])
             self.signal(turn, home)
 
-        # Receive. Invariant: nothing of a rank is read before its flag holds this round.
+        # Receive. Invariant: results of a rank are read only after its flag holds this round.
         heard = self.wait(turn, suspicion_out)
         if heard is None:
             return
         returns = turn.windows[turn.rank]["returns"][turn.half]
         self._reduce(y, returns, np.asarray(slots), np.asarray(weights), heard)
 
-    def _reduce(self, y, returns, slots, weights, heard) -> None:
-        # The last entry is for choices without a slot, whose owner is -1.
-        is_heard = np.zeros(self.layout.ranks + 1, np.bool_)
+    def _reduce(
+        self,
+        y: np.ndarray,
+        returns: np.ndarray,
+        slots: np.ndarray,
+        weights: np.ndarray,
+        heard: list[int],
+    ) -> None:
+        # Index -1, the last entry, stands for choices without a slot.
+        is_heard = np.zeros(self.spec.layout.ranks + 1, np.bool_)
         is_heard[heard] = True
-        owner = np.where(slots >= 0, slots // self.slots_per_rank, -1)
+        owner = np.where(slots >= 0, slots // self.spec.slots_per_rank, -1)
         valid = is_heard[owner]
-        if self.layout.combine == "per_choice":
+        if self.spec.layout.combine == "per_choice":
             _, places, choices, hidden = returns.shape
             token, choice = np.arange(len(slots))[:, None], np.arange(choices)
             at = (np.maximum(owner, 0) * places + token) * choices + choice
             home = returns.reshape(-1, hidden)[at]
-            # Windows keep rows of earlier rounds, which must not be read even with weight zero:
-            # they may hold NaN.
+            # Windows keep rows of earlier rounds. They may hold NaN, so weight zero is not enough.
             if not valid.all():
                 home[~valid] = 0
                 weights = np.where(valid, weights, 0)
@@ -77,7 +83,7 @@ class HostCombine(HostExchange):
 
 
 def ordered_sum(weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`sum_k weights[n, k] * rows[n, k]` in the order of k: same bits wherever rows came from."""
+    """`sum_k weights[n, k] * rows[n, k]` in the order of k: the same bits for any placement."""
     products = weights[..., None] * rows
     total = products[:, 0]
     for k in range(1, rows.shape[1]):

@@ -3,64 +3,60 @@
 import jax
 import jax.numpy as jnp
 from jax.experimental.buffer_callback import buffer_callback
-from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
-from pallas_kernels.call import Call
 from pallas_kernels.device import check_exchange, platform
-from pallas_kernels.dispatch.config import DispatchConfig, config_for
+from pallas_kernels.dispatch.config import config_for
 from pallas_kernels.dispatch.host import HostDispatch
-from pallas_kernels.window import WindowLayout
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 
 
 def dispatch(
     x: Float[Array, "T D"],
-    slots: Int32[Array, "T K"],
-    weights: Float32[Array, "T K"],
+    choices: Choices,
     heap: UInt8[Array, "N B"],
     call: Call,
-    *,
-    layout: WindowLayout,
-    slots_per_rank: int,
-    slab_bytes: int = 0,
-    config: DispatchConfig | None = None,
-) -> tuple[
-    "Float[Array, 'R T D'] | RowsInWindow",
-    Int32[Array, "R T K"],
-    Float32[Array, "R T K"],
-    Int32[Array, "R"],
-    UInt32[Array, ""],
-]:
-    """Sends each token once to every rank that holds one of its K slots; receives from all sources.
+    spec: ExchangeSpec,
+) -> tuple["Float[Array, 'R T D'] | RowsInWindow", Choices, Int32[Array, "R"], UInt32[Array, ""]]:
+    """Sends each token once to every rank that holds one of its K slots; receives from all ranks.
 
-    `slots` are flat ids, -1 for a choice that has no live replica. Returns for every source its
-    rows, their slots on this rank (-1: not here) and weights, the suspicion, and the largest vote
-    of all ranks heard. Rows without a slot here are zero. Inactive and suspected ranks are skipped.
+    Inactive and suspected ranks are skipped. The specification is `reference.dispatch_reference`.
 
-    On a GPU the rows are a `mosaic_gpu.RowsInWindow`: they stay where they arrived, for
-    `expert_gemm`; its `array()` copies them. `config` is how the kernels are launched there, and
-    `heap` may be only the head of the range, if `slab_bytes` says how far slabs are apart.
+    Args:
+        x: rows of this rank's tokens.
+        choices: flat slot ids and weights `[T K]`; -1 for a choice without a live replica.
+        heap: slabs of all ranks, or only their heads if `spec.slab_bytes` says how far apart they
+            are.
+        call: rank, membership, round, deadline and vote.
+        spec: layout and sizes, compiled in.
 
-    The specification is `reference.dispatch_reference`. Raises ValueError for more tokens than the
-    window holds, NotImplementedError for what the device's implementation does not take.
+    Returns:
+        The rows of every source, zero without a slot here; on a GPU a `handover.RowsInWindow`,
+        which leaves them where they arrived, for `expert_gemm`. Their Choices `[R T K]` on this
+        rank. The suspicion. The largest vote of all ranks heard.
+
+    Raises:
+        ValueError: more tokens than the window holds, or other channels or choices.
+        NotImplementedError: shapes or dtypes that this device's implementation does not take.
     """
-    tokens, hidden = x.shape
-    check_exchange(layout, tokens, hidden, slots.shape[1])
+    (tokens, hidden), (_, per_token) = x.shape, choices.slots.shape
+    check_exchange(spec.layout, tokens, hidden, per_token)
     if platform() == "gpu":
-        # Imported here: the CPU path needs nothing of Mosaic GPU.
+        # Imported here: the CPU path does not need Mosaic GPU.
         from pallas_kernels.dispatch.mosaic_gpu import dispatch_mosaic
-        from pallas_kernels.gpu import ExchangeSpec
 
-        config = config or config_for(tokens, slots.shape[1], slots_per_rank)
-        place = ExchangeSpec(layout, slots_per_rank, slab_bytes)
-        return dispatch_mosaic(x, slots, weights, heap, call, place, config)
-    sources, choices = layout.ranks, slots.shape[1]
+        config = config_for(tokens, per_token, spec.slots_per_rank)
+        return dispatch_mosaic(x, choices, heap, call, spec, config)
     shapes = (
-        jax.ShapeDtypeStruct((sources, tokens, hidden), x.dtype),
-        jax.ShapeDtypeStruct((sources, tokens, choices), jnp.int32),
-        jax.ShapeDtypeStruct((sources, tokens, choices), jnp.float32),
-        jax.ShapeDtypeStruct((sources,), jnp.int32),
+        jax.ShapeDtypeStruct((spec.ranks, tokens, hidden), x.dtype),
+        jax.ShapeDtypeStruct((spec.ranks, tokens, per_token), jnp.int32),
+        jax.ShapeDtypeStruct((spec.ranks, tokens, per_token), jnp.float32),
+        jax.ShapeDtypeStruct((spec.ranks,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.uint32),
     )
     # It writes to peers, so XLA must neither drop nor merge it.
-    run = buffer_callback(HostDispatch(layout, slots_per_rank), shapes, has_side_effect=True)
-    return run(heap, x, slots, weights, call.active, call.scalars(), call.suspicion)
+    run = buffer_callback(HostDispatch(spec), shapes, has_side_effect=True)
+    rows, slots, weights, suspicion, vote = run(
+        heap, x, *choices, call.active, call.scalars(), call.suspicion
+    )
+    return rows, Choices(slots, weights), suspicion, vote

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from pallas_kernels.host import HostExchange, every_or
+from pallas_kernels.exchange.host import HostExchange, every_or
 
 
 class HostDispatch(HostExchange):
-    """Called back from inside the compiled step."""
+    """Called back by the compiled step."""
 
     flag = "sent"
 
@@ -21,19 +21,19 @@ class HostDispatch(HostExchange):
             return
         half, tokens = turn.half, x.shape[0]
 
-        # Send. Invariant: all that a window holds of this rank is written before its flag.
-        owner = np.where(slots >= 0, slots // self.slots_per_rank, -1)
-        theirs = np.where(owner == self._ranks, slots % self.slots_per_rank, -1)  # [R T K]
+        # Send. Invariant: everything written into a window precedes its flag.
+        owner = np.where(slots >= 0, slots // self.spec.slots_per_rank, -1)
+        theirs = np.where(owner == self._ranks, slots % self.spec.slots_per_rank, -1)  # [R T K]
         for peer in turn.peers:
             window = turn.windows[peer]
-            # Whole rows in one copy: picking those that go there costs more than their bytes.
+            # All rows in one copy: selecting the needed ones costs more than their bytes.
             window["rows"][half, turn.rank, :tokens] = x
             window["slots"][half, turn.rank, :tokens] = theirs[peer]
             window["weights"][half, turn.rank, :tokens] = weights
             window["votes"][half, turn.rank, 0] = turn.vote
             self.signal(turn, peer)
 
-        # Receive. Invariant: nothing of a source is read before its flag holds this round.
+        # Receive. Invariant: rows of a source are read only after its flag holds this round.
         heard = self.wait(turn, suspicion_out)
         if heard is None:
             return

@@ -1,145 +1,103 @@
-"""Dispatch on a GPU: rows straight into peers' windows, read by the experts where they arrive."""
+"""Dispatch on a GPU: rows straight into peers' windows, read by the experts where they arrive.
+
+One kernel, `dispatch`. Its blocks write rows, slots and weights into the partners' windows. Each
+block then counts itself done with an acq_rel increment; the last one knows that everything is
+written, posts the round to all partners, waits for their rounds, and groups what came by slot.
+No other block waits, so the grid may exceed what the GPU runs at once.
+
+Example: 3 ranks, S=8, T=4, K=3, one token per block, 4 blocks. Token 0 has the slots [3 19 5],
+owned by ranks 0, 2, 0: block 0 writes its row twice, to `rows[half, me, 0]` of ranks 0 and 2. Slots
+are sent from the last block on, which has the fewest tokens: for token 0 block 3 writes [3 -1 5] to
+rank 0, block 1 writes [-1 3 -1] to rank 2. The four increments of the ticket return 0 to 3; the
+block that reads 3 posts three flags and waits for three.
+"""
 
 import dataclasses
-import typing
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
-from pallas_kernels import peers
-from pallas_kernels.call import Call
+from pallas_kernels import simt
 from pallas_kernels.dispatch.config import DispatchConfig
 from pallas_kernels.dispatch.rows import pieces, send_narrowed
-from pallas_kernels.fp8 import unpack_rows
-from pallas_kernels.gpu import (
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
+from pallas_kernels.exchange.gpu import (
     DISPATCH_DONE,
-    GROUP_THREADS,
     ArrivalFlags,
     ExchangeScalars,
-    ExchangeSpec,
-    Heap,
-    RowLists,
-    await_partners,
-    entry,
+    Turn,
     exchange_scalars,
     first_of_each,
-    forget_home,
-    gather_votes,
-    is_last_block,
-    open_heap,
-    partner_test,
-    read_region,
-    simt,
-    tell_partners,
 )
-from pallas_kernels.peers import Word
+from pallas_kernels.exchange.lists import RowLists
+from pallas_kernels.grouping import ExpertRows
+from pallas_kernels.handover import RowsInWindow
+from pallas_kernels.simt import GROUP_THREADS, Word, entry
 
-
-@jax.tree_util.register_dataclass
-@typing.no_type_check  # leaves may be abstract under tree.map
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsInWindow:
-    """Rows that dispatch received, left where they arrived, and which of them belong to which slot.
-
-    Valid until the next use of the window's half. The lists are those of `gpu.RowLists`.
-    """
-
-    heap: UInt8[Array, "N B"]
-    call: Call  # of this use of the window
-    grouped: Int32[Array, "_"]
-    counts: Int32[Array, "S"]
-    tiles: Int32[Array, "_"]
-    slots: Int32[Array, "R T K"]
-    lists: RowLists = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """That of the rows: `(R, T, D)`."""
-        return (*self.slots.shape[:2], self.lists.place.layout.hidden)
-
-    def array(self) -> Float[Array, "R T D"]:
-        """A copy; rows without a slot here are zero. For fp8, widened to the layout's row dtype."""
-        layout, (_, tokens, _) = self.lists.place.layout, self.shape
-        place, after = self.lists.place, self.tiles
-        rows = read_region("rows", place, self.heap, self.call, after)[:, :tokens]
-        if layout.dispatch_dtype:
-            rows = unpack_rows(rows, layout.hidden, jnp.dtype(layout.row_dtype))
-        return jnp.where((self.slots >= 0).any(-1)[..., None], rows, 0)
-
-    def weights(self) -> Float32[Array, "R T K"]:
-        """The weights the sources sent; zero of choices that lie elsewhere."""
-        place, after = self.lists.place, self.tiles
-        found = read_region("weights", place, self.heap, self.call, after)
-        return jnp.where(self.slots >= 0, found[:, : self.shape[1]], 0)
+Received = tuple[RowsInWindow, Choices, Int32[Array, "R"], UInt32[Array, ""]]
 
 
 def dispatch_mosaic(
     x: Float[Array, "T D"],
-    slots: Int32[Array, "T K"],
-    weights: Float32[Array, "T K"],
+    choices: Choices,
     heap: UInt8[Array, "N B"],
     call: Call,
-    place: ExchangeSpec,
+    spec: ExchangeSpec,
     config: DispatchConfig,
-    *,
-    stand_in: bool = False,
-):
-    """As `dispatch.api.dispatch`, but the rows are a RowsInWindow: one kernel.
-
-    With `stand_in`, for measuring one rank of a loopback, it also posts the others' flags.
-    """
-    lists = RowLists(place, *slots.shape, config.tile_rows)
-    sending = Sending.of(slots.shape, place, config, config.groups or lists.groups)
-    threads = sending.threads
+) -> Received:
+    """Like `dispatch.api.dispatch`, in one kernel; the rows are a RowsInWindow."""
+    lists = RowLists(spec, *choices.slots.shape, config.tile_rows)
+    sending = Sending.of(choices.slots.shape, spec, config, config.groups or lists.groups)
 
     def body(rows, slots, weights, heap_ref, *rest):
-        refs, rest = (
-            ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
-            rest[len(ExchangeScalars._fields) :],
-        )
-        suspicion, vote, *listed, ticket, heard, failed, largest, counts = rest
-        heap = open_heap(place, heap_ref, refs.round, refs.rank)
-        sending.write(rows, slots, weights, heap, refs)
-        with peers.when(is_last_block(heap, DISPATCH_DONE, sending.blocks, ticket)):
-            out = ArrivalFlags(suspicion, heard, failed)
-            _arrive(heap, refs, out, largest, vote, lists, counts, listed, threads, stand_in)
+        refs, rest = ExchangeScalars.split(rest)
+        *outs, ticket, heard, failed, largest, counts = rest
+        turn = Turn.open("sent", spec, heap_ref, refs, sending.threads, stand_in=config.stand_in)
+        sending.write(rows, slots, weights, turn)
+        with simt.when(turn.is_last_block(DISPATCH_DONE, sending.blocks, ticket)):
+            _arrive(turn, lists, outs, (heard, failed, largest, counts))
 
-    found = simt(
+    found = simt.kernel(
         body,
-        *sending.operands(x, slots, weights),
+        *sending.operands(x, choices),
         heap,
         *exchange_scalars(call),
-        out={"suspicion": ((place.ranks,), jnp.int32), "vote": ((1,), jnp.uint32)} | lists.out,
+        out=_outputs(lists),
         grid=sending.blocks,
         name="dispatch",
         groups=sending.groups,
-        shared=(1, place.ranks, 1, 1, lists.slots),
+        shared=(1, *_shared(lists)),
     )
-    return _received(found, slots.shape, heap, call, lists)
+    return _received(found, choices.slots.shape, heap, call, lists)
 
 
-def send(x, slots, weights, heap, call: Call, place: ExchangeSpec, config: DispatchConfig):
+def send(
+    x: Float[Array, "T D"],
+    choices: Choices,
+    heap: UInt8[Array, "N B"],
+    call: Call,
+    spec: ExchangeSpec,
+    config: DispatchConfig,
+) -> Int32[Array, "1"]:
     """The first half of `dispatch_mosaic`, for ranks that take turns: writes, and posts the round.
 
-    There no rank may wait before all have posted. Returns an array that is there once it is done.
+    There no rank may wait before all have posted. The output exists once this is done.
     """
-    sending = Sending.of(slots.shape, place, config, 1)
+    sending = Sending.of(choices.slots.shape, spec, config, 1)
 
     def body(rows, slots, weights, heap_ref, *rest):
-        *rest, done, ticket = rest
-        refs = ExchangeScalars(*rest)
-        heap = open_heap(place, heap_ref, refs.round, refs.rank)
-        sending.write(rows, slots, weights, heap, refs)
-        with peers.when(is_last_block(heap, DISPATCH_DONE, sending.blocks, ticket)):
-            is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
-            tell_partners("sent", heap, refs, is_partner, sending.threads)
-            with peers.when(peers.thread() == 0):
-                peers.store(peers.address(done), peers.word(1))
+        refs, (done, ticket) = ExchangeScalars.split(rest)
+        turn = Turn.open("sent", spec, heap_ref, refs, sending.threads)
+        sending.write(rows, slots, weights, turn)
+        with simt.when(turn.is_last_block(DISPATCH_DONE, sending.blocks, ticket)):
+            is_partner, _ = turn.partners()
+            turn.tell_partners(is_partner)
+            with simt.when(simt.thread() == 0):
+                simt.store(simt.address(done), simt.word(1))
 
-    return simt(
+    return simt.kernel(
         body,
-        *sending.operands(x, slots, weights),
+        *sending.operands(x, choices),
         heap,
         *exchange_scalars(call),
         out={"done": ((1,), jnp.int32)},
@@ -151,82 +109,83 @@ def send(x, slots, weights, heap, call: Call, place: ExchangeSpec, config: Dispa
 
 
 def receive(
-    shape: tuple[int, int], heap, call: Call, sent, place: ExchangeSpec, config: DispatchConfig
-):
-    """The second half: posts once more, waits, and lists what came by slot.
+    shape: tuple[int, int],
+    heap: UInt8[Array, "N B"],
+    call: Call,
+    sent: Int32[Array, "1"],
+    spec: ExchangeSpec,
+    config: DispatchConfig,
+) -> Received:
+    """The second half: posts once more, waits, and groups what came by slot.
 
-    `sent` is the output of `send`, shape (T, K).
+    `sent` is the output of `send`, `shape` (T, K).
     """
-    lists = RowLists(place, *shape, config.tile_rows)
-    threads = GROUP_THREADS * lists.groups
+    lists = RowLists(spec, *shape, config.tile_rows)
 
     def body(heap_ref, *rest):
-        refs, rest = (
-            ExchangeScalars(*rest[: len(ExchangeScalars._fields)]),
-            rest[len(ExchangeScalars._fields) :],
-        )
-        _, suspicion, vote, *listed, heard, failed, largest, counts = rest
-        heap = open_heap(place, heap_ref, refs.round, refs.rank)
-        out = ArrivalFlags(suspicion, heard, failed)
-        _arrive(heap, refs, out, largest, vote, lists, counts, listed, threads)
+        refs, (_, *outs, heard, failed, largest, counts) = ExchangeScalars.split(rest)
+        turn = Turn.open("sent", spec, heap_ref, refs, GROUP_THREADS * lists.groups)
+        _arrive(turn, lists, outs, (heard, failed, largest, counts))
 
-    found = simt(
+    found = simt.kernel(
         body,
         heap,
         *exchange_scalars(call),
         sent,
-        out={"suspicion": ((place.ranks,), jnp.int32), "vote": ((1,), jnp.uint32)} | lists.out,
+        out=_outputs(lists),
         grid=1,
         name="dispatch_receive",
         groups=lists.groups,
-        shared=(place.ranks, 1, 1, lists.slots),
+        shared=_shared(lists),
     )
     return _received(found, shape, heap, call, lists)
 
 
-def _arrive(
-    heap: Heap,
-    refs: ExchangeScalars,
-    out: ArrivalFlags,
-    largest,
-    vote,
-    lists: RowLists,
-    counts,
-    listed,
-    threads: int,
-    stand_in: bool = False,
-) -> None:
-    """Part of a kernel: one block posts and waits, and lists what came."""
-    forget_home(heap, refs)
-    lists.clear(counts, threads)
-    await_partners("sent", heap, refs, out, threads, stand_in)
-    collect = lambda: lists.collect(heap, out.heard, counts, listed, threads)
-    gather_votes(heap, refs, out.heard, largest, vote, threads, meanwhile=collect)
+def _outputs(lists: RowLists) -> dict:
+    ranks = lists.spec.ranks
+    return {"suspicion": ((ranks,), jnp.int32), "vote": ((1,), jnp.uint32)} | lists.out
 
 
-def _received(found: dict, shape: tuple[int, int], heap, call: Call, lists: RowLists):
-    """What dispatch returns, of a kernel's outputs."""
-    received = found["slots"].reshape(lists.place.ranks, *shape)
+def _shared(lists: RowLists) -> tuple[int, ...]:
+    """Lengths of `heard`, `failed`, `largest` and `counts`."""
+    return lists.spec.ranks, 1, 1, lists.slots
+
+
+def _arrive(turn: Turn, lists: RowLists, outs: list, shared: tuple) -> None:
+    """Part of a kernel: one block posts, waits, and groups what came."""
+    (suspicion, vote, *listed), (heard, failed, largest, counts) = outs, shared
+    turn.forget_home()
+    lists.clear(counts, turn.threads)  # Complete after the barriers of await_partners.
+    turn.await_partners(ArrivalFlags(suspicion, heard, failed))
+    collect = lambda: lists.collect(turn.heap, heard, counts, listed, turn.threads)
+    turn.gather_votes(heard, largest, vote, meanwhile=collect)
+
+
+def _received(
+    found: dict, shape: tuple[int, int], heap: UInt8[Array, "N B"], call: Call, lists: RowLists
+) -> Received:
+    """The results of dispatch, from a kernel's outputs."""
+    slots = found["slots"].reshape(lists.spec.ranks, *shape)
     rows = RowsInWindow(
         heap=heap,
         call=call,
-        grouped=found["grouped"],
-        counts=found["counts"],
-        tiles=found["tiles"],
-        slots=received,
-        lists=lists,
+        slots=slots,
+        lists=ExpertRows(*(found[name] for name in ExpertRows._fields)),
+        spec=lists.spec,
+        tile_rows=lists.tile_rows,
     )
-    return rows, received, rows.weights(), found["suspicion"], found["vote"].reshape(())
+    received = Choices(slots, rows.weights())
+    return rows, received, found["suspicion"], found["vote"].reshape(())
 
 
 @dataclasses.dataclass(frozen=True)
 class Sending:
-    """The part of a kernel that writes rows, slots and weights into the partners' windows.
+    """Writes rows, slots and weights into the partners' windows, as a part of a kernel.
 
     `groups` warpgroups make a block; `parts` tokens share it.
     """
 
-    place: ExchangeSpec
+    spec: ExchangeSpec
     tokens: int
     choices: int
     blocks: int
@@ -234,73 +193,83 @@ class Sending:
     parts: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int], place: ExchangeSpec, config: DispatchConfig, groups: int):
-        """For (T, K). Threads that a row has no use for take another token."""
+    def of(
+        cls, shape: tuple[int, int], spec: ExchangeSpec, config: DispatchConfig, groups: int
+    ) -> "Sending":
+        """For (T, K). Threads for which a row has no work take another token."""
         tokens, choices = shape
-        layout = place.layout
-        chunks = layout.row_bytes // peers.VECTOR_BYTES
+        layout = spec.layout
+        chunks = layout.row_bytes // simt.VECTOR_BYTES
         if layout.dispatch_dtype:
             chunks = pieces(layout.hidden)
         parts = max(1, min(groups, groups * GROUP_THREADS // (1 << (chunks - 1).bit_length())))
-        blocks = max(place.ranks, min(-(-tokens // parts), config.blocks // groups))
-        return cls(place, tokens, choices, blocks, groups, parts)
+        blocks = max(spec.ranks, min(-(-tokens // parts), config.blocks // groups))
+        return cls(spec, tokens, choices, blocks, groups, parts)
 
     @property
     def threads(self) -> int:
         return self.groups * GROUP_THREADS
 
-    def operands(self, x, slots, weights) -> tuple[Array, Array, Array]:
-        return x.astype(self.place.layout.row_dtype), slots.reshape(-1), weights.reshape(-1)
+    def operands(
+        self, x: Float[Array, "T D"], choices: Choices
+    ) -> tuple[Float[Array, "T D"], Int32[Array, "_"], Float32[Array, "_"]]:
+        """The kernel's operands that `write` is given references to."""
+        rows = x.astype(self.spec.layout.row_dtype)
+        return rows, choices.slots.reshape(-1), choices.weights.reshape(-1)
 
-    def write(self, rows, slots, weights, heap: Heap, refs: ExchangeScalars) -> None:
-        thread, block, layout = peers.thread(), peers.block(), self.place.layout
-        is_partner, _ = partner_test(refs.active, refs.suspicion, heap.rank)
+    def write(self, rows, slots, weights, turn: Turn) -> None:
+        """Part of a kernel, called by all threads of all blocks.
+
+        No window holds this round's flag of this rank before all of it is written.
+        """
+        thread, block, layout, heap = simt.thread(), simt.block(), self.spec.layout, turn.heap
+        is_partner, _ = turn.partners()
         row_threads = self.threads // self.parts
 
         def send_token(token: Word) -> None:
-            def targets():
-                ranks = self._ranks(slots, token, heap, is_partner)
+            def targets() -> list[tuple[Word, Word]]:
+                ranks = self._ranks(slots, token, heap.rank, is_partner)
                 return [(heap.region("rows", r, heap.rank, token), wanted) for r, wanted in ranks]
 
-            source = peers.address(rows, token.wide() * (layout.hidden * 2))
+            source = simt.address(rows, token.wide() * (layout.hidden * 2))
             if layout.dispatch_dtype:
                 send_narrowed(source, targets, layout.hidden, row_threads)
             else:
-                peers.copy_row(source, targets, layout.row_bytes, row_threads)
+                simt.copy_row(source, targets, layout.row_bytes, row_threads)
 
         def send_metadata(peer: Word) -> None:
             def four(index: Word) -> None:
                 offset = index.wide() * 16
-                found = peers.load_words(peers.address(slots, offset), 4)
-                shares = peers.load_wide(peers.address(weights, offset))
-                per_rank = self.place.slots_per_rank
+                found = simt.load_words(simt.address(slots, offset), 4)
+                shares = simt.load_wide(simt.address(weights, offset))
+                per_rank = self.spec.slots_per_rank
                 here = [(s >= 0) & (s // per_rank == peer) for s in found]
                 local = [
-                    peers.select(h, s % per_rank, peers.word(-1))
+                    simt.select(h, s % per_rank, simt.word(-1))
                     for h, s in zip(here, found, strict=True)
                 ]
-                peers.store_words(heap.region("slots", peer, heap.rank) + offset, local)
-                peers.store_wide(heap.region("weights", peer, heap.rank) + offset, shares)
+                simt.store_words(heap.region("slots", peer, heap.rank) + offset, local)
+                simt.store_wide(heap.region("weights", peer, heap.rank) + offset, shares)
 
-            with peers.when(is_partner(peer)):
-                peers.each(thread, self.tokens * self.choices // 4, self.threads, four)
+            with simt.when(is_partner(peer)):
+                simt.each(thread, self.tokens * self.choices // 4, self.threads, four)
 
         first = block * self.parts + thread // row_threads
-        peers.each(first, self.tokens, self.blocks * self.parts, send_token)
+        simt.each(first, self.tokens, self.blocks * self.parts, send_token)
         # The last blocks have the fewest tokens.
-        last = peers.word(self.blocks - 1) - block
-        peers.each(last, self.place.ranks, self.blocks, send_metadata)
+        last = simt.word(self.blocks - 1) - block
+        simt.each(last, self.spec.ranks, self.blocks, send_metadata)
 
-    def _ranks(self, slots, token: Word, heap: Heap, is_partner) -> list[tuple[Word, Word]]:
-        """Of each choice the rank that it makes the row travel to, and whether it does.
+    def _ranks(self, slots, token: Word, own: Word, is_partner) -> list[tuple[Word, Word]]:
+        """For each choice the rank it sends the row to, and whether it does.
 
-        A row travels once per rank, for the first of its choices that lies there: slots `[3 19 5]`
-        with S=8 travel to ranks 0 and 2.
+        A row travels once per rank, for the first of its choices there: slots `[3 19 5]` with S=8
+        travel to ranks 0 and 2.
         """
-        found = [peers.load(entry(slots, token * self.choices + k)) for k in range(self.choices)]
+        found = [simt.load(entry(slots, token * self.choices + k)) for k in range(self.choices)]
         there = [slot >= 0 for slot in found]
         owners = [
-            peers.select(real, slot // self.place.slots_per_rank, heap.rank)
+            simt.select(real, slot // self.spec.slots_per_rank, own)
             for real, slot in zip(there, found, strict=True)
         ]
         heard = [real & is_partner(owner) for real, owner in zip(there, owners, strict=True)]

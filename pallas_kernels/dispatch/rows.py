@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from pallas_kernels import peers
-from pallas_kernels.fp8 import E4M3_MAX, SMALLEST_PEAK
-from pallas_kernels.peers import Word
+from pallas_kernels import simt
+from pallas_kernels.exchange.fp8 import E4M3_MAX, SMALLEST_PEAK
+from pallas_kernels.simt import Word
 from pallas_kernels.window import SCALE_CHANNELS
 
-PIECE = peers.VECTOR_BYTES  # channels of a thread: what it reads is twice as wide as what it writes
+PIECE = simt.VECTOR_BYTES  # channels of a thread: what it reads is twice as wide as what it writes
 PIECES_UNDER_WAY = 4  # of a thread
 LANES = SCALE_CHANNELS // PIECE  # neighbours that share a scale
 
@@ -26,28 +26,25 @@ def send_narrowed(
     """A row of bf16 to every `(address, wanted)` target, in the form of `fp8.pack_rows`, bit by
     bit.
 
-    As `peers.copy_row`: `threads`, a power of two and whole warps, share the work.
+    As `simt.copy_row`: `threads`, a power of two and whole warps, share the work.
     """
     known = []
-    for places, inside in peers.pieces_of(pieces(hidden), threads, PIECES_UNDER_WAY):
+    for places, inside in simt.pieces_of(pieces(hidden), threads, PIECES_UNDER_WAY):
         starts = [source + (place * (2 * PIECE)).wide() for place in places]
         # All loads are under way before the first of them is waited for.
-        loaded = [
-            peers.load_words(start, 4) + peers.load_words(start + PIECE, 4) for start in starts
-        ]
+        loaded = [simt.load_words(start, 4) + simt.load_words(start + PIECE, 4) for start in starts]
         if not known:
             known.extend(targets())
         scales = [
-            peers.scale_of(peers.peak_bf16(words, LANES), SMALLEST_PEAK, E4M3_MAX)
-            for words in loaded
+            simt.scale_of(simt.peak_bf16(words, LANES), SMALLEST_PEAK, E4M3_MAX) for words in loaded
         ]
         narrow = [
-            peers.narrow_e4m3(words, scale) for words, scale in zip(loaded, scales, strict=True)
+            simt.narrow_e4m3(words, scale) for words, scale in zip(loaded, scales, strict=True)
         ]
         for target, wanted in known:
-            with peers.when(wanted if inside is None else wanted & inside):
+            with simt.when(wanted if inside is None else wanted & inside):
                 for place, scale, values in zip(places, scales, narrow, strict=True):
-                    peers.store_words(target + (place * PIECE).wide(), values)
-                    with peers.when(place % LANES == 0):
+                    simt.store_words(target + (place * PIECE).wide(), values)
+                    with simt.when(place % LANES == 0):
                         at = target + (place // LANES * 4 + hidden).wide()
-                        peers.store(at, peers.float_word(scale))
+                        simt.store(at, simt.float_word(scale))

@@ -8,7 +8,6 @@ from pallas_kernels.device import SM_COUNT
 WIDTH_MULTIPLE = 64  # of channels and expert channels
 GROUP_ROWS = 64  # rows of one warpgroup's matrix instruction
 STAGES_MIN = 4  # two are being gathered, one is handed over, one is multiplied
-SMALL_ROWS = 40  # up to this many rows per slot, most slots need one tile of 64 only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,6 @@ class GemmConfig:
     @property
     def groups(self) -> int:
         return self.tile_rows // GROUP_ROWS
-
-
-def tile_rows_for(rows_per_slot: float) -> int:
-    """Rows of a tile where a slot gets that many: 64, or 128 once 64 are rarely enough."""
-    return 64 if rows_per_slot <= SMALL_ROWS else 128
 
 
 def config_for(

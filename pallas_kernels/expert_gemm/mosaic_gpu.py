@@ -13,135 +13,58 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32, UInt32
+from jaxtyping import Array, BFloat16, Int32
 
-from pallas_kernels import peers
-from pallas_kernels.combine.mosaic_gpu import ResultsAtHome
+from pallas_kernels import simt
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
-from pallas_kernels.gpu import (
-    GROUP_THREADS,
-    ExchangeSpec,
-    RowLists,
-    entry,
-    exchange_scalars,
-    open_heap,
-)
-from pallas_kernels.peers import Word
+from pallas_kernels.grouping import ExpertRows
+from pallas_kernels.handover import Homes, InArray, InWindow, ResultsAtHome
+from pallas_kernels.simt import GROUP_THREADS, Word, entry
 
 DEPTH = 64  # channels of one stage: 128 bytes, the copy engine's widest swizzle
-CHUNKS = DEPTH * 2 // peers.VECTOR_BYTES  # 16-byte pieces of a row in one stage
+CHUNKS = DEPTH * 2 // simt.VECTOR_BYTES  # 16-byte pieces of a row in one stage
 LAG = 2  # stages of gathered rows under way before the oldest is handed over
 SWIZZLED = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
 LOAD_REGISTERS, MULTIPLY_REGISTERS = 56, {1: 232, 2: 216}
 
 
-class ExpertRows(typing.NamedTuple):
-    """The lists of `gpu.RowLists`."""
+class Experts(typing.NamedTuple):
+    """Weights of a rank's slots, and the layer and function that are computed."""
 
-    grouped: Int32[Array, "_"]
-    counts: Int32[Array, "S"]
-    tiles: Int32[Array, "_"]
-
-
-class InWindow(typing.NamedTuple):
-    """Rows at their place in the own window of this round."""
-
-    place: ExchangeSpec
-    heap: Array
-    round: UInt32[Array, "1"]
-    rank: Int32[Array, "1"]
+    bank: BFloat16[Array, "S L 3 F D"]
+    layer: "int | Int32[Array, '']"
+    mlp: ExpertMlp = SWIGLU
 
     @property
-    def operands(self):
-        return (self.heap, self.round, self.rank)
-
-    def start(self, refs, row: Word, tokens: int) -> Word:
-        """Address of row `s * tokens + t`."""
-        heap = open_heap(self.place, *refs)
-        return heap.region("rows", heap.rank, row // tokens, row % tokens)
-
-
-class Homes(typing.NamedTuple):
-    """The windows of the rows' sources: there `returns[this rank, t, k]` takes a result."""
-
-    place: ExchangeSpec
-    heap: Array
-    round: UInt32[Array, "1"]
-    rank: Int32[Array, "1"]
-    tokens: int
-    choices: int
+    def width(self) -> int:
+        """F; the bank's rows below are biases and padding."""
+        return self.mlp.bias_width or self.bank.shape[3]
 
     @property
-    def operands(self):
-        return (self.heap, self.round, self.rank)
-
-    def start(self, refs, pair: Word) -> Word:
-        """Address for the result of choice `(s * tokens + t) * choices + k`."""
-        heap, of_source = open_heap(self.place, *refs), self.tokens * self.choices
-        inside = pair % of_source
-        token, choice = inside // self.choices, inside % self.choices
-        return heap.region("returns", pair // of_source, heap.rank, token, choice)
-
-
-class InArray(typing.NamedTuple):
-    """Rows in an array `[R T D]`."""
-
-    rows: Array
-
-    @property
-    def operands(self):
-        return (self.rows,)
-
-    def start(self, refs, row: Word, tokens: int) -> Word:
-        del tokens
-        return peers.address(refs[0], row.wide() * (self.rows.shape[-1] * 2))
+    def hidden(self) -> int:
+        return self.bank.shape[4]
 
 
 def expert_gemm_mosaic(
     source: InWindow | InArray,
     shape: tuple[int, int, int],
     lists: ExpertRows,
-    bank: BFloat16[Array, "S L 3 F D"],
-    layer,
+    experts: Experts,
     config: GemmConfig,
     homes: Homes | None = None,
-    mlp: ExpertMlp = SWIGLU,
 ) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
-    """As `expert_gemm.api.expert_gemm` for shape (R, T, K); other choices' rows stay unwritten.
+    """Like `expert_gemm.api.expert_gemm` for shape (R, T, K).
 
-    With `homes` results are written there, and nothing else is.
+    Rows of choices that run elsewhere stay unwritten. With `homes` results are written there only.
     """
-    h = gate_up(source, shape, lists, bank, layer, config, mlp)
-    return down(h, shape, lists, bank, layer, config, homes, mlp)
-
-
-def group_rows(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> ExpertRows:
-    """The lists for rows that did not come through a window."""
-    ranks, tokens, _ = slots.shape
-    flat, pairs = slots.reshape(-1), slots.size
-    cap, tiles_max = ranks * tokens, pairs // tile_rows + min(num_slots, pairs)
-    one_hot = (flat[:, None] == jnp.arange(num_slots)).astype(jnp.int32)
-    place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
-    counts = jnp.sum(one_hot, axis=0)
-    at = jnp.where(flat >= 0, flat * cap + place, num_slots * cap)
-    grouped = jnp.zeros(num_slots * cap, jnp.int32).at[at].set(jnp.arange(pairs), mode="drop")
-    ends = jnp.cumsum(-(-counts // tile_rows))
-    tile = jnp.arange(tiles_max)
-    slot = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), num_slots - 1)
-    first = (tile - jnp.where(slot > 0, ends[slot - 1], 0)) * tile_rows
-    entries = jnp.stack([slot, first], axis=1).reshape(-1)
-    tiles = jnp.concatenate([ends[-1:], entries]).astype(jnp.int32)
-    return ExpertRows(grouped, counts, tiles)
+    h = gate_up(source, lists, experts, config)
+    return down(h, shape, lists, experts, config, homes)
 
 
 def _as_data(layer) -> Int32[Array, "1"]:
     """The layer is read by the kernels, so all layers of a model share two of them."""
     return jnp.full(1, layer, jnp.int32)
-
-
-def _tiles_max(lists: ExpertRows) -> int:
-    return (lists.tiles.shape[0] - 1) // 2
 
 
 def _units(tiles, columns: int, blocks: int):
@@ -209,14 +132,13 @@ def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None
 
 
 def gate_up(
-    source, shape, lists: ExpertRows, bank, layer, config: GemmConfig, mlp: ExpertMlp = SWIGLU
+    source: InWindow | InArray, lists: ExpertRows, experts: Experts, config: GemmConfig
 ) -> BFloat16[Array, "N F"]:
     """`silu(gate(x)) * up(x)` of all received choices, tile by tile: N rows, `tile_rows` per tile.
 
     Or what else `mlp` makes of gate and up.
     """
-    (_, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
-    width = mlp.bias_width or width  # below F are biases, and padding
+    width, hidden, mlp = experts.width, experts.hidden, experts.mlp
     rows, columns, stages, groups = (
         config.tile_rows,
         config.tile_columns,
@@ -224,7 +146,7 @@ def gate_up(
         config.groups,
     )
     column_blocks, steps = width // columns, hidden // DEPTH
-    cap = lists.grouped.shape[0] // lists.counts.shape[0]
+    cap = lists.rows_max
 
     def body(*refs):
         *given, layer, bank, grouped, counts, tiles, h = refs[: len(source.operands) + 6]
@@ -245,9 +167,7 @@ def gate_up(
             def unit(i, step):
                 _, column, slot, first = unit_at(i)
                 here = jnp.minimum(counts[slot] - first, rows)
-                _find_rows(
-                    source, given, grouped, offsets, slot * cap + first, here, tokens, choices, rows
-                )
+                _find_rows(source, given, grouped, offsets, slot * cap + first, here)
 
                 def stage(k, step):
                     at = lax.rem(step, stages)
@@ -335,8 +255,8 @@ def gate_up(
         plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     ]
-    out = jax.ShapeDtypeStruct((_tiles_max(lists) * rows, width), jnp.bfloat16)
-    operands = (*source.operands, _as_data(layer), bank, *lists)
+    out = jax.ShapeDtypeStruct((lists.tiles_max * rows, width), jnp.bfloat16)
+    operands = (*source.operands, _as_data(experts.layer), experts.bank, *lists)
     return _launch(body, "expert_gate_up", config, out, scratch, operands)
 
 
@@ -357,21 +277,18 @@ def _bias(bank, matrix: int, slot, layer, start, columns: int, width: int):
 
 
 def down(
-    h,
-    shape,
+    h: BFloat16[Array, "N F"],
+    shape: tuple[int, int, int],
     lists: ExpertRows,
-    bank,
-    layer,
+    experts: Experts,
     config: GemmConfig,
     homes: Homes | None = None,
-    mlp: ExpertMlp = SWIGLU,
 ) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
     """`h` through the down projection, each row to its choice's place in `[R T K D]`.
 
     Or in the window of its source, where `homes` says so.
     """
-    (ranks, tokens, choices), (_, _, _, width, hidden) = shape, bank.shape
-    width = mlp.bias_width or width
+    width, hidden, mlp = experts.width, experts.hidden, experts.mlp
     rows, columns, stages, groups = (
         config.tile_rows,
         config.down_columns,
@@ -379,7 +296,7 @@ def down(
         config.groups,
     )
     column_blocks, steps = hidden // columns, width // DEPTH
-    cap = lists.grouped.shape[0] // lists.counts.shape[0]
+    cap = lists.rows_max
 
     windows = homes.operands if homes else ()
 
@@ -463,8 +380,8 @@ def down(
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     ]
-    operands = (*windows, h, _as_data(layer), bank, *lists)
-    full = (ranks, tokens, choices, hidden)
+    operands = (*windows, h, _as_data(experts.layer), experts.bank, *lists)
+    full = (*shape, hidden)
     if homes:
         # Nothing is written to this array; what comes after the kernel is given it.
         out = jax.ShapeDtypeStruct((1,), jnp.bfloat16)
@@ -474,50 +391,49 @@ def down(
     return _launch(body, "expert_down", config, out, scratch, operands)
 
 
-def _find_rows(source, given, grouped, offsets, first, here, tokens, choices, rows: int) -> None:
+def _find_rows(source: InWindow | InArray, given, grouped, offsets, first, here) -> None:
     """Puts the address of each of a tile's rows into shared memory, two words each."""
 
     @plgpu.inline_mgpu(
-        arg_types=((peers.ref,) * len(given), peers.ref, peers.ref, peers.scalar, peers.scalar)
+        arg_types=((simt.ref,) * len(given), simt.ref, simt.ref, simt.scalar, simt.scalar)
     )
     def find(_, given, grouped, offsets, first, here):
-        index = peers.lane()
+        index = simt.lane()
         # Earlier gathers of this warpgroup may still read the last tile's addresses.
-        peers.meet()
-        with peers.when(index < peers.splat(here)):
-            pair = peers.load(entry(grouped, peers.splat(first) + index))
-            start = source.start(given, pair // choices, tokens)
+        simt.group_barrier()
+        with simt.when(index < simt.splat(here)):
+            pair = simt.load(entry(grouped, simt.splat(first) + index))
+            start = source.start(given, pair // source.choices)
             low, high = start.narrow(), (start >> 32).narrow()
-            peers.store_words(peers.address(offsets, index * 8), [low, high])
-        peers.meet()
+            simt.store_words(simt.address(offsets, index * 8), [low, high])
+        simt.group_barrier()
 
-    assert rows <= GROUP_THREADS
     find(tuple(given), grouped, offsets, first, here)
 
 
 def _gather(x_smem, offsets, here, k, rows: int) -> None:
     """Starts the copies of one stage of a tile's rows, as the matrix unit's swizzle wants them."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), peers.ref, peers.scalar, peers.scalar))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), simt.ref, simt.scalar, simt.scalar))
     def gather(_, x_smem, offsets, here, k):
-        index, here = peers.lane(), peers.splat(here)
-        chunk, base = index % CHUNKS, peers.address(x_smem)
-        deep = peers.splat(k).wide() * (DEPTH * 2) + (chunk * peers.VECTOR_BYTES).wide()
+        index, here = simt.lane(), simt.splat(here)
+        chunk, base = index % CHUNKS, simt.address(x_smem)
+        deep = simt.splat(k).wide() * (DEPTH * 2) + (chunk * simt.VECTOR_BYTES).wide()
         for first in range(0, rows, GROUP_THREADS // CHUNKS):
             row = index // CHUNKS + first
-            with peers.when(row < here):
-                low, high = peers.load_words(peers.address(offsets, row * 8), 2)
+            with simt.when(row < here):
+                low, high = simt.load_words(simt.address(offsets, row * 8), 2)
                 start = low.wide() | (high.wide() << 32)
                 place = row // 8 * (8 * DEPTH * 2) + _swizzle(row & 7, chunk)
-                peers.copy_async(base + place, start + deep)
-        peers.commit_async()
+                simt.copy_async(base + place, start + deep)
+        simt.commit_async()
 
     gather(x_smem, offsets, here, k)
 
 
 def _swizzle(row: Word, chunk: Word) -> Word:
     """Where the matrix unit wants a row's chunk within 8 rows of 128 bytes."""
-    return row * (DEPTH * 2) + (chunk ^ row) * peers.VECTOR_BYTES
+    return row * (DEPTH * 2) + (chunk ^ row) * simt.VECTOR_BYTES
 
 
 def _await_rows(groups_left: int) -> None:
@@ -525,8 +441,8 @@ def _await_rows(groups_left: int) -> None:
 
     @plgpu.inline_mgpu()
     def wait(_):
-        peers.await_async(groups_left)
-        peers.meet()
+        simt.await_async(groups_left)
+        simt.group_barrier()
 
     wait()
 
@@ -538,52 +454,28 @@ def _store_rows(tile, out, grouped, first, here, column, homes=None, windows=())
     with `homes` to the place it has there.
     """
     width = tile.shape[-1]
-    chunks = width * 2 // peers.VECTOR_BYTES
+    chunks = width * 2 // simt.VECTOR_BYTES
     lists = () if grouped is None else (grouped,)
     swizzled = plgpu.RefType(SWIZZLED)
-    types = (swizzled, peers.ref, (peers.ref,) * len(lists), (peers.ref,) * len(windows))
+    types = (swizzled, simt.ref, (simt.ref,) * len(lists), (simt.ref,) * len(windows))
 
-    @plgpu.inline_mgpu(arg_types=(*types, *(peers.scalar,) * 3))
+    @plgpu.inline_mgpu(arg_types=(*types, *(simt.scalar,) * 3))
     def store(_, tile, out, lists, windows, first, here, column):
-        index, here, first = peers.lane(), peers.splat(here), peers.splat(first)
+        index, here, first = simt.lane(), simt.splat(here), simt.splat(first)
         chunk = index % chunks
-        peers.meet()
+        simt.group_barrier()
         for start in range(0, GROUP_ROWS, GROUP_THREADS // chunks):
             row = index // chunks + start
-            with peers.when(row < here):
-                to = peers.load(entry(lists[0], first + row)) if lists else first + row
+            with simt.when(row < here):
+                to = simt.load(entry(lists[0], first + row)) if lists else first + row
                 if homes:
                     target = homes.start(windows, to)
                 else:
-                    target = peers.address(out, to.wide() * (out.type.shape[-1] * 2))
-                inside = (peers.splat(column) * 2).wide() + (chunk * peers.VECTOR_BYTES).wide()
+                    target = simt.address(out, to.wide() * (out.type.shape[-1] * 2))
+                inside = (simt.splat(column) * 2).wide() + (chunk * simt.VECTOR_BYTES).wide()
                 block = row // 8 * (width // DEPTH) + chunk // CHUNKS
-                at = peers.address(tile, block * (8 * DEPTH * 2) + _swizzle(row & 7, chunk & 7))
-                peers.store_wide(target + inside, peers.load_wide(at))
-        peers.meet()
+                at = simt.address(tile, block * (8 * DEPTH * 2) + _swizzle(row & 7, chunk & 7))
+                simt.store_wide(target + inside, simt.load_wide(at))
+        simt.group_barrier()
 
     store(tile, out, lists, tuple(windows), first, here, column)
-
-
-def expert_rows_of(rows) -> tuple[InWindow | InArray, ExpertRows]:
-    """Source and lists of the rows that dispatch left in the window.
-
-    Rows in fp8 are widened into an array `[R T D]` first.
-    """
-    lists: RowLists = rows.lists
-    if lists.place.layout.dispatch_dtype:
-        source = InArray(rows.array())
-    else:
-        refs = exchange_scalars(rows.call)
-        source = InWindow(lists.place, rows.heap, refs.round, refs.rank)
-    return source, ExpertRows(rows.grouped, rows.counts, rows.tiles)
-
-
-def homes_of(rows) -> Homes | None:
-    """Where results may be written at once; None if they are summed before they travel."""
-    lists: RowLists = rows.lists
-    if lists.place.layout.combine != "per_choice":
-        return None
-    refs = exchange_scalars(rows.call)
-    at = (lists.place, rows.heap, refs.round, refs.rank)
-    return Homes(*at, lists.tokens, lists.choices)

@@ -164,23 +164,25 @@ class Rank:
 
         from pallas_kernels.combine.api import combine
         from pallas_kernels.dispatch.api import dispatch
+        from pallas_kernels.exchange.call import Choices, ExchangeSpec
 
-        place = {"layout": self.layout, "slots_per_rank": SLOTS}
-        place |= {"slab_bytes": self.heap.slab_bytes}
+        choices = Choices(slots, weights)
+        spec = ExchangeSpec(self.layout, SLOTS, self.heap.slab_bytes)
         for _ in range(LAYERS):
-            found, here, sent, suspicion, _ = dispatch(x, slots, weights, heap, call, **place)
+            found, received, suspicion, _ = dispatch(x, choices, heap, call, spec)
+            here = received.slots
             rows = found.array() if hasattr(found, "array") else found
             # The expert of flat slot i multiplies by (i + 1) / 4.
             scale = jnp.where(here >= 0, (here + (self.rank * SLOTS + 1)) / 4, 0)
             results = (scale[..., None] * rows[:, :, None].astype(jnp.float32)).astype(x.dtype)
             call = call.after(suspicion)
-            y, suspicion = combine(results, here, sent, slots, weights, heap, call, **place)
+            y, suspicion = combine(results, received, choices, heap, call, spec)
             call = call.after(suspicion).next()
             x = y.astype(x.dtype)
         return y, call.suspicion, call.round
 
     def _call(self, current: int, active, deadline_ms: int):
-        from pallas_kernels.call import Call, address_words
+        from pallas_kernels.exchange.call import Call, address_words
 
         return Call(
             rank=np.int32(self.rank),
@@ -201,7 +203,7 @@ class Rank:
         self, *, epoch: int, active, seed: int, count: int = 1, deadline_ms: int = 30_000
     ) -> Outcome:
         """Steps until one raises a suspicion; they go on where the epoch's last step ended."""
-        from pallas_kernels.signals import first_round
+        from pallas_kernels.exchange.signals import first_round
 
         work, completed = a_step_work(seed), 0
         if getattr(self, "round", None) is None or self.round >> 20 != epoch:

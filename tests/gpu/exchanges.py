@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.loopback import Loopback, random_routing
-from pallas_kernels.call import Call
-from pallas_kernels.fp8 import pack_rows, unpack_rows
+from pallas_kernels.exchange.call import Call
+from pallas_kernels.exchange.fp8 import pack_rows, unpack_rows
 from pallas_kernels.window import WindowLayout
 from tests.support.kernels import Exchange, check_lists, naive_combine, naive_dispatch
 
@@ -224,8 +224,7 @@ def check_received(loopback: Loopback, work: Exchange, received: dict, heard=Non
             np.testing.assert_array_equal(array, rows[rank], err_msg=f"rows at rank {rank}")
         shares = np.where(here[rank] >= 0, work.weights, 0)
         np.testing.assert_array_equal(weights, shares, err_msg=f"weights at rank {rank}")
-        lists = (found.grouped, found.counts, found.tiles)
-        check_lists(lists, here[rank], loopback.slots_per_rank, found.lists.tile_rows)
+        check_lists(found.lists, here[rank], loopback.slots_per_rank, found.tile_rows)
         assert int(vote) == 1 + max(heard), "the largest vote of those heard"
         missing = sorted(set(work.members) - set(heard))
         assert np.flatnonzero(suspicion).tolist() == missing

@@ -13,8 +13,8 @@ import pytest
 
 from pallas_kernels.combine.reference import combine_reference
 from pallas_kernels.dispatch.reference import dispatch_reference
-from pallas_kernels.fp8 import pack_rows
-from pallas_kernels.gpu import read_region
+from pallas_kernels.exchange.fp8 import pack_rows
+from pallas_kernels.exchange.gpu import read_region
 from tests.gpu.exchanges import (
     CLOSE,
     Ranks,
@@ -163,8 +163,8 @@ def test_rows_leave_in_the_bytes_that_pack_rows_gives():
     with jax.default_device(jax.devices("cpu")[0]):
         packed = np.asarray(pack_rows(jnp.asarray(x)))
     for rows, here, *_ in received.values():
-        place, layout = rows.lists.place, loopback.layout
-        found = read_region("rows", place, rows.heap, rows.call, rows.tiles)
+        layout, after = loopback.layout, rows.lists.counts
+        found = read_region("rows", rows.spec, rows.heap, rows.call, after)
         found = np.asarray(found)[:, : layout.tokens, : layout.hidden * 33 // 32]
         sent = (np.asarray(here) >= 0).any(-1)
         np.testing.assert_array_equal(found[sent], packed[..., : found.shape[-1]][sent])

@@ -16,6 +16,8 @@ from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.config import config_for
 from pallas_kernels.expert_gemm.mlp import ACTIVATIONS, SWIGLU, ExpertMlp
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
+from pallas_kernels.grouping import group_rows
+from pallas_kernels.handover import InArray
 from tests.gpu.exchanges import Ranks, a_work, rows_of, some_loopback
 
 pytestmark = pytest.mark.gpu
@@ -33,9 +35,9 @@ def compiled(width: int, hidden: int, tile_rows: int, mlp: ExpertMlp = SWIGLU):
     config = config_for(tile_rows, SLOTS, width, hidden)
 
     def run(rows, slots, bank):
-        lists = gemm.group_rows(slots, SLOTS, tile_rows)
-        source = gemm.InArray(rows)
-        return gemm.expert_gemm_mosaic(source, SHAPE, lists, bank, LAYER, config, mlp=mlp)
+        lists = group_rows(slots, SLOTS, tile_rows)
+        experts = gemm.Experts(bank, LAYER, mlp)
+        return gemm.expert_gemm_mosaic(InArray(rows, CHOICES), SHAPE, lists, experts, config)
 
     return jax.jit(run)
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.call import Call
 from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.dispatch.reference import dispatch_reference
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 from pallas_kernels.window import WindowLayout
 from tests.support.kernels import an_exchange, naive_dispatch, some_results
 from tests.support.loopback import some_ranks
@@ -90,7 +90,8 @@ def lower_dispatch(tokens, hidden, choices, **layout):
         jnp.zeros((tokens, choices)),
         jnp.zeros((2, 4096), jnp.uint8),
     )
-    run = lambda *a: dispatch(*a, call, layout=window, slots_per_rank=2)
+    spec = ExchangeSpec(window, slots_per_rank=2)
+    run = lambda x, slots, weights, heap: dispatch(x, Choices(slots, weights), heap, call, spec)
     return jax.eval_shape(run, *arguments)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.fp8 import E4M3_MAX, SMALLEST_PEAK, pack_rows, unpack_rows
+from pallas_kernels.exchange.fp8 import E4M3_MAX, SMALLEST_PEAK, pack_rows, unpack_rows
 from pallas_kernels.window import SCALE_CHANNELS, WindowLayout
 
 HIDDEN = 2 * SCALE_CHANNELS

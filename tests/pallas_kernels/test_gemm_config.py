@@ -15,7 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch.config import config_for as dispatch_config_for
 from pallas_kernels.expert_gemm import mosaic_gpu
-from pallas_kernels.expert_gemm.config import GROUP_ROWS, WIDTH_MULTIPLE, config_for, tile_rows_for
+from pallas_kernels.expert_gemm.config import GROUP_ROWS, WIDTH_MULTIPLE, config_for
+from pallas_kernels.grouping import group_rows, tile_rows_for
+from pallas_kernels.handover import InArray
 
 SHARED_BYTES_MAX = 227 * 1024  # of a block on Hopper
 BARRIER_BYTES = 8
@@ -30,7 +32,7 @@ SLOTS, SHAPE = 8, (1, 8, 4)
 @functools.cache
 def lists_of(tile_rows: int):
     """Shapes of the lists for a few rows."""
-    run = lambda slots: mosaic_gpu.group_rows(slots, SLOTS, tile_rows)
+    run = lambda slots: group_rows(slots, SLOTS, tile_rows)
     return jax.eval_shape(run, jax.ShapeDtypeStruct(SHAPE, np.int32))
 
 
@@ -44,9 +46,9 @@ def launches(config, width: int, hidden: int) -> dict[str, list]:
 
     rows = jax.ShapeDtypeStruct((*SHAPE[:2], hidden), jnp.bfloat16)
     bank = jax.ShapeDtypeStruct((SLOTS, 1, 3, width, hidden), jnp.bfloat16)
-    source, lists = mosaic_gpu.InArray(rows), lists_of(config.tile_rows)
+    source, lists = InArray(rows, SHAPE[2]), lists_of(config.tile_rows)
     with mock.patch.object(mosaic_gpu, "_launch", launch):
-        mosaic_gpu.expert_gemm_mosaic(source, SHAPE, lists, bank, 0, config)
+        mosaic_gpu.expert_gemm_mosaic(source, SHAPE, lists, mosaic_gpu.Experts(bank, 0), config)
     assert set(found) == {"expert_gate_up", "expert_down"}
     return found
 

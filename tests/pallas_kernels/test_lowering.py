@@ -26,10 +26,13 @@ from eep_jax.models.weights import dense_names
 from eep_jax.tables import solo_tables
 from pallas_kernels.combine.api import combine
 from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.exchange.call import Choices, ExchangeSpec
 from pallas_kernels.expert_gemm import mosaic_gpu as gemm
 from pallas_kernels.expert_gemm.api import expert_gemm
 from pallas_kernels.expert_gemm.config import GemmConfig, config_for
 from pallas_kernels.expert_gemm.mlp import ExpertMlp
+from pallas_kernels.grouping import group_rows
+from pallas_kernels.handover import InArray
 from pallas_kernels.window import WindowLayout
 from tests.support.lowering import a_call, a_layout, kernels, like, lowered, without_kernels
 
@@ -40,16 +43,17 @@ SLOTS = 8
 
 def exchange(layout: WindowLayout, slots_per_rank=SLOTS, experts=None):
     """A dispatch and a combine as a step has them, with `experts(rows, here, bank)` between."""
-    place = {"layout": layout, "slots_per_rank": slots_per_rank}
+    spec = ExchangeSpec(layout, slots_per_rank)
 
     def run(x, slots, weights, heap, call, bank):
-        rows, here, sent, suspicion, vote = dispatch(x, slots, weights, heap, call, **place)
-        call = call.after(suspicion)
+        choices = Choices(slots, weights)
+        rows, received, suspicion, vote = dispatch(x, choices, heap, call, spec)
+        call, here = call.after(suspicion), received.slots
         if experts:
             results = experts(rows, here, bank)
         else:
             results = jnp.broadcast_to(rows.array()[:, :, None], (*here.shape, layout.hidden))
-        y, suspicion = combine(results, here, sent, slots, weights, heap, call, **place)
+        y, suspicion = combine(results, received, choices, heap, call, spec)
         return y, suspicion, vote
 
     return run
@@ -146,11 +150,9 @@ def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
     rank = int(call.rank)
     slab = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     spread = ExpertSpread(
-        layout=slab.window,
-        slots_per_rank=slab.slots,
+        exchange=ExchangeSpec(slab.window, slab.slots, slab.slab_bytes),
         tile_rows=config.engine.row_tile,
         mlp=expert_mlp(config.model),
-        slab_bytes=slab.slab_bytes,
     )
     step, names = make_step(config, spread)
     shapes = dense_names(config.model)
@@ -244,16 +246,17 @@ def test_the_pipelines_of_the_expert_gemm_have_no_race(capfd):
     """
     config = GemmConfig(tile_columns=64, stages=4, down_stages=3, blocks=2)
     slots = np.random.default_rng(0).integers(0, 2, (1, 96, 2)).astype(np.int32)
-    lists = gemm.group_rows(slots, 2, config.tile_rows)
-    bank, tiles_max = jnp.ones((2, 1, 3, 128, 128), jnp.bfloat16), (len(lists.tiles) - 1) // 2
-    h = jnp.ones((tiles_max * config.tile_rows, 128), jnp.bfloat16)
-    rows = gemm.InArray(jnp.ones((1, 96, 128), jnp.bfloat16))
-    common = (slots.shape, lists, bank, 0, config)
+    lists = group_rows(slots, 2, config.tile_rows)
+    experts = gemm.Experts(jnp.ones((2, 1, 3, 128, 128), jnp.bfloat16), layer=0)
+    h = jnp.ones((lists.tiles_max * config.tile_rows, 128), jnp.bfloat16)
+    rows = InArray(jnp.ones((1, 96, 128), jnp.bfloat16), choices=2)
+    common = (lists, experts, config)
     interpreter = plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")
     refused = ""
     with plgpu.force_gpu_interpret_mode(interpreter):
         try:
-            jax.block_until_ready((gemm.down(h, *common), gemm.gate_up(rows, *common)))
+            y, g = gemm.down(h, slots.shape, *common), gemm.gate_up(rows, *common)
+            jax.block_until_ready((y, g))
         except jax.errors.JaxRuntimeError as error:
             refused = str(error)
     assert "RACE" not in refused + capfd.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eep_jax.engine.lockstep import Lockstep
-from pallas_kernels.signals import first_round, parity
+from pallas_kernels.exchange.signals import first_round, parity
 from tests.support.kernels import an_exchange, naive_combine, some_results
 from tests.support.loopback import (
     JOIN_S,
@@ -137,7 +137,7 @@ def a_late_writer(cluster, rank: int):
             for window in cluster.windows:
                 for name in ("rows", "returns", "weights"):
                     window[name][:, rank] = np.nan
-                window["slots"][:, rank] = step % cluster.slots_per_rank
+                window["slots"][:, rank] = step % cluster.spec.slots_per_rank
                 window["votes"][:, rank] = 1000
                 old = first_round(step % (cluster.epoch - 1) + 1) + step % 7
                 window["sent"][:, rank] = window["returned"][:, rank] = old
@@ -203,7 +203,7 @@ def abort_once_waiting(cluster, rank: int, flag: str, work, layers: int):
         for peer in set(range(4)) - {rank}:
             window["slots"][half, peer] = -1
             window["sent"][half, peer] = current
-    lockstep = Lockstep(cluster.layout, cluster.heaps[rank])
+    lockstep = Lockstep(cluster.spec.layout, cluster.heaps[rank])
 
     def abort():
         while window[flag][half, rank] != current:

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.expert_gemm.mosaic_gpu import group_rows
-from pallas_kernels.gpu import ExchangeSpec, RowLists, first_of_each
+from pallas_kernels.exchange.call import ExchangeSpec
+from pallas_kernels.exchange.gpu import first_of_each
+from pallas_kernels.exchange.lists import RowLists
+from pallas_kernels.grouping import ExpertRows, group_rows
 from tests.support.kernels import check_lists, naive_targets
 from tests.support.lowering import a_layout
 
@@ -74,7 +76,7 @@ def test_both_ways_to_list_have_room_for_the_same(shape, num_slots, tile_rows):
     lists = RowLists(ExchangeSpec(layout, num_slots), tokens, choices, tile_rows)
     slots = np.full(shape, -1, np.int32)
     found = lists_of(slots, num_slots, tile_rows)
-    for name in ("grouped", "counts", "tiles"):
+    for name in ExpertRows._fields:
         assert lists.out[name][0] == getattr(found, name).shape, name
 
 

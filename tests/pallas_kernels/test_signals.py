@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import signals
-from pallas_kernels.signals import EPOCH_MASK, ROUND_BITS, ROUND_MASK, first_round, next_round
+from pallas_kernels.exchange import signals
+from pallas_kernels.exchange.signals import (
+    EPOCH_MASK,
+    ROUND_BITS,
+    ROUND_MASK,
+    first_round,
+    next_round,
+)
 
 epochs = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 2**20)

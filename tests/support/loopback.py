@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels.host
+import pallas_kernels.exchange.host
 from eep_jax.heap.arrays import heap_array
 from eep_jax.heap.loopback import open_all
-from pallas_kernels.call import Call
 from pallas_kernels.combine.api import combine
 from pallas_kernels.combine.host import HostCombine
 from pallas_kernels.dispatch.api import dispatch
 from pallas_kernels.dispatch.host import HostDispatch
-from pallas_kernels.signals import first_round, next_round, parity, post, wait_round
+from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
+from pallas_kernels.exchange.signals import first_round, next_round, parity, post, wait_round
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.kernels import Exchange
 
@@ -81,7 +81,7 @@ class LoopbackRanks:
 
     def __init__(self, layout: WindowLayout, slots_per_rank: int, open_heaps=open_all):
         """`open_heaps(ranks, slab_bytes)` are heaps attached to each other."""
-        self.layout, self.slots_per_rank = layout, slots_per_rank
+        self.spec = ExchangeSpec(layout, slots_per_rank)
         self.heaps = open_heaps(layout.ranks, round_up(layout.window_bytes, 4096))
         self.arrays = [heap_array(heap) for heap in self.heaps]
         self.windows = [layout.views(heap.whole())[heap.rank] for heap in self.heaps]
@@ -146,27 +146,27 @@ class LoopbackRanks:
         return in_threads({r: functools.partial(run, r) for r in present})
 
     def _compile(self):
-        where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
-
         def exchange(x, slots, weights, results, heap, call):
-            rows, here, sent, suspicion, vote = dispatch(x, slots, weights, heap, call, **where)
+            choices = Choices(slots, weights)
+            rows, received, suspicion, vote = dispatch(x, choices, heap, call, self.spec)
             call = call.after(suspicion)
-            y, suspicion = combine(results, here, sent, slots, weights, heap, call, **where)
-            return rows, here, sent, vote, y, suspicion
+            y, suspicion = combine(results, received, choices, heap, call, self.spec)
+            return rows, *received, vote, y, suspicion
 
         return jax.jit(exchange)
 
     def chain_program(self, rank: int, layers: int):
         """The compiled step of one rank: `(x, slots, weights, heap, call) -> (x, suspicion)`."""
-        where = {"layout": self.layout, "slots_per_rank": self.slots_per_rank}
 
         def step(x, slots, weights, heap, call):
+            choices = Choices(slots, weights)
             for _ in range(layers):
-                rows, here, sent, suspicion, _ = dispatch(x, slots, weights, heap, call, **where)
-                scale = (here + (rank * self.slots_per_rank + 1)) / 4
+                rows, received, suspicion, _ = dispatch(x, choices, heap, call, self.spec)
+                here = received.slots
+                scale = (here + (rank * self.spec.slots_per_rank + 1)) / 4
                 results = jnp.where(here >= 0, scale, 0)[..., None] * rows[:, :, None]
                 call = call.after(suspicion)
-                x, suspicion = combine(results, here, sent, slots, weights, heap, call, **where)
+                x, suspicion = combine(results, received, choices, heap, call, self.spec)
                 call = call.after(suspicion).next()
             return x, call.suspicion
 
@@ -215,7 +215,7 @@ def _hosts_with(name: str, replacement):
         return noted
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(pallas_kernels.host, name, replacement))
+        stack.enter_context(mock.patch.object(pallas_kernels.exchange.host, name, replacement))
         for kind in (HostDispatch, HostCombine):
             stack.enter_context(mock.patch.object(kind, "__call__", noting_rank(kind.__call__)))
         yield

@@ -8,8 +8,8 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.interpreters.mlir import make_ir_context
 
-from pallas_kernels.call import Call
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import Call
+from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.window import WindowLayout
 
 H100 = jax.sharding.AbstractMesh(

@@ -14,7 +14,7 @@ import struct
 
 import numpy as np
 
-from pallas_kernels.signals import parity, post
+from pallas_kernels.exchange.signals import parity, post
 from pallas_kernels.window import WindowLayout
 
 HEADER = struct.Struct("<BxxxIII")

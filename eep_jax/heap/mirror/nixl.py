@@ -30,7 +30,7 @@ import numpy as np
 from eep_jax.heap.mirror import stream
 from eep_jax.heap.mirror.frames import HEADER, BadFrame, Kind
 from eep_jax.heap.mirror.wire import end_connection, receive
-from pallas_kernels.signals import parity
+from pallas_kernels.exchange.signals import parity
 from pallas_kernels.window import round_up
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from eep_jax.heap.mirror.frames import FrameCodec, Kind
 from eep_jax.heap.mirror.server import READ
 from eep_jax.heap.mirror.stream import FrameStream
 from eep_jax.heap.mirror.wire import end_connection, receive, send
-from pallas_kernels.signals import AnyFlag, post
+from pallas_kernels.exchange.signals import AnyFlag, post
 
 _log = logging.getLogger(__name__)
 

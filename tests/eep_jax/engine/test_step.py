@@ -16,8 +16,8 @@ from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import ExpertSpread, dense_experts
 from eep_jax.tables import solo_tables
-from pallas_kernels.call import Call
-from pallas_kernels.signals import first_round
+from pallas_kernels.exchange.call import Call, ExchangeSpec
+from pallas_kernels.exchange.signals import first_round
 from tests.support.engines import a_request
 from tests.support.models import a_model, a_run, rounded_weights
 
@@ -75,7 +75,7 @@ def step_of(config: RunConfig):
     cluster = config.cluster
     layout = slab_layout(config.model, config.engine, 1, cluster.slots_per_rank).window
     tile, slots = config.engine.row_tile, cluster.slots_per_rank
-    spread = ExpertSpread(layout=layout, slots_per_rank=slots, tile_rows=tile)
+    spread = ExpertSpread(exchange=ExchangeSpec(layout, slots), tile_rows=tile)
     return make_step(config, spread)
 
 

@@ -13,6 +13,7 @@ from eep_jax.models.moe_block import ExpertSpread, dense_experts, elastic_expert
 from eep_jax.placement.placement import EMPTY, Placement, check
 from eep_jax.placement.planner import initial_placement, plan_repair
 from eep_jax.tables import build_tables
+from pallas_kernels.exchange.call import ExchangeSpec
 from tests.support.factories import a_view
 from tests.support.loopback import in_threads, some_ranks, waits_that_know
 from tests.support.models import a_model, some_weights
@@ -34,8 +35,8 @@ def some_tokens(seed: int = 0):
 
 @functools.cache
 def compiled(rank: int, mode: str):
-    layout = some_ranks(RANKS, TOKENS, MODEL.experts_per_token, MODEL.hidden, mode).layout
-    spread = ExpertSpread(layout=layout, slots_per_rank=SLOTS, tile_rows=4)
+    layout = some_ranks(RANKS, TOKENS, MODEL.experts_per_token, MODEL.hidden, mode).spec.layout
+    spread = ExpertSpread(exchange=ExchangeSpec(layout, SLOTS), tile_rows=4)
 
     def two_layers(x, ids, weights, bank, heap, tables, call):
         y, dropped, call = elastic_experts(spread, 0, x, ids, weights, bank, heap, tables, call)

@@ -10,7 +10,7 @@ import numpy as np
 
 from eep_jax.errors import HeapError
 from eep_jax.heap.mirror.heap import MirrorHeap, MirrorOptions
-from pallas_kernels.signals import post
+from pallas_kernels.exchange.signals import post
 from tests.support.mirrors import LAYOUT, SLAB_BYTES, TOKEN, until
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from eep_jax.heap.mirror import frames
 from eep_jax.heap.mirror.frames import HEADER, BadFrame, FrameCodec, Kind
-from pallas_kernels.signals import parity
+from pallas_kernels.exchange.signals import parity
 from pallas_kernels.window import WindowLayout
 
 SIZES = WindowLayout(ranks=3, tokens=4, choices=2, hidden=8)

@@ -18,7 +18,7 @@ from eep_jax.heap.mirror.nixl import NixlStream, load_nixl
 from eep_jax.heap.mirror.server import READ, UNAUTHENTICATED_MAX
 from eep_jax.heap.mirror.wire import SERVICE, Purpose, call, receive
 from eep_jax.heap.open import open_heap
-from pallas_kernels.signals import post
+from pallas_kernels.exchange.signals import post
 from tests.support import mirrors
 from tests.support.kernels import an_exchange, naive_combine, some_results
 from tests.support.loopback import LoopbackRanks, some_ranks, waits_that_know

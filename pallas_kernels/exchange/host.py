@@ -1,4 +1,4 @@
-"""What both exchanges share over a heap in host memory: views, partners, flags, bounded waits."""
+"""Base of both exchanges over a heap in host memory: views, partners, flags, bounded waits."""
 
 import ctypes
 import dataclasses
@@ -6,28 +6,31 @@ import time
 
 import numpy as np
 
-from pallas_kernels.signals import parity, post, wait_round
+from pallas_kernels.exchange.call import ExchangeSpec
+from pallas_kernels.exchange.signals import parity, post, wait_round
 from pallas_kernels.window import WindowLayout
 
 
 class HostExchange:
-    """One rank's end of an exchange; a subclass is called back from inside the compiled step.
+    """One rank's end of an exchange; the compiled step calls a subclass back.
 
-    Keeps only views of the heap between calls. `flag` names the region a subclass signals with.
+    Keeps only views of the heap between calls. `flag` is the region of the subclass' flags.
     """
 
     flag: str
 
-    def __init__(self, layout: WindowLayout, slots_per_rank: int):
-        self.layout, self.slots_per_rank = layout, slots_per_rank
-        self._views = HeapViews(layout)
-        self._ranks = np.arange(layout.ranks)[:, None, None]
+    def __init__(self, spec: ExchangeSpec):
+        self.spec = spec
+        self._views = HeapViews(spec.layout)
+        self._ranks = np.arange(spec.ranks)[:, None, None]
 
-    def __reduce__(self):
-        """Pickled without its views: they are of this process's memory."""
-        return type(self), (self.layout, self.slots_per_rank)
+    def __reduce__(self) -> tuple:
+        """Pickles without the views, which belong to this process's memory."""
+        return type(self), (self.spec,)
 
-    def begin(self, heap, active, scalars, suspicion) -> "Turn":
+    def begin(
+        self, heap: np.ndarray, active: np.ndarray, scalars: np.ndarray, suspicion: np.ndarray
+    ) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
         rank, epoch, current, deadline_ms, vote = np.asarray(scalars).tolist()
         return Turn(
@@ -41,14 +44,14 @@ class HostExchange:
         )
 
     def signal(self, turn: "Turn", peer: int) -> None:
-        """Tells a peer that all of this rank's rows for it are written."""
+        """Posts the round to a peer, after all of this rank's rows for it are written."""
         flags = turn.windows[peer][self.flag]
         post(flags[turn.half, turn.rank : turn.rank + 1], turn.round)
 
     def wait(self, turn: "Turn", suspicion: np.ndarray) -> list[int] | None:
-        """The peers whose rows are here, or None for an aborted step.
+        """Waits; returns the peers whose rows may now be read, or None for an aborted step.
 
-        Nothing of a peer may be read before. Writes who did not come, or the abort, to `suspicion`.
+        Marks ranks that did not come, or the abort in the own entry, in `suspicion`.
         """
         own = turn.windows[turn.rank]
         missing, aborted = wait_round(
@@ -74,7 +77,7 @@ class Turn:
     epoch: int
     deadline_ns: int
     vote: int
-    peers: list[int]  # whom the exchange talks to, this rank included
+    peers: list[int]  # partners of the exchange, this rank included
 
     @property
     def half(self) -> int:
@@ -82,13 +85,13 @@ class Turn:
 
 
 class HeapViews:
-    """The window regions of all ranks, rebuilt only if the heap's address changes."""
+    """Window regions of all ranks, rebuilt only if the heap's address changes."""
 
     def __init__(self, layout: WindowLayout):
         self._layout = layout
         self._address, self._windows = None, None
 
-    def of(self, heap) -> list[dict[str, np.ndarray]]:
+    def of(self, heap: np.ndarray) -> list[dict[str, np.ndarray]]:
         memory = np.asarray(heap)
         address = memory.__array_interface__["data"][0]
         if address != self._address:
@@ -98,16 +101,16 @@ class HeapViews:
 
 
 def writable(memory: np.ndarray) -> np.ndarray:
-    """The same bytes without the read-only mark that inputs of a callback carry."""
+    """The same bytes without the read-only flag of a callback's inputs."""
     raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.ctypes.data)
     return np.frombuffer(raw, np.uint8).reshape(memory.shape)
 
 
 def partners(active: np.ndarray, suspicion: np.ndarray) -> list[int]:
-    """The ranks an exchange talks to: those of the epoch that did not time out in this step."""
+    """Ranks an exchange talks to: those of the epoch that did not time out in this step."""
     return np.flatnonzero((active > 0) & (suspicion == 0)).tolist()
 
 
 def every_or(ranks: list[int], count: int) -> slice | list[int]:
-    """An index for these of `count` ranks: a slice, which copies nothing, where it is all."""
+    """Index of these of `count` ranks: a slice, which copies nothing, if it is all of them."""
     return slice(None) if len(ranks) == count else ranks
