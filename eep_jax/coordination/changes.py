@@ -5,7 +5,13 @@ import dataclasses
 from eep_jax.coordination import background
 from eep_jax.coordination.loading import ready_to_join, supply_of, with_loads
 from eep_jax.coordination.protocol import Commit, Mode, Prepare, StandBy, Status
-from eep_jax.coordination.records import handles_of, send_to, unsettled_places, want_resync
+from eep_jax.coordination.records import (
+    handles_of,
+    replaced,
+    send_to,
+    unsettled_places,
+    want_resync,
+)
 from eep_jax.coordination.shortages import after_success, avoided, explain
 from eep_jax.coordination.state import Change, CoordinatorState, Note, RankRecord, Send
 from eep_jax.errors import CoverageLost
@@ -102,25 +108,32 @@ def _propose(
         "admitted": list(admitted),
         "moves": len(change.plan.moves),
     }
-    handles = handles_of(state, change.view.in_epoch)  # one for all: it is encoded once
-    sends = tuple(prepare_for(state, rank, handles) for rank in change.takes_part)
+    common = _prepare_without_moves(state)
+    sends = tuple(prepare_for(state, rank, common) for rank in change.takes_part)
     # The record comes first: a restarted supervisor must not use this epoch for another change.
     return state, (Note("prepare", facts), *sends)
 
 
-def prepare_for(state: CoordinatorState, rank: int, handles: dict[int, str] | None = None) -> Send:
-    """What a rank is told of the pending change."""
+def prepare_for(state: CoordinatorState, rank: int, common: Prepare | None = None) -> Send:
+    """The Prepare of the pending change for one rank. `common` is the part without its moves."""
+    common = common or _prepare_without_moves(state)
+    moves_of_rank = state.change.plan.moves_of(rank)
+    # Ranks without moves get the same object, so that the supervisor encodes it once.
+    message = dataclasses.replace(common, moves=moves_of_rank) if moves_of_rank else common
+    return send_to(state, rank, message)
+
+
+def _prepare_without_moves(state: CoordinatorState) -> Prepare:
     change = state.change
-    prepare = Prepare(
+    return Prepare(
         epoch=change.view.epoch,
         view=change.view,
         placement=change.plan.placement,
-        moves=change.plan.moves_of(rank),
-        handles=handles_of(state, change.view.in_epoch) if handles is None else handles,
+        moves=(),
+        handles=handles_of(state, change.view.in_epoch),
         reason=change.reason,
         planned=change.planned,
     )
-    return send_to(state, rank, prepare)
 
 
 def certain_placement(state: CoordinatorState, joining) -> Placement:
@@ -151,7 +164,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
     )
     inside = change.view.in_epoch
     records = tuple(
-        dataclasses.replace(record, accused_by=(), load=None if r in inside else record.load)
+        replaced(record, accused_by=(), load=None if r in inside else record.load)
         for r, record in enumerate(state.records)
     )
     state = dataclasses.replace(

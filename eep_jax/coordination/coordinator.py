@@ -28,7 +28,7 @@ from eep_jax.coordination.deaths import fence_dead, verdict_on
 from eep_jax.coordination.loading import assign_loads, load_for
 from eep_jax.coordination.protocol import Commit, Fenced, Mode, Refused, StandBy, Status, Welcome
 from eep_jax.coordination.quiet import is_quiet, look
-from eep_jax.coordination.records import OUTSIDE, send_to, want_resync, with_record
+from eep_jax.coordination.records import OUTSIDE, replaced, send_to, want_resync, with_record
 from eep_jax.coordination.shortages import forget_old, note_lost
 from eep_jax.coordination.state import (
     Answer,
@@ -132,7 +132,7 @@ def _note_ready(state: CoordinatorState, status: Status) -> CoordinatorState:
     if not is_ready(state.records[status.rank], change):
         return state
     ready = change.ready | {status.rank}
-    return dataclasses.replace(state, change=dataclasses.replace(change, ready=ready))
+    return replaced(state, change=replaced(change, ready=ready))
 
 
 def _excuse_own_pause(state: CoordinatorState, now_ms: int) -> CoordinatorState:

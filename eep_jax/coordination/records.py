@@ -1,7 +1,5 @@
 """Small steps that all decisions about a change are made of."""
 
-import dataclasses
-
 from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.state import CoordinatorState, Send
 
@@ -12,9 +10,19 @@ OUTSIDE = (Mode.OFFERED, Mode.STANDBY, Mode.PREPARING, Mode.READY)
 
 def with_record(state: CoordinatorState, rank: int, **changes) -> CoordinatorState:
     """The state with changes to what is known of one rank."""
-    record = dataclasses.replace(state.records[rank], **changes)
+    record = replaced(state.records[rank], **changes)
     records = state.records[:rank] + (record,) + state.records[rank + 1 :]
-    return dataclasses.replace(state, records=records)
+    return replaced(state, records=records)
+
+
+def replaced[T](value: T, **changes) -> T:
+    """`dataclasses.replace` without its calls per field, for what is done with every Status.
+
+    Only for dataclasses without `__post_init__` and cached properties.
+    """
+    fresh = object.__new__(type(value))
+    vars(fresh).update(vars(value), **changes)
+    return fresh
 
 
 def send_to(state: CoordinatorState, rank: int, message) -> Send:
@@ -24,7 +32,7 @@ def send_to(state: CoordinatorState, rank: int, message) -> Send:
 
 def want_resync(state: CoordinatorState, reason: str) -> CoordinatorState:
     """The state that wants an epoch with the same members, for the first such reason."""
-    return dataclasses.replace(state, resync=state.resync or reason)
+    return replaced(state, resync=state.resync or reason)
 
 
 def handles_of(state: CoordinatorState, ranks) -> dict[int, str]:

@@ -51,7 +51,7 @@ class Change:
 
     @property
     def takes_part(self) -> tuple[int, ...]:
-        return (*self.view.in_epoch, *self.leaving)
+        return self.view.in_epoch + self.leaving  # copies nothing if no rank leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
     "numpy",
     "ml-dtypes",
     "aiohttp",
-    "msgpack",
+    "msgspec",
     "xxhash",
     "tokenizers",
     "jinja2",

@@ -10,7 +10,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
-from eep_jax.runtime.control.codec import decode, encode
+from eep_jax.runtime.control.codec import Encoder, decode
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ControlServer:
         on_closed: Callable[[Connection], None],
     ):
         """`on_message` may raise ProtocolError to refuse what was said and close the connection."""
-        self._token, self._bytes_max = token, message_bytes_max
+        self._token, self._bytes_max, self._encoder = token, message_bytes_max, Encoder()
         self._on_message, self._on_closed = on_message, on_closed
 
     def build_app(self) -> web.Application:
@@ -107,7 +107,7 @@ class ControlServer:
         try:
             while (message := await connection.outgoing.get()) is not None:
                 async with asyncio.timeout(WRITE_DEADLINE_S):
-                    await socket.send_bytes(encode(message))
+                    await socket.send_bytes(self._encoder.encode(message))
             await socket.close()
         except ConnectionError:
             pass  # the reader sees the same end, and says so

@@ -15,7 +15,7 @@ from eep_jax.coordination.protocol import Commit, Mode, Prepare, Status
 from eep_jax.engine.request import Request
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
-from eep_jax.runtime.control.codec import decode, encode
+from eep_jax.runtime.control.codec import SHARED_MAX, Encoder, decode, encode
 from tests.support.factories import a_placement, a_status, a_view
 
 ALL = messages.TO_RANK | messages.TO_SUPERVISOR
@@ -120,6 +120,8 @@ class TestRefusals:
             (a_status(1), "contents", [0, False], "Status.contents[1]"),
             (a_status(1), "handle", b"slab", "Status.handle"),
             (a_status(1), "wings", 2, "wings"),
+            (a_prepare(), "view.wings", 2, "Prepare.view has unknown fields ['wings']"),
+            (a_prepare(), "view.members.2.wings", 2, "Prepare.view.members[2] has unknown fields"),
             (a_prepare(), "handles", {"1": "slab"}, "Prepare.handles key"),
             (a_prepare(), "handles", {1: 2}, "Prepare.handles[1]"),
             (a_prepare(), "handles", [], "Prepare.handles"),
@@ -170,6 +172,15 @@ class TestRefusals:
     def test_random_bytes_are_refused_and_do_nothing_else(self, data):
         refusal(data)
 
+    @pytest.mark.parametrize("field", [b"epoch", b"wings"])
+    def test_a_deeply_nested_value_is_refused(self, field):
+        fields = b"\x82\xa5epoch\x01\xa5" + field + b"\x91" * 100_000 + b"\xc0"
+        refusal(b"\x92\xa6Commit" + fields)
+
+    @pytest.mark.parametrize("size", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
+    def test_an_announced_length_beyond_the_message_reserves_nothing(self, size):
+        assert "truncated" in refusal(b"\x92\xa6Status" + size)
+
     @given(st.data(), st.sampled_from(sorted(ALL)))
     def test_a_damaged_message_is_refused_or_is_another_message(self, data, name):
         encoded = bytearray(encode(data.draw(values_of(ALL[name]))))
@@ -191,9 +202,12 @@ class TestRefusals:
             encode(Commit(epoch=2**64))
         with pytest.raises(ProtocolError, match="cannot encode"):
             encode(Commit(epoch=object()))
+        with pytest.raises(ProtocolError, match="cannot encode"):
+            Encoder().encode(messages.Generate(request=a_request(seed=2**64)))
 
 
-def test_what_many_messages_share_is_encoded_as_if_each_were_alone():
+@pytest.mark.parametrize("encoder", [encode, Encoder().encode], ids=["each alone", "shared"])
+def test_what_many_messages_share_is_encoded_as_if_each_were_alone(encoder):
     """Also a table that is changed in place between two messages, and the same message again."""
     view, handles = a_view(), {0: "a", 1: "b"}
     told = {"epoch": 2, "view": view, "placement": a_placement(), "moves": ()}
@@ -201,6 +215,14 @@ def test_what_many_messages_share_is_encoded_as_if_each_were_alone():
         handles[1] = changed
         for reason in ("x", "y"):
             message = Prepare(**told, handles=handles, reason=reason)
-            for data in (encode(message), encode(message)):
+            for data in (encoder(message), encoder(message)):
                 found = decode(data, {"Prepare": Prepare}, 1 << 20)
                 assert found == message and found.handles[1] == changed
+
+
+def test_an_encoder_keeps_few_parts_and_gives_the_same_bytes():
+    encoder = Encoder()
+    for epoch in range(3 * SHARED_MAX):
+        message = dataclasses.replace(a_prepare(), epoch=epoch, view=a_view())
+        assert encoder.encode(message) == encode(message)
+    assert len(encoder._shared) == SHARED_MAX
