@@ -4,5 +4,5 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/launch/environment.sh"
-make_environment
+make_environment plots
 exec "$PYTHON" -m launch.local --config=tiny_cpu --demo "$@"

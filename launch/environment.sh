@@ -1,4 +1,4 @@
-# Makes the virtual environment of this repository: source it, then call `make_environment [extra]`.
+# Makes the virtual environment of this repository: source it, then call `make_environment [extra,...]`.
 # Sets PYTHON to its interpreter. Needs any Python >= 3.12 with venv; nothing else.
 
 _usable() { "$@" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }

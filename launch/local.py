@@ -15,7 +15,6 @@ from absl import flags as absl_flags
 from launch import flags, program
 from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
-from launch.demo import run_demo
 
 RESPAWN_DELAY = absl_flags.DEFINE_integer(
     "respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
@@ -29,7 +28,9 @@ START_MARGIN_S = 60.0  # beyond what the first epoch waits for all ranks
 def main() -> int:
     config = flags.run_config()
     arguments = flags.forwarded()
-    _make_out_directory()
+    if DEMO.value:
+        program.require_extra("matplotlib", "plots", "--demo")
+        _make_out_directory()
     if DEMO.value and flags.PORT.value is None:
         arguments.append("--port=0")  # a demonstration should not fail for a port in use
     cluster = LocalCluster(
@@ -87,6 +88,8 @@ async def _work(cluster: LocalCluster, config) -> int:
     try:
         await _wait_until_whole(cluster, config)
         if DEMO.value:
+            from launch.demo import run_demo  # draws with matplotlib, which serving does not need
+
             return await run_demo(cluster, config, DEMO_OUT.value)
         _print_how_to_use(cluster, config)
         await watch

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 from absl import flags
 from flax import nnx
 
@@ -24,6 +23,7 @@ from eep_jax.models.weights import build_dense_model, split_model
 from eep_jax.storage.checkpoint import save_checkpoint
 from launch import program
 from launch.config_files import load_config
+from launch.errors import UsageError
 
 TEXT = flags.DEFINE_string("text", None, "Plain text to train on.", required=True)
 OUT = flags.DEFINE_string(
@@ -104,6 +104,8 @@ def sparse_experts(stacked, layer: int, x, expert_ids, weights):
 
 def loss_fn(model: DenseModel, tokens: jax.Array, balance_weight: float, experts=None):
     """Returns (objective, cross entropy in nats per byte)."""
+    import optax
+
     logits, routes = model(tokens[:, :-1], experts)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
     balance = sum(balance_loss(ids, scores) for ids, scores in routes) / len(routes)
@@ -128,12 +130,15 @@ def held_out_loss(model: DenseModel, data: np.ndarray, length: int, bos: int) ->
     return float(np.mean(losses))
 
 
-def main(_):
+def main() -> int:
+    program.require_extra("optax", "train", "launch.train_tiny")
+    import optax
+
     config = load_config("tiny_cpu").model
     text = np.frombuffer(pathlib.Path(TEXT.value).read_bytes(), np.uint8)
     train, held_out = split_text(text)
     if len(held_out) < WINDOW.value:
-        raise ValueError(f"{TEXT.value} has {len(text)} bytes; needs at least {20 * 16_384}")
+        raise UsageError(f"{TEXT.value} has {len(text)} bytes; needs at least {20 * 16_384}")
     print(f"{config.parameters:,} parameters, {len(train):,} + {len(held_out):,} bytes", flush=True)
 
     warmup = min(200, STEPS.value // 10 + 1)
@@ -178,6 +183,7 @@ def main(_):
     }
     save_checkpoint(OUT.value, config, dense, experts, facts)
     print(f"wrote {OUT.value}: held out {loss:.4f} nats per byte", flush=True)
+    return 0
 
 
 cli = program.runner(main)

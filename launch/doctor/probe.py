@@ -26,8 +26,6 @@ PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
     "jaxlib",
     "flax",
     "orbax-checkpoint",
-    "optax",
-    "chex",
     "absl-py",
     "jaxtyping",
     "numpy",
@@ -39,7 +37,6 @@ PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
     "jinja2",
     "prometheus-client",
     "rich",
-    "matplotlib",
     *OPTIONAL,
 )
 SLURM_COMMANDS = ("sbatch", "srun", "scontrol")
