@@ -158,8 +158,8 @@ class Rank:
         """(file, first byte, last byte + 1) of all that `load` reads."""
         checkpoint, found = self.checkpoint, []
         if hasattr(checkpoint, "places"):
-            found = checkpoint.dense_places()
-            return sorted(found + [p for e in self.experts for p in checkpoint.places(e)])
+            found = checkpoint.dense_spans()
+            return sorted(found + [p for e in self.experts for p in checkpoint.spans(e)])
         skipped = {f"e{e:03d}" for e in range(checkpoint.model.experts)}
         skipped -= {f"e{e:03d}" for e in self.experts}
         for path in sorted((self.root / "weights").rglob("0*")):

@@ -17,6 +17,7 @@ from eep_jax.relocation import backup_store
 from eep_jax.relocation.backup_store import BackupOptions, BackupStore
 from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.relocation.slot_check import SlotCheck
+from eep_jax.relocation.source_reader import SourceReader
 from eep_jax.storage.checkpoint import Checkpoint, save_checkpoint
 from eep_jax.storage.fetcher import Fetch, Fetcher, Prefetcher
 from eep_jax.storage.random_checkpoint import RandomCheckpoint
@@ -92,7 +93,8 @@ class Bench:
         if source_of(0).kind is SourceKind.PEER:
             copies = [(e, 1, e) for e in range(self.orphans)]
             return lambda: self.bank.copy_all(copies)
-        fetch, experts = self.executor.fetch, range(self.orphans)
+        reader = SourceReader(self.bank, self.checkpoint, self.stores[0])
+        fetch, experts = reader.fetch, range(self.orphans)
         if source_of(0).rank == 0:
             return lambda: self.bank.write_all((e, e, fetch(e, source_of(e))) for e in experts)
         fetcher, at_once = Fetcher(60_000), self.config.cluster.fetches_at_once

@@ -1,10 +1,10 @@
-"""Both ends of a connection prove that they know the run's token, without saying it.
+"""Mutual proof that both ends of a TCP connection know the run's token, without sending it.
 
     server: magic, nonce S                    client: nonce C, HMAC(token, "client" S C)
     server: HMAC(token, "server" S C)
 
-Nonces are drawn for each connection, so an answer that was overheard opens no other one. What
-follows on the connection is neither encrypted nor signed: content is compared with digests.
+Nonces are drawn for each connection, so a recorded answer opens no other one. What follows on the
+connection is neither encrypted nor signed: content is compared with digests.
 """
 
 import hashlib
@@ -19,13 +19,21 @@ PROOF_BYTES = 32
 
 
 class NotAMember(ConnectionError):
-    """The other end does not know the token, or is no end of such a connection."""
+    """The other end does not know the token, or does not speak this handshake."""
 
 
 def admit(connection: socket.socket, token: str, deadline_s: float, service: bytes = MAGIC) -> None:
-    """The server's part. Raises NotAMember, or OSError where the other end is gone or too slow.
+    """The server's part.
 
-    `service` names what is served, so that no proof for one is of use for another.
+    Args:
+        connection: The accepted connection; its timeout is changed.
+        token: The run's token.
+        deadline_s: Time for the whole handshake, in seconds.
+        service: Name of the service; a proof for one service is invalid for all others.
+
+    Raises:
+        NotAMember: The client does not know the token.
+        OSError: The client closed, or missed the deadline.
     """
     ends_s = time.monotonic() + deadline_s
     nonce = secrets.token_bytes(NONCE_BYTES)
@@ -39,12 +47,18 @@ def admit(connection: socket.socket, token: str, deadline_s: float, service: byt
 
 
 def enter(connection: socket.socket, token: str, deadline_s: float, service: bytes = MAGIC) -> None:
-    """The client's part. Raises NotAMember where the server does not know the token, or OSError."""
+    """The client's part, with the arguments of `admit`.
+
+    Raises:
+        NotAMember: The server does not know the token, or is another service.
+        OSError: The server closed, or missed the deadline.
+    """
     ends_s = time.monotonic() + deadline_s
     connection.settimeout(deadline_s)
     greeting = _receive(connection, len(service) + NONCE_BYTES, ends_s)
     if not greeting.startswith(service):
-        raise NotAMember(f"a server of something else: {greeting[: len(service)]!r}")
+        found = greeting[: len(service)]
+        raise NotAMember(f"the server greets with {found!r}, expected {service!r}")
     nonce, own = greeting[len(service) :], secrets.token_bytes(NONCE_BYTES)
     connection.sendall(own + _proof(token, service + b"client", nonce, own))
     proof = _receive(connection, PROOF_BYTES, ends_s)
@@ -57,12 +71,12 @@ def _proof(token: str, side: bytes, server_nonce: bytes, client_nonce: bytes) ->
 
 
 def _receive(connection: socket.socket, nbytes: int, ends_s: float) -> bytes:
-    """Exactly so many bytes; one deadline for all of them, however they trickle in."""
+    """Exactly `nbytes` bytes; one deadline for all of them, however slowly they arrive."""
     found = b""
     while len(found) < nbytes:
         remaining_s = ends_s - time.monotonic()
         if remaining_s <= 0:
-            raise TimeoutError("the other end did not prove itself in time")
+            raise TimeoutError("the other end did not prove in time that it knows the token")
         connection.settimeout(remaining_s)
         part = connection.recv(nbytes - len(found))
         if not part:

@@ -172,7 +172,8 @@ def open_check(engine, store, checkpoint, directory: pathlib.Path):
 
 def open_backups(config, rank: int, checkpoint, rates, heap):
     """The rank's backup store, if it is to keep one. Without one it serves all the same."""
-    from eep_jax.relocation.backup_store import BackupOptions, BackupStore, NoBackupStore
+    from eep_jax.relocation.backup_store import BackupOptions, BackupStore
+    from eep_jax.relocation.source_reader import NoBackups
     from eep_jax.runtime.rank.scratch_dir import open_scratch
 
     cluster, serve = config.cluster, config.serve
@@ -195,7 +196,7 @@ def open_backups(config, rank: int, checkpoint, rates, heap):
             f"serve.backup_host={serve.backup_host}"
         )
         _log.error("no backups: %s", problem)
-        return NoBackupStore(problem)
+        return NoBackups(problem)
 
 
 cli = program.runner(main)

@@ -1,4 +1,4 @@
-"""Experts in host memory: filled in the background, served to peers, read by the own rank."""
+"""Backups of experts in host memory: filled in the background, served to peers, read locally."""
 
 import contextlib
 import dataclasses
@@ -21,57 +21,63 @@ from eep_jax.placement.sources import Backup, Source, SourceKind
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.shard_server import ShardServer, fetch_shard, receive_file
 from eep_jax.relocation.shards import chunk_name, load_shard, map_shard, save_shard
-from eep_jax.storage.checkpoint import Checkpoint
+from eep_jax.storage.expert_store import ExpertStore
 
 _log = logging.getLogger(__name__)
 
-REST = 3.0  # after each expert the thread rests so many times as long as it worked
+REST = 3.0  # after each expert the thread sleeps this many times as long as it worked
 NICE = 19
-FETCH_EXTRA_BYTES = 1 << 20  # of a shard beyond its weights
-SAMPLES = 3  # of each source that is measured at the start
+FETCH_EXTRA_BYTES = 1 << 20  # that a shard may have beyond its weights
+SAMPLES = 3  # fetches from each source that is measured at the start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackupOptions:
-    """Where and how much to keep, and who may read it."""
+    """How a rank keeps and serves backups.
+
+    Attributes:
+        rank: The own rank.
+        directory: An empty directory of this process alone; should be memory, as tmpfs is.
+        bytes_max: The most bytes to keep.
+        host: Address of the interface to serve on.
+        token: The run's token, which readers must know.
+        fetch_deadline_ms: Time for one expert from another rank.
+    """
 
     rank: int
-    directory: pathlib.Path  # empty, of this process alone; should be memory
+    directory: pathlib.Path
     bytes_max: int
     host: str
     token: str
     fetch_deadline_ms: int
 
 
-class NoBackupStore:
-    """Of a rank that could not open its store, and serves all the same; it says why."""
-
-    def __init__(self, problem: str):
-        self.offer = Backup(problem=problem)
-
-    def follow(self, ranks, placement: Placement) -> None:
-        """There is nothing to fill."""
-
-    def fetch(self, expert: int, source: Source) -> np.ndarray:
-        raise LookupError(self.offer.problem)
-
-
 class BackupStore:
-    """A Transport for backups: of the own store without a network, of others through Orbax's P2P.
+    """Reads backups, the own ones from memory and those of other ranks over Orbax's P2P service.
 
-    A thread of its own keeps what `plan_backups` says for the last `follow`, reading from the
-    checkpoint, which compares with digests. What is no longer planned stays until its bytes are
-    needed. Damage that comes later is for the reader of `fetch` to find.
+    A background thread keeps the experts that `plan_backups` assigns to this rank since the last
+    `follow`, read from the checkpoint, which compares digests. Experts that are no longer planned
+    stay until their bytes are needed. The caller of `fetch` must check for later damage.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ExpertStore,
         options: BackupOptions,
         rates: Rates | None = None,
         heap: SymmetricHeap | None = None,
     ):
-        """`heap` is the one whose slots backups go to: it pins their memory, if it can."""
+        """Starts filling and serving.
+
+        Args:
+            checkpoint: What backups are read from.
+            options: Where and how much to keep.
+            rates: Where measured speeds are noted.
+            heap: The heap whose slots are filled from backups; it pins their memory if it can.
+
+        Raises:
+            OSError: The directory cannot be written, or the address cannot be served on.
+        """
         self._checkpoint, self._options = checkpoint, options
         self._rates, self._heap = rates or Rates(), heap
         self._shape = checkpoint.model.expert_shape
@@ -82,10 +88,10 @@ class BackupStore:
         for directory in (self._served, self._filling, self._fetched):
             directory.mkdir(parents=True)
         self._numbers = itertools.count()
-        self._bytes: dict[int, int] = {}  # by expert held; changed by the thread alone
-        self._mapped: dict[int, np.ndarray] = {}  # the same, for this process to read
+        self._bytes: dict[int, int] = {}  # by expert held; written by the thread only
+        self._mapped: dict[int, np.ndarray] = {}  # likewise, the weights
         self._held: tuple[int, ...] = ()
-        self._problem = ""  # of the last filling
+        self._problem = ""  # of the last `_fill`
         self._followed: tuple[tuple[int, ...], Placement] | None = None
         self._news, self._stopping = threading.Event(), threading.Event()
         self._filled = threading.Event()
@@ -96,22 +102,22 @@ class BackupStore:
 
     @property
     def offer(self) -> Backup:
-        """What may be fetched from here, for others to know."""
+        """What other ranks may fetch from here."""
         return Backup(self._server.address, self._held, self._problem)
 
     def follow(self, ranks, placement: Placement) -> None:
-        """These ranks share the backups from now on. Returns at once."""
+        """Shares the backups among these ranks from now on. Returns at once."""
         self._followed = (tuple(ranks), placement)
         self._news.set()
 
     def fetch(self, expert: int, source: Source) -> np.ndarray:
-        """The expert in the stored dtype, as a Transport says."""
+        """The weights in the stored dtype, unchecked; see `source_reader.Backups`."""
         if source.rank == self._options.rank:
             return self._own(expert)
         return self._fetch_from(source.address, expert)
 
     def close(self) -> None:
-        """Stops serving and filling; what is on its way ends first."""
+        """Stops serving and filling, after the expert under way."""
         self._stopping.set()
         self._news.set()
         self._filled.set()
@@ -121,12 +127,12 @@ class BackupStore:
             self._heap.unpin(self._mapped.popitem()[1])
 
     def _own(self, expert: int) -> np.ndarray:
-        """What is kept here, without a copy. Its pages were looked up when it was written."""
-        fresh = map_shard(self._served / str(expert), self._shape, self._dtype)  # of the right size
+        """An own backup, without a copy. Its pages were mapped when it was written."""
+        fresh = map_shard(self._served / str(expert), self._shape, self._dtype)  # checks the size
         return self._mapped.get(expert, fresh)
 
     def _mapped_file(self, path: pathlib.Path) -> np.ndarray | None:
-        """The bytes of a shard's chunk as this process has mapped it; None for other files."""
+        """The mapped bytes of a shard's chunk; None for other files."""
         expert, _, name = str(path.relative_to(self._served)).partition("/")
         mapped = self._mapped.get(int(expert))
         if name != chunk_name(len(self._shape)) or mapped is None:
@@ -138,7 +144,7 @@ class BackupStore:
         return math.prod(self._shape) * self._dtype.itemsize
 
     def _fetch_from(self, address: str, expert: int) -> np.ndarray:
-        """The shard's one chunk, received into memory; of another layout, all of it."""
+        """A shard of another rank: its one chunk, received into memory, or all its files."""
         ends_s = time.monotonic() + self._options.fetch_deadline_ms / 1000
         weights, name = np.empty(self._shape, self._dtype), chunk_name(len(self._shape))
         try:
@@ -157,7 +163,7 @@ class BackupStore:
             shutil.rmtree(into, ignore_errors=True)
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):  # steps go first
+        with contextlib.suppress(OSError):  # steps have precedence
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._stopping.is_set():
             self._news.wait()
@@ -165,7 +171,7 @@ class BackupStore:
             try:
                 if not self._stopping.is_set():
                     self._fill(*self._followed)
-            except Exception:  # a rank serves without backups, too
+            except Exception:  # a rank also serves without backups
                 _log.exception("backups are not filled")
 
     def _fill(self, ranks: tuple[int, ...], placement: Placement) -> None:
@@ -181,13 +187,13 @@ class BackupStore:
             )
         for expert in wanted:
             if self._news.is_set():
-                return  # others share now, or this is the end
+                return  # `follow` or `close` was called
             if expert in self._bytes:
                 continue
             started = time.monotonic()
             try:
                 self._add(expert, wanted)
-            except Exception as error:  # storage that fails today may work later
+            except Exception as error:  # storage may work again later
                 _log.warning("no backup of expert %d: %s", expert, error)
                 problem = problem or f"expert {expert}: {error}"
             self._stopping.wait(REST * (time.monotonic() - started))
@@ -226,9 +232,9 @@ class BackupStore:
             shutil.rmtree(self._served / str(expert), ignore_errors=True)
 
     def _measure(self) -> None:
-        """Once there are backups: times fetches from the own server, and reads of the checkpoint.
+        """Times fetches from the own server and reads of the checkpoint, once there are backups.
 
-        In a thread of its own, at the priority that a repair has.
+        Runs in a thread of its own, at the priority of a repair.
         """
         self._filled.wait()
         for expert in self._held[:SAMPLES]:
@@ -242,10 +248,10 @@ class BackupStore:
                     started = time.monotonic()
                     weights = read(expert)
                     self._rates.note(kind, weights.nbytes, time.monotonic() - started)
-            except Exception as error:  # what cannot be measured keeps its tier
+            except Exception as error:  # a source that cannot be measured keeps its tier
                 _log.warning("a source of expert %d cannot be measured: %s", expert, error)
 
 
 def bytes_on_disk(directory: pathlib.Path) -> int:
-    """What files and directories take, in whole pages or blocks."""
+    """Bytes that files and directories occupy, in whole pages or blocks."""
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*"))

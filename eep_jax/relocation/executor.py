@@ -16,8 +16,8 @@ from eep_jax.placement.planner import Move
 from eep_jax.placement.sources import Source, SourceKind
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.slot_copier import Filled, SlotCopier, is_in_memory, require_shape
-from eep_jax.relocation.transports import NoBackups, Transport, all_transports
+from eep_jax.relocation.slot_copier import Filled, SlotCopier, require_shape
+from eep_jax.relocation.source_reader import Backups, SourceReader, describe, key_of
 from eep_jax.storage.block_loader import BlockLoader
 from eep_jax.storage.digests import digest_like
 from eep_jax.storage.expert_store import ExpertStore
@@ -54,7 +54,7 @@ class Executor:
         self,
         bank: ExpertBank,
         store: ExpertStore,
-        backups: Transport | None = None,
+        backups: Backups | None = None,
         check: SlotCheck | None = None,
         options: FetchOptions | None = None,
     ):
@@ -81,10 +81,10 @@ class Executor:
         self._bank, self._store, self._check = bank, store, check
         self._options = options or FetchOptions()
         self._beat, self.rates = self._options.beat, self._options.rates
-        self._transports = all_transports(bank, store, backups or NoBackups())
-        self._copier = SlotCopier(bank, check, self._transports[SourceKind.BACKUP])
+        self._reader = SourceReader(bank, store, backups)
+        self._copier = SlotCopier(bank, check, self._reader)
         self.fetcher = Fetcher(self._options.deadline_ms, self._beat)
-        self._loader = BlockLoader(self.fetcher, _key(CHECKPOINT_SOURCE))
+        self._loader = BlockLoader(self.fetcher, key_of(CHECKPOINT_SOURCE))
         self.moved: dict[str, int] = {}  # experts written since start, by kind of source
         self.bytes_moved: dict[str, int] = {}
 
@@ -111,7 +111,9 @@ class Executor:
         left = [m for m in wanted if self._bank.contents[m.slot] != m.expert]
         ahead = self._prefetcher(left, failed)
         # Copies go first: their source may be a slot that another expert is loaded into.
-        streamed = [m for m in left if m.slot not in failed and self._streams(m)]
+        streamed = [
+            m for m in left if m.slot not in failed and any(map(self._streams, m.sources[:1]))
+        ]
         lost |= self._fill_all([m for m in left if m not in streamed], failed, ahead)
         failed = self._settle(self._stream(streamed))
         lost |= self._fill_all([m for m in streamed if m.slot in failed], failed, ahead)
@@ -149,10 +151,6 @@ class Executor:
             f"no source has expert {move.expert} for slot {move.slot}: "
             + ("; ".join(failures) or "the plan names none; see cluster.sources")
         )
-
-    def fetch(self, expert: int, source: Source) -> np.ndarray:
-        """The weights that a source supplies, unchecked. May block."""
-        return self._transports[source.kind].fetch(expert, source)
 
     def verify(self, expert: int, weights: np.ndarray, source: Source) -> None:
         """Compares weights with the manifest, whose digests are of the stored dtype.
@@ -216,12 +214,12 @@ class Executor:
 
     def _prefetcher(self, moves: list[Move], failed: dict[int, str]) -> Prefetcher:
         """Fetches from storage and networks, of the source that each move will try next."""
-        wanted = []
-        for move in moves:
-            rest = dataclasses.replace(move, sources=move.sources[move.slot in failed :])
-            in_memory = rest.sources and is_in_memory(self._bank, rest.sources[0])
-            if rest.sources and not in_memory and not self._streams(rest):
-                wanted.append((rest.expert, rest.sources[0]))
+        wanted = [
+            (move.expert, source)
+            for move in moves
+            for source in move.sources[move.slot in failed :][:1]
+            if not (self._reader.is_in_memory(source) or self._streams(source))
+        ]
         make = lambda each: self._make_fetch(*each)
         return Prefetcher(self.fetcher, wanted, make, self._options.at_once)
 
@@ -240,50 +238,42 @@ class Executor:
         return lost
 
     def _fill_from_first(self, move: Move, ahead: Prefetcher | None) -> Iterator[Fetch]:
-        """`fill` from the first source alone. Raises whatever its failure is."""
+        """`fill` from the first source alone. Raises any failure of it."""
         source, started = move.sources[0], time.monotonic()
-        if self._copier.can(move):
-            self._require_filled(self._copier.fill([move]))
+        can_copy = self._copier.can(move)
+        if can_copy or (ahead is not None and self._streams(source)):
+            filled = self._copier.fill([move]) if can_copy else self._stream([move])
+            for failure in self._settle(filled).values():
+                raise RelocationFailed(failure)
             return
-        if ahead is not None and self._streams(move):
-            self._require_filled(self._stream([move]))
-            return
-        copy_s = 0.0
-        if is_in_memory(self._bank, source):
-            copied = self.fetch(move.expert, source)  # between two steps; memory does not hang
-            copy_s = time.monotonic() - started
-            fetch = self._make_fetch(move.expert, source, lambda: copied, ahead is None)
-            self.fetcher.start(fetch)
-        elif ahead is None:
-            fetch = self.fetcher.start(self._make_fetch(move.expert, source, verify=True))
+        if ahead is None or self._reader.is_in_memory(source):
+            fetch = self.fetcher.start(self._make_fetch(move.expert, source, verify=ahead is None))
         else:
             fetch = ahead.begin((move.expert, source))
+        copy_s = time.monotonic() - started  # out of memory; the rest is done in a thread
         yield fetch
         weights, is_verified = fetch.result()
         written = time.monotonic()
         self._write(move, weights, is_verified)
         self._note(move, copy_s + fetch.seconds + time.monotonic() - written)
 
-    def _make_fetch(
-        self,
-        expert: int,
-        source: Source,
-        read: Callable[[], np.ndarray] | None = None,
-        verify: bool = False,
-    ) -> Fetch:
-        """Not started yet; its result: weights, and whether they were compared with their digest.
+    def _make_fetch(self, expert: int, source: Source, verify: bool = False) -> Fetch:
+        """A fetch of (weights, whether they were compared with their digest), not started.
 
-        The host compares nothing where a fingerprint can be compared in the slot.
+        The host compares nothing if the slot's fingerprint can be compared, unless `verify`. A slot
+        in memory is copied at once: peers may write it later.
         """
         is_verified = verify or self._check is None or self._check.known(expert) is None
+        in_memory = self._reader.is_in_memory(source)
+        copied = self._reader.fetch(expert, source) if in_memory else None
 
         def work() -> tuple[np.ndarray, bool]:
-            weights = self.fetch(expert, source) if read is None else read()
+            weights = self._reader.fetch(expert, source) if copied is None else copied
             if is_verified:
                 self.verify(expert, weights, source)
             return weights, is_verified
 
-        return Fetch(_key(source), work)
+        return Fetch(key_of(source), work)
 
     def _write(self, move: Move, weights: np.ndarray, is_verified: bool) -> None:
         self._bank.write(move.slot, move.expert, weights)
@@ -293,11 +283,10 @@ class Executor:
             self._bank.clear(move.slot)
             raise RelocationFailed(failure)
 
-    def _streams(self, move: Move) -> bool:
-        """Whether the first source is read block by block, straight into the slot."""
-        if not move.sources or move.sources[0].kind is not SourceKind.CHECKPOINT:
-            return False
-        return self._store.expert_job(0, self._bank.target(0), in_place=False) is not None
+    def _streams(self, source: Source) -> bool:
+        """Whether it is read block by block, straight into the slot."""
+        job_of, target = self._store.expert_job, self._bank.target(0)
+        return source.kind is SourceKind.CHECKPOINT and job_of(0, target, False) is not None
 
     def _stream(self, moves: list[Move]) -> Iterator[Filled]:
         """Loads slots from the store, by several threads. A slot that failed holds nothing."""
@@ -329,10 +318,6 @@ class Executor:
                 failures[move.slot] = failure
         return failures
 
-    def _require_filled(self, filled: Iterable[Filled]) -> None:
-        for failure in self._settle(filled).values():
-            raise RelocationFailed(failure)
-
     def _learn(self, move: Move) -> None:
         if self._check is not None:
             self._check.learn(move.expert, move.slot)
@@ -345,22 +330,12 @@ class Executor:
         self.rates.note(source.kind, nbytes, seconds)
         self.moved[kind] = self.moved.get(kind, 0) + 1
         self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + nbytes
-        into = f"expert {move.expert} into slot {move.slot} from {_name_of(source)}"
+        into = f"expert {move.expert} into slot {move.slot} from {describe(source)}"
         _log.info("%s in %.1f ms", into, seconds * 1e3)
-
-
-def _key(source: Source) -> tuple[str, int]:
-    """What hangs together: one disk, or one other rank."""
-    return source.kind.value, source.rank
-
-
-def _name_of(source: Source) -> str:
-    slot = f" rank {source.rank} slot {source.slot}" if source.rank >= 0 else ""
-    return source.kind.value + slot
 
 
 def _failure(move: Move, reason: object) -> str:
     """Logs why the first source failed, and returns it for the error of all of them."""
-    failure = f"{_name_of(move.sources[0])}: {reason}"
+    failure = f"{describe(move.sources[0])}: {reason}"
     _log.warning("expert %d from %s", move.expert, failure)
     return failure

@@ -1,4 +1,4 @@
-"""How fast each kind of source was, as seen by this process."""
+"""Speeds that this process measured of each kind of source."""
 
 import collections
 import statistics
@@ -10,7 +10,7 @@ SAMPLES_MAX = 9
 
 
 class Rates:
-    """The last fetches by kind of source. May be used from several threads."""
+    """The last fetches by kind of source. Thread-safe."""
 
     def __init__(self):
         self._samples = collections.defaultdict(lambda: collections.deque(maxlen=SAMPLES_MAX))
@@ -24,6 +24,6 @@ class Rates:
         return kind in self._samples
 
     def medians(self) -> dict[str, float]:
-        """Bytes per second, by kind's name; kinds that never supplied anything are left out."""
+        """Bytes per second, by the kind's name; kinds that never supplied an expert are absent."""
         with self._lock:
             return {k.value: statistics.median(found) for k, found in self._samples.items()}

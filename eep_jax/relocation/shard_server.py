@@ -1,8 +1,8 @@
-"""Shards from peer to peer: Orbax's P2P service, for members of the run alone.
+"""Shards from peer to peer: Orbax's P2P service, restricted to members of the run.
 
-Orbax answers whoever connects. Here its node never listens itself: a server of ours accepts on one
-chosen interface, lets the other end prove that it knows the token, and only then hands the
-connection to Orbax's handler.
+Orbax answers every connection on all interfaces, so its node never listens here: a server of ours
+accepts on one chosen interface, has the other end prove that it knows the token, and only then
+hands the connection to Orbax's handler.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from eep_jax.relocation.shards import PROCESS
 _log = logging.getLogger(__name__)
 
 HANDSHAKE_S = 2.0
-SERVE_S = 120.0  # for the other end to ask for a file, and to take it
-RECEIVE_WAIT_S = 0.2  # between two looks at the deadline
+SERVE_S = 120.0  # for a client to request one file and receive it
+RECEIVE_WAIT_S = 0.2  # between two checks of the deadline
 RECEIVE_BYTES = 8 << 20
 CONNECTIONS_MAX = 64
-FILES_MAX = 64  # of a shard, which has about ten
+FILES_MAX = 64  # in a shard, which has about ten
 
 
 class ShardServer:
-    """Serves `<directory>/<expert>/` to members. `address` is `host:port`."""
+    """Serves `<directory>/<expert>/` to members, at `address`, which is `host:port`."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class ShardServer:
         token: str,
         mapped: Callable[[pathlib.Path], np.ndarray | None] = lambda path: None,
     ):
-        """`mapped` may know the bytes of a file, uint8: they are sent from there."""
+        """`mapped` returns a file's bytes, uint8, if they are mapped: they are sent from there."""
         self._node = service.P2PNode(directory)
-        # It was opened for all interfaces; nobody accepted on it yet.
+        # Bound to all interfaces; no connection was accepted yet.
         self._node.server.server_close()
         self._node.server = _MembersOnly(host, token, self._node, mapped)
         self._node.port = self._node.server.server_address[1]
@@ -61,12 +61,12 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, token: str, node: service.P2PNode, mapped):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._token, self._places = token, threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self._mapped = mapped
+        self._token, self._mapped = token, mapped
+        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
         super().__init__((host, 0), functools.partial(service.NodeHandler, service=node))
 
     def process_request(self, request, client_address):
-        if not self._places.acquire(blocking=False):
+        if not self._free.acquire(blocking=False):
             _log.warning("refused %s: %d connections are open", client_address, CONNECTIONS_MAX)
             self.shutdown_request(request)
             return
@@ -76,7 +76,7 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._free.release()
 
     def finish_request(self, request, client_address):
         try:
@@ -84,9 +84,9 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
         except OSError as error:
             _log.warning("refused a backup connection from %s: %s", client_address[0], error)
             return
-        # Without a timeout of Python's own, a file is sent by one call of the kernel.
+        # Without a timeout in Python, a file is sent by one system call.
         request.settimeout(None)
-        end = threading.Timer(SERVE_S, _end, (request,))
+        end = threading.Timer(SERVE_S, _shut_down, (request,))
         end.daemon = True
         end.start()
         try:
@@ -99,10 +99,10 @@ class _MembersOnly(socketserver.ThreadingTCPServer):
 
 
 class _FromMemory:
-    """A connection that sends a mapped file from where it is mapped.
+    """A connection that sends a mapped file from its mapping.
 
-    The kernel's `sendfile` goes page by page over files in memory, which costs both ends twice the
-    time.
+    The kernel's `sendfile` proceeds page by page over files in memory, which takes both ends twice
+    as long.
     """
 
     def __init__(self, connection: socket.socket, mapped):
@@ -122,7 +122,7 @@ class _FromMemory:
 def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: float) -> None:
     """Receives the file `name`, as `<expert>/...`, from the ShardServer at `address` into memory.
 
-    Raises ValueError unless it has just the bytes of `into`; else as `fetch_shard`.
+    Raises ValueError unless the file has as many bytes as `into`; else like `fetch_shard`.
     """
     view, done = memoryview(into.reshape(-1).view(np.uint8)), 0
     with _connection(address, token, ends_s) as connection:
@@ -130,7 +130,7 @@ def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: 
         opcode, found = protocol.TCPMessage.recv(connection)
         if opcode != protocol.OP_FILE_STREAM or found != into.nbytes:
             raise ValueError(f"{address} has {found} bytes as {name}, expected {into.nbytes}")
-        # Many bytes by one call of the kernel, which comes back now and then while there are none.
+        # One system call receives many bytes; it returns now and then while none arrive.
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(RECEIVE_WAIT_S))
         while done < into.nbytes:
@@ -149,11 +149,23 @@ def receive_file(address: str, name: str, into: np.ndarray, token: str, ends_s: 
 def fetch_shard(
     address: str, expert: int, into: pathlib.Path, token: str, ends_s: float, bytes_max: int
 ) -> pathlib.Path:
-    """Copies an expert's shard from the ShardServer at `address`; returns `into/<expert>`.
+    """Copies an expert's shard from the ShardServer at `address`, file by file.
 
-    `ends_s` is on the monotonic clock. Raises LookupError where the server has no such shard,
-    ValueError for one that is too large or not a shard, and OSError where the server is gone, does
-    not know the token, or takes too long.
+    Args:
+        address: `host:port` of the server.
+        expert: The number of the expert.
+        into: Directory to copy to, which need not exist.
+        token: The run's token.
+        ends_s: The deadline, on the monotonic clock.
+        bytes_max: The most bytes that the shard may have.
+
+    Returns:
+        The copied shard, `into/<expert>`.
+
+    Raises:
+        LookupError: The server has no such shard.
+        ValueError: The shard is too large, or malformed.
+        OSError: The server is gone, does not know the token, or misses the deadline.
     """
     request = {"step": expert, "process_index": PROCESS}
     with _connection(address, token, ends_s) as connection:
@@ -165,17 +177,18 @@ def fetch_shard(
     for name, size in sizes.items():
         target = into / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _connection(address, token, ends_s) as connection:
-            _download(connection, name, size, target, ends_s)
+        content = np.empty(size, np.uint8)
+        receive_file(address, name, content, token, ends_s)
+        content.tofile(target)
     return into / str(expert)
 
 
 def _checked(files, expert: int, bytes_max: int) -> dict[str, int]:
-    """Size by name. Raises ValueError unless all lie below the expert and fit into the maximum."""
+    """Size by name. Raises ValueError unless all files are the expert's and the total fits."""
     try:
         sizes = {str(pathlib.PurePosixPath(f["rel_path"])): int(f["size"]) for f in files}
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"a manifest that is none: {files!r:.100}") from error
+        raise ValueError(f"malformed manifest of expert {expert}: {files!r:.100}") from error
     for name in sizes:
         parts = pathlib.PurePosixPath(name).parts
         if parts[:1] != (str(expert),) or ".." in parts:
@@ -186,22 +199,6 @@ def _checked(files, expert: int, bytes_max: int) -> dict[str, int]:
             f"{FILES_MAX} files of {bytes_max} bytes are allowed"
         )
     return sizes
-
-
-def _download(connection, name: str, size: int, target: pathlib.Path, ends_s: float) -> None:
-    protocol.TCPMessage.send_json(connection, protocol.OP_DOWNLOAD_FILE, {"rel_path": name})
-    opcode, found = protocol.TCPMessage.recv(connection)
-    if opcode != protocol.OP_FILE_STREAM or found != size:
-        raise ValueError(f"{name} has {found} bytes, its manifest says {size}")
-    view = memoryview(bytearray(min(size, 4 << 20)))
-    with target.open("wb") as file:
-        while size:
-            connection.settimeout(_remaining(ends_s))
-            received = connection.recv_into(view[: min(size, len(view))])
-            if not received:
-                raise ConnectionError(f"the server closed with {size} bytes of {name} to come")
-            file.write(view[:received])
-            size -= received
 
 
 def _connection(address: str, token: str, ends_s: float) -> socket.socket:
@@ -218,12 +215,12 @@ def _connection(address: str, token: str, ends_s: float) -> socket.socket:
 
 
 def _timeval(seconds: float) -> bytes:
-    """As the kernel takes it: two longs, seconds and microseconds."""
+    """`struct timeval`: two longs, seconds and microseconds."""
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def _end(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended by itself
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it was closed already
         connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -1,6 +1,6 @@
 """Copies of experts from this host's memory, made together and checked on the device.
 
-From slots of the own rank and of mapped peers they are copied inside the heap, from own backups
+From slots of the own rank and of mapped peers they are copied inside the heap; from own backups
 they are uploaded. All are under way before one is waited for, and the host reads none of their
 bytes: the fingerprint of a filled slot is compared with that of its expert.
 """
@@ -13,38 +13,35 @@ import numpy as np
 from eep_jax.errors import HeapError, RelocationFailed
 from eep_jax.models.expert_bank import ExpertBank
 from eep_jax.placement.planner import Move
-from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.placement.sources import SourceKind
 from eep_jax.relocation.slot_check import SlotCheck
-from eep_jax.relocation.transports import Transport
+from eep_jax.relocation.source_reader import SourceReader
 
-Filled = tuple[Move, float, str | None]  # a move by its first source, seconds, why it failed
+Filled = tuple[Move, float, str | None]  # a move by its first source; seconds; why it failed
 
 
 class SlotCopier:
     """Fills slots by the first sources of moves. Call from the engine thread only."""
 
-    def __init__(self, bank: ExpertBank, check: SlotCheck | None, backups: Transport):
-        self._bank, self._check, self._backups = bank, check, backups
+    def __init__(self, bank: ExpertBank, check: SlotCheck | None, reader: SourceReader):
+        self._bank, self._check, self._reader = bank, check, reader
 
     def can(self, move: Move) -> bool:
         """Whether the first source is in this host's memory, and the slot can be checked."""
         if self._check is None or not move.sources:
             return False
         source = move.sources[0]
-        is_here = is_in_memory(self._bank, source) or self._is_own_backup(source)
         if source.kind is SourceKind.LOCAL:
             is_here = self._bank.contents[source.slot] == move.expert
+        else:
+            is_here = self._reader.is_in_memory(source) or self._reader.is_own_backup(source)
         return is_here and self._check.known(move.expert) is not None
 
     def fill(self, moves: Sequence[Move]) -> Iterator[Filled]:
         """Fills the slots of `moves`, each accepted by `can`. A slot that failed holds nothing."""
-        uploads = [move for move in moves if self._is_own_backup(move.sources[0])]
-        copies = [move for move in moves if move not in uploads]
-        yield from self._fill(copies, self._copy)
+        uploads = [move for move in moves if self._reader.is_own_backup(move.sources[0])]
+        yield from self._fill([move for move in moves if move not in uploads], self._copy)
         yield from self._fill(uploads, self._upload)
-
-    def _is_own_backup(self, source: Source) -> bool:
-        return source.kind is SourceKind.BACKUP and source.rank == self._bank.rank
 
     def _fill(
         self, moves: list[Move], bring: Callable[[list[Move]], dict[int, str]]
@@ -53,17 +50,16 @@ class SlotCopier:
             return
         started = time.monotonic()
         try:
-            failures = bring(moves)  # by slot
+            failures: dict[int, str | None] = bring(moves)  # by slot
         except HeapError as error:
             failures = {move.slot: str(error) for move in moves}
-        brought = [move.slot for move in moves if move.slot not in failures]
-        found = dict(zip(brought, self._check.of(brought), strict=True))
+        brought = [move for move in moves if move.slot not in failures]
+        found = self._check.of([move.slot for move in brought])
         share_s = (time.monotonic() - started) / len(moves)
+        for move, fingerprint in zip(brought, found, strict=True):
+            failures[move.slot] = self._check.mismatch(move.expert, fingerprint)
         for move in moves:
-            if move.slot in found:
-                failure = self._check.mismatch(move.expert, found[move.slot])
-            else:
-                failure = failures[move.slot]
+            failure = failures[move.slot]
             if failure is None:
                 self._bank.holds(move.slot, move.expert)
             else:
@@ -80,7 +76,7 @@ class SlotCopier:
         def mapped() -> Iterator[tuple[int, int, np.ndarray]]:
             for move in moves:
                 try:
-                    weights = self._backups.fetch(move.expert, move.sources[0])
+                    weights = self._reader.fetch(move.expert, move.sources[0])
                     require_shape(self._bank, move.expert, weights)
                 except Exception as error:  # any failure of a source means the next source
                     failures[move.slot] = str(error)
@@ -89,13 +85,6 @@ class SlotCopier:
 
         self._bank.write_all(mapped())
         return failures
-
-
-def is_in_memory(bank: ExpertBank, source: Source) -> bool:
-    """Whether it is a slot of this host."""
-    if source.kind is SourceKind.PEER:
-        return bank.is_mapped(source.rank)
-    return source.kind is SourceKind.LOCAL
 
 
 def require_shape(bank: ExpertBank, expert: int, weights: np.ndarray) -> None:

@@ -1,9 +1,8 @@
-"""Parts of an array on storage, and how each comes from its file to where it belongs.
+"""Blocks: parts of an array on storage, and the ways to load each into its target.
 
-An array is read block by block, by several threads, in any order. `at` counts the values of the
-array in C order. Where the values lie in the file as they are to lie in memory, and that is memory
-of the host, they are read to their place at once; else through a small buffer that stays in the
-cache, so that memory is written once in either case.
+Several threads read an array block by block, in any order. `at` counts the values of the array in C
+order. Values that the file stores as the target does are read directly into host memory; others
+pass through a small buffer that stays in the cache, so memory is written once in either case.
 """
 
 import contextlib
@@ -20,21 +19,21 @@ from eep_jax.errors import CheckpointError
 from eep_jax.heap.copies import copy_values
 from eep_jax.storage.digests import BLOCK_BYTES, block_digest
 
-_TURNED_BYTES = 512 << 10  # of a turned matrix that are read before they are turned
-_AHEAD_BYTES = 16 << 20  # that storage is asked for where the system does not remember the bytes
+_TRANSPOSED_BYTES = 512 << 10  # of a matrix that are read before they are transposed
+_AHEAD_BYTES = 16 << 20  # requested from storage at least, if the page cache lacks the bytes
 
 
 @runtime_checkable
 class Target(Protocol):
-    """Where an array goes. Blocks of it may come from several threads at once."""
+    """Memory that an array is loaded into. Several threads may store blocks at once."""
 
     dtype: np.dtype
 
     def memory(self, at: int, count: int) -> np.ndarray | None:
-        """These values' own memory, `[count]`; None where it is not the host's, or in parts."""
+        """The host memory of these values, `[count]`; None if there is none, or it has gaps."""
 
     def put(self, at: int, values: np.ndarray) -> None:
-        """Stores values from `at` on, in C order, converted to the dtype. Never hangs."""
+        """Stores values from `at` on, in C order, converted to `dtype`. Never blocks."""
 
 
 class ArrayTarget:
@@ -51,19 +50,19 @@ class ArrayTarget:
 
 
 class Files:
-    """Open files by path, of several threads."""
+    """Open files by path. Thread-safe."""
 
     def __init__(self):
         self._numbers: dict[pathlib.Path, int] = {}
         self._lock = threading.Lock()
 
     def read(self, path: pathlib.Path, start: int, buffer: np.ndarray) -> None:
-        """Fills `buffer` with the bytes of a file from `start` on. May hang as storage does.
+        """Fills `buffer` with the bytes of a file from `start` on. May block as storage does.
 
-        Raises OSError, and CheckpointError where the file ends before.
+        Raises OSError, and CheckpointError if the file ends before.
         """
         number, data = self._number(path), buffer.reshape(-1).view(np.uint8)
-        done = self._read_remembered(number, data, start)
+        done = self._read_cached(number, data, start)
         if done < data.size:
             ahead = max(_AHEAD_BYTES, data.size)
             os.posix_fadvise(number, start + done, ahead, os.POSIX_FADV_WILLNEED)
@@ -85,7 +84,7 @@ class Files:
         with self._lock:
             if path in self._numbers:
                 return self._numbers[path]
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # may hang: not under the lock
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # may block: not under the lock
         with self._lock:
             number = self._numbers.setdefault(path, opened)
         if number != opened:
@@ -93,21 +92,21 @@ class Files:
         return number
 
     @staticmethod
-    def _read_remembered(number: int, data: np.ndarray, start: int) -> int:
-        """What the system has in memory of it, which takes no storage; how many bytes."""
-        with contextlib.suppress(OSError):  # none of it, or a file system that cannot say
+    def _read_cached(number: int, data: np.ndarray, start: int) -> int:
+        """Reads what the page cache has; returns the number of bytes."""
+        with contextlib.suppress(OSError):  # nothing is cached, or the file system cannot tell
             return os.preadv(number, [data], start, os.RWF_NOWAIT)
         return 0
 
 
 class ScratchBuffer:
-    """Memory of one thread that is used again and again."""
+    """Reused memory of one thread."""
 
     def __init__(self):
         self._data, self._used = np.empty(0, np.uint8), 0
 
     def take(self, nbytes: int) -> np.ndarray:
-        """uint8 `[nbytes]`, not filled, until `reset`."""
+        """uint8 `[nbytes]` with undefined content, valid until `reset`."""
         used, self._used = self._used, self._used + -(-nbytes // 64) * 64
         if self._used > self._data.size:
             self._data, used, self._used = np.empty(self._used, np.uint8), 0, self._used - used
@@ -118,7 +117,7 @@ class ScratchBuffer:
 
 
 class WriteGate:
-    """What threads write while it is open; once it is closed nobody writes any more."""
+    """Context manager around writes; entering it raises TimeoutError once it is closed."""
 
     def __init__(self):
         self._condition, self._inside, self._closed = threading.Condition(), 0, False
@@ -139,7 +138,7 @@ class WriteGate:
         return self._closed
 
     def close(self) -> None:
-        """Waits for those inside, who copy memory and do not hang."""
+        """Closes it, after the writes under way: memory copies, which do not block."""
         with self._condition:
             self._closed = True
             self._condition.wait_for(lambda: self._inside == 0)
@@ -147,7 +146,7 @@ class WriteGate:
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """What a thread has: files, its own memory, and the gate that it may write through."""
+    """What a thread loads blocks with: open files, its scratch memory, the gate for writes."""
 
     files: Files
     scratch: ScratchBuffer
@@ -157,15 +156,15 @@ class Worker:
 @runtime_checkable
 class Block(Protocol):
     def load_into(self, worker: Worker, target: Target, *, in_place: bool, checked: bool) -> bytes:
-        """Reads and stores the block; returns the digest of its bytes if it is `checked`.
+        """Reads and stores the block; returns the digest of its bytes if `checked`.
 
-        `in_place`: it may be read into the target's own memory, past the gate.
+        `in_place`: it may be read into the target's own memory, bypassing the gate.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainBlock:
-    """Values that lie in the file as they are."""
+    """Values that the file stores contiguously."""
 
     at: int
     count: int
@@ -204,11 +203,11 @@ class TransposedBlock:
             self._load_whole(worker, target)
             return b""
         out, row_bytes = memory.reshape(columns, rows), columns * self.dtype.itemsize
-        step = max(1, _TURNED_BYTES // row_bytes)
+        step = max(1, _TRANSPOSED_BYTES // row_bytes)
         for row in range(0, rows, step):
             worker.scratch.reset()
             part = self._read(worker, self.start + row * row_bytes, min(step, rows - row))
-            if part.dtype != target.dtype:  # faster than while it is turned
+            if part.dtype != target.dtype:  # faster than while transposing
                 part, narrow = _like(part, target.dtype, worker.scratch), part
                 copy_values(part, narrow)
             with worker.gate:
@@ -217,10 +216,10 @@ class TransposedBlock:
 
     def _load_whole(self, worker: Worker, target: Target) -> None:
         values = self._read(worker, self.start, self.shape[0]).T
-        turned = _like(values, target.dtype, worker.scratch)
-        copy_values(turned, values)
+        transposed = _like(values, target.dtype, worker.scratch)
+        copy_values(transposed, values)
         with worker.gate:
-            target.put(self.at, turned)
+            target.put(self.at, transposed)
 
     def _read(self, worker: Worker, start: int, rows: int) -> np.ndarray:
         data = worker.scratch.take(rows * self.shape[1] * self.dtype.itemsize)

@@ -1,16 +1,16 @@
-"""The model on storage: an Orbax checkpoint of which single experts can be read, and its manifest.
+"""Our own checkpoints: an Orbax checkpoint whose experts can be read singly, and its manifest.
 
     <directory>/manifest.json   model sizes, and the digest of every weight
     <directory>/weights/        Orbax: {"dense": {name: array}, "experts": {"e007": [L 3 F D]}}
 
-A weight is one chunk, not compressed (`"chunks": "plain"` in the manifest): a file of its bytes,
-which several threads read to where they belong, comparing digests on the way. Orbax restores all of
-it, or just the named leaves; in that way checkpoints of other chunks are read.
+A weight is one uncompressed chunk (`"chunks": "plain"` in the manifest): a file of its bytes, which
+several threads read into their target, comparing digests meanwhile. Orbax restores all weights or
+just the named leaves; checkpoints with other chunks are read that way.
 
-One that is written piece by piece (`conversion.py`), of which no more than a piece is ever in
-memory, has `"layout": "pieces"` in its manifest, and an Orbax checkpoint for each of its pieces:
+A checkpoint that was written piece by piece (`conversion.py`), with only one piece in memory, has
+`"layout": "pieces"` in its manifest, and one Orbax checkpoint for each piece:
 
-    <directory>/weights/e007/        {"e007": [L 3 F D]}, which is one chunk
+    <directory>/weights/e007/        {"e007": [L 3 F D]}, one chunk
     <directory>/weights/layers.12/   {name: array} of the dense weights of a layer
     <directory>/weights/embed/ ...   and of each other part of the decoder
 """
@@ -43,7 +43,18 @@ PLAIN = "plain"  # value of "chunks" in the manifest
 def save_checkpoint(
     directory, config: ModelConfig, dense: dict, experts: dict, facts: dict
 ) -> None:
-    """Writes weights and manifest; `directory` must not exist. `facts` are kept in the manifest."""
+    """Writes a checkpoint.
+
+    Args:
+        directory: Where to write; must not exist.
+        config: Sizes of the model.
+        dense: Weights outside the experts, by name.
+        experts: Weights `[L 3 F D]` by name of expert, all of one dtype.
+        facts: JSON values that the manifest keeps.
+
+    Raises:
+        FileExistsError: The directory exists.
+    """
     root = pathlib.Path(directory).absolute()
     root.mkdir(parents=True)
     save_plain(root / WEIGHTS, {"dense": dense, "experts": experts})
@@ -59,7 +70,7 @@ def save_checkpoint(
 
 
 def require_same_model(root, found: ModelConfig, wanted: ModelConfig, but=()) -> None:
-    """Raises CheckpointError naming the fields, apart from `but`, in which the models differ."""
+    """Raises CheckpointError if the models differ; names the fields, apart from `but`."""
     has, should = dataclasses.asdict(found), dataclasses.asdict(wanted)
     differ = [name for name in should if name not in but and has[name] != should[name]]
     if differ:
@@ -68,9 +79,13 @@ def require_same_model(root, found: ModelConfig, wanted: ModelConfig, but=()) ->
 
 
 class Checkpoint(ExpertStore):
-    """A checkpoint opened for reading. Reads are whole weights, each compared with its digest.
+    """An ExpertStore over our own checkpoint. Every weight is compared with its digest.
 
-    Raises CheckpointError where the directory, a weight or its digest is not as the manifest says.
+    Args:
+        directory: What `save_checkpoint` or a conversion wrote.
+
+    Raises:
+        CheckpointError: The manifest is missing or malformed.
     """
 
     def __init__(self, directory):
@@ -78,7 +93,7 @@ class Checkpoint(ExpertStore):
         self.manifest, self.model = read_manifest(self.root)
 
     def require_model(self, model: ModelConfig) -> None:
-        """Raises CheckpointError if the checkpoint is of another model than the configuration."""
+        """Raises CheckpointError unless the checkpoint is of this model."""
         require_same_model(self.root, self.model, model)
 
     def read_dense(self) -> dict[str, np.ndarray]:
@@ -86,7 +101,7 @@ class Checkpoint(ExpertStore):
         return self._read("dense", list(self.manifest["dense"]))
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
-        """Just these experts, each `[L 3 F D]` in the stored dtype. Nothing else is read."""
+        """See ExpertStore."""
         self._require_experts(experts)
         if not experts:
             return {}
@@ -94,7 +109,7 @@ class Checkpoint(ExpertStore):
         return {e: arrays[expert_name(e)] for e in experts}
 
     def expert_job(self, expert: int, target: Target, in_place: bool) -> Job | None:
-        """How to load an expert block by block; None where its chunk is not plain."""
+        """See ExpertStore; None if the expert is not one plain chunk."""
         name = expert_name(expert)
         expected = self.manifest["experts"].get(name, "")
         if not self._is_plain or not is_blocked(expected):
@@ -118,7 +133,7 @@ class Checkpoint(ExpertStore):
         try:
             array = self._array(part, name)
             if array.shape != tuple(shape):
-                raise CheckpointError(f"it is {list(array.shape)}, not {list(shape)}")
+                raise CheckpointError(f"shape {list(array.shape)}, expected {list(shape)}")
             return list(array.blocks())
         except (CheckpointError, OSError) as error:
             raise self._unreadable([name], error) from error
@@ -170,7 +185,7 @@ class Checkpoint(ExpertStore):
 
 
 def restore(directory: pathlib.Path, names) -> dict:
-    """Just these leaves of an Orbax checkpoint; `names` is a list, or a dict of lists.
+    """Reads these leaves of an Orbax checkpoint; `names` is a list, or a dict of lists.
 
     Raises whatever Orbax and TensorStore raise.
     """
@@ -188,13 +203,11 @@ def _leaves(names) -> dict:
 
 
 def piece_of(name: str) -> str:
-    """The piece that a weight belongs to: `layers/12/router/kernel` to `layers.12`, `e007` to
-    itself, `embed/embedding` to `embed`.
-    """
+    """The piece of a weight: `layers.12` for `layers/12/router/kernel`, `e007` for itself."""
     first, *rest = name.split("/")
     return f"{first}.{rest[0]}" if first == "layers" else first
 
 
 def open_orbax() -> ocp.Checkpointer:
-    """Restores checkpoints of any layout that Orbax has."""
+    """A checkpointer that restores every layout of Orbax."""
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

@@ -1,11 +1,11 @@
-"""Writes a checkpoint piece by piece from another source of weights, and goes on after a kill.
+"""Conversion of weights into our checkpoint, piece by piece, resumable after a kill.
 
-    <out>/conversion.jsonl   first what is converted, then one line for each piece that is finished
+    <out>/conversion.jsonl   first the origin, then one line for each finished piece
     <out>/weights/<piece>/   see `checkpoint.py`
-    <out>/manifest.json      at the very end; conversion.jsonl goes then
+    <out>/manifest.json      written last; then conversion.jsonl is removed
 
-A piece is finished when it was read back and its bytes are those that were written. What a killed
-process left half done has no line, and is written anew; what has one is not touched again.
+A piece is finished once its bytes were read back and compared. A piece without a line, which a
+killed process left half done, is written again; one with a line is not touched again.
 """
 
 import collections.abc
@@ -22,19 +22,19 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.heap.copies import empty_aligned
 from eep_jax.models.weights import expert_name
 from eep_jax.storage.block_loader import load_array
 from eep_jax.storage.checkpoint import MANIFEST, PIECES, PLAIN, WEIGHTS, piece_of
 from eep_jax.storage.digests import digest
+from eep_jax.storage.expert_store import ExpertStore
 from eep_jax.storage.plain_arrays import plain_array, save_plain
 
 RECORD = "conversion.jsonl"
 LOCK = "conversion.lock"
 FREE_SPARE_BYTES = 64 << 20  # that must stay free beyond the weights
-# What tokenizers, templates and people read beside the weights.
+# Files beside the weights, for tokenizers, chat templates and people.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -47,23 +47,19 @@ COMPANIONS = (
 
 
 @runtime_checkable
-class SourceOfWeights(Protocol):
-    """What is converted; `hugging_face.HuggingFaceCheckpoint` is one."""
+class SourceOfWeights(ExpertStore, Protocol):
+    """What is converted, such as `hugging_face.HuggingFaceCheckpoint`."""
 
     root: pathlib.Path
-    model: ModelConfig
-    manifest: dict  # "dtype" of experts
 
     def read_dense(self) -> collections.abc.Mapping[str, np.ndarray]: ...
-
-    def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]: ...
 
     def source_files(self) -> list[pathlib.Path]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One piece is finished: the how many-th of how many. `fresh`: it was written just now."""
+    """A finished piece, number `done` of `total`; `fresh` if this run wrote it."""
 
     done: int
     total: int
@@ -72,13 +68,20 @@ class Step:
 
 
 class Conversion:
-    """From `source` into the directory `out`; only one process at a time may work on that.
+    """Converts `source` into a directory, one process at a time.
 
-    Raises CheckpointError for a directory that holds anything else than an unfinished conversion
-    of the same files, and where there is not enough room.
+    >>> for step in Conversion(HuggingFaceCheckpoint(model_dir), out).run():  # doctest: +SKIP
+    ...     print(f"{step.done} of {step.total}: {step.piece}")
     """
 
     def __init__(self, source: SourceOfWeights, out):
+        """Reads the headers of the source; writes nothing yet.
+
+        Args:
+            source: The weights to convert.
+            out: A directory that does not exist, is empty, or holds an unfinished conversion of
+                the same files.
+        """
         self._source, self.root = source, pathlib.Path(out).absolute()
         self._dense = source.read_dense()
         self._pieces = _pieces(self._dense, source.model.experts)
@@ -87,29 +90,34 @@ class Conversion:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the directory holds the whole result already.
+        """Whether the directory holds the whole result.
 
-        Raises CheckpointError where it is the result of something else.
+        Raises CheckpointError if it holds the result of another source.
         """
         if (self.root / RECORD).exists() or not (self.root / MANIFEST).exists():
             return False
         manifest = json.loads((self.root / MANIFEST).read_text())
         if manifest.get("facts", {}).get("converted") != self._origin:
             raise CheckpointError(
-                f"{self.root} holds a checkpoint of something else than {self._source.root}; "
+                f"{self.root} holds a checkpoint of another source than {self._source.root}; "
                 "choose another directory, or remove it"
             )
         return True
 
     @property
     def total(self) -> int:
-        """How many pieces there are."""
+        """The number of pieces."""
         return len(self._pieces)
 
     def run(self) -> collections.abc.Iterator[Step]:
-        """Does what is left, and tells of each piece; at first of those that were finished before.
+        """Writes the missing pieces, with at most two copies of one piece in memory.
 
-        At most one piece is in memory, and once more while it is compared. Raises CheckpointError.
+        Yields:
+            Each piece in order, including those that were finished before.
+
+        Raises:
+            CheckpointError: The directory holds other files or is in use by another process, a
+                disk is too small or loses bytes, or the source is not readable.
         """
         if self.root.resolve() == self._source.root.resolve():
             raise CheckpointError(f"{self.root} is where the weights come from; choose another")
@@ -124,14 +132,14 @@ class Conversion:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot make {self.root}: {error.strerror}") from error
+            raise CheckpointError(f"cannot create {self.root}: {error.strerror}") from error
 
     def _refuse_others(self) -> None:
         found = sorted({path.name for path in self.root.iterdir()} - {LOCK})
         if found and RECORD not in found:
             raise CheckpointError(
-                f"{self.root} holds {found[:5]} and no {RECORD}, so it is no conversion that was "
-                "interrupted; choose a directory that is empty or does not exist"
+                f"{self.root} holds {found[:5]} and no {RECORD}, so it is not an unfinished "
+                "conversion; choose a directory that is empty or does not exist"
             )
 
     @contextlib.contextmanager
@@ -141,19 +149,19 @@ class Conversion:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(
-                    f"another process converts into {self.root} now; wait for it, or end it"
+                    f"another process is converting into {self.root}; wait for it, or end it"
                 ) from error
             yield
 
     def _take_up(self) -> None:
-        """Reads which pieces are finished, and removes what others left unfinished."""
+        """Reads which pieces are finished, and removes unfinished ones."""
         lines = _whole_lines(self.root / RECORD)
         if not lines:
             self._append({"converted": self._origin})
         elif lines[0].get("converted") != self._origin:
             raise CheckpointError(
-                f"{self.root} has begun with other files than those of {self._source.root} now, or "
-                "another dtype; remove it to start over, or choose another directory"
+                f"{self.root} was begun from other files than {self._source.root} holds now, or "
+                "with another dtype; remove it to start over, or choose another directory"
             )
         (self.root / WEIGHTS).mkdir(exist_ok=True)
         for line in lines[1:]:
@@ -184,8 +192,8 @@ class Conversion:
         for name, found in stored.items():
             if found != digests[name]:
                 raise CheckpointError(
-                    f"{name} in {directory} is not what was written there: the storage loses or "
-                    "changes bytes; nothing of this piece is recorded"
+                    f"{name} in {directory} differs from what was written: the storage loses or "
+                    "changes bytes; check it, and run the same command again"
                 )
         self._append({"piece": piece, "digests": digests})
         self._digests[piece] = digests
@@ -230,7 +238,7 @@ class Conversion:
         (self.root / LOCK).unlink(missing_ok=True)
 
     def _check_room(self, pieces) -> None:
-        """Raises CheckpointError if what is left to write has no room."""
+        """Raises CheckpointError if the disk has too little space for these pieces."""
         model = self._source.model
         itemsize = np.dtype(self._source.manifest["dtype"]).itemsize
         experts = sum(isinstance(self._pieces[piece], int) for piece in pieces)
@@ -260,7 +268,7 @@ class Conversion:
 
 
 def _pieces(dense: collections.abc.Mapping, experts: int) -> dict[str, list[str] | int]:
-    """Piece -> names of its weights, or the number of its expert; in the order of writing."""
+    """{piece: names of its weights, or number of its expert}, in the order of writing."""
     found: dict[str, list[str] | int] = {}
     for name in dense:
         found.setdefault(piece_of(name), []).append(name)
@@ -268,7 +276,7 @@ def _pieces(dense: collections.abc.Mapping, experts: int) -> dict[str, list[str]
 
 
 def _origin(source: SourceOfWeights) -> dict:
-    """What tells one set of files from another, without reading them."""
+    """Identifies a set of files by sizes and times, without reading them."""
     files = {}
     for path in source.source_files():
         facts = path.stat()
@@ -277,14 +285,14 @@ def _origin(source: SourceOfWeights) -> dict:
 
 
 def _stored(directory: pathlib.Path) -> str:
-    """The digest of an array as it is on storage now."""
+    """The digest of an array, read back from storage."""
     head = plain_array(directory)
     array = empty_aligned(head.shape, head.dtype)
     return digest(load_array(array, str(directory), head.blocks))
 
 
 def _whole_lines(record: pathlib.Path) -> list[dict]:
-    """The lines that were written to their end; half a line is cut off the file."""
+    """The complete lines; an incomplete last one is cut off the file."""
     if not record.exists():
         return []
     text = record.read_text()

@@ -1,7 +1,7 @@
 """Contract of everything that experts are read from: checkpoints, directories, seeds, memory."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from eep_jax.storage.block_loader import Job
 from eep_jax.storage.blocks import Target
 
 
+@runtime_checkable
 class ExpertStore(Protocol):
     """All experts of one model, each readable alone. Implementations inherit the defaults.
 
@@ -55,3 +56,24 @@ class ExpertStore(Protocol):
             raise CheckpointError(
                 f"{self.root} has no experts {unknown} of {self.model.experts}; they count from 0"
             )
+
+
+class Lazy(Mapping):
+    """Values by name, each computed by `make(name)` whenever it is looked up."""
+
+    def __init__(self, names, make: Callable[[str], Any]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str):
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

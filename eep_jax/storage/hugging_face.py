@@ -1,6 +1,6 @@
-"""A Hugging Face directory read as our checkpoint is: any expert alone, a few blocks at a time.
+"""Hugging Face directories as an ExpertStore: any expert alone, a few blocks at a time.
 
-Ranks serve straight from it, each reading the experts of its slots. Nothing is written beside it.
+Ranks serve from the directory, each reading the experts of its slots. Nothing is written to it.
 """
 
 import collections.abc
@@ -41,24 +41,31 @@ from eep_jax.storage.blocks import (
 )
 from eep_jax.storage.checkpoint import MANIFEST, require_same_model
 from eep_jax.storage.digests import digest
-from eep_jax.storage.expert_store import ExpertStore
+from eep_jax.storage.expert_store import ExpertStore, Lazy
 from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFiles, TensorSpan
 
-NARROW = ("F8_E4M3", "U8")  # what quantized weights are stored as
-_ENDS = ("", "_blocks", "_scales", "_scale_inv")  # of keys that belong together
+NARROW = ("F8_E4M3", "U8")  # stored dtypes of quantized weights
+_ENDS = ("", "_blocks", "_scales", "_scale_inv")  # suffixes of keys that belong together
 
 
 def is_hugging_face(directory) -> bool:
-    """Whether it holds a config.json and no checkpoint of ours."""
+    """Whether it holds config.json and no manifest.json of our own."""
     root = pathlib.Path(directory)
     return (root / registry.CONFIG).exists() and not (root / MANIFEST).exists()
 
 
 class HuggingFaceCheckpoint(ExpertStore):
-    """Reads as a Checkpoint does. `dtype` is that of experts, "" as stored (bfloat16 if quantized).
+    """An ExpertStore over config.json and safetensors files, quantized ones included.
 
-    Opening it reads config.json and the headers of the files. Raises CheckpointError for what is
-    not supported, and for a missing tensor or one of another shape, naming file, key and shapes.
+    Opening it reads config.json and the headers of the files.
+
+    Args:
+        directory: A directory as `save_pretrained` writes it.
+        dtype: The dtype of experts; "" as stored, or bfloat16 if quantized.
+
+    Raises:
+        CheckpointError: The model is not supported, or a tensor is missing or of another shape;
+            the message names file, key and shapes.
     """
 
     def __init__(self, directory, dtype: str = ""):
@@ -75,77 +82,81 @@ class HuggingFaceCheckpoint(ExpertStore):
         self.manifest = {
             "dtype": self.dtype.name,
             "facts": {},
-            "experts": _Digests(self, experts),
+            "experts": Lazy(experts, functools.cache(lambda name: self._digest(experts[name]))),
         }
 
     def require_model(self, model: ModelConfig) -> None:
-        """Raises CheckpointError if it is of another model, whatever that is called."""
+        """Raises CheckpointError unless the models are equal but for their names."""
         require_same_model(self.root, self.model, model, but=("name",))
 
     def content_name(self, expert: int) -> str:
-        """As of a Checkpoint: the files as they are now, without reading them."""
+        """See ExpertStore: identifies the files by size and time, without reading them."""
         stats = [(str(path), path.stat()) for path in self.source_files()]
         files = [(path, found.st_size, found.st_mtime_ns) for path, found in stats]
         return f"expert {expert} in {self.dtype} of {files}"
 
     def source_files(self) -> list[pathlib.Path]:
-        """config.json and the files of weights."""
+        """config.json and the files that hold weights."""
         return [self.root / registry.CONFIG, *self._files.paths]
 
     def read_dense(self) -> collections.abc.Mapping[str, np.ndarray]:
-        """All weights outside the experts, by name, each read when it is looked up."""
-        return _Dense(self._dense, self._read)
+        """All weights outside the experts, by name, each read whenever it is looked up."""
+        return Lazy(self._dense, lambda name: self._read(self._dense[name]))
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
-        """Just these experts, each `[L 3 F D]`. Raises CheckpointError for unknown ones."""
+        """See ExpertStore."""
         found = {e: empty_aligned(self.model.expert_shape, self.dtype) for e in experts}
         load_arrays([self.expert_job(e, ArrayTarget(out), True) for e, out in found.items()])
         return found
 
     def expert_job(self, expert: int, target: Target, in_place: bool) -> Job:
-        """How to load an expert block by block; nothing else is read."""
+        """See ExpertStore; never None."""
         self._require_experts([expert])
         blocks = functools.partial(self._expert_blocks, expert)
         return Job(f"expert {expert} of {self.root}", blocks, target, in_place=in_place)
 
-    def places(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
-        """(file, first byte, last byte + 1) of everything that is read for one expert."""
+    def spans(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
+        """(file, first byte, last byte + 1) of every range that is read for one expert."""
         parts = (part.stored for part in self._family.expert(self.model, expert))
         tensors = {(stored.key, stored.index) for stored in parts}
         return self._spans((key, index) for key, index in tensors)
 
-    def dense_places(self) -> list[tuple[pathlib.Path, int, int]]:
-        """The same of everything outside the experts."""
+    def dense_spans(self) -> list[tuple[pathlib.Path, int, int]]:
+        """Likewise for all weights outside the experts."""
         return self._spans({(stored.key, None) for stored in self._dense.values()})
 
     def _spans(self, tensors) -> list[tuple[pathlib.Path, int, int]]:
         found = (self._files.find(key + end, index) for key, index in tensors for end in _ENDS)
         return sorted((p.path, p.start, p.start + p.nbytes) for p in found if p is not None)
 
+    def _digest(self, expert: int) -> str:
+        """The files store no digests, so the expert is read."""
+        return digest(self.read_experts([expert])[expert])
+
     def _expert_blocks(self, expert: int) -> Iterator[Block]:
         layers, matrices, *size = self.model.expert_shape
         parts = self._family.expert(self.model, expert)
         by_matrix = itertools.groupby(parts, lambda p: (p.layer, p.matrix))
-        members = {place: list(found) for place, found in by_matrix}
-        if len(members) != layers * matrices:
+        grouped = {index: list(found) for index, found in by_matrix}
+        if len(grouped) != layers * matrices:
             raise CheckpointError(
-                f"expert {expert} has {len(members)} of {layers * matrices} parts"
+                f"expert {expert} has {len(grouped)} of {layers * matrices} parts"
             )
-        for (layer, matrix), found in members.items():
+        for (layer, matrix), found in grouped.items():
             yield from self._matrix_blocks((layer * matrices + matrix) * math.prod(size), found)
 
     def _matrix_blocks(self, at: int, parts: list[ExpertPart]) -> Iterable[Block]:
         stored = parts[0].stored
         if len(parts) == 1 and not self._is_quantized(stored):
-            place = self._files.place(stored.key, stored.shape, stored.index)
+            span = self._files.span(stored.key, stored.shape, stored.index)
             if stored.form is as_stored:
-                return plain_blocks(at, place.count, place.dtype, place.path, place.start)
+                return plain_blocks(at, span.count, span.dtype, span.path, span.start)
             if stored.form is transposed:
-                return [TransposedBlock(at, place.shape, place.dtype, place.path, place.start)]
+                return [TransposedBlock(at, span.shape, span.dtype, span.path, span.start)]
         return [ComputedBlock(at, functools.partial(self._matrix, parts))]
 
     def _matrix(self, parts: list[ExpertPart], files: Files, scratch: ScratchBuffer) -> np.ndarray:
-        """One matrix `[F D]` of an expert, its bias in the rows below."""
+        """One matrix `[F D]` of an expert, with its bias in the rows below."""
         shape, width = self.model.expert_shape[2:], self.model.expert_hidden
         out = (
             scratch.take(shape[0] * shape[1] * self.dtype.itemsize).view(self.dtype).reshape(shape)
@@ -168,43 +179,43 @@ class HuggingFaceCheckpoint(ExpertStore):
                 out = empty_aligned(values.shape, values.dtype)
                 copy_values(out, values)
                 return out
-            place = self._files.place(stored.key, stored.shape)
+            span = self._files.span(stored.key, stored.shape)
             if stored.form is as_stored:
-                out = empty_aligned(place.shape, place.dtype)
-                worker.files.read(place.path, place.start, out)
+                out = empty_aligned(span.shape, span.dtype)
+                worker.files.read(span.path, span.start, out)
                 return out
-            out = empty_aligned(place.shape[::-1], place.dtype)
-            block = TransposedBlock(0, place.shape, place.dtype, place.path, place.start)
+            out = empty_aligned(span.shape[::-1], span.dtype)
+            block = TransposedBlock(0, span.shape, span.dtype, span.path, span.start)
             block.load_into(worker, ArrayTarget(out), in_place=True, checked=False)
             return out
         finally:
             worker.files.close()
 
     def _tensor(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray:
-        """The tensor, or its part, as values; in `scratch` unless it is quantized."""
+        """The tensor, or its part, dequantized; in `scratch` unless it is quantized."""
         for reader in (self._mxfp4, self._fp8):
             if (found := reader(stored, files, scratch)) is not None:
                 return found
-        return _values(self._files.place(stored.key, stored.shape, stored.index), files, scratch)
+        return _values(self._files.span(stored.key, stored.shape, stored.index), files, scratch)
 
     def _fp8(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
         key = f"{stored.key}_scale_inv"
         if self._quantization.method != "fp8" or key not in self._files:
             return None
         block = self._quantization.block
-        scales = self._files.place(key, scales_shape(stored.shape, block))
-        weight = self._files.place(stored.key, stored.shape)
+        scales = self._files.span(key, scales_shape(stored.shape, block))
+        weight = self._files.span(stored.key, stored.shape)
         return from_fp8(_values(weight, files, scratch), _values(scales, files, scratch), block)
 
     def _mxfp4(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
         key = f"{stored.key}_blocks"
         if self._quantization.method != "mxfp4" or key not in self._files:
             return None
-        # There the last two axes are the other way round, so that blocks lie along the inputs.
+        # The file has the last two axes transposed, so that blocks lie along the inputs.
         experts, inputs, outputs = stored.shape
         shape = (experts, outputs, inputs // MXFP4_BLOCK)
-        blocks = self._files.place(key, (*shape, MXFP4_BLOCK // 2), stored.index)
-        scales = self._files.place(f"{stored.key}_scales", shape, stored.index)
+        blocks = self._files.span(key, (*shape, MXFP4_BLOCK // 2), stored.index)
+        scales = self._files.span(f"{stored.key}_scales", shape, stored.index)
         return from_mxfp4(_values(blocks, files, scratch), _values(scales, files, scratch)).T
 
     def _is_quantized(self, stored: Stored) -> bool:
@@ -212,7 +223,7 @@ class HuggingFaceCheckpoint(ExpertStore):
         return any(f"{stored.key}_{end}" in self._files for end in ends)
 
     def _check_all(self) -> None:
-        """Every tensor is there in its shape; nothing of it is read."""
+        """Checks that every tensor exists in its shape; reads headers only."""
         first = self._family.expert(self.model, 0)
         fused = all(part.stored.index is not None for part in first)
         experts = (
@@ -225,7 +236,7 @@ class HuggingFaceCheckpoint(ExpertStore):
     def _check(self, stored: Stored) -> None:
         if self._is_quantized(stored):
             return
-        found = self._files.place(stored.key, stored.shape)
+        found = self._files.span(stored.key, stored.shape)
         if found.dtype in [DTYPES[name] for name in NARROW]:
             raise CheckpointError(f"{found.path}: {stored.key} is {found.dtype} without scales")
 
@@ -233,46 +244,10 @@ class HuggingFaceCheckpoint(ExpertStore):
         stored = next(iter(self._family.expert(self.model, 0))).stored
         if self._is_quantized(stored):
             return BFLOAT16
-        return self._files.place(stored.key, stored.shape).dtype
+        return self._files.span(stored.key, stored.shape).dtype
 
 
-def _values(place: TensorSpan, files: Files, scratch: ScratchBuffer) -> np.ndarray:
-    data = scratch.take(place.nbytes)
-    files.read(place.path, place.start, data)
-    return data.view(place.dtype).reshape(place.shape)
-
-
-class _Dense(collections.abc.Mapping):
-    """Weights by name, read when they are looked up, so that one is in memory at a time."""
-
-    def __init__(self, stored: dict[str, Stored], read):
-        self._stored, self._read = stored, read
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._read(self._stored[name])
-
-    def __iter__(self):
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-
-class _Digests(collections.abc.Mapping):
-    """Digest by name of expert; the files have none, so the expert is read at the first look."""
-
-    def __init__(self, checkpoint: HuggingFaceCheckpoint, experts: dict[str, int]):
-        self._experts = experts
-        read = lambda name: checkpoint.read_experts([experts[name]])[experts[name]]
-        self._digest = functools.cache(lambda name: digest(read(name)))
-
-    def __getitem__(self, name: str) -> str:
-        if name not in self._experts:
-            raise KeyError(name)
-        return self._digest(name)
-
-    def __iter__(self):
-        return iter(self._experts)
-
-    def __len__(self) -> int:
-        return len(self._experts)
+def _values(span: TensorSpan, files: Files, scratch: ScratchBuffer) -> np.ndarray:
+    data = scratch.take(span.nbytes)
+    files.read(span.path, span.start, data)
+    return data.view(span.dtype).reshape(span.shape)

@@ -1,6 +1,6 @@
-"""Arrays that Orbax stored as one chunk that is not compressed: a file of just their bytes.
+"""Plain arrays: stored by Orbax as one uncompressed chunk, a file of just their bytes.
 
-So an expert is restored by Orbax like anything else, and read by us at the speed of the storage.
+Orbax restores such an array like any other, and we read it at the speed of the storage.
 
     <array>/.zarray     shape, dtype, chunks (https://zarr-specs.readthedocs.io, version 2)
     <array>/0.0.0.0     the bytes, in C order
@@ -25,26 +25,26 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class PlainArray:
-    """What the head says, and the file of the bytes."""
+    """The file of the bytes, and what the head says of them."""
 
     path: pathlib.Path
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def blocks(self) -> Iterator[PlainBlock]:
-        """Raises CheckpointError where the file is not as long as it should be, and OSError."""
+        """The reads of the whole array. Raises CheckpointError for another size, and OSError."""
         count = math.prod(self.shape)
         found, expected = self.path.stat().st_size, count * self.dtype.itemsize
         if found != expected:
             raise CheckpointError(
-                f"{self.path} has {found} bytes, {self.dtype}{list(self.shape)} are {expected}; "
+                f"{self.path} has {found} bytes, {self.dtype}{list(self.shape)} has {expected}; "
                 "restore it from a copy"
             )
         yield from plain_blocks(0, count, self.dtype, self.path, 0)
 
 
 def plain_array(directory: pathlib.Path) -> PlainArray:
-    """Raises CheckpointError where there is no such array, or it is stored in another way."""
+    """Opens an array. Raises CheckpointError if it is missing or not one plain chunk."""
     try:
         head = json.loads((directory / HEAD).read_text())
         shape = tuple(int(size) for size in head["shape"])
@@ -53,14 +53,15 @@ def plain_array(directory: pathlib.Path) -> PlainArray:
             raise ValueError(f"{head} is not one plain chunk")
         dtype = _BFLOAT16 if head["dtype"] == "bfloat16" else np.dtype(head["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is no readable array: {error}") from error
+        raise CheckpointError(f"{directory} is not readable as a plain array: {error}") from error
     return PlainArray(directory / (".".join("0" * len(shape)) or "0"), shape, dtype)
 
 
 def save_plain(directory: pathlib.Path, tree: Mapping) -> None:
-    """Has Orbax save arrays so that `plain_array` finds each: `<directory>/<its name>`.
+    """Saves arrays with Orbax so that `plain_array` opens each as `<directory>/<its name>`.
 
-    Of `{"dense": {name: array}}` the name is `dense.<name>`. Raises whatever Orbax raises.
+    The name of nested ones, `{"dense": {name: array}}`, is `dense.<name>`. Raises whatever Orbax
+    raises.
     """
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
     with ocp.Checkpointer(handler) as orbax:

@@ -1,8 +1,8 @@
-"""Weights drawn on the device from a seed instead of read: for models without a checkpoint.
+"""Random weights, drawn on the device from a seed: for models without a checkpoint.
 
-Each weight depends on (seed, its name) alone, so any rank can make any single expert again, and all
-ranks on devices of one kind get the same bits: digests hold over repair and return. A device draws
-one matrix at a time, so that it needs room for no more than that.
+Each weight depends on (seed, its name) alone, so any rank can draw any expert again, and ranks on
+devices of one kind get the same bits: digests stay valid over repair and return. A device draws one
+matrix at a time, which bounds its memory.
 """
 
 import collections.abc
@@ -20,7 +20,7 @@ from eep_jax.errors import CheckpointError
 from eep_jax.models.weights import dense_names, expert_name
 from eep_jax.storage.checkpoint import Checkpoint
 from eep_jax.storage.digests import digest
-from eep_jax.storage.expert_store import ExpertStore
+from eep_jax.storage.expert_store import ExpertStore, Lazy
 from eep_jax.storage.hugging_face import HuggingFaceCheckpoint, is_hugging_face
 
 STORED = np.dtype(ml_dtypes.bfloat16)
@@ -29,7 +29,7 @@ _DENSE, _EXPERT = 0, 1  # kinds of weights, each with streams of its own
 
 @functools.partial(jax.jit, static_argnames="shape")
 def draw_normal(seed, kind, name, number, scale, *, shape: tuple[int, ...]):
-    """Normal numbers times `scale`, bfloat16, that depend on (seed, kind, name, number) alone."""
+    """Normal numbers times `scale`, bfloat16, determined by (seed, kind, name, number)."""
     key = jax.random.key(seed)
     for part in (kind, name, number):
         key = jax.random.fold_in(key, part)
@@ -37,38 +37,41 @@ def draw_normal(seed, kind, name, number, scale, *, shape: tuple[int, ...]):
 
 
 class RandomCheckpoint(ExpertStore):
-    """Reads as a Checkpoint does. Nothing is drawn before it is asked for; the last expert is kept.
+    """An ExpertStore of drawn weights. It draws on demand and caches the last expert.
 
-    `manifest` has the keys of a Checkpoint's; its digests are computed when they are looked up.
+    Digests in `manifest` are computed when they are looked up.
+
+    Args:
+        model: Sizes of the model.
+        seed: Determines all weights.
     """
 
     def __init__(self, model: ModelConfig, seed: int):
         self.model, self.seed, self.root = model, seed, f"random weights of seed {seed}"
-        # An expert that was read is compared with its digest next.
+        # A caller reads an expert and then compares its digest.
         self._draw_expert = functools.lru_cache(maxsize=1)(self._draw_expert)
         self._dense_shapes = {name: leaf.shape for name, leaf in dense_names(model).items()}
-        self._dense = _Lazy(self._dense_shapes, self._draw_dense)
+        self._dense = Lazy(self._dense_shapes, self._draw_dense)
         experts = {expert_name(e): e for e in range(model.experts)}
         self.manifest = {
             "dtype": STORED.name,
             "facts": {"random_weights": seed},
-            "dense": _Lazy(self._dense_shapes, functools.cache(lambda n: digest(self._dense[n]))),
-            "experts": _Lazy(
+            "dense": Lazy(self._dense_shapes, functools.cache(lambda n: digest(self._dense[n]))),
+            "experts": Lazy(
                 experts, functools.cache(lambda n: digest(self._draw_expert(experts[n])))
             ),
         }
-        # Whoever asks from several threads must not need room for several draws.
-        self._one_draw = threading.Lock()
-        # While it serves, a rank may have to draw an expert, but must compile nothing any more.
+        self._one_draw = threading.Lock()  # several at a time would need memory for each
+        # A rank that serves may have to draw an expert, but must not compile any more.
         self._draw_matrix = self._compile_draw((model.expert_hidden, model.hidden))
 
     def require_model(self, model: ModelConfig) -> None:
-        """Raises CheckpointError if these weights were made for another model."""
+        """Raises CheckpointError if these weights were drawn for another model."""
         if self.model != model:
-            raise CheckpointError(f"random weights of {self.model} are not those of {model}")
+            raise CheckpointError(f"{self.root} are of {self.model}, expected {model}")
 
     def content_name(self, expert: int) -> str:
-        """As of a Checkpoint; nothing is drawn for it."""
+        """See ExpertStore; draws nothing."""
         drawn = f"normal numbers of JAX {jax.__version__} on {jax.default_backend()}"
         return f"{drawn} for {self.model}, seed {self.seed}, expert {expert}"
 
@@ -81,10 +84,10 @@ class RandomCheckpoint(ExpertStore):
         return self._dense
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
-        """Just these experts, each bfloat16 `[L 3 F D]`, not to be written to.
+        """See ExpertStore; bfloat16.
 
         Gate and up are normal times `D ** -0.5`, down is normal times `F ** -0.5`; biases, in the
-        rows below them, are zeros. Raises CheckpointError for experts that the model does not have.
+        rows below them, are zeros.
         """
         self._require_experts(experts)
         return {expert: self._draw_expert(expert) for expert in experts}
@@ -122,41 +125,27 @@ def _arguments(seed: int, kind: int, name: int, number: int, scale: float) -> tu
     return (np.uint32(seed), *map(np.uint32, (kind, name, number)), np.float32(scale))
 
 
-class _Lazy(collections.abc.Mapping):
-    """Values by name, each made when it is looked up."""
-
-    def __init__(self, names, make):
-        self._names, self._make = dict.fromkeys(names), make
-
-    def __getitem__(self, name: str):
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __contains__(self, name) -> bool:
-        return name in self._names
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def open_checkpoint(config: RunConfig) -> Checkpoint | RandomCheckpoint | HuggingFaceCheckpoint:
-    """The weights that a run serves, of the configured model.
+    """Opens the weights that a run serves.
 
-    A directory with a manifest is ours, one with a config.json is Hugging Face's: its experts are
-    converted to the engine's dtype as they are read.
+    A directory with manifest.json is our own checkpoint; one with config.json is Hugging Face's,
+    whose experts are converted to the engine's dtype as they are read.
 
-    Raises CheckpointError where the configuration names none or two, or they are of another model.
+    Args:
+        config: `checkpoint` names the directory, or `random_weights` the seed.
+
+    Returns:
+        The opened weights, of `config.model`.
+
+    Raises:
+        CheckpointError: The configuration names both or neither, or weights of another model.
     """
     if bool(config.checkpoint) == (config.random_weights is not None):
         found = "both" if config.checkpoint else "neither"
         raise CheckpointError(
             f"{config.name} has {found} of checkpoint={config.checkpoint!r} and "
-            f"random_weights={config.random_weights}; set just one: the directory of a checkpoint, "
-            "or a seed of weights to draw"
+            f"random_weights={config.random_weights}; set just one: the directory of a "
+            "checkpoint, or the seed of weights to draw"
         )
     if config.random_weights is not None:
         return RandomCheckpoint(config.model, config.random_weights)

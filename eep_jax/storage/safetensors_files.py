@@ -1,8 +1,8 @@
-"""Where tensors are in the safetensors files of a directory.
+"""Index of the tensors in the safetensors files of a directory.
 
-A file is 8 bytes that hold the length of a JSON header, the header (dtype, shape and place of each
-tensor), and the bytes of the tensors (https://github.com/huggingface/safetensors). Files are opened
-when a tensor of theirs is first asked for.
+A file is 8 bytes that hold the length of a JSON header, the header (dtype, shape and offsets of
+each tensor), and the bytes of the tensors (https://github.com/huggingface/safetensors). A file is
+opened when one of its tensors is first looked up.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from eep_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-HEADER_BYTES_MAX = 100 << 20  # as the format says
+HEADER_BYTES_MAX = 100 << 20  # the format's own limit
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -31,7 +31,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `start` and `end` are bytes of the file."""
+    """One tensor's header; `start` and `end` are offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor is, or one part of its first axis, and what it is."""
+    """Bytes of a tensor, or of one index of its first axis, with dtype and shape."""
 
     path: pathlib.Path
     start: int
@@ -58,7 +58,7 @@ class TensorSpan:
 
 
 class SafetensorsFile:
-    """One file, of which the header is read, and checked against its size."""
+    """One file, whose header is read and checked against the file's size."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -66,9 +66,11 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 self.tensors = _header(file, os.fstat(file.fileno()).st_size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no readable safetensors file: {error!r}") from error
+            raise CheckpointError(
+                f"{path} is not readable as a safetensors file: {error!r}; download it again"
+            ) from error
 
-    def place(self, key: str, index: int | None = None) -> TensorSpan:
+    def span(self, key: str, index: int | None = None) -> TensorSpan:
         """A tensor, or `index` of its first axis. Raises CheckpointError for an unknown dtype."""
         info = self.tensors[key]
         if info.dtype not in DTYPES:
@@ -85,7 +87,7 @@ class SafetensorsFile:
 class SafetensorsFiles:
     """All tensors of a directory, by key, in one file or in the shards of an index.
 
-    Raises CheckpointError where the directory has neither.
+    Raises CheckpointError if the directory has neither.
     """
 
     def __init__(self, root: pathlib.Path):
@@ -101,17 +103,17 @@ class SafetensorsFiles:
         return [self.root / name for name in sorted(set(self._file_of.values()))]
 
     def path_of(self, key: str) -> pathlib.Path:
-        """The file of a tensor, or what names the files where there is no such tensor."""
+        """The file of a tensor; for an unknown key the index, or the only file."""
         if key in self._file_of:
             return self.root / self._file_of[key]
         index = self.root / INDEX
         return index if index.exists() else self.root / ONE_FILE
 
-    def place(self, key: str, shape: tuple[int, ...], index: int | None = None) -> TensorSpan:
-        """Where the tensor is, or `index` of its first axis; `shape` is that of all of it.
+    def span(self, key: str, shape: tuple[int, ...], index: int | None = None) -> TensorSpan:
+        """The tensor, or `index` of its first axis; `shape` is that of the whole tensor.
 
-        Raises CheckpointError naming file, key, expected and found shape where it is not there, or
-        of another shape.
+        Raises CheckpointError, which names file, key and shapes, if it is missing or of another
+        shape.
         """
         if key not in self._file_of:
             raise CheckpointError(
@@ -121,18 +123,18 @@ class SafetensorsFiles:
         if key not in file.tensors:
             raise CheckpointError(
                 f"{file.path} has no tensor {key}, expected one of shape {list(shape)}; "
-                f"{INDEX} says it is there"
+                f"{INDEX} assigns it to this file; download both again"
             )
         found = file.tensors[key].shape
         if found != tuple(shape):
             raise CheckpointError(
                 f"{file.path}: {key} has shape {list(found)}, expected {list(shape)}"
             )
-        return file.place(key, index)
+        return file.span(key, index)
 
     def find(self, key: str, index: int | None) -> TensorSpan | None:
-        """Where the tensor is, whatever its shape; None where there is no such tensor."""
-        return self._opened(self._file_of[key]).place(key, index) if key in self else None
+        """The tensor, or `index` of its first axis, of any shape; None for an unknown key."""
+        return self._opened(self._file_of[key]).span(key, index) if key in self else None
 
     def _opened(self, name: str) -> SafetensorsFile:
         if name not in self._open:
@@ -149,7 +151,7 @@ def _files_by_key(root: pathlib.Path) -> dict[str, str]:
             raise CheckpointError(f"{index} has no readable weight_map: {error!r}") from error
         missing = sorted(name for name in set(found.values()) if not (root / name).exists())
         if missing:
-            raise CheckpointError(f"{root} lacks {missing}, which {INDEX} names")
+            raise CheckpointError(f"{root} lacks {missing}, which {INDEX} names; download them")
         return found
     if one.exists():
         return dict.fromkeys(SafetensorsFile(one).tensors, ONE_FILE)
@@ -160,7 +162,7 @@ def _files_by_key(root: pathlib.Path) -> dict[str, str]:
 
 def _header(file, file_bytes: int) -> dict[str, TensorInfo]:
     if file_bytes < 8:
-        raise ValueError(f"{file_bytes} bytes are no header")
+        raise ValueError(f"the file has {file_bytes} bytes, a header needs 8 or more")
     length = int.from_bytes(file.read(8), "little")
     if length > min(HEADER_BYTES_MAX, file_bytes - 8):
         raise ValueError(f"the header would be {length} bytes, the file has {file_bytes}")

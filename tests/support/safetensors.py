@@ -11,7 +11,7 @@ from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFile
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
     data, file, found = path.read_bytes(), SafetensorsFile(path), {}
     for key in file.tensors:
-        place = file.place(key)
+        place = file.span(key)
         flat = np.frombuffer(data, place.dtype, place.count, place.start)
         found[key] = flat.reshape(place.shape).copy()
     return found

@@ -128,7 +128,7 @@ def test_experts_that_do_not_exist_are_named(checkpoint_dir):
 def test_a_directory_without_a_right_manifest_is_no_checkpoint(checkpoint_dir, manifest):
     path = checkpoint_dir / MANIFEST
     path.unlink() if manifest is None else path.write_text(manifest)
-    with pytest.raises(CheckpointError, match=f"{checkpoint_dir} is no checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{checkpoint_dir} is not a checkpoint"):
         Checkpoint(checkpoint_dir)
 
 

@@ -186,7 +186,7 @@ class TestRefusals:
 
     def test_a_file_in_the_way(self, hf, tmp_path):
         (tmp_path / "out").write_text("x")
-        assert "cannot make" in self.refusal(hf, tmp_path / "out")
+        assert "cannot create" in self.refusal(hf, tmp_path / "out")
 
     def test_a_conversion_of_other_files_or_dtype(self, hf, tmp_path):
         run = Conversion(HuggingFaceCheckpoint(hf), tmp_path).run()
@@ -199,7 +199,7 @@ class TestRefusals:
     def test_a_result_of_other_files(self, hf, tmp_path):
         convert(hf, tmp_path / "out")
         other = write_directory(tmp_path / "other", QWEN3, seed=1)
-        with pytest.raises(CheckpointError, match="something else"):
+        with pytest.raises(CheckpointError, match="another source"):
             _ = Conversion(HuggingFaceCheckpoint(other), tmp_path / "out").is_finished
 
     def test_two_processes_at_once(self, hf, tmp_path):

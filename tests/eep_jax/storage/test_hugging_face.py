@@ -83,7 +83,7 @@ def test_a_file_that_is_cut_off_is_named(copy_of, keep):
     root = copy_of("olmoe")
     file = root / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{file} is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match=f"{file} is not readable as a safetensors file"):
         HuggingFaceCheckpoint(root)
 
 
@@ -171,8 +171,8 @@ def test_experts_are_what_the_files_say_in_the_dtype_asked_for(dtype):
 def test_only_the_tensors_of_the_named_expert_are_touched(copy_of):
     root = copy_of("mixtral")
     checkpoint = HuggingFaceCheckpoint(root)
-    touched, place = [], checkpoint._files.place
-    checkpoint._files.place = lambda key, *rest: touched.append(key) or place(key, *rest)
+    touched, span = [], checkpoint._files.span
+    checkpoint._files.span = lambda key, *rest: touched.append(key) or span(key, *rest)
     checkpoint.read_experts([3])
     assert len(touched) == 6 and all(".experts.3." in key for key in touched)
 
