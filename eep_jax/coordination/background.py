@@ -12,6 +12,7 @@ thought of anew when it is calm again.
 
 import dataclasses
 
+from eep_jax.coordination.loading import supply_of
 from eep_jax.coordination.protocol import Fetch, Mode, Status
 from eep_jax.coordination.shortages import avoided, explain
 from eep_jax.coordination.state import BackgroundTask, CoordinatorState, Note, Send
@@ -20,18 +21,17 @@ from eep_jax.placement.balance import Aim, next_step
 from eep_jax.placement.load import settled
 from eep_jax.placement.placement import missing_experts
 from eep_jax.placement.planner import Plan
-from eep_jax.placement.sources import Supply
 
 
 def advance(
-    state: CoordinatorState, supply: Supply, now_ms: int
+    state: CoordinatorState, now_ms: int
 ) -> tuple[CoordinatorState, tuple, BackgroundTask | None]:
     """The state, what to send, and the task whose experts are all there, if one is."""
     if not is_calm(state):
         return with_background(state, task=None), (), None
     commands = ()
     if state.background.task is None and now_ms >= state.background.from_ms:
-        state = _begin(state, supply, now_ms)
+        state = _begin(state, now_ms)
         commands = fetches(state)
     task = state.background.task
     if task is None:
@@ -88,10 +88,10 @@ def fetches(state: CoordinatorState, only: int | None = None) -> tuple[Send, ...
     return sends
 
 
-def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorState:
+def _begin(state: CoordinatorState, now_ms: int) -> CoordinatorState:
     leaving = draining(state)
     if leaving and has_room(state, leaving):
-        task = _drain(state, supply, leaving)
+        task = _drain(state, leaving)
         return state if task is None else _with_task(state, now_ms, **task)
     if state.config.background_experts == 0:
         return state
@@ -99,6 +99,7 @@ def _begin(state: CoordinatorState, supply: Supply, now_ms: int) -> CoordinatorS
     loads = settled(state.load.measured) if now_ms >= state.load.from_ms else ()
     if state.background.done == (state.placement, aim) and not loads:
         return state
+    supply = supply_of(state)
     plan = next_step(state.placement, aim, supply)
     if plan is None and not aim.loads and loads:
         # The loads stay what they are until they are spread: a moving aim might never be reached.
@@ -130,13 +131,13 @@ def has_room(state: CoordinatorState, leaving) -> bool:
     return staying * state.config.slots_per_rank >= state.placement.experts
 
 
-def _drain(state: CoordinatorState, supply: Supply, leaving) -> dict | None:
+def _drain(state: CoordinatorState, leaving) -> dict | None:
     """The next step of a drain, as far as a task is made of it; None while it has to wait."""
     staying = tuple(rank for rank in state.view.in_epoch if rank not in leaving)
     moves_max = max(1, state.config.background_experts)
     names = ", ".join(map(str, leaving))
     aim = Aim(members=staying, redundancy=1, moves_max=moves_max, avoid=avoided(state))
-    if (plan := next_step(state.placement, aim, supply)) is not None:
+    if (plan := next_step(state.placement, aim, supply_of(state))) is not None:
         return {"kind": "background", "plan": plan, "reason": f"before ranks {names} leave"}
     if missing_experts(state.placement, staying):
         return None  # no source supplies what the leaving ranks have, for now: see shortages

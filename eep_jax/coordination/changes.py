@@ -74,7 +74,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
 
 def start_background(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
     """Prepares the epoch of a background task once all its experts are there."""
-    state, commands, task = background.advance(state, supply_of(state), now_ms)
+    state, commands, task = background.advance(state, now_ms)
     if task is None:
         return state, commands
     view = state.view
@@ -164,7 +164,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
     )
     inside = change.view.in_epoch
     records = tuple(
-        replaced(record, accused_by=(), load=None if r in inside else record.load)
+        replaced(record, accused_by=(), load=None if change.view.includes(r) else record.load)
         for r, record in enumerate(state.records)
     )
     state = dataclasses.replace(
@@ -184,7 +184,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
         "members": {r: change.view.members[r].incarnation for r in inside},
         # Of the others, the newest that is fenced: a joining process is not.
         "incarnations": [
-            change.view.members[r].incarnation if r in inside else record.fenced
+            change.view.members[r].incarnation if change.view.includes(r) else record.fenced
             for r, record in enumerate(records)
         ],
         "slots": [list(row) for row in change.plan.placement.slots],

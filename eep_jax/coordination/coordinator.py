@@ -87,7 +87,7 @@ def restored_state(
     records = tuple(
         RankRecord(
             incarnation=issued[rank],
-            fenced=max(fenced[rank], member.incarnation if rank not in view.in_epoch else 0),
+            fenced=max(fenced[rank], member.incarnation if not view.includes(rank) else 0),
             ended=issued[rank] == 0,
             heard_ms=since_ms,
             channel_lost_ms=since_ms,
@@ -224,7 +224,7 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
     tried = max(state.epoch_tried, status.epoch, status.prepared)
     if tried != state.epoch_tried:
         state = dataclasses.replace(state, epoch_tried=tried)
-    inside = rank in state.view.in_epoch
+    inside = state.view.includes(rank)
     if status.mode is Mode.HOLDING and inside and status.epoch == state.view.epoch:
         for accused in status.accused:
             by = {*state.records[accused].accused_by, rank}
@@ -246,11 +246,11 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
 def _put_in_step(state: CoordinatorState, status: Status):
     """Answers a Status that is behind the agreement with what its rank has missed."""
     rank, change = status.rank, state.change
-    if change is not None and rank in change.takes_part:
+    if change is not None and change.includes(rank):
         if status.prepared < change.view.epoch:
             return state, (prepare_for(state, rank),)
         return state, ()
-    if rank in state.view.in_epoch:
+    if state.view.includes(rank):
         if status.epoch != state.view.epoch:
             if status.mode is Mode.READY and status.prepared == state.view.epoch:
                 return state, (send_to(state, rank, Commit(epoch=state.view.epoch)),)

@@ -54,7 +54,7 @@ def _wanted(state: CoordinatorState, status: Status) -> tuple[int, ...]:
     load = state.records[status.rank].load
     if len(status.contents) != state.config.slots_per_rank:
         return ()
-    if change is not None and status.rank in change.takes_part:
+    if change is not None and change.includes(status.rank):
         is_of_change = status.mode is Mode.READY and status.prepared == change.view.epoch
         return change.plan.placement.slots[status.rank] if is_of_change else ()
     if task is not None and status.fetched == task.number:

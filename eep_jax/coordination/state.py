@@ -53,6 +53,10 @@ class Change:
     def takes_part(self) -> tuple[int, ...]:
         return self.view.in_epoch + self.leaving  # copies nothing if no rank leaves
 
+    def includes(self, rank: int) -> bool:
+        """Whether `takes_part` lists the rank."""
+        return self.view.includes(rank) or rank in self.leaving
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackgroundTask:

@@ -38,8 +38,11 @@ class View:
     @functools.cached_property  # asked for with every message of every rank
     def in_epoch(self) -> tuple[int, ...]:
         """Ranks that take part in the steps of this epoch, suspects included."""
-        inside = (RankState.ACTIVE, RankState.SUSPECT)
-        return tuple(r for r in self.ranks if self.members[r].state in inside)
+        return tuple(filter(self.includes, self.ranks))
+
+    def includes(self, rank: int) -> bool:
+        """Whether the rank takes part in the steps of this epoch, as `in_epoch` lists them."""
+        return self.members[rank].state in (RankState.ACTIVE, RankState.SUSPECT)
 
     def with_state(self, state: RankState) -> tuple[int, ...]:
         """Ranks in the given state, ascending."""

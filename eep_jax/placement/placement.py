@@ -87,6 +87,8 @@ def holds(contents, slots) -> bool:
     >>> holds((4, 7, 2), (4, EMPTY, 2)), holds((4, 7, 2), (7, 4, 2)), holds((), (4, 7, 2))
     (True, False, False)
     """
+    if contents == slots:  # nearly always, and asked for with every message of every rank
+        return True
     wanted = zip(contents, slots, strict=False)
     return len(contents) == len(slots) and all(e in (EMPTY, held) for held, e in wanted)
 
