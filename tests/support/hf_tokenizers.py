@@ -66,7 +66,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 
 def metaspace() -> tokenizers.Tokenizer:
-    """A decoder that is not read as bytes per token."""
+    """A decoder that is not supported."""
     inner = byte_fallback()
     inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     return inner

@@ -16,11 +16,11 @@ class TextAssembler:
     """
 
     def __init__(self, stop: tuple[str, ...], decoder: TokenDecoder):
-        self.stopped = False  # a stop string was met; the text ends in front of it
-        self.num_tokens = 0  # taken in, up to the token that completed the stop string
+        self.stopped = False  # a stop string was found; the text ends in front of it
+        self.num_tokens = 0  # read, up to the token that completed the stop string
         self._decoder = decoder
-        self._held = ""  # never longer than the longest stop string
-        self._searches = tuple(_Search(word) for word in stop)
+        self._held = ""  # shorter than the longest stop string
+        self._stop = stop
 
     def feed(self, tokens: Iterable[int]) -> str:
         """Returns the text that became certain; "" once stopped."""
@@ -41,40 +41,20 @@ class TextAssembler:
         return text + held
 
     def _advance(self, text: str) -> str:
-        ready = ""
-        for char in text:
-            self._held += char
-            matched = [search.advance(char) for search in self._searches]
-            found = [search.size for search in self._searches if search.found]
-            self.stopped = bool(found)
-            certain = len(self._held) - max(found or matched, default=0)
-            ready += self._held[:certain]
-            self._held = "" if found else self._held[certain:]
-            if found:
-                break
+        """Returns what became certain of the held text and `text`, and holds the rest."""
+        self._held += text
+        # (end, -length) of each word's first occurrence: the first end counts, then the length.
+        found = [(at + len(w), -len(w)) for w in self._stop if (at := self._held.find(w)) >= 0]
+        self.stopped = bool(found)
+        if found:
+            certain = sum(min(found))
+            ready, self._held = self._held[:certain], ""
+            return ready
+        certain = len(self._held) - max((self._begun(word) for word in self._stop), default=0)
+        ready, self._held = self._held[:certain], self._held[certain:]
         return ready
 
-
-class _Search:
-    """Looks for one word, character by character (Knuth, Morris and Pratt, 1977)."""
-
-    def __init__(self, word: str):
-        self.size, self._word, self._matched = len(word), word, 0
-        self._shorter = [0]  # of a prefix: length of its longest proper suffix that is a prefix
-        for end in range(1, len(word)):
-            size = self._shorter[-1]
-            while size and word[size] != word[end]:
-                size = self._shorter[size - 1]
-            self._shorter.append(size + (word[size] == word[end]))
-
-    @property
-    def found(self) -> bool:
-        return self._matched == self.size
-
-    def advance(self, char: str) -> int:
-        """Returns how many characters of the word the text now ends with. Ends once it is found."""
-        size = self._matched
-        while size and self._word[size] != char:
-            size = self._shorter[size - 1]
-        self._matched = size + (self._word[size] == char)
-        return self._matched
+    def _begun(self, word: str) -> int:
+        """Length of the longest beginning of `word` that the held text ends with."""
+        sizes = range(min(len(word) - 1, len(self._held)), 0, -1)
+        return next((size for size in sizes if self._held.endswith(word[:size])), 0)

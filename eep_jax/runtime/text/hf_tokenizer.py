@@ -1,12 +1,10 @@
 """tokenizer.json of a Hugging Face directory, through the `tokenizers` library.
 
-Text of an answer is put together token by token. Two kinds of decoders, which nearly all models
-have, are read as bytes per token (`_byte_level`, `_byte_fallback`): exact, and each token costs
-the same. Any other is asked for the text of a short window of tokens (`WindowDecoder`).
+Two kinds of decoders, those of all supported families, are read as bytes per token (`_byte_level`,
+`_byte_fallback`), so that an answer's text grows token by token, exactly and at a constant cost.
 """
 
 import functools
-import itertools
 import json
 import pathlib
 import re
@@ -17,8 +15,6 @@ from eep_jax.runtime.text.tokenizer import TOKENIZER_FILE, PieceDecoder
 
 CONFIG_FILE = "tokenizer_config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-WINDOW_TOKENS = 6  # of the prompt, that tell a decoder how a text goes on
-HELD_TOKENS_MAX = 16  # no character of UTF-8 has more than 4 bytes
 
 
 class HFTokenizer:
@@ -45,9 +41,11 @@ class HFTokenizer:
         self.named = named_tokens(directory, self.config)
         self._bos = self._bos_to_add()
         self.has_bos = bool(self.encode(""))
-        self._piece, self._strips = _pieces(decoder)
-        if self._piece is not None:
-            self._bytes = functools.cache(self._bytes_of)
+        try:
+            self._piece, self._strips = _pieces(decoder)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        self._bytes = functools.cache(self._bytes_of)
 
     def encode(self, text: str) -> tuple[int, ...]:
         if self._bos is None:
@@ -61,9 +59,6 @@ class HFTokenizer:
         return ids
 
     def decoder(self, after: tuple[int, ...] = ()):
-        if self._piece is None:
-            decode = functools.partial(self._inner.decode, skip_special_tokens=True)
-            return WindowDecoder(decode, after)
         begins = not any(self._bytes(token) for token in after)
         return _Stripped(self._bytes, self._strips if begins else 0)
 
@@ -106,37 +101,6 @@ class _Stripped(PieceDecoder):
         return text
 
 
-class WindowDecoder:
-    """Asks `decode` for the text of a few tokens, and passes on by how much one more makes it grow.
-
-    The window begins with tokens whose text is known already: some decoders treat the beginning of
-    a text differently.
-    """
-
-    def __init__(self, decode, after: tuple[int, ...]):
-        self._decode = decode
-        self._tokens = list(after[-WINDOW_TOKENS:])
-        self._known = len(self._tokens)  # of the window; their text was passed on
-
-    def feed(self, token: int) -> str:
-        self._tokens.append(token)
-        held = len(self._tokens) - self._known
-        return self._grown(certain_only=held < HELD_TOKENS_MAX)
-
-    def finish(self) -> str:
-        return self._grown(certain_only=False)
-
-    def _grown(self, certain_only: bool) -> str:
-        before, now = self._decode(self._tokens[: self._known]), self._decode(self._tokens)
-        if certain_only and (now.endswith("\ufffd") or now == before):
-            return ""
-        # What was passed on is the beginning of the next window.
-        self._tokens = self._tokens[self._known :] or self._tokens
-        self._known = len(self._tokens)
-        same = (a == b for a, b in zip(before, now, strict=False))
-        return now[sum(itertools.takewhile(bool, same)) :]
-
-
 def read_tokenizer_config(directory: pathlib.Path) -> dict:
     """tokenizer_config.json, {} if there is none. Raises ValueError where it is no JSON object."""
     path = directory / CONFIG_FILE
@@ -168,22 +132,29 @@ def named_tokens(directory: pathlib.Path, config: dict) -> dict[str, str]:
 
 
 def _pieces(decoder: dict):
-    """(token text -> bytes, leading spaces to strip), or (None, 0) for an unknown decoder.
+    """(token text -> bytes, leading spaces to strip) of the `decoder` of a tokenizer.json.
 
-    `decoder` is that part of tokenizer.json.
+    Raises ValueError for a decoder of another kind.
     """
     steps = decoder.get("decoders", [decoder])
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level, 0
-    if "ByteFallback" not in kinds or set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}:
-        return None, 0
-    replaced = [(s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"]
-    strips = [s for s in steps if s["type"] == "Strip"]
-    if any(old is None for old, _ in replaced) or len(strips) > 1:
-        return None, 0
-    if strips and (strips[0]["content"] != " " or strips[0]["stop"]):
-        return None, 0
+    replaced = [
+        (s["pattern"].get("String"), s["content"]) for s in steps if s.get("type") == "Replace"
+    ]
+    strips = [s for s in steps if s.get("type") == "Strip"]
+    if (
+        "ByteFallback" not in kinds
+        or set(kinds) - {"Replace", "ByteFallback", "Fuse", "Strip"}
+        or any(old is None for old, _ in replaced)
+        or any(strip["content"] != " " or strip["stop"] for strip in strips)
+        or len(strips) > 1
+    ):
+        raise ValueError(
+            f"its decoder is {json.dumps(decoder):.300}; supported are ByteLevel, and a sequence "
+            "with ByteFallback of Replace (of strings), Fuse and one Strip (of leading spaces)"
+        )
     piece = functools.partial(_byte_fallback, replaced=replaced)
     return piece, strips[0]["start"] if strips else 0
 

@@ -16,7 +16,7 @@ from eep_jax.runtime.text.tokenizer import ByteTokenizer
 from tests.support import hf_tokenizers
 from tests.support.models import a_run
 
-KINDS = ("byte_level", "byte_fallback", "metaspace")
+KINDS = ("byte_level", "byte_fallback")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -168,6 +168,11 @@ class TestOpening:
         assert config.model.vocab_size < 400
         with pytest.raises(ValueError, match="another model"):
             open_tokenizer(config)
+
+    def test_a_decoder_of_another_kind_is_named(self, tmp_path):
+        hf_tokenizers.write_tokenizer(tmp_path, hf_tokenizers.metaspace())
+        with pytest.raises(ValueError, match=r"tokenizer\.json: its decoder .*Metaspace.*; supp"):
+            open_tokenizer(self.config(tokenizer=str(tmp_path)))
 
     @pytest.mark.parametrize("damage", ["", "{", json.dumps({"model": 3})])
     def test_a_damaged_file_is_named(self, tmp_path, damage):
