@@ -24,7 +24,7 @@ class FakeStream:
     def __init__(self, name: str, script: Iterable[StreamProgress | asyncio.Event | Exception]):
         self.id, self.created = name, CREATED_S
         self.cancelled = asyncio.Event()
-        self.num_read = 0
+        self.num_read = self.num_cancelled = 0
         self._script = script
 
     async def __aiter__(self) -> AsyncIterator[StreamProgress]:
@@ -39,6 +39,7 @@ class FakeStream:
 
     def cancel(self) -> None:
         self.cancelled.set()
+        self.num_cancelled += 1
 
 
 class FakeService:

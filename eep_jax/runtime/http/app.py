@@ -29,7 +29,6 @@ from eep_jax.runtime.text.chat_template import ChatTemplate
 
 BODY_DEADLINE_S = 30.0  # for a body to arrive
 WRITE_DEADLINE_S = 30.0  # for a client to take what it was sent; then it counts as gone
-GONE_CHECK_S = 0.1  # how often a request that waits for tokens looks for its client
 RETRY_AFTER_S = 1  # what a refused client is told to wait
 KEY_CHARS_MAX = 128
 KEY_HEADER = "Idempotency-Key"
@@ -52,7 +51,17 @@ def build_app(
     body_bytes_max: int = 1 << 20,
     write_deadline_s: float = WRITE_DEADLINE_S,
 ) -> web.Application:
-    """The application that serves `service`; its caller runs it. No `template`: no chats."""
+    """The HTTP application in front of `service`.
+
+    Its runner needs `handler_cancellation`: a client that leaves cancels its handler.
+
+    Args:
+      service: what answers; see contract.CompletionService.
+      limits: what a request may ask for.
+      template: renders conversations; None refuses chats.
+      body_bytes_max: the largest body that is read.
+      write_deadline_s: how long a client may take nothing before its connection is aborted.
+    """
     api = _Api(service, limits, template, body_bytes_max, write_deadline_s)
     app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
     app.router.add_post("/v1/completions", api.complete)
@@ -67,7 +76,7 @@ def build_app(
 
 
 class _ClientGone(Exception):
-    """Nobody reads the answer any more."""
+    """The client takes nothing of what it is sent."""
 
 
 class _Api:
@@ -98,14 +107,14 @@ class _Api:
         return await self._answer(http, functools.partial(parse_chat, template=self._template))
 
     async def _answer(self, http: web.Request, parse) -> web.StreamResponse:
-        # A long prompt takes a tokenizer or a template a second, in which ranks must be heard.
+        # In a thread: a long prompt may take a second, in which the event loop serves the ranks.
         request = await asyncio.to_thread(parse, await _read_json(http), limits=self._limits)
         key = _read_key(http)
         answer = Answer(request, self._service.submit(request, key), self._limits.tokenizer)
         try:
             if request.stream:
                 return await self._send_events(http, answer)
-            text = "".join([delta async for delta in _deltas(http, answer)])
+            text = "".join([delta async for delta in _deltas(answer)])
             return web.json_response(answer.whole(text))
         except _ClientGone:
             if http.transport is not None:
@@ -147,7 +156,7 @@ class _Api:
         try:
             for opening in answer.opening():
                 await self._send(response, json.dumps(opening | usage))
-            async for delta in _deltas(http, answer):
+            async for delta in _deltas(answer):
                 if delta or answer.finish_reason:
                     await self._send(response, json.dumps(answer.chunk(delta) | usage))
             if usage:
@@ -192,20 +201,13 @@ class _Api:
         return middleware
 
 
-async def _deltas(http: web.Request, answer: Answer) -> AsyncIterator[str]:
-    """The text of each increment until the answer is complete. Raises _ClientGone, Failed."""
-    progresses = aiter(answer.stream)
-    while answer.finish_reason is None:
-        waiting = asyncio.ensure_future(anext(progresses, None))
-        try:
-            # aiohttp tells a handler of a lost client only when it writes, so it must look.
-            while not waiting.done():
-                if http.transport is None or http.transport.is_closing():
-                    raise _ClientGone
-                await asyncio.wait((waiting,), timeout=GONE_CHECK_S)
-        finally:
-            waiting.cancel()
-        yield answer.advance(waiting.result())
+async def _deltas(answer: Answer) -> AsyncIterator[str]:
+    """The text of each increment until the answer is complete. Raises Failed."""
+    async for progress in answer.stream:
+        yield answer.advance(progress)
+        if answer.finish_reason is not None:
+            return
+    raise Failed("the stream ended without a reason; send the request again")
 
 
 async def _read_json(http: web.Request) -> object:

@@ -21,9 +21,7 @@ class Answer:
         self._degraded: set[int] = set()
 
     def advance(self, progress) -> str:
-        """Takes in one StreamProgress, None for the end of the stream, and returns its text."""
-        if progress is None:
-            raise Failed("the stream ended without a reason; send the request again")
+        """Takes in one StreamProgress and returns its text. Raises Failed for its error."""
         self._degraded.update(progress.degraded)
         text = self._assembler.feed(progress.tokens)
         if progress.finish_reason is not None:

@@ -11,12 +11,33 @@ class Listeners:
     def __init__(self):
         self._runners: list[web.AppRunner] = []
 
-    async def open(self, app: web.Application, host: str, port: int, before: int = 0) -> int:
-        """Serves `app` at `port`; if that is 0, at the port of `before` if free, else at any.
+    async def open(
+        self,
+        app: web.Application,
+        host: str,
+        port: int,
+        before: int = 0,
+        cancel_handlers: bool = False,
+    ) -> int:
+        """Serves an application.
 
-        Returns the port. Raises OSError where it cannot.
+        Args:
+          app: the application.
+          host: the address to listen on.
+          port: the port; 0 takes `before` if that is free, else any.
+          before: the port of the previous supervisor; 0 if there was none.
+          cancel_handlers: whether a client that leaves cancels its handler. Not for WebSockets:
+            their handlers read what arrived before the end.
+
+        Returns:
+          The port.
+
+        Raises:
+          OSError: the port is taken, or the address is not of this host.
         """
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=1.0, handler_cancellation=cancel_handlers
+        )
         await runner.setup()
         self._runners.append(runner)
         if not port and before:

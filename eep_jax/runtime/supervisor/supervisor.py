@@ -174,7 +174,9 @@ class Supervisor:
                 control, serve.control_host, serve.control_port, control_before
             )
             http = build_app(self, limits, template=self._template, body_bytes_max=body_bytes_max)
-            http_port = await listeners.open(http, serve.host, serve.port, http_before)
+            http_port = await listeners.open(
+                http, serve.host, serve.port, http_before, cancel_handlers=True
+            )
             write_endpoint(endpoint_file, serve, control_port, http_port)
             self._watch_known_processes()
             looking = asyncio.create_task(self._local.keep_looking())

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import socket
+import threading
 
 import pytest
 from aiohttp import ClientTimeout
@@ -17,6 +19,7 @@ from eep_jax.runtime.http.app import build_app
 from eep_jax.runtime.http.completion import CompletionLimits
 from eep_jax.runtime.serving.contract import StreamProgress
 from eep_jax.runtime.text.chat_template import ChatTemplate
+from eep_jax.runtime.text.tokenizer import ByteTokenizer
 from tests.support.fake_service import CREATED_S, FakeService, down_service, full_service, spell
 
 LIMITS = CompletionLimits(model="org/tiny", context_tokens=1024)
@@ -25,24 +28,9 @@ PATH, CHAT = "/v1/completions", "/v1/chat/completions"
 TEMPLATE = ChatTemplate("{{ messages[0].content }}->", {})
 
 
-class Server(TestServer):
-    """A test server that cancels a handler whose client is lost, or, as aiohttp's runner, does not.
-
-    aiohttp's own test server always does, which would hide that the handler must look for itself.
-    """
-
-    def __init__(self, app, cancels_handlers: bool):
-        super().__init__(app)
-        self.cancels_handlers = cancels_handlers
-
-    async def _make_runner(self, **options):
-        options["handler_cancellation"] = self.cancels_handlers
-        return await super()._make_runner(**options)
-
-
 @contextlib.asynccontextmanager
-async def serving(service: FakeService, cancels_handlers: bool = False, **options):
-    server = Server(build_app(service, LIMITS, **options), cancels_handlers)
+async def serving(service: FakeService, limits: CompletionLimits = LIMITS, **options):
+    server = TestServer(build_app(service, limits, **options))  # cancels handlers, as Listeners do
     async with TestClient(server, timeout=ClientTimeout(total=DEADLINE_S)) as client:
         yield client
 
@@ -301,18 +289,31 @@ class TestChat:
             await refusal(await client.post(CHAT, data=b"{"), 400, None)
 
 
+class HeldTokenizer(ByteTokenizer):
+    """A tokenizer that takes until it is released."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        self.begun.set()
+        assert self.release.wait(DEADLINE_S)
+        return super().encode(text)
+
+
 class TestDisconnect:
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("begun", [False, True])
-    @pytest.mark.parametrize("cancels", [False, True])
     @story
-    async def test_it_cancels_the_request(self, stream, begun, cancels):
+    async def test_it_cancels_the_request_once(self, stream, begun):
         never = asyncio.Event()
         service = FakeService([StreamProgress(tokens=(65,)), never] if begun else [never])
-        async with serving(service, cancels_handlers=cancels) as client:
+        async with serving(service) as client:
             with raw_request(client, body(stream=stream)):
                 await service.submitting.wait()
             await service.streams[0].cancelled.wait()
+        assert service.streams[0].num_cancelled == 1
 
     @pytest.mark.parametrize("stream", [False, True])
     @story
@@ -322,7 +323,7 @@ class TestDisconnect:
         async with serving(service) as client:
             with raw_request(client, body(stream=stream), "Idempotency-Key: k\r\n"):
                 await service.submitting.wait()
-            await asyncio.sleep(0.3)  # several looks at the lost client
+            await no_connections(client)
             assert not service.streams[0].cancelled.is_set()
             gate.set()
             again = await client.post(
@@ -330,6 +331,39 @@ class TestDisconnect:
             )
             assert again.status == 200
         assert [key for _, key in service.submitted] == ["k", "k"]
+        assert not service.streams[0].cancelled.is_set()
+
+    @story
+    async def test_while_its_body_is_read_submits_nothing(self):
+        service, tokenizer = FakeService(spell("amen", "stop")), HeldTokenizer()
+        limits = dataclasses.replace(LIMITS, tokenizer=tokenizer)
+        async with serving(service, limits) as client:
+            with raw_request(client, body()):
+                await asyncio.to_thread(tokenizer.begun.wait, DEADLINE_S)
+            await no_connections(client)
+            tokenizer.release.set()
+            assert (await client.post(PATH, json=body())).status == 200
+        assert len(service.submitted) == 1
+        assert not service.streams[0].cancelled.is_set()
+
+    @story
+    async def test_while_its_body_arrives_submits_nothing(self):
+        service = FakeService(spell("amen", "stop"))
+        async with serving(service) as client:
+            with socket.create_connection((client.host, client.port)) as connection:
+                connection.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+                )
+                while not client.server.runner.server.connections:
+                    await asyncio.sleep(0.01)
+            await no_connections(client)
+        assert not service.submitted
+
+
+async def no_connections(client: TestClient) -> None:
+    """Waits until the server has seen all its clients leave."""
+    while client.server.runner.server.connections:
+        await asyncio.sleep(0.01)
 
 
 class TestRefusals:

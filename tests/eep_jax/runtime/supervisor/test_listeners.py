@@ -75,6 +75,37 @@ async def test_calls_that_are_being_answered_go_on_after_stop():
         await listeners.close()
 
 
+@pytest.mark.parametrize("cancels", [False, True])
+@story
+async def test_a_client_that_leaves_cancels_its_handler_if_so_opened(cancels):
+    listeners, called, leave = Listeners(), asyncio.Event(), asyncio.Event()
+    app, ends = web.Application(), asyncio.Queue()
+
+    async def wait(_) -> web.Response:
+        called.set()
+        try:
+            await leave.wait()
+            ends.put_nowait("left")
+        except asyncio.CancelledError:
+            ends.put_nowait("cancelled")
+            raise
+        return web.Response()
+
+    app.router.add_get("/", wait)
+    try:
+        port = await listeners.open(app, HOST, 0, cancel_handlers=cancels)
+        _, writer = await asyncio.open_connection(HOST, port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await called.wait()
+        writer.close()
+        if not cancels:
+            await asyncio.sleep(0.1)
+            leave.set()
+        assert await ends.get() == ("cancelled" if cancels else "left")
+    finally:
+        await listeners.close()
+
+
 def test_what_was_written_is_found(tmp_path):
     file = tmp_path / "endpoint.json"
     assert ports_before(file) == (0, 0)
