@@ -1,8 +1,8 @@
-"""Whether a slot holds its expert, found out where the slot is: no byte goes to the host for it.
+"""Fingerprints of slots, computed on their device: no byte goes to the host for a check.
 
-Whoever brings an expert for the first time compares its bytes with the manifest's digest, and then
-learns a fingerprint of them: 64 bits that the device computes of a slot while it reads it once.
-From then on a copy of that expert is right if its slot has the same fingerprint.
+The first rank that loads an expert compares its bytes with the manifest's digest and records the
+slot's fingerprint: 64 bits that the device computes in one pass. From then on a copy of that expert
+is right if its slot has the same fingerprint.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ from pallas_kernels.device import platform
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2  # of what `fingerprint` computes
-# Slots that one launch looks at. A launch and the way of its answer cost a GPU more than a slot.
+VERSION = 2  # of the function that `fingerprint` computes
+# Slots per launch. On a GPU, a launch and the transfer of its result cost more than a slot.
 SLOTS_AT_ONCE = {"cpu": 1, "cuda": 8}
-COLUMNS = 1024  # words that one block of a GPU adds up
+COLUMNS = 1024  # words that one block of a GPU sums
 
 
 def fingerprints(words: UInt[Array, "S W"], slots: Int32[Array, "N"]) -> UInt32[Array, "N 2"]:
-    """The fingerprint of each of these slots of a bank, given as plain words (`SlabLayout.words`).
+    """The fingerprint of each of these slots of a bank, viewed as words (`SlabLayout.words`).
 
-    Words of 32 bits in one axis: what compilers turn into loops that keep up with memory.
+    Compilers turn 32-bit words on one axis into loops at memory speed.
     """
     of = lambda slot: fingerprint(lax.dynamic_index_in_dim(words, slot, keepdims=False))
     return jnp.stack([of(slots[index]) for index in range(slots.shape[0])])
@@ -43,9 +43,9 @@ def fingerprints(words: UInt[Array, "S W"], slots: Int32[Array, "N"]) -> UInt32[
 def fingerprint(words: UInt[Array, "W"]) -> UInt32[Array, "2"]:
     """Two sums over all words of a slot, each word mixed with its position.
 
-    A word that changes alone always changes the first sum: mixing is one to one in the word. That
-    other damage keeps both is as likely as guessing 64 bits. The order of the sums does not matter,
-    so every device and every compilation finds the same.
+    A change of one word always changes the first sum, since mixing is bijective in the word. Other
+    damage keeps both sums with a chance of 2**-64. The order of the sums does not matter, so every
+    device and compilation computes the same.
     """
     words = words.astype(jnp.uint32)
     position = lax.iota(jnp.uint32, words.shape[0])
@@ -57,7 +57,7 @@ def fingerprint(words: UInt[Array, "W"]) -> UInt32[Array, "2"]:
 
 
 def _sums(first: UInt32[Array, "W"], second: UInt32[Array, "W"]) -> UInt32[Array, "2"]:
-    """Both in one pass. XLA turns one axis into vectors on a CPU, and rows into blocks on a GPU."""
+    """Both sums in one pass: XLA vectorises one axis on a CPU, and maps rows to GPU blocks."""
     if platform() == "gpu":
         columns = math.gcd(first.shape[0], COLUMNS)
         zero, add = jnp.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
@@ -67,10 +67,7 @@ def _sums(first: UInt32[Array, "W"], second: UInt32[Array, "W"]) -> UInt32[Array
 
 
 class SlotCheck:
-    """The fingerprints that slots should have, and those that they have. Of the engine's thread.
-
-    What one rank learns others read from `directory`; None keeps it in this process alone.
-    """
+    """Expected and actual fingerprints of slots. Call from the engine thread only."""
 
     def __init__(
         self,
@@ -80,10 +77,16 @@ class SlotCheck:
         directory: pathlib.Path | None = None,
         obtain: Callable = lambda lower, arguments: lower().compile(),
     ):
-        """`name_of` names the content of an expert; `obtain` may know another way to a program.
+        """Compiles and runs the program once, so create it before the rank serves.
 
-        Compiles, and runs once: do it before anybody serves. Call `of` and `learn` while no step
-        runs, since JAX must not read a slot that is being written.
+        Call `of` and `learn` while no step runs: JAX must not read a slot that is being written.
+
+        Args:
+            heap: The heap that holds the bank.
+            layout: Layout of the slab.
+            name_of: `ExpertStore.content_name`.
+            directory: Where ranks of this host share known fingerprints; None to share none.
+            obtain: Compiles the program, or loads it from a store of executables.
         """
         self._directory, self._name_of = directory, name_of
         self._layout = f"{VERSION} {layout.bank.dtype} {layout.padded_shape}"
@@ -94,7 +97,7 @@ class SlotCheck:
         self._known: dict[int, str] = {}
 
     def of(self, slots: Sequence[int]) -> list[str]:
-        """The fingerprints of what these slots hold; all are on their way before one is read."""
+        """The fingerprints of these slots; all are launched before one is read back."""
         found = []
         for begin in range(0, len(slots), self._at_once):
             batch = np.full(self._at_once, slots[begin], np.int32)
@@ -105,14 +108,14 @@ class SlotCheck:
         return ["".join(f"{int(word):08x}" for word in row) for row in rows]
 
     def known(self, expert: int) -> str | None:
-        """What a slot with this expert must have, if anybody has learned it."""
+        """The fingerprint of this expert; None if no rank has learned it."""
         if expert not in self._known and (path := self._path(expert)) is not None:
             try:
-                said = path.read_text()
+                found = path.read_text()
             except OSError:
                 return None
-            if len(said) == 16:
-                self._known[expert] = said
+            if len(found) == 16:
+                self._known[expert] = found
         return self._known.get(expert)
 
     def mismatch(self, expert: int, found: str) -> str | None:
@@ -123,7 +126,7 @@ class SlotCheck:
         return f"fingerprint {found} of expert {expert}, expected {expected}"
 
     def learn(self, expert: int, slot: int) -> None:
-        """The slot holds the expert, as its digest said."""
+        """Records the fingerprint of a slot whose expert was compared with its digest."""
         if self.known(expert) is not None:
             return
         (self._known[expert],) = self.of([slot])
@@ -134,8 +137,8 @@ class SlotCheck:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft.write_text(self._known[expert])
             os.replace(draft, path)
-        except OSError as error:  # another process learns it for itself
-            _log.warning("the fingerprint of expert %d is not kept: %s", expert, error)
+        except OSError as error:  # other processes learn it themselves
+            _log.warning("cannot store the fingerprint of expert %d: %s", expert, error)
 
     def _path(self, expert: int) -> pathlib.Path | None:
         if self._directory is None:

@@ -1,5 +1,5 @@
-"""Families of MoE decoders as Hugging Face stores them. NumPy and values only, no JAX.
+"""Families of MoE decoders as Hugging Face stores them. Imports NumPy but no JAX.
 
-One file per family: what its `config.json` means as a ModelConfig, and under which key each of our
-weights is in its safetensors files. `registry` finds the family by `architectures[0]`.
+One file per family maps its `config.json` to a ModelConfig, and each of our weights to its key in
+the safetensors files. `registry` selects the family by `architectures[0]`.
 """

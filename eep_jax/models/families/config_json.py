@@ -1,4 +1,4 @@
-"""Reading config.json: every field is taken with its type; a value nobody implements is refused."""
+"""Reader of config.json: checks the type of every field, and rejects unsupported values."""
 
 import math
 
@@ -12,14 +12,14 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class Fields:
     """The fields of one config.json.
 
-    Raises CheckpointError naming file, field, value and what was expected.
+    Methods raise CheckpointError, which names file, field, value and expectation.
     """
 
     def __init__(self, values: dict, path: str):
         self.values, self.path = values, path
 
     def take(self, name: str, kind: type = int, default=_REQUIRED):
-        """The field as `kind`; where it is absent or null, `default`."""
+        """The field as `kind`, or `default` if it is absent or null."""
         value = self.values.get(name)
         if value is None:
             if default is _REQUIRED:
@@ -31,7 +31,7 @@ class Fields:
         return kind(value)
 
     def require(self, name: str, *allowed) -> None:
-        """Refuses a value other than these; an absent or null field is as the first of them."""
+        """Rejects other values than these; an absent or null field means the first of them."""
         value = self.values.get(name)
         if value is not None and value not in allowed:
             raise CheckpointError(
@@ -48,12 +48,12 @@ class Fields:
         }
 
     def experts(self) -> int:
-        """How many routed experts a layer has: files of other ages call it differently."""
+        """The number of routed experts of a layer, under any of its historical names."""
         names = [name for name in _EXPERTS if self.values.get(name) is not None]
         return self.take((names or _EXPERTS)[0])
 
     def common(self, name: str) -> dict:
-        """What every family has."""
+        """ModelConfig fields that all families share."""
         self.require("hidden_act", "silu", "swish")
         self.require("pretraining_tp", 1)
         first, *others = self._end_tokens()
@@ -75,7 +75,9 @@ class Fields:
         value = self.values.get("eos_token_id")
         tokens = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(token, int) for token in tokens):
-            raise CheckpointError(f"{self.path}: eos_token_id={value!r} must be tokens")
+            raise CheckpointError(
+                f"{self.path}: eos_token_id={value!r} must be a token id or a list of them"
+            )
         return tokens or [-1]
 
     def _rope_fields(self) -> "Fields":
@@ -92,7 +94,7 @@ class Fields:
         return rope.take("rope_theta", float, self.take("rope_theta", float, 10_000.0))
 
     def rope(self, channels: int, *, interleaved: bool = False) -> RopeConfig:
-        """Of heads with so many channels that may be rotated. The formulas are transformers'."""
+        """Rotary embedding of heads with `channels` rotatable channels, as in transformers."""
         fields = self._rope_fields()
         kind = fields.take("rope_type", str, fields.take("type", str, "default"))
         part = fields.take(
@@ -121,7 +123,7 @@ class Fields:
         )
 
     def yarn_score_factor(self) -> float:
-        """DeepSeek multiplies scores by the square of the amplitude for `mscale_all_dim`."""
+        """DeepSeek's factor of scores: the square of the amplitude for `mscale_all_dim`."""
         fields = self._rope_fields()
         scale = fields.take("mscale_all_dim", float, 0.0)
         return _mscale(fields.take("factor", float, 1.0), scale) ** 2 if scale else 1.0

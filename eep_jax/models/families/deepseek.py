@@ -14,7 +14,7 @@ from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
 
 def config_v2(fields: Fields, name: str) -> ModelConfig:
     """Raises CheckpointError for a `topk_method` other than greedy and group_limited_greedy."""
-    # The released models have false; what true means differs between their code and others'.
+    # Released models have false; DeepSeek's and other implementations differ on true.
     fields.require("norm_topk_prob", False)
     fields.require("scoring_func", "softmax")
     fields.require("topk_method", "greedy", "group_limited_greedy")
@@ -28,7 +28,7 @@ def config_v2(fields: Fields, name: str) -> ModelConfig:
 
 
 def config_v3(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for values that no release of V3 or R1 has."""
+    """Raises CheckpointError for values that occur in no release of V3 or R1."""
     fields.require("scoring_func", "sigmoid")
     fields.require("topk_method", "noaux_tc")
     router = RouterConfig(
@@ -51,7 +51,7 @@ def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, 
     rotated = fields.take("qk_rope_head_dim")
     rope = fields.rope(rotated, interleaved=interleaved)
     if rope.rotated_channels:
-        raise CheckpointError(f"{fields.path}: partial_rotary_factor is not supported here")
+        raise CheckpointError(f"{fields.path}: partial_rotary_factor must be 1 or absent")
     rope = dataclasses.replace(rope, score_factor=fields.yarn_score_factor())
     heads, width = fields.take("num_attention_heads"), fields.take("moe_intermediate_size")
     plain = fields.take("qk_nope_head_dim")

@@ -1,5 +1,5 @@
 """gpt-oss (arXiv 2508.10925): experts fused in one tensor per layer, biases everywhere, sinks, and
-a clamped activation. Layers take turns between a sliding window and the whole text.
+a clamped activation. Layers alternate between a sliding window and full attention.
 """
 
 import functools
@@ -22,7 +22,7 @@ WINDOW, WHOLE = "sliding_attention", "full_attention"
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for a `layer_types` of other names or another length."""
+    """Raises CheckpointError if `layer_types` has unknown names or another length."""
     common, heads = fields.common(name), fields.heads()
     bias = fields.take("attention_bias", bool, True)
     return ModelConfig(
@@ -48,14 +48,15 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
     kinds = fields.take("layer_types", list, [(WINDOW, WHOLE)[i % 2] for i in range(layers)])
     if len(kinds) != layers or set(kinds) - {WINDOW, WHOLE}:
         raise CheckpointError(
-            f"{fields.path}: layer_types={kinds} must be {WINDOW!r} or {WHOLE!r}, {layers} of them"
+            f"{fields.path}: layer_types={kinds} must list {WINDOW!r} or {WHOLE!r} for each of "
+            f"{layers} layers"
         )
     window = fields.take("sliding_window", default=0)
     return tuple(window if kind == WINDOW else 0 for kind in kinds)
 
 
 def expert_tensors(model: ModelConfig, expert: int) -> Iterator[ExpertPart]:
-    """Gate and up stand channel by channel beside each other in `gate_up_proj`."""
+    """The parts of an expert; `gate_up_proj` interleaves the channels of gate and up."""
     experts, wide, narrow = model.experts, model.expert_hidden, model.hidden
     for layer in range(model.moe_layers):
         prefix = f"model.layers.{layer + model.dense_layers}.mlp.experts"

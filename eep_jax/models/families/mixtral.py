@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): softmax over the experts that were chosen."""
+"""Mixtral (arXiv 2401.04088): softmax over the chosen experts."""
 
 import functools
 
@@ -8,7 +8,7 @@ from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
-    """A sliding window, where there is one, is that of all layers."""
+    """All layers share one sliding window, if there is one."""
     heads = fields.heads()
     common = fields.common(name)
     window = fields.take("sliding_window", default=0)

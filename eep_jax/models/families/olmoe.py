@@ -1,4 +1,4 @@
-"""OLMoE (arXiv 2409.02060): norms over all channels of queries and of keys, weights as they are."""
+"""OLMoE (arXiv 2409.02060): norms over all query and key channels, unnormalised routing weights."""
 
 import functools
 

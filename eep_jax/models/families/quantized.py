@@ -1,4 +1,4 @@
-"""Weights that checkpoints store in 8 or 4 bits, made bfloat16 while they are read."""
+"""Conversion to bfloat16 of weights that checkpoints store in 8 or 4 bits."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ MXFP4_VALUES = np.concatenate([MXFP4_VALUES, -MXFP4_VALUES])
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's large matrices are stored: `""` as they are, `fp8` or `mxfp4`."""
+    """Storage of a checkpoint's large matrices: "" for unquantized, `fp8` or `mxfp4`."""
 
     method: str = ""
-    block: tuple[int, int] = (128, 128)  # of fp8: the part of a matrix that shares one scale
+    block: tuple[int, int] = (128, 128)  # for fp8: the part of a matrix that shares one scale
 
 
 def quantization_of(values: dict, path: str) -> Quantization:
-    """What config.json says. Raises CheckpointError for a method nobody implements here."""
+    """The quantization in config.json. Raises CheckpointError for an unsupported method."""
     found = values.get("quantization_config")
     if not found:
         return Quantization()
@@ -34,12 +34,12 @@ def quantization_of(values: dict, path: str) -> Quantization:
         return Quantization("fp8", tuple(found["weight_block_size"]))
     raise CheckpointError(
         f"{path}: quantization_config={found} is not supported, only quant_method 'mxfp4', and "
-        "'fp8' with a weight_block_size; take a checkpoint that is not quantized"
+        "'fp8' with a weight_block_size; use an unquantized checkpoint"
     )
 
 
 def from_fp8(weight: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """bfloat16 `[N M]`: each block of float8 values times its float32 scale, as DeepSeek-V3's."""
+    """bfloat16 `[N M]`: each block of float8 values times its float32 scale (DeepSeek-V3)."""
     rows, columns = weight.shape
     wide = np.repeat(scales.astype(np.float32), block[1], axis=1)[:, :columns]
     out = np.empty(weight.shape, BFLOAT16)

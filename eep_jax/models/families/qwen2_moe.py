@@ -9,7 +9,7 @@ from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for layers without experts and for sliding windows."""
+    """Raises CheckpointError for layers without experts or with sliding windows."""
     fields.require("decoder_sparse_step", 1)
     fields.require("mlp_only_layers", [])
     fields.require("use_sliding_window", False)

@@ -1,4 +1,4 @@
-"""All families by the name that config.json gives their architecture."""
+"""Registry of the families, by the architecture that config.json names."""
 
 import json
 import pathlib
@@ -26,9 +26,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config_json(directory) -> dict:
-    """`config.json` of a Hugging Face directory, with the end tokens of its generation_config.
+    """`config.json` of a Hugging Face directory, with the end tokens of generation_config.json.
 
-    Raises CheckpointError where there is none, or it is no JSON object.
+    Raises CheckpointError if it is missing or not a JSON object.
     """
     path = pathlib.Path(directory).absolute() / CONFIG
     values = _read_object(path)
@@ -39,22 +39,23 @@ def read_config_json(directory) -> dict:
 
 
 def read_model(directory) -> ModelConfig:
-    """What model a Hugging Face directory holds, named after the directory.
+    """The model of a Hugging Face directory, named after the directory.
 
-    Raises CheckpointError for an architecture that is not known, naming those that are, and for
-    values that are not supported, naming field and value.
+    Raises:
+        CheckpointError: The architecture is unknown (the message lists the known ones), or a
+            value is not supported (it names field and value).
     """
     root = pathlib.Path(directory).absolute()
     return model_from_config_json(read_config_json(root), root.name, str(root / CONFIG))
 
 
 def model_from_config_json(values: dict, name: str, path: str = CONFIG) -> ModelConfig:
-    """The model that the fields of a config.json describe; `path` is named in errors."""
+    """The model that the fields of config.json describe; errors name `path`."""
     family = family_of(values, path)
     try:
         return family.config(Fields(values, path), name)
     except ValueError as error:
-        raise CheckpointError(f"{path} describes no model: {error}") from error
+        raise CheckpointError(f"{path} describes an inconsistent model: {error}") from error
 
 
 def family_of(values: dict, path: str = CONFIG) -> Family:

@@ -1,4 +1,4 @@
-"""Where each of our weights is in the files of a Hugging Face directory, and in which form."""
+"""Keys, shapes and layouts of our weights in the files of a Hugging Face directory."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ def as_stored(array: np.ndarray) -> np.ndarray:
 
 
 def transposed(array: np.ndarray) -> np.ndarray:
-    """torch's Linear stores `[out, in]`, ours is `[in, out]`."""
+    """torch's Linear stores `[out, in]`; ours is `[in, out]`."""
     return array.T
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor: its key, its shape in the file, and how it becomes ours.
+    """One tensor: its key and shape in the file, and `form`, which converts it to our layout.
 
-    `index` reads only that part of the first axis: one expert of a fused tensor. `shape` has that
-    axis, `form` is given the part without it.
+    `index` selects one expert of a fused tensor, along the first axis. `shape` includes that axis;
+    `form` receives the part without it.
     """
 
     key: str
@@ -45,10 +45,10 @@ class ExpertPart:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is particular to the checkpoints of some architectures.
+    """Conversion of the checkpoints of some architectures.
 
-    `config(fields, name)` makes the ModelConfig, `dense(model)` the tensors by our names,
-    `expert(model, e)` those of one expert.
+    `config(fields, name)` returns the ModelConfig, `dense(model)` the tensors by our names,
+    `expert(model, e)` the parts of one expert.
     """
 
     architectures: tuple[str, ...]
@@ -64,9 +64,9 @@ def decoder_tensors(
     router: str = "gate",
     shared: str = "shared_expert",
 ) -> dict[str, Stored]:
-    """Everything outside the experts, under the keys that most families share.
+    """All weights outside the experts, under the keys that most families share.
 
-    `block` holds router and experts of a layer; `router` and `shared` are names in it.
+    `block` names a layer's module of router and experts; `router` and `shared` are names in it.
     """
     hidden, vocab = model.hidden, model.vocab_size
     found = {
@@ -101,12 +101,11 @@ def decoder_tensors(
 def per_expert(
     model: ModelConfig, expert: int, pattern: str, names: tuple[str, str, str]
 ) -> Iterator[ExpertPart]:
-    """Experts with tensors of their own. `pattern` has {layer}, {expert} and {name}."""
+    """The parts of an expert with tensors of its own; `pattern` has {layer}, {expert}, {name}."""
     wide, narrow = model.expert_hidden, model.hidden
     for layer in range(model.moe_layers):
         for matrix, name in enumerate(names):
-            place = {"layer": layer + model.dense_layers, "expert": expert, "name": name}
-            key = pattern.format(**place)
+            key = pattern.format(layer=layer + model.dense_layers, expert=expert, name=name)
             if matrix == DOWN:
                 stored = Stored(key, (narrow, wide), transposed)
             else:
@@ -160,7 +159,7 @@ def _latent_attention(model: ModelConfig, theirs: str) -> dict[str, Stored]:
     latent, heads, hidden = model.latent, model.query_heads, model.hidden
     plain, value, rank = latent.plain_channels, latent.value_channels, latent.kv_rank
     query = heads * (plain + latent.rope_channels)
-    # Keys and values of all heads are one tensor there, a head's key before its value.
+    # One tensor holds keys and values of all heads, each head's key before its value.
     by_head = lambda array: array.reshape(heads, plain + value, rank)
     both = Stored(f"{theirs}.kv_b_proj.weight", (heads * (plain + value), rank))
     found = {
