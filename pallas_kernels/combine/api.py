@@ -11,6 +11,7 @@ from pallas_kernels.device import check_exchange, platform
 from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 
 
+@jax.named_scope("combine")
 def combine(
     results: "Float[Array, 'R T K D'] | ResultsAtHome",
     received: Choices,

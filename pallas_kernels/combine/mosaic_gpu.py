@@ -17,6 +17,7 @@ import functools
 import typing
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
@@ -43,6 +44,7 @@ ONE = 0x3F800000  # float32 1.0 by its bits
 Writer = tuple[int, Callable]
 
 
+@jax.named_scope("send home")
 def send_home(
     results: Float[Array, "R T K D"],
     received: Choices,
@@ -87,6 +89,7 @@ def send_choices(shape: tuple[int, int, int, int], config: CombineConfig) -> Wri
     ranks, tokens, choices, hidden = shape
     row_bytes, blocks = hidden * 2, min(ranks * tokens, config.send_blocks)
 
+    @simt.phase("send home")
     def write(results, received, weights, turn: Turn, is_partner) -> None:
         del weights
         heap = turn.heap
@@ -116,6 +119,7 @@ def send_sums(shape: tuple[int, int, int, int], config: CombineConfig) -> Writer
     mine = -(-whole // parts)
     blocks = min(ranks * tokens * parts, config.send_blocks)
 
+    @simt.phase("send home")
     def write(results, received, weights, turn: Turn, is_partner) -> None:
         heap = turn.heap
 
@@ -251,6 +255,7 @@ class Summing(typing.NamedTuple):
         there = [(s >= 0) & is_partner(owner) for s, owner in zip(found, owners, strict=True)]
         return Item(token, chunk, owners, there, shares)
 
+    @simt.phase("sum")
     def run(self, item: Item, all_came: Word, y) -> None:
         """Sums and writes; skips rows of suspected ranks, and all rows of an aborted step."""
         layout, heap = self.spec.layout, self.turn.heap

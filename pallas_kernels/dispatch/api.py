@@ -11,6 +11,7 @@ from pallas_kernels.dispatch.host import HostDispatch
 from pallas_kernels.exchange.call import Call, Choices, ExchangeSpec
 
 
+@jax.named_scope("dispatch")
 def dispatch(
     x: Float[Array, "T D"],
     choices: Choices,

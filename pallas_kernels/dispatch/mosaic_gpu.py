@@ -217,6 +217,7 @@ class Sending:
         rows = x.astype(self.spec.layout.row_dtype)
         return rows, choices.slots.reshape(-1), choices.weights.reshape(-1)
 
+    @simt.phase("send")
     def write(self, rows, slots, weights, turn: Turn) -> None:
         """Part of a kernel, called by all threads of all blocks.
 

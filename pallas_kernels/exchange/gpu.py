@@ -186,6 +186,7 @@ class Turn:
             at = self.heap.region("ticket", self.heap.rank, HOME)
             simt.store(at, word_at(self.refs.round) ^ NOT_HOME)
 
+    @simt.phase("post")
     def tell_partners(self, is_partner: IsPartner) -> None:
         """Part of a kernel: writes the vote, then posts the round, into each partner's window."""
         heap, vote, current = self.heap, word_at(self.refs.vote), word_at(self.refs.round)
@@ -199,6 +200,7 @@ class Turn:
 
         simt.each(simt.thread(), heap.spec.ranks, self.threads, tell)
 
+    @simt.phase("wait")
     def await_partners(self, out: ArrivalFlags) -> None:
         """Part of a kernel, called by all threads of one block: posts the round, awaits theirs.
 
@@ -237,6 +239,7 @@ class Turn:
             aborted = ended | epoch.below(simt.load_relaxed(abort))
             simt.store(entry(out.suspicion, heap.rank), aborted.narrow())
 
+    @simt.phase("vote")
     def gather_votes(self, heard, largest, vote, meanwhile: Callable[[], None]) -> None:
         """Part of a kernel, after `await_partners`: the largest vote of those heard and this rank.
 

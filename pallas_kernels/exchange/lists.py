@@ -66,6 +66,7 @@ class RowLists:
         zero = lambda slot: simt.store(entry(counts, slot), simt.word(0))
         simt.each(simt.thread(), self.slots, threads, zero)
 
+    @simt.phase("list rows")
     def collect(self, heap: Heap, heard, counts, outs: Sequence, threads: int) -> None:
         """Part of a kernel, called by all threads of the block after a barrier.
 

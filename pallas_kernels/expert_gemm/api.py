@@ -1,5 +1,6 @@
 """The experts of this rank inside a compiled step."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -10,6 +11,7 @@ from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 from pallas_kernels.grouping import group_rows, tile_rows_for
 
 
+@jax.named_scope("expert_gemm")
 def expert_gemm(
     rows: "Float[Array, 'R T D'] | RowsInWindow",
     slots: Int32[Array, "R T K"],

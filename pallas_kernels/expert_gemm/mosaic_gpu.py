@@ -1,12 +1,40 @@
 """Grouped GEMM + SwiGLU on Hopper: rows are gathered where they lie, weights stream past them.
 
-Two kernels, each a loop of every multiprocessor over the tiles that hold rows: gate and up with the
-activation (`h`), then down. One warpgroup loads, the others multiply. Weights come by the copy
-engine; rows by 16-byte copies out of the window, since those of one expert lie anywhere in it.
-A row's result does not depend on the tile it is in, nor on the other rows.
+Two kernels: `expert_gate_up` computes gate, up and the activation (`h`), `expert_down` the down
+projection. In both, each block loops over units, a tile of rows times a block of columns. One
+warpgroup loads, the others multiply 64 rows each. Weights come by the copy engine (TMA), rows by
+16-byte copies out of the window, since the rows of one expert lie anywhere in it. A row's result
+does not depend on the tile it is in, nor on other rows.
+
+**Pipeline.** Operands pass through a ring of `stages` buffers, DEPTH channels of the sum each.
+Stage number `step` uses buffer `step % stages`; steps count on over the units of a block. Each
+buffer has one barrier of each kind:
+
+- `weights_there` (gate_up), 2 arrivals: the copies of gate and of up. Multiplying warpgroups wait.
+  After: both tiles of weights are in the buffer.
+- `rows_there` (gate_up), 1 arrival: the loading warpgroup, LAG stages after it started the copies.
+  Multiplying warpgroups wait. After: the rows are in the buffer, visible to the matrix unit.
+- `there` (down), 2 arrivals: the copies of weights and of `h`. Multiplying warpgroups wait. After:
+  both operands are in the buffer.
+- `free`, `groups` arrivals: each multiplying warpgroup, once the products that read the buffer are
+  complete. The loading warpgroup waits, from step `stages` on. After: the buffer may be
+  overwritten.
+
+A warpgroup without rows in a tile still waits for each stage and arrives at `free`.
+
+**Example.** Tiles of 64 rows; 3 experts that get 67, 0 and 3 of 70 rows; D=128, F=256; columns of
+128; 2 blocks. Tile 0 is expert 0 from row 0 (64 rows), tile 1 expert 0 from row 64 (3 rows), tile
+2 expert 2 from row 0 (3 rows). Expert 1 has no tile, so its weights are not read. gate_up has 3 x
+2 units: block 0 computes columns 0 to 127 of the tiles 0, 1, 2, block 1 columns 128 to 255. A unit
+takes 128 / 64 = 2 stages, so a block passes 6. With 5 buffers stage 5 is the first that waits for
+`free`, of buffer 0. In each stage `weights_there` counts 2 arrivals, `rows_there` 1, and `free` 1,
+as a tile of 64 rows has one multiplying warpgroup. For tile 1 three rows are copied; the other 61
+of the buffer hold leftovers, whose products are not stored.
 """
 
+import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -62,187 +90,232 @@ def expert_gemm_mosaic(
     return down(h, shape, lists, experts, config, homes)
 
 
-def _as_data(layer) -> Int32[Array, "1"]:
-    """The layer is read by the kernels, so all layers of a model share two of them."""
+def _as_data(layer: "int | Int32[Array, '']") -> Int32[Array, "1"]:
+    """The layer as an operand, so that all layers of a model share the two kernels."""
     return jnp.full(1, layer, jnp.int32)
 
 
-def _units(tiles, columns: int, blocks: int):
-    """How many (tile, column block) pairs this block computes, and which the i-th one is."""
-    block = lax.axis_index("block")
-    total = tiles[0] * columns
-    mine = jnp.maximum((total - block + blocks - 1) // blocks, 0)
+class Unit(typing.NamedTuple):
+    """A tile of rows times a block of columns; all int32 scalars."""
 
-    def at(i):
-        unit = block + i * blocks
-        tile = unit // columns
-        return tile, unit % columns, tiles[1 + 2 * tile], tiles[2 + 2 * tile]
-
-    return mine, at
+    tile: Array
+    column: Array  # number of the column block
+    slot: Array
+    first: Array  # position of the tile's first row among those of the slot
 
 
-def _launch(body, name: str, config: GemmConfig, out, scratch: dict, operands):
-    body.__name__ = name
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(config.blocks,),
-        grid_names=("block",),
-        num_threads=config.groups + 1,
-        thread_name="group",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-    )(*operands)
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the warpgroups of a kernel agree on.
 
-
-def _multiply_stages(multiply, steps: int, step, stages: int, await_stage, free) -> None:
-    """`multiply(at)` for each stage of a tile; lets a stage go once the next one is under way.
-
-    `multiply` waits for all products but its own.
+    Args:
+        config: of the launch.
+        columns: of a column block.
+        column_blocks: column blocks of a tile.
+        steps: stages of a unit.
+        stages: buffers of the ring.
     """
 
-    def stage(k, step):
-        multiply(await_stage(step))
+    config: GemmConfig
+    columns: int
+    column_blocks: int
+    steps: int
+    stages: int
 
-        @pl.when(k > 0)
-        def _():
-            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+    def units(self, tiles) -> tuple[Array, Array, Callable[[Array], Unit]]:
+        """Part of a kernel: this warpgroup, how many units its block computes, the i-th of them."""
+        group, block, blocks = lax.axis_index("group"), lax.axis_index("block"), self.config.blocks
+        total = tiles[0] * self.column_blocks
+        mine = jnp.maximum((total - block + blocks - 1) // blocks, 0)
 
-        return step + 1
+        def at(i: Array) -> Unit:
+            unit = block + i * blocks
+            tile = unit // self.column_blocks
+            return Unit(tile, unit % self.column_blocks, tiles[1 + 2 * tile], tiles[2 + 2 * tile])
 
-    end = lax.fori_loop(0, steps, stage, step)
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(free.at[lax.rem(end - 1, stages)])
+        return group, mine, at
+
+    def load(self, units, free, begin: Callable, start: Callable, finish: Callable) -> None:
+        """Part of a kernel: the loop of the loading warpgroup.
+
+        `begin(unit)` returns what `start(unit, begun, k, step, at)` needs to start the copies of
+        stage k into buffer `at`; `finish(steps)` runs after the last one.
+        """
+        _, mine, unit_at = units
+
+        def load_unit(i, step):
+            unit = unit_at(i)
+            begun = begin(unit)
+
+            def stage(k, step):
+                at = lax.rem(step, self.stages)
+
+                @pl.when(step >= self.stages)
+                def _():
+                    # After: all multiplying warpgroups are done with what the buffer held.
+                    plgpu.barrier_wait(free.at[at])
+
+                start(unit, begun, k, step, at)
+                return step + 1
+
+            return lax.fori_loop(0, self.steps, stage, step)
+
+        finish(lax.fori_loop(0, mine, load_unit, jnp.int32(0)))
+
+    def multiply(self, units, counts, barriers, product: Callable, sums: int, store: Callable):
+        """Part of a kernel: the loop of a multiplying warpgroup; `barriers` are (there, free).
+
+        `product(at, *accumulators)` starts the matrix instructions on buffer `at`, and waits until
+        only they are in flight. `store(unit, start, here, *sums)` takes the sums of a unit: `here`
+        rows from row `start` of the tile (more than 64 if the next warpgroup has some, too).
+        """
+        (*there, free), (group, mine, unit_at) = barriers, units
+
+        def await_stage(step):
+            at = lax.rem(step, self.stages)
+            for barrier in there:
+                plgpu.barrier_wait(barrier.at[at])  # After: all operands of the stage are there.
+            return at
+
+        def multiply_unit(i, step):
+            unit = unit_at(i)
+            start = group * GROUP_ROWS
+            here = counts[unit.slot] - unit.first - start
+
+            def scope(*accumulators):
+                def stage(k, step):
+                    product(await_stage(step), *accumulators)
+
+                    @pl.when(k > 0)
+                    def _():
+                        # The products of the stage before are complete: its buffer is free.
+                        plgpu.barrier_arrive(free.at[lax.rem(step - 1, self.stages)])
+
+                    return step + 1
+
+                end = lax.fori_loop(0, self.steps, stage, step)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[lax.rem(end - 1, self.stages)])
+                return tuple(accumulator[...] for accumulator in accumulators)
+
+            @pl.when(here > 0)
+            def _():
+                accumulator = plgpu.ACC((GROUP_ROWS, self.columns))
+                store(unit, start, here, *pl.run_scoped(scope, *[accumulator] * sums))
+
+            @pl.when(jnp.logical_not(here > 0))
+            def _pass_by():
+                def stage(k, step):
+                    plgpu.barrier_arrive(free.at[await_stage(step)])
+                    return step + 1
+
+                lax.fori_loop(0, self.steps, stage, step)
+
+            return step + self.steps
+
+        lax.fori_loop(0, mine, multiply_unit, jnp.int32(0))
+
+    def launch(self, body: Callable, name: str, out, scratch: list, operands: tuple) -> Array:
+        """Runs `body` in `config.blocks` blocks of one loading and `groups` other warpgroups."""
+        body.__name__ = name
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            grid=(self.config.blocks,),
+            grid_names=("block",),
+            num_threads=self.config.groups + 1,
+            thread_name="group",
+            scratch_types=scratch,
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                unsafe_no_auto_barriers=True,
+                lowering_semantics=plgpu.LoweringSemantics.Lane,
+            ),
+        )(*operands)
 
 
-def _pass_by(has_rows, steps: int, step, stages: int, await_stage, free) -> None:
-    """What a warpgroup without rows in this tile does: it lets the stages go."""
-
-    @pl.when(jnp.logical_not(has_rows))
-    def _():
-        def stage(k, step):
-            plgpu.barrier_arrive(free.at[await_stage(step)])
-            return step + 1
-
-        lax.fori_loop(0, steps, stage, step)
-
-
+@jax.named_scope("gate_up")
 def gate_up(
     source: InWindow | InArray, lists: ExpertRows, experts: Experts, config: GemmConfig
 ) -> BFloat16[Array, "N F"]:
-    """`silu(gate(x)) * up(x)` of all received choices, tile by tile: N rows, `tile_rows` per tile.
+    """`silu(gate(x)) * up(x)`, or what `experts.mlp` names, of all received choices.
 
-    Or what else `mlp` makes of gate and up.
+    Row `i * tile_rows + j` of the result belongs to row j of tile i.
     """
     width, hidden, mlp = experts.width, experts.hidden, experts.mlp
-    rows, columns, stages, groups = (
-        config.tile_rows,
-        config.tile_columns,
-        config.stages,
-        config.groups,
-    )
-    column_blocks, steps = width // columns, hidden // DEPTH
-    cap = lists.rows_max
+    rows, columns, stages = config.tile_rows, config.tile_columns, config.stages
+    work = Work(config, columns, width // columns, hidden // DEPTH, stages)
 
     def body(*refs):
-        *given, layer, bank, grouped, counts, tiles, h = refs[: len(source.operands) + 6]
-        x_smem, gate_smem, up_smem, out_smem, offsets, weights_there, rows_there, free = refs[
-            len(source.operands) + 6 :
-        ]
-        group = lax.axis_index("group")
-        mine, unit_at = _units(tiles, column_blocks, config.blocks)
+        count = len(source.operands)
+        given, (layer, bank, grouped, counts, tiles, h, *scratch) = refs[:count], refs[count:]
+        x_smem, gate_smem, up_smem, out_smem, offsets, weights_there, rows_there, free = scratch
+        units = group, *_ = work.units(tiles)
 
-        @pl.when(group == groups)
+        @pl.when(group == config.groups)
         def _load():
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
             def hand_over(step, left):
+                # After: this warpgroup's copies of `step` are complete, for all of its threads.
                 _await_rows(left)
                 plgpu.barrier_arrive(rows_there.at[lax.rem(step, stages)])
 
-            def unit(i, step):
-                _, column, slot, first = unit_at(i)
-                here = jnp.minimum(counts[slot] - first, rows)
-                _find_rows(source, given, grouped, offsets, slot * cap + first, here)
+            @jax.named_scope("find rows")
+            def begin(unit: Unit):
+                here = jnp.minimum(counts[unit.slot] - unit.first, rows)
+                first = unit.slot * lists.rows_max + unit.first
+                _find_rows(source, given, grouped, offsets, first, here)
+                return here
 
-                def stage(k, step):
-                    at = lax.rem(step, stages)
+            @jax.named_scope("load")
+            def start(unit: Unit, here, k, step, at):
+                for matrix, smem in enumerate((gate_smem, up_smem)):
+                    weights = bank.at[
+                        unit.slot,
+                        layer[0],
+                        matrix,
+                        pl.ds(unit.column * columns, columns),
+                        pl.ds(k * DEPTH, DEPTH),
+                    ]
+                    plgpu.copy_gmem_to_smem(weights, smem.at[at], weights_there.at[at])
+                _gather(x_smem.at[at], offsets, here, k, rows)
 
-                    @pl.when(step >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[at])
-
-                    for matrix, smem in enumerate((gate_smem, up_smem)):
-                        weights = bank.at[
-                            slot,
-                            layer[0],
-                            matrix,
-                            pl.ds(column * columns, columns),
-                            pl.ds(k * DEPTH, DEPTH),
-                        ]
-                        plgpu.copy_gmem_to_smem(weights, smem.at[at], weights_there.at[at])
-                    _gather(x_smem.at[at], offsets, here, k, rows)
-
-                    @pl.when(step >= LAG)
-                    def _():
-                        hand_over(step - LAG, LAG)
-
-                    return step + 1
-
-                return lax.fori_loop(0, steps, stage, step)
-
-            done = lax.fori_loop(0, mine, unit, jnp.int32(0))
-
-            @pl.when(done > 0)
-            def _():
-                for left in reversed(range(LAG)):
-                    hand_over(done - 1 - left, left)
-
-        @pl.when(group < groups)
-        def _multiply():
-            plgpu.set_max_registers(MULTIPLY_REGISTERS[groups], action="increase")
-
-            def await_stage(step):
-                at = lax.rem(step, stages)
-                plgpu.barrier_wait(weights_there.at[at])
-                plgpu.barrier_wait(rows_there.at[at])
-                return at
-
-            def unit(i, step):
-                tile, column, slot, first = unit_at(i)
-                here = counts[slot] - first - group * GROUP_ROWS
-
-                def scope(gate_acc, up_acc):
-                    def multiply(at):
-                        x = x_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
-                        for acc, smem in ((gate_acc, gate_smem), (up_acc, up_smem)):
-                            plgpu.wgmma(acc, x, smem.at[at].transpose((1, 0)))
-                        plgpu.wgmma_wait(2)
-
-                    _multiply_stages(multiply, steps, step, stages, await_stage, free)
-                    return gate_acc[...], up_acc[...]
-
-                @pl.when(here > 0)
+                @pl.when(step >= LAG)
                 def _():
-                    accumulator = plgpu.ACC((GROUP_ROWS, columns))
-                    gate, up = pl.run_scoped(scope, accumulator, accumulator)
-                    if mlp.bias_width:
-                        at = (slot, layer[0], column * columns, columns, width)
-                        gate, up = gate + _bias(bank, 0, *at), up + _bias(bank, 1, *at)
-                    value = _activate(mlp, gate, up).astype(h.dtype)
-                    start = group * GROUP_ROWS
-                    out_smem[pl.ds(start, GROUP_ROWS)] = value
-                    part = out_smem.at[pl.ds(start, GROUP_ROWS)]
-                    _store_rows(part, h, None, tile * rows + start, here, column * columns)
+                    hand_over(step - LAG, LAG)
 
-                _pass_by(here > 0, steps, step, stages, await_stage, free)
-                return step + steps
+            def finish(steps):
+                @pl.when(steps > 0)
+                def _():
+                    for left in reversed(range(LAG)):
+                        hand_over(steps - 1 - left, left)
 
-            lax.fori_loop(0, mine, unit, jnp.int32(0))
+            work.load(units, free, begin, start, finish)
+
+        @pl.when(group < config.groups)
+        def _multiply():
+            plgpu.set_max_registers(MULTIPLY_REGISTERS[config.groups], action="increase")
+
+            @jax.named_scope("multiply")
+            def product(at, gate_sum, up_sum):
+                x = x_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
+                for total, smem in ((gate_sum, gate_smem), (up_sum, up_smem)):
+                    plgpu.wgmma(total, x, smem.at[at].transpose((1, 0)))
+                plgpu.wgmma_wait(2)
+
+            @jax.named_scope("activate")
+            def store(unit: Unit, start, here, gate, up):
+                if mlp.bias_width:
+                    at = (unit.slot, layer[0], unit.column * columns, columns, width)
+                    gate, up = gate + _bias(bank, 0, *at), up + _bias(bank, 1, *at)
+                value = _activate(mlp, gate, up).astype(h.dtype)
+                out_smem[pl.ds(start, GROUP_ROWS)] = value
+                part = out_smem.at[pl.ds(start, GROUP_ROWS)]
+                _store_rows(part, h, unit.tile * rows + start, here, unit.column * columns)
+
+            barriers = (weights_there, rows_there, free)
+            work.multiply(units, counts, barriers, product, 2, store)
 
     weight_tile = plgpu.SMEM((stages, columns, DEPTH), jnp.bfloat16, transforms=SWIZZLED)
     scratch = [
@@ -253,11 +326,11 @@ def gate_up(
         plgpu.SMEM((2 * rows,), jnp.int32),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=config.groups, num_barriers=stages),
     ]
     out = jax.ShapeDtypeStruct((lists.tiles_max * rows, width), jnp.bfloat16)
     operands = (*source.operands, _as_data(experts.layer), experts.bank, *lists)
-    return _launch(body, "expert_gate_up", config, out, scratch, operands)
+    return work.launch(body, "expert_gate_up", out, scratch, operands)
 
 
 def _activate(mlp: ExpertMlp, gate, up):
@@ -276,6 +349,7 @@ def _bias(bank, matrix: int, slot, layer, start, columns: int, width: int):
     return lax.broadcast_in_dim(values.astype(jnp.float32), (GROUP_ROWS, columns), (1,))
 
 
+@jax.named_scope("down")
 def down(
     h: BFloat16[Array, "N F"],
     shape: tuple[int, int, int],
@@ -284,115 +358,83 @@ def down(
     config: GemmConfig,
     homes: Homes | None = None,
 ) -> BFloat16[Array, "R T K D"] | ResultsAtHome:
-    """`h` through the down projection, each row to its choice's place in `[R T K D]`.
+    """The down projection of `h`; each row goes to its choice's place in `[R T K D]`.
 
-    Or in the window of its source, where `homes` says so.
+    With `homes` it goes to the window of its source instead.
     """
     width, hidden, mlp = experts.width, experts.hidden, experts.mlp
-    rows, columns, stages, groups = (
-        config.tile_rows,
-        config.down_columns,
-        config.down_stages,
-        config.groups,
-    )
-    column_blocks, steps = hidden // columns, width // DEPTH
-    cap = lists.rows_max
-
+    rows, columns, stages = config.tile_rows, config.down_columns, config.down_stages
+    work = Work(config, columns, hidden // columns, width // DEPTH, stages)
     windows = homes.operands if homes else ()
 
     def body(*refs):
-        refs, scratch = refs[: len(windows) + 7], refs[len(windows) + 7 :]
-        *given, h, layer, bank, grouped, counts, tiles, results = refs
+        count = len(windows)
+        given, (h, layer, bank, grouped, counts, tiles, results, *scratch) = (
+            refs[:count],
+            refs[count:],
+        )
         h_smem, weight_smem, out_smem, there, free = scratch
-        group = lax.axis_index("group")
-        mine, unit_at = _units(tiles, column_blocks, config.blocks)
+        units = group, *_ = work.units(tiles)
 
-        @pl.when(group == groups)
+        @pl.when(group == config.groups)
         def _load():
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
-            def unit(i, step):
-                tile, column, slot, _ = unit_at(i)
+            @jax.named_scope("load")
+            def start(unit: Unit, _, k, step, at):
+                deep = pl.ds(k * DEPTH, DEPTH)
+                weights = bank.at[
+                    unit.slot, layer[0], 2, deep, pl.ds(unit.column * columns, columns)
+                ]
+                plgpu.copy_gmem_to_smem(weights, weight_smem.at[at], there.at[at])
+                values = h.at[pl.ds(unit.tile * rows, rows), deep]
+                plgpu.copy_gmem_to_smem(values, h_smem.at[at], there.at[at])
 
-                def stage(k, step):
-                    at = lax.rem(step, stages)
+            work.load(units, free, lambda unit: None, start, lambda steps: None)
 
-                    @pl.when(step >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[at])
-
-                    deep = pl.ds(k * DEPTH, DEPTH)
-                    weights = bank.at[slot, layer[0], 2, deep, pl.ds(column * columns, columns)]
-                    plgpu.copy_gmem_to_smem(weights, weight_smem.at[at], there.at[at])
-                    values = h.at[pl.ds(tile * rows, rows), deep]
-                    plgpu.copy_gmem_to_smem(values, h_smem.at[at], there.at[at])
-                    return step + 1
-
-                return lax.fori_loop(0, steps, stage, step)
-
-            lax.fori_loop(0, mine, unit, jnp.int32(0))
-
-        @pl.when(group < groups)
+        @pl.when(group < config.groups)
         def _multiply():
-            plgpu.set_max_registers(MULTIPLY_REGISTERS[groups], action="increase")
+            plgpu.set_max_registers(MULTIPLY_REGISTERS[config.groups], action="increase")
 
-            def await_stage(step):
-                at = lax.rem(step, stages)
-                plgpu.barrier_wait(there.at[at])
-                return at
+            @jax.named_scope("multiply")
+            def product(at, total):
+                x = h_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
+                plgpu.wgmma(total, x, weight_smem.at[at])
+                plgpu.wgmma_wait(1)
 
-            def unit(i, step):
-                _, column, slot, first = unit_at(i)
-                start = group * GROUP_ROWS
-                here = counts[slot] - first - start
+            @jax.named_scope("send home" if homes else "store")
+            def store(unit: Unit, start, here, value):
+                if mlp.bias_width:
+                    at = (unit.slot, layer[0], unit.column * columns, columns, width)
+                    value = value + _bias(bank, 2, *at)
+                out_smem[pl.ds(start, GROUP_ROWS)] = value.astype(out_smem.dtype)
+                part = out_smem.at[pl.ds(start, GROUP_ROWS)]
+                first = unit.slot * lists.rows_max + unit.first + start
+                target = Target(grouped, homes, given)
+                _store_rows(part, results, first, here, unit.column * columns, target)
 
-                def scope(acc):
-                    def multiply(at):
-                        x = h_smem.at[at, pl.ds(group * GROUP_ROWS, GROUP_ROWS)]
-                        plgpu.wgmma(acc, x, weight_smem.at[at])
-                        plgpu.wgmma_wait(1)
-
-                    _multiply_stages(multiply, steps, step, stages, await_stage, free)
-                    return acc[...]
-
-                @pl.when(here > 0)
-                def _():
-                    value = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, columns)))
-                    if mlp.bias_width:
-                        at = (slot, layer[0], column * columns, columns, width)
-                        value = value + _bias(bank, 2, *at)
-                    out_smem[pl.ds(start, GROUP_ROWS)] = value.astype(out_smem.dtype)
-                    part = out_smem.at[pl.ds(start, GROUP_ROWS)]
-                    rows_at = slot * cap + first + start
-                    _store_rows(
-                        part, results, grouped, rows_at, here, column * columns, homes, given
-                    )
-
-                _pass_by(here > 0, steps, step, stages, await_stage, free)
-                return step + steps
-
-            lax.fori_loop(0, mine, unit, jnp.int32(0))
+            work.multiply(units, counts, (there, free), product, 1, store)
 
     scratch = [
         plgpu.SMEM((stages, rows, DEPTH), jnp.bfloat16, transforms=SWIZZLED),
         plgpu.SMEM((stages, DEPTH, columns), jnp.bfloat16, transforms=SWIZZLED),
         plgpu.SMEM((rows, columns), jnp.bfloat16, transforms=SWIZZLED),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=config.groups, num_barriers=stages),
     ]
     operands = (*windows, h, _as_data(experts.layer), experts.bank, *lists)
     full = (*shape, hidden)
     if homes:
-        # Nothing is written to this array; what comes after the kernel is given it.
+        # Nothing is written to this array; it orders what follows after the kernel.
         out = jax.ShapeDtypeStruct((1,), jnp.bfloat16)
-        written = _launch(body, "expert_down_home", config, out, scratch, operands)
+        written = work.launch(body, "expert_down_home", out, scratch, operands)
         return ResultsAtHome(written=written, shape=full)
     out = jax.ShapeDtypeStruct(full, jnp.bfloat16)
-    return _launch(body, "expert_down", config, out, scratch, operands)
+    return work.launch(body, "expert_down", out, scratch, operands)
 
 
 def _find_rows(source: InWindow | InArray, given, grouped, offsets, first, here) -> None:
-    """Puts the address of each of a tile's rows into shared memory, two words each."""
+    """Part of a kernel: writes the address of each row of a tile to shared memory, two words."""
 
     @plgpu.inline_mgpu(
         arg_types=((simt.ref,) * len(given), simt.ref, simt.ref, simt.scalar, simt.scalar)
@@ -447,15 +489,23 @@ def _await_rows(groups_left: int) -> None:
     wait()
 
 
-def _store_rows(tile, out, grouped, first, here, column, homes=None, windows=()) -> None:
-    """Copies the first `here` rows of a warpgroup's tile in shared memory to rows of `out`.
+class Target(typing.NamedTuple):
+    """Rows of choices: row i of a tile belongs to choice `grouped[first + i]`."""
 
-    Row i goes to row `grouped[first + i]`, or `first + i` where there is no list, from `column` on;
-    with `homes` to the place it has there.
+    grouped: Int32[Array, "_"]
+    homes: Homes | None
+    windows: tuple  # references to the operands of `homes`
+
+
+def _store_rows(tile, out, first, here, column, target: Target | None = None) -> None:
+    """Part of a kernel: copies the first `here` rows of a warpgroup's tile in shared memory.
+
+    Row i goes to row `first + i` of `out`, from `column` on; with a target, to the row of its
+    choice in `out` or at the choice's home.
     """
     width = tile.shape[-1]
     chunks = width * 2 // simt.VECTOR_BYTES
-    lists = () if grouped is None else (grouped,)
+    lists, homes, windows = ((target.grouped,), *target[1:]) if target else ((), None, ())
     swizzled = plgpu.RefType(SWIZZLED)
     types = (swizzled, simt.ref, (simt.ref,) * len(lists), (simt.ref,) * len(windows))
 
@@ -467,15 +517,15 @@ def _store_rows(tile, out, grouped, first, here, column, homes=None, windows=())
         for start in range(0, GROUP_ROWS, GROUP_THREADS // chunks):
             row = index // chunks + start
             with simt.when(row < here):
-                to = simt.load(entry(lists[0], first + row)) if lists else first + row
+                number = simt.load(entry(lists[0], first + row)) if lists else first + row
                 if homes:
-                    target = homes.start(windows, to)
+                    start_of_row = homes.start(windows, number)
                 else:
-                    target = simt.address(out, to.wide() * (out.type.shape[-1] * 2))
+                    start_of_row = simt.address(out, number.wide() * (out.type.shape[-1] * 2))
                 inside = (simt.splat(column) * 2).wide() + (chunk * simt.VECTOR_BYTES).wide()
                 block = row // 8 * (width // DEPTH) + chunk // CHUNKS
                 at = simt.address(tile, block * (8 * DEPTH * 2) + _swizzle(row & 7, chunk & 7))
-                simt.store_wide(target + inside, simt.load_wide(at))
+                simt.store_wide(start_of_row + inside, simt.load_wide(at))
         simt.group_barrier()
 
     store(tile, out, lists, tuple(windows), first, here, column)

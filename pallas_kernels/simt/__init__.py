@@ -77,6 +77,7 @@ from pallas_kernels.simt.word import (
     each,
     fold,
     lane,
+    phase,
     ref,
     scalar,
     select,

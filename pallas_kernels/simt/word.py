@@ -109,6 +109,16 @@ def i64() -> ir.IntegerType:
     return ir.IntegerType.get_signless(64)
 
 
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Names the enclosed part of a kernel in its debug locations; also a decorator.
+
+    The counterpart of `jax.named_scope`, which does not reach into inline MLIR.
+    """
+    with ir.Location.name(name, ir.Location.current):
+        yield
+
+
 def word(number: int, bits: int = 32) -> Word:
     """A constant."""
     return Word(mgpu.c(number, ir.IntegerType.get_signless(bits)))

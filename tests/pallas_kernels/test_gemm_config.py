@@ -40,14 +40,14 @@ def launches(config, width: int, hidden: int) -> dict[str, list]:
     """The scratch of both kernels, as they are launched for experts of this shape."""
     found = {}
 
-    def launch(body, name, config, out, scratch, operands):
+    def launch(work, body, name, out, scratch, operands):
         found[name] = scratch
         return out
 
     rows = jax.ShapeDtypeStruct((*SHAPE[:2], hidden), jnp.bfloat16)
     bank = jax.ShapeDtypeStruct((SLOTS, 1, 3, width, hidden), jnp.bfloat16)
     source, lists = InArray(rows, SHAPE[2]), lists_of(config.tile_rows)
-    with mock.patch.object(mosaic_gpu, "_launch", launch):
+    with mock.patch.object(mosaic_gpu.Work, "launch", launch):
         mosaic_gpu.expert_gemm_mosaic(source, SHAPE, lists, mosaic_gpu.Experts(bank, 0), config)
     assert set(found) == {"expert_gate_up", "expert_down"}
     return found

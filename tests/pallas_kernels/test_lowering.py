@@ -34,7 +34,15 @@ from pallas_kernels.expert_gemm.mlp import ExpertMlp
 from pallas_kernels.grouping import group_rows
 from pallas_kernels.handover import InArray
 from pallas_kernels.window import WindowLayout
-from tests.support.lowering import a_call, a_layout, kernels, like, lowered, without_kernels
+from tests.support.lowering import (
+    a_call,
+    a_layout,
+    kernels,
+    like,
+    lowered,
+    scopes,
+    without_kernels,
+)
 
 MODES = ("per_choice", "per_rank")
 SHAPES = ((8, 4, 128), (128, 8, 7168))  # decode T=8 with the fewest channels; the widest
@@ -119,6 +127,20 @@ def test_rows_in_fp8_are_widened_before_the_experts():
     layout = a_layout(2, 8, 4, 256, fp8=True)
     text = lowered(exchange(layout, experts=in_window(None)), *arguments(layout, layers=2))
     assert len(kernels(text)) == 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_profiles_have_the_words_of_the_readme(mode):
+    def experts(rows, here, bank):
+        return expert_gemm(rows, here, bank, layer=1, send_home=True)
+
+    layout = a_layout(mode=mode)
+    around, inside = scopes(exchange(layout, experts=experts), *arguments(layout, layers=2))
+    assert {"dispatch", "expert_gemm", "gate_up", "down", "combine"} <= around
+    exchanged = {"send", "post", "wait", "list rows", "vote", "send home", "sum"}
+    computed = {"find rows", "load", "multiply", "activate"}
+    assert exchanged | computed <= inside
+    assert ("send home" in around) == ("store" in inside) == (mode == "per_rank")
 
 
 def assert_the_same_program(texts: list[str]) -> None:

@@ -31,6 +31,19 @@ def lowered(function, *arguments) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def scopes(function, *arguments) -> tuple[set[str], set[str]]:
+    """Names in the debug locations: of the lowered program around the kernels, and inside them."""
+    with on_h100():
+        traced = jax.jit(function).trace(*arguments)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    inside = "".join(_readable(module, locations=True) for module in _MODULE.findall(program))
+    return _scopes(without_kernels(program)), _scopes(inside)
+
+
+def _scopes(text: str) -> set[str]:
+    return {part for path in re.findall(r'loc\("([^"]*)"', text) for part in path.split("/")}
+
+
 def kernels(text: str) -> list[str]:
     """The Mosaic GPU kernels that a lowered program calls, in their order, as readable MLIR."""
     found = [_readable(module) for module in _MODULE.findall(text)]
@@ -49,12 +62,13 @@ _NUMBER = re.compile(r', mosaic_gpu.dump_basename = "[^"]*"')
 
 
 @functools.lru_cache(maxsize=256)
-def _readable(module: str) -> str:
+def _readable(module: str, locations: bool = False) -> str:
     escaped = re.sub(r"\\([0-9A-F]{2})", r"\\x\1", module)
     binary = escaped.encode("latin-1").decode("unicode_escape").encode("latin-1")
     with make_ir_context() as context:
         context.allow_unregistered_dialects = True
-        return _NUMBER.sub("", str(ir.Module.parse(binary)))
+        parsed = ir.Module.parse(binary).operation
+        return _NUMBER.sub("", parsed.get_asm(enable_debug_info=locations))
 
 
 def like(shape, dtype) -> jax.ShapeDtypeStruct:
