@@ -15,7 +15,7 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --no-compile --no-deps nixl-cu12==1.5.1 numpy==2.5.5
-UCX_TLS=tcp "$work/venv/bin/python" -W ignore - <<'PY'
+UCX_TLS=tcp "$work/venv/bin/python" - <<'PY'
 import importlib.metadata
 import time
 from nixl_cu12._api import nixl_agent, nixl_agent_config

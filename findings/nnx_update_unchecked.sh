@@ -15,7 +15,7 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --no-compile jax==0.12.0.1 jaxlib==0.12.0.1 flax==0.12.12
-JAX_PLATFORMS=cpu "$work/venv/bin/python" -W ignore - <<'PY'
+JAX_PLATFORMS=cpu "$work/venv/bin/python" - <<'PY'
 import flax
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Package: flax 0.12.12 (NNX) with JAX 0.12.0.1
 # Seen: Layers stacked by `nnx.vmap` over a constructor whose Rngs are broadcast (`in_axes=None,
-#   axis_size=3`) all start with the same weights. Nothing raises, and the stack trains and runs.
+#   axis_size=3`) all start with the same weights. Nothing raises.
 # Expected: Different weights per layer, as a Python list of layers made from one Rngs has.
 # Instead: Decorate the constructor with `nnx.split_rngs(splits=3)` and map the Rngs over axis 0.
 set -euo pipefail
@@ -13,7 +13,7 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --no-compile jax==0.12.0.1 jaxlib==0.12.0.1 flax==0.12.12
-JAX_PLATFORMS=cpu "$work/venv/bin/python" -W ignore - <<'PY'
+JAX_PLATFORMS=cpu "$work/venv/bin/python" - <<'PY'
 import flax
 from flax import nnx
 

@@ -13,8 +13,9 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
     python=
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
-"$work/venv/bin/pip" install -qq --no-compile jax==0.12.0.1 jaxlib==0.12.0.1 orbax-checkpoint==0.12.8
-JAX_PLATFORMS=cpu "$work/venv/bin/python" -W ignore - <<'PY'
+"$work/venv/bin/pip" install -qq --no-compile \
+    jax==0.12.0.1 jaxlib==0.12.0.1 orbax-checkpoint==0.12.8
+JAX_PLATFORMS=cpu "$work/venv/bin/python" - <<'PY'
 import tempfile
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,7 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --no-compile safetensors==0.8.0 numpy==2.5.5
-"$work/venv/bin/python" -W ignore - <<'PY'
+"$work/venv/bin/python" - <<'PY'
 import numpy as np
 import safetensors
 import safetensors.numpy

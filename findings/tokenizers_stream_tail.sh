@@ -14,7 +14,7 @@ for python in ${PYTHON:-python3.12 python3.13 python3}; do
 done
 "${python:?needs Python 3.12 or newer: set PYTHON}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -qq --no-compile tokenizers==0.23.3
-"$work/venv/bin/python" -W ignore - <<'PY'
+"$work/venv/bin/python" - <<'PY'
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
@@ -23,11 +23,12 @@ alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
 tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
-ids = tokenizer.encode("caf\u00e9").ids[:-1]  # generation stops between the two bytes of the last letter
+ids = tokenizer.encode("caf\u00e9").ids[:-1]  # ends between the two bytes of a letter
 stream = DecodeStream()
 streamed = "".join(stream.step(tokenizer, id) or "" for id in ids)
 whole = tokenizer.decode(ids)
 verbs = [name for name in dir(DecodeStream) if not name.startswith("_")]
-print(f"tokenizers {tokenizers.__version__}: streamed {streamed!r}, decode {whole!r}, methods {verbs}")
+version = tokenizers.__version__
+print(f"tokenizers {version}: streamed {streamed!r}, decode {whole!r}, methods {verbs}")
 assert streamed == "caf" and whole == "caf\ufffd" and verbs == ["step"]
 PY
