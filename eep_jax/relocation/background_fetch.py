@@ -36,7 +36,7 @@ class BackgroundFetch:
         try:
             self._fetch = next(self._filling)
         except (StopIteration, RelocationFailed) as end:
-            self._move, self.failure = None, str(end)
+            self._move, self._fetch, self.failure = None, None, str(end)
             return isinstance(end, StopIteration)
         self._fetch.add_done_callback(lambda _: self._on_done())
         return None

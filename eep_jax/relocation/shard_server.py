@@ -58,6 +58,7 @@ class ShardServer:
 class _MembersOnly(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = CONNECTIONS_MAX  # by default 5: then clients retry after seconds
 
     def __init__(self, host: str, token: str, node: service.P2PNode, mapped):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -67,6 +67,7 @@ class BlockLoader:
         for _ in jobs:
             self._fetcher.wait(run.fetch, run.wait_for_job)
             yield run.done.get()
+        run.forget()
 
     def may_still_write(self, target: Target) -> bool:
         """Whether a read in place that was given up goes on, and may end in this memory."""
@@ -89,6 +90,11 @@ class _Run:
         """Waits up to `seconds` for a job in `done`."""
         with self._condition:
             return self._condition.wait_for(lambda: not self.done.empty(), seconds)
+
+    def forget(self) -> None:
+        """Lets the arrays go: run and fetch refer to each other."""
+        if not self._gate.is_closed:
+            self._jobs = ()
 
     def may_still_write(self, target: Target) -> bool:
         in_place = any(job.in_place and job.target == target for job in self._jobs)

@@ -9,6 +9,7 @@ import contextlib
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, InvalidStateError, wait
 
@@ -64,15 +65,15 @@ class Fetcher:
     def __init__(self, deadline_ms: float = math.inf, beat: Callable[[], None] = lambda: None):
         """The deadline counts from the last progress. `beat` is called while `wait` waits."""
         self._deadline_ms, self._beat = deadline_ms, beat
-        self._started: list[Fetch] = []
+        # Weak: a thread keeps its fetch while it runs, and results must not stay in memory.
+        self._started: weakref.WeakSet[Fetch] = weakref.WeakSet()
 
     def start(self, fetch: Fetch) -> Fetch:
         """Starts the fetch, or fails it with TimeoutError while an earlier one of its key hangs."""
-        self._started = [earlier for earlier in self._started if earlier.is_alive]
-        if any(earlier.key == fetch.key and self._is_late(earlier) for earlier in self._started):
+        if any(earlier.key == fetch.key and self._hangs(earlier) for earlier in self._started):
             fetch.set_exception(TimeoutError("an earlier read from it still hangs"))
         else:
-            self._started.append(fetch)
+            self._started.add(fetch)
             fetch.start()
         return fetch
 
@@ -84,13 +85,13 @@ class Fetcher:
 
     def is_over(self, fetch: Fetch) -> bool:
         """Whether the fetch is done. Gives it up with TimeoutError once its deadline has passed."""
-        if not fetch.done() and self._is_late(fetch):
+        if not fetch.done() and self._hangs(fetch):
             with contextlib.suppress(InvalidStateError):  # it came at the last moment
                 fetch.set_exception(TimeoutError(f"it took longer than {self._deadline_ms:.0f} ms"))
         return fetch.done()
 
-    def _is_late(self, fetch: Fetch) -> bool:
-        return time.monotonic() - fetch.progress_s > self._deadline_ms / 1000
+    def _hangs(self, fetch: Fetch) -> bool:
+        return fetch.is_alive and time.monotonic() - fetch.progress_s > self._deadline_ms / 1000
 
 
 class Prefetcher[Wanted: Hashable]:

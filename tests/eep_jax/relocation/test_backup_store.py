@@ -23,8 +23,8 @@ from eep_jax.relocation.backup_store import BackupOptions, BackupStore, bytes_on
 from eep_jax.relocation.rates import Rates
 from eep_jax.relocation.shard_server import fetch_shard
 from eep_jax.relocation.shards import chunk_name, load_shard
-from eep_jax.storage.checkpoint import Checkpoint
 from eep_jax.storage.digests import digest
+from tests.eep_jax.relocation.test_executor import CountingCheckpoint
 from tests.support.models import a_model, rounded_weights
 
 TOKEN = "a token of enough letters"
@@ -33,19 +33,12 @@ PLACEMENT = initial_placement(EXPERTS, 2, EXPERTS, 1)
 RIGHT = rounded_weights(a_model())[1]
 
 
-class CountingCheckpoint(Checkpoint):
-    def __init__(self, directory):
-        super().__init__(directory)
-        self.read = []
-
-    def read_experts(self, experts):
-        self.read += experts
-        return super().read_experts(experts)
-
-
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch):
     monkeypatch.setattr(backup_store, "REST", 0.0)
+    server = shard_server._MembersOnly
+    serve = server.serve_forever
+    monkeypatch.setattr(server, "serve_forever", lambda self: serve(self, poll_interval=0.01))
 
 
 @pytest.fixture
@@ -233,7 +226,8 @@ class TestSecurity:
             pass
         return found
 
-    def test_orbaxs_own_client_without_a_token_gets_nothing(self, open_store, caplog):
+    def test_orbaxs_own_client_without_a_token_gets_nothing(self, open_store, caplog, monkeypatch):
+        monkeypatch.setattr(shard_server, "HANDSHAKE_S", 0.3)
         store = filled(open_store())
         with self.connect(store) as connection, caplog.at_level(logging.WARNING, "eep_jax"):
             self.ask(connection)

@@ -1,12 +1,17 @@
 """Promises of fetching in threads: deadlines, sources that hang, several at once within bounds."""
 
+import gc
 import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eep_jax.placement.sources import Source, SourceKind
+from eep_jax.storage.block_loader import load_array
 from eep_jax.storage.fetcher import Fetch, Fetcher, Prefetcher
 
 FIRST, SECOND = (Source(SourceKind.BACKUP, rank) for rank in (1, 2))
@@ -107,7 +112,7 @@ def hanging():
     """A fetch of key "disk" that nobody waited for, past its deadline, and what ends it."""
     end, fetcher = threading.Event(), Fetcher(1)
     fetch = fetcher.start(Fetch("disk", lambda: end.wait(30)))
-    while not fetcher._is_late(fetch):
+    while not fetcher._hangs(fetch):
         pass
     yield fetcher, fetch, end
     end.set()
@@ -136,12 +141,33 @@ def test_what_comes_after_the_deadline_is_not_the_result(hanging):
         fetch.result()
 
 
+def test_results_are_freed_with_their_fetch():
+    gc.disable()
+    try:
+        fetcher = Fetcher(60_000)
+        fetch = fetcher.start(Fetch("disk", lambda: np.zeros(1 << 20)))
+        result = weakref.ref(fetch.result(30))
+        fetch.threads[0].join(30)
+        del fetch
+        assert result() is None
+        array = np.zeros(4)
+        load_array(array, "nothing", lambda: [])
+        loaded = weakref.ref(array)
+        del array
+        ends_s = time.monotonic() + 30
+        while loaded() is not None:  # until the loader's threads have ended
+            assert time.monotonic() < ends_s
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
 def test_progress_puts_off_the_deadline():
     fetcher = Fetcher(60_000)
     go_on = threading.Event()
     fetch = fetcher.start(Fetch("disk", lambda: go_on.wait(30)))
     fetch.progress_s -= 120.0
-    assert fetcher._is_late(fetch)
+    assert fetcher._hangs(fetch)
     fetch.progress_s += 120.0
     assert not fetcher.is_over(fetch)
     go_on.set()
