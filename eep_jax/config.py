@@ -3,6 +3,7 @@
 import dataclasses
 
 from eep_jax.model_config import ModelConfig as ModelConfig  # re-exported
+from pallas_kernels.sizes import SCALE_CHANNELS
 
 COMBINE_MODES = ("per_choice", "per_rank")
 MIRROR_TRANSPORTS = ("auto", "nixl", "tcp")  # auto: NIXL if both ends have it and RDMA
@@ -12,7 +13,6 @@ SOURCES = ("local", "peer", "backup", "checkpoint")
 SOURCE_ORDERS = ("measured", "tier")  # the fastest as measured, or as listed in `sources`
 DTYPES = ("float32", "bfloat16")
 DISPATCH_DTYPES = ("", "float8_e4m3fn")
-SCALE_CHANNELS = 128  # channels of a float8 row that share one float32 scale
 DTYPE_OF_PLATFORM = {"cpu": "float32", "gpu": "bfloat16"}
 
 

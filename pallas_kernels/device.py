@@ -5,10 +5,10 @@ import importlib
 import jax
 import numpy as np
 
+from pallas_kernels.sizes import WIDTH_MULTIPLE
 from pallas_kernels.window import WindowLayout
 
 SM_COUNT = 132  # multiprocessors of an H100 and an H200
-GPU_CHANNELS = 64  # channels of a row are a multiple of this on a GPU
 
 
 def platform() -> str:
@@ -58,9 +58,9 @@ def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int)
             f"row_dtype={layout.row_dtype!r}: the GPU kernels move bfloat16 rows (and fp8 on "
             "dispatch); use row_dtype='bfloat16'"
         )
-    if hidden % GPU_CHANNELS:
+    if hidden % WIDTH_MULTIPLE:
         raise NotImplementedError(
-            f"{hidden} channels: the GPU kernels need a multiple of {GPU_CHANNELS}; pad the model"
+            f"{hidden} channels: the GPU kernels need a multiple of {WIDTH_MULTIPLE}; pad the model"
         )
     for rows in (tokens, layout.tokens):
         if rows * choices % 4:

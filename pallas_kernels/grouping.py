@@ -19,16 +19,18 @@ class ExpertRows(typing.NamedTuple):
 
     grouped: Int32[Array, "_"]
     counts: Int32[Array, "S"]
-    tiles: Int32[Array, "_"]
+    num_tiles: Int32[Array, "1"]
+    tile_slots: Int32[Array, "N"]
+    tile_firsts: Int32[Array, "N"]
 
     @property
     def rows_max(self) -> int:
-        """Room of one slot in `grouped`: R T, since a token chooses an expert at most once."""
+        """Room of one slot in `grouped`."""
         return self.grouped.shape[0] // self.counts.shape[0]
 
     @property
     def tiles_max(self) -> int:
-        return (self.tiles.shape[0] - 1) // 2
+        return self.tile_slots.shape[0]
 
 
 def tile_rows_for(rows_per_slot: float) -> int:
@@ -41,10 +43,15 @@ def tiles_max(choices: int, num_slots: int, tile_rows: int) -> int:
     return choices // tile_rows + min(num_slots, choices)
 
 
-def group_rows(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> ExpertRows:
-    """Groups choices by their slot on this rank; -1 marks a choice that runs elsewhere."""
+def group_rows(
+    slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int, rows_max: int = 0
+) -> ExpertRows:
+    """Groups choices by their slot on this rank; -1 marks a choice that runs elsewhere.
+
+    `rows_max` is the room of a slot; by default R T, enough if a token has a slot at most once.
+    """
     ranks, tokens, _ = slots.shape
-    flat, pairs, rows_max = slots.reshape(-1), slots.size, ranks * tokens
+    flat, pairs, rows_max = slots.reshape(-1), slots.size, rows_max or ranks * tokens
     one_hot = (flat[:, None] == jnp.arange(num_slots)).astype(jnp.int32)
     place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
     counts = jnp.sum(one_hot, axis=0)
@@ -54,6 +61,4 @@ def group_rows(slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int) -> 
     tile = jnp.arange(tiles_max(pairs, num_slots, tile_rows))
     slot = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), num_slots - 1)
     first = (tile - jnp.where(slot > 0, ends[slot - 1], 0)) * tile_rows
-    entries = jnp.stack([slot, first], axis=1).reshape(-1)
-    tiles = jnp.concatenate([ends[-1:], entries]).astype(jnp.int32)
-    return ExpertRows(grouped, counts, tiles)
+    return ExpertRows(grouped, counts, *(a.astype(jnp.int32) for a in (ends[-1:], slot, first)))

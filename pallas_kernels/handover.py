@@ -70,7 +70,7 @@ class RowsInWindow:
         return self.heap, refs.round, refs.rank
 
     def _read(self, name: str) -> Array:
-        after = self.lists.tiles
+        after = self.lists.num_tiles
         found = read_region(name, self.spec, self.heap, self.call, after)
         return found[:, : self.slots.shape[1]]
 

@@ -26,10 +26,11 @@ import math
 import ml_dtypes  # noqa: F401 (numpy learns the name bfloat16 from it)
 import numpy as np
 
+from pallas_kernels.sizes import SCALE_CHANNELS
+
 REGION_ALIGNMENT_BYTES = 128
 # Regions whose first axis is the parity of the round.
 DOUBLE_BUFFERED = ("sent", "returned", "votes", "slots", "weights", "rows", "returns")
-SCALE_CHANNELS = 128  # channels of an fp8 row that share one float32 scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from eep_jax.config import EngineConfig, ModelConfig
 from eep_jax.heap.copies import copy_values
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.placement import EMPTY
-from pallas_kernels.expert_gemm.config import WIDTH_MULTIPLE
+from pallas_kernels.sizes import WIDTH_MULTIPLE
 from pallas_kernels.window import Region, WindowLayout, round_up
 
 PAGE_BYTES = 4096

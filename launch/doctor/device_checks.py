@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from eep_jax.config import RunConfig
 from launch.doctor.finding import Finding, Level, either, size
 from launch.doctor.machine import Machine
+from pallas_kernels.sizes import WIDTH_MULTIPLE
 from pallas_kernels.window import WindowLayout, round_up
 
 CUDA_12, CUDA_13 = 12_080, 13_000  # that cuda-bindings of the two extras need of a driver
 HOPPER = (9, 0)
 CONTEXT_BYTES = 600 << 20  # of CUDA, per rank on a GPU
 PROCESS_BYTES = 400 << 20  # of host memory: Python, JAX and its compiler
-WIDTH_MULTIPLE = 64  # channels that the bank of a GPU pads experts to
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pallas_kernels import simt
 from pallas_kernels.exchange.fp8 import E4M3_MAX, SMALLEST_PEAK
 from pallas_kernels.simt import Word
-from pallas_kernels.window import SCALE_CHANNELS
+from pallas_kernels.sizes import SCALE_CHANNELS
 
 PIECE = simt.VECTOR_BYTES  # channels of a thread: what it reads is twice as wide as what it writes
 PIECES_UNDER_WAY = 4  # of a thread

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.window import SCALE_CHANNELS, round_up
+from pallas_kernels.sizes import SCALE_CHANNELS
+from pallas_kernels.window import round_up
 
 E4M3_MAX = 448.0
 SMALLEST_PEAK = 1e-12  # a row of zeros has this scale's, not a division by zero

@@ -57,7 +57,9 @@ class RowLists:
             "slots": self.pairs,
             "grouped": self.slots * self.rows_max,
             "counts": self.slots,
-            "tiles": 1 + 2 * tiles,
+            "num_tiles": 1,
+            "tile_slots": tiles,
+            "tile_firsts": tiles,
         }
         return {name: ((length,), jnp.int32) for name, length in lengths.items()}
 
@@ -77,7 +79,7 @@ class RowLists:
             outs: references to the outputs, in the order of `out`.
             threads: of the block.
         """
-        slots_out, grouped, counts_out, tiles = outs
+        slots_out, grouped, counts_out, num_tiles, tile_slots, tile_firsts = outs
         thread, per_source = simt.thread(), self.tokens * self.choices
 
         def four(index: Word) -> None:
@@ -118,12 +120,11 @@ class RowLists:
             simt.store(entry(counts_out, slot), simt.load(entry(counts, slot)))
 
             def one(tile: Word) -> None:
-                at = (first + tile) * 2 + 1
-                simt.store(entry(tiles, at), slot)
-                simt.store(entry(tiles, at + 1), tile * self.tile_rows)
+                simt.store(entry(tile_slots, first + tile), slot)
+                simt.store(entry(tile_firsts, first + tile), tile * self.tile_rows)
 
             simt.each(zero, mine, 1, one)
             with simt.when(slot == self.slots - 1):
-                simt.store(entry(tiles, zero), first + mine)
+                simt.store(entry(num_tiles, zero), first + mine)
 
         simt.each(thread, self.slots, threads, list_tiles)

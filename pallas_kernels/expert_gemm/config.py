@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from pallas_kernels.device import SM_COUNT
+from pallas_kernels.sizes import WIDTH_MULTIPLE
 
-WIDTH_MULTIPLE = 64  # of channels and expert channels
 GROUP_ROWS = 64  # rows of one warpgroup's matrix instruction
 STAGES_MIN = 4  # two are being gathered, one is handed over, one is multiplied
 

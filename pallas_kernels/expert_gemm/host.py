@@ -1,7 +1,7 @@
 """Grouped GEMM + activation for CPU: choices grouped by slot into tiles of a few rows each.
 
-The loop runs over the tiles that hold rows, not over the most there could be. Every product has the
-same shape, `[tile D] x [D F]`, so a row's result has the same bits in any tile, at any place.
+The loop runs over the tiles that exist, not over the most there could be. Every product has the
+same shape, `[tile D] x [D F]`, so a row's result has the same bits in any tile, at any position.
 """
 
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
+from pallas_kernels.grouping import group_rows
 
 
 def expert_gemm_tiles(
@@ -23,27 +24,16 @@ def expert_gemm_tiles(
     sources, tokens, choices = slots.shape
     hidden, num_slots = rows.shape[-1], bank.shape[0]
     pairs = sources * tokens * choices
-    flat_rows, flat_slots = rows.reshape(-1, hidden), slots.reshape(-1)
+    flat_rows = rows.reshape(-1, hidden)
 
-    # Group: where each choice stands, slot by slot, each slot's first row at the start of a tile.
-    one_hot = (flat_slots[:, None] == jnp.arange(num_slots)).astype(jnp.int32)
-    place = jnp.sum((jnp.cumsum(one_hot, axis=0) - 1) * one_hot, axis=1)
-    tiles = -(-jnp.sum(one_hot, axis=0) // tile_rows)
-    ends = jnp.cumsum(tiles)
-    tiles_max = pairs // tile_rows + min(num_slots, pairs)
-    start = (ends - tiles)[jnp.maximum(flat_slots, 0)] * tile_rows
-    position = jnp.where(flat_slots >= 0, start + place, tiles_max * tile_rows)
-    pair_at = (
-        jnp.full(tiles_max * tile_rows, pairs)
-        .at[position]
-        .set(jnp.arange(pairs), mode="drop", unique_indices=True)
-    )
-    slot_of_tile = jnp.searchsorted(ends, jnp.arange(tiles_max), side="right")
+    lists = group_rows(slots, num_slots, tile_rows, rows_max=pairs)
 
     def one_tile(tile, out):
-        chosen = lax.dynamic_slice(pair_at, (tile * tile_rows,), (tile_rows,))
+        slot, place = lists.tile_slots[tile], lists.tile_firsts[tile] + jnp.arange(tile_rows)
+        chosen = lists.grouped[slot * lists.rows_max + place]
+        chosen = jnp.where(place < lists.counts[slot], chosen, pairs)
         x = flat_rows[jnp.minimum(chosen, pairs - 1) // choices]
-        expert = lax.dynamic_index_in_dim(bank, slot_of_tile[tile], keepdims=False)[layer]
+        expert = lax.dynamic_index_in_dim(bank, slot, keepdims=False)[layer]
         weights, biases = mlp.split(expert)
         by_channel = (((1,), (1,)), ((), ()))
         gate = lax.dot_general(x, weights[0], by_channel)
@@ -55,5 +45,5 @@ def expert_gemm_tiles(
             y = y + biases[2]
         return out.at[chosen].set(y, mode="drop", unique_indices=True)
 
-    out = lax.fori_loop(0, ends[-1], one_tile, jnp.zeros((pairs, hidden), rows.dtype))
+    out = lax.fori_loop(0, lists.num_tiles[0], one_tile, jnp.zeros((pairs, hidden), rows.dtype))
     return out.reshape(sources, tokens, choices, hidden)

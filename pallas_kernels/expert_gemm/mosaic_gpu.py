@@ -95,6 +95,14 @@ def _as_data(layer: "int | Int32[Array, '']") -> Int32[Array, "1"]:
     return jnp.full(1, layer, jnp.int32)
 
 
+class Tiles(typing.NamedTuple):
+    """References to the tiles of ExpertRows."""
+
+    count: Int32[Array, "1"]
+    slots: Int32[Array, "N"]
+    firsts: Int32[Array, "N"]
+
+
 class Unit(typing.NamedTuple):
     """A tile of rows times a block of columns; all int32 scalars."""
 
@@ -122,16 +130,17 @@ class Work:
     steps: int
     stages: int
 
-    def units(self, tiles) -> tuple[Array, Array, Callable[[Array], Unit]]:
+    def units(self, tiles: "Tiles") -> tuple[Array, Array, Callable[[Array], Unit]]:
         """Part of a kernel: this warpgroup, how many units its block computes, the i-th of them."""
         group, block, blocks = lax.axis_index("group"), lax.axis_index("block"), self.config.blocks
-        total = tiles[0] * self.column_blocks
+        total = tiles.count[0] * self.column_blocks
         mine = jnp.maximum((total - block + blocks - 1) // blocks, 0)
 
         def at(i: Array) -> Unit:
             unit = block + i * blocks
             tile = unit // self.column_blocks
-            return Unit(tile, unit % self.column_blocks, tiles[1 + 2 * tile], tiles[2 + 2 * tile])
+            column = unit % self.column_blocks
+            return Unit(tile, column, tiles.slots[tile], tiles.firsts[tile])
 
         return group, mine, at
 
@@ -248,7 +257,8 @@ def gate_up(
 
     def body(*refs):
         count = len(source.operands)
-        given, (layer, bank, grouped, counts, tiles, h, *scratch) = refs[:count], refs[count:]
+        given, (layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
+        tiles, (h, *scratch) = Tiles(*rest[:3]), rest[3:]
         x_smem, gate_smem, up_smem, out_smem, offsets, weights_there, rows_there, free = scratch
         units = group, *_ = work.units(tiles)
 
@@ -369,10 +379,8 @@ def down(
 
     def body(*refs):
         count = len(windows)
-        given, (h, layer, bank, grouped, counts, tiles, results, *scratch) = (
-            refs[:count],
-            refs[count:],
-        )
+        given, (h, layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
+        tiles, (results, *scratch) = Tiles(*rest[:3]), rest[3:]
         h_smem, weight_smem, out_smem, there, free = scratch
         units = group, *_ = work.units(tiles)
 

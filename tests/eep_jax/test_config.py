@@ -12,10 +12,9 @@ from flax import nnx
 
 import configs
 from configs import tiny_cpu
-from eep_jax.config import SCALE_CHANNELS, ClusterConfig, DeviceConfig, EngineConfig, RunConfig
+from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig
 from eep_jax.models.decoder import DenseModel
 from eep_jax.models.families.published import PUBLISHED
-from pallas_kernels import window
 from tests.support.models import a_model, a_run
 
 
@@ -96,7 +95,6 @@ def test_a_platform_computes_in_its_own_dtype():
 
 
 def test_rows_are_narrowed_from_bfloat16_by_whole_groups_of_channels():
-    assert SCALE_CHANNELS == window.SCALE_CHANNELS
     narrow = {"dispatch_dtype": "float8_e4m3fn"}
     assert a_gpu_run(**narrow).engine.dispatch_dtype == "float8_e4m3fn"
     with pytest.raises(ValueError, match=r"hidden=192 is no multiple; set engine.dispatch_dtype="):

@@ -15,9 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.combine.config import CombineConfig
 from pallas_kernels.dispatch.config import config_for as dispatch_config_for
 from pallas_kernels.expert_gemm import mosaic_gpu
-from pallas_kernels.expert_gemm.config import GROUP_ROWS, WIDTH_MULTIPLE, config_for
+from pallas_kernels.expert_gemm.config import GROUP_ROWS, config_for
 from pallas_kernels.grouping import group_rows, tile_rows_for
 from pallas_kernels.handover import InArray
+from pallas_kernels.sizes import WIDTH_MULTIPLE
 
 SHARED_BYTES_MAX = 227 * 1024  # of a block on Hopper
 BARRIER_BYTES = 8

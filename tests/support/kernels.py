@@ -124,17 +124,16 @@ def naive_targets(slots: np.ndarray, partners, slots_per_rank: int) -> np.ndarra
 
 
 def check_lists(lists, slots: np.ndarray, num_slots: int, tile_rows: int) -> None:
-    """Whether (grouped, counts, tiles) list each choice of `slots [R T K]` once, by slot."""
-    grouped, counts, tiles = (np.asarray(part) for part in lists)
+    """Whether ExpertRows list each choice of `slots [R T K]` once, by slot, and in one tile."""
+    grouped, counts, num_tiles, *tiles = (np.asarray(part) for part in lists)
     flat, rows_max = slots.reshape(-1), slots.shape[0] * slots.shape[1]
     wanted = [set(np.flatnonzero(flat == slot)) for slot in range(num_slots)]
     np.testing.assert_array_equal(counts, [len(of_slot) for of_slot in wanted])
     rows = grouped.reshape(num_slots, rows_max)
     for slot, of_slot in enumerate(wanted):
-        assert set(rows[slot, : len(of_slot)].tolist()) == of_slot, f"grouped of slot {slot}"
-    used = int(tiles[0])
+        assert set(rows[slot, : len(of_slot)].tolist()) == of_slot, f"choices of slot {slot}"
     covered = [[] for _ in range(num_slots)]
-    for slot, first in tiles[1 : 1 + 2 * used].reshape(used, 2):
+    for slot, first in np.stack(tiles, axis=1)[: num_tiles[0]]:
         assert first < counts[slot], f"a tile of slot {slot} starts at {first} and holds no row"
         covered[slot] += range(first, min(first + tile_rows, counts[slot]))
     for slot, places in enumerate(covered):
