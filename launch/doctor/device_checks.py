@@ -1,57 +1,16 @@
 """GPUs, and whether memory of GPU or host is enough for the ranks: `(machine, config)`, pure."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
 from eep_jax.config import RunConfig
+from eep_jax.models.memory import memory_per_rank
 from launch.doctor.finding import Finding, Level, either, size
 from launch.doctor.machine import Machine
-from pallas_kernels.sizes import WIDTH_MULTIPLE
-from pallas_kernels.window import WindowLayout, round_up
 
 CUDA_12, CUDA_13 = 12_080, 13_000  # that cuda-bindings of the two extras need of a driver
 HOPPER = (9, 0)
-CONTEXT_BYTES = 600 << 20  # of CUDA, per rank on a GPU
 PROCESS_BYTES = 400 << 20  # of host memory: Python, JAX and its compiler
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """Bytes of one rank."""
-
-    window: int
-    bank: int
-    dense: int
-    cache: int
-
-    @property
-    def slab(self) -> int:
-        return self.window + self.bank
-
-
-def needs(config: RunConfig) -> Needs:
-    """What a rank of this configuration holds; what its steps compute with comes on top."""
-    model, engine, cluster = config.model, config.engine, config.cluster
-    item = ITEM_BYTES[engine.dtype]
-    window = WindowLayout(
-        ranks=cluster.ranks,
-        tokens=engine.tokens_max,
-        choices=model.experts_per_token,
-        hidden=model.hidden,
-        combine=engine.combine,
-        row_dtype=engine.dtype,
-        dispatch_dtype=engine.dispatch_dtype,
-    )
-    layers, matrices, width, hidden = model.expert_shape
-    width = round_up(width, WIDTH_MULTIPLE) if engine.dtype == "bfloat16" else width
-    return Needs(
-        window=window.window_bytes,
-        bank=cluster.slots_per_rank * math.prod((layers, matrices, width, hidden)) * item,
-        dense=model.dense_parameters * item,
-        cache=model.cache_elements * engine.batch_rows * engine.context_tokens * item,
-    )
 
 
 def check_gpus(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Finding]:
@@ -105,10 +64,10 @@ def _peers(machine: Machine) -> Iterator[Finding]:
 
 
 def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Finding]:
-    needed, ranks = needs(config), config.cluster.ranks
+    needed, ranks = memory_per_rank(config), config.cluster.ranks
     if config.platform == "cpu":
         backups = config.cluster.backup_bytes
-        rank = needed.slab + needed.dense + needed.cache + backups + PROCESS_BYTES
+        rank = needed.total + backups + PROCESS_BYTES
         found = (
             f"{size(rank)} x {ranks} ranks, {size(machine.memory_free_bytes)} of "
             f"{size(machine.memory_bytes)} free"
@@ -121,12 +80,11 @@ def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Fin
     total, sharing = min(gpu.total_bytes for gpu in machine.gpus), math.ceil(ranks / gpus)
     fraction = config.device.memory_fraction
     jax = int(total * fraction / sharing)
-    found = f"{size(needed.dense + needed.cache)} of {size(jax)} that JAX has per rank"
+    found = f"{size(needed.jax)} of {size(jax)} that JAX has per rank"
     fix = "raise device.memory_fraction, or lower engine.batch_rows or engine.context_tokens"
-    yield either(needed.dense + needed.cache <= jax, "GPU memory, model", found, fix)
+    yield either(needed.jax <= jax, "GPU memory, model", found, fix)
     rest = int(total * (1 - fraction))
-    # Each rank has a slab, and one more stands for absent peers.
-    heap = sharing * (2 * needed.slab + CONTEXT_BYTES)
+    heap = sharing * (needed.heap + needed.context)
     found = f"{size(heap)} of {size(rest)} that JAX leaves, {sharing} ranks on a GPU"
     fix = "lower device.memory_fraction or cluster.slots_per_rank, or give the ranks more GPUs"
     yield either(heap <= rest, "GPU memory, heap", found, fix)

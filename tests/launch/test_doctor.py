@@ -11,12 +11,12 @@ import tomllib
 
 import pytest
 
-from configs import small_moe_h100x1, tiny_cpu, tiny_gpu
+from configs import qwen3_30b_a3b_h100x4, small_moe_h100x1, tiny_cpu, tiny_gpu
 from eep_jax.errors import HeapError
 from eep_jax.heap.cuda.libcuda import GpuFacts, survey
 from eep_jax.models.expert_bank import slab_layout
+from eep_jax.models.memory import memory_per_rank
 from launch.doctor.checks import check
-from launch.doctor.device_checks import needs
 from launch.doctor.finding import Level, numbers
 from launch.doctor.machine import OPTIONAL, Machine
 from launch.doctor.probe import PACKAGES, _container_free, ask
@@ -139,14 +139,16 @@ class TestMemory:
         cluster = config.cluster
         layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
         page = 4096  # between window and bank, and at the end
-        assert layout.slab_bytes - 2 * page <= needs(config).slab <= layout.slab_bytes
+        needed = memory_per_rank(config)
+        slab = needed.window + needed.experts
+        assert layout.slab_bytes - 2 * page <= slab <= layout.slab_bytes
 
     def test_more_ranks_than_a_host_holds(self):
         assert wrong(CPU, memory_free_bytes=1 << 30) == {"memory": Level.FAIL}
 
     def test_a_gpu_that_is_too_small_for_the_model_or_the_heap(self):
         config = small_moe_h100x1.get_config()
-        small = tuple(dataclasses.replace(gpu, total_bytes=12 << 30) for gpu in gpus())
+        small = tuple(dataclasses.replace(gpu, total_bytes=8 << 30) for gpu in gpus())
         assert wrong(config, gpus=small) == {"GPU memory, heap": Level.FAIL}
         greedy = dataclasses.replace(
             config, device=dataclasses.replace(config.device, memory_fraction=0.01)
@@ -158,10 +160,14 @@ class TestMemory:
             small_moe_h100x1.get_config(),
             device=dataclasses.replace(GPU.device, memory_fraction=0.6),
         )
-        levels = {f.subject: f.level for f in check(a_machine(), config, gpus=1)}
+        machine = a_machine(gpus=gpus(total_bytes=32 << 30))
+        levels = {f.subject: f.level for f in check(machine, config, gpus=1)}
         assert levels["GPU memory, heap"] is Level.FAIL
         assert levels["GPUs"] is Level.WARN
-        assert wrong(config) == {}
+        assert wrong(config, gpus=gpus(total_bytes=32 << 30)) == {}
+
+    def test_a_published_model_that_fits_its_gpus_is_found_to_fit(self):
+        assert wrong(qwen3_30b_a3b_h100x4.get_config()) == {}
 
 
 def test_a_container_may_have_less_memory_than_its_machine(tmp_path):
