@@ -1,8 +1,9 @@
-"""The configuration of a run: frozen values, one class per component, no JAX."""
+"""Configuration of a run: frozen values, one class per component, no JAX."""
 
 import dataclasses
 
 from eep_jax.model_config import ModelConfig as ModelConfig  # re-exported
+from eep_jax.model_config import check_positive
 from pallas_kernels.sizes import SCALE_CHANNELS
 
 COMBINE_MODES = ("per_choice", "per_rank")
@@ -16,54 +17,46 @@ DISPATCH_DTYPES = ("", "float8_e4m3fn")
 DTYPE_OF_PLATFORM = {"cpu": "float32", "gpu": "bfloat16"}
 
 
-def _positive(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(
-                f"{type(config).__name__}.{name}={getattr(config, name)} must be positive"
-            )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How many ranks, how experts are spread, and when a rank counts as dead. Milliseconds."""
+    """Number of ranks, spread of experts, and limits after which a rank is dead. Milliseconds."""
 
     ranks: int  # R
     slots_per_rank: int  # S
     redundancy: int = 1  # replicas of each expert while all ranks are in
-    background_experts: int = 2  # of a rank that one epoch of background work moves; 0: none
-    background_bytes_per_s: int = 0  # that a rank reads for it while serving; 0: no limit
-    imbalance_max: float = 1.25  # load of the busiest rank to the mean that is left alone
-    policy: str = "fail_closed"  # what to do when an expert finds no live slot, see POLICIES
+    background_experts: int = 2  # moved to a rank in one epoch of background work; 0: none
+    background_bytes_per_s: int = 0  # a rank's read rate for it; 0: no limit
+    imbalance_max: float = 1.25  # tolerated ratio of the busiest rank's load to the mean
+    policy: str = "fail_closed"  # for experts that find no live slot, see POLICIES
     heartbeat_ms: int = 200
-    lease_ms: int = 3_000  # without any heartbeat, then a rank is dead
-    accused_lease_ms: int = 1_500  # the same for a rank that a peer's step timed out on
+    lease_ms: int = 3_000  # a rank without any heartbeat for longer is dead
+    accused_lease_ms: int = 1_500  # the same, for a rank that a peer's step timed out on
     channel_grace_ms: int = 1_500  # without a control channel, process not known dead
     stall_ms: int = 15_000  # heartbeats arrive, but the engine loop does not move
-    sources: tuple[str, ...] = SOURCES  # what experts of a running cluster may be read from
-    source_order: str = "measured"  # which is tried first, see SOURCE_ORDERS
+    sources: tuple[str, ...] = SOURCES  # sources that a running cluster may use
+    source_order: str = "measured"  # their order, see SOURCE_ORDERS
     backup_bytes: int = 0  # host memory of each rank for backups of experts; 0: none
-    backup_dir: str = "/dev/shm"  # where backups are: should be memory
+    backup_dir: str = "/dev/shm"  # directory of backups; should be memory
     fetch_deadline_ms: int = 30_000  # for one expert from a backup or the checkpoint
-    fetches_at_once: int = 4  # experts that a repair reads from them, while it writes one more
+    fetches_at_once: int = 4  # experts read from them in parallel, while one more is written
     formation_ms: int = 120_000  # how long the first epoch waits for all ranks
     fenced_grace_ms: int = 5_000  # for an evicted process to end itself before it is killed
     restart_grace_ms: int = 5_000  # for ranks to find a restarted supervisor
     background_retry_ms: int = 5_000  # pause after a rank could not fetch an expert
-    balance_every_ms: int = 30_000  # least time between two looks at an even enough load
-    joiner_nice: int = 3  # how far a returning process is put behind those that serve; 0: not
-    host_lost_ms: int = 10_000  # a host silent for so long, with no member on it, counts as gone
+    balance_every_ms: int = 30_000  # pause after load was found to need no balancing
+    joiner_nice: int = 3  # lowers the priority of a returning process by this; 0: does not
+    host_lost_ms: int = 10_000  # a host without members counts as lost after this silence
 
     def __post_init__(self):
-        _positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
-        _positive(self, "channel_grace_ms", "stall_ms", "fetch_deadline_ms", "fetches_at_once")
+        check_positive(self, "ranks", "slots_per_rank", "redundancy", "heartbeat_ms")
+        check_positive(self, "channel_grace_ms", "stall_ms", "fetch_deadline_ms", "fetches_at_once")
         if self.background_experts < 0 or self.background_bytes_per_s < 0:
             raise ValueError(
                 f"{self.background_experts=} and {self.background_bytes_per_s=} must not be "
-                "negative; 0 does nothing in the background, or as fast as it can"
+                "negative; 0 does no background work, or does not limit its rate"
             )
         if self.imbalance_max < 1:
-            raise ValueError(f"{self.imbalance_max=} must be 1 or more, 1 being even load")
+            raise ValueError(f"{self.imbalance_max=} must be at least 1, which is even load")
         if self.backup_bytes < 0:
             raise ValueError(f"{self.backup_bytes=} must not be negative; 0 keeps no backups")
         if not self.sources or set(self.sources) - set(SOURCES):
@@ -88,7 +81,7 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The fixed shapes of a rank's steps."""
+    """Fixed shapes of a rank's steps."""
 
     batch_rows: int = 8  # B, sequences a rank decodes at once
     prefill_tokens: int = 32  # C, prompt tokens a mixed step takes beside the B decode rows
@@ -101,7 +94,7 @@ class EngineConfig:
     dispatch_dtype: str = ""  # of rows on their way to experts, "" is dtype, see DISPATCH_DTYPES
 
     def __post_init__(self):
-        _positive(
+        check_positive(
             self, "batch_rows", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
         )
         for name, allowed in (
@@ -125,16 +118,16 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The HTTP front and the control channel."""
+    """HTTP API, control channel, and addresses of ranks."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
     control_host: str = "127.0.0.1"
-    control_port: int = 0  # 0: any free port; ranks read it from the run directory
+    control_port: int = 0  # 0: any free port, which ranks read from the run directory
     backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other
-    mirror_host: str = ""  # address at which ranks of other hosts reach this rank; "": one host
-    mirror_transport: str = "auto"  # how rows travel between hosts, see MIRROR_TRANSPORTS
-    queue_max: int = 256  # requests accepted and not finished, beyond which HTTP says 429
+    mirror_host: str = ""  # address of this rank for other hosts; "": all ranks on one host
+    mirror_transport: str = "auto"  # of rows between hosts, see MIRROR_TRANSPORTS
+    queue_max: int = 256  # unfinished requests, beyond which HTTP answers 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     finished_max: int = 512  # finished requests kept for clients that ask again
 
@@ -145,12 +138,11 @@ class ServeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """How ranks share the memory of a GPU. Unused on CPU.
+    """Shares of a GPU's memory. Unused on CPU.
 
-    JAX's allocators of all ranks on one GPU take `memory_fraction` of its memory together: dense
-    weights, KV cache, and what a step computes. The launcher gives each rank its share. The slabs
-    of the heap (window and experts) and about 0.6 GiB of CUDA context per rank come out of the
-    rest.
+    The JAX allocators of all ranks on one GPU together take `memory_fraction` of its memory, for
+    dense weights, KV cache and temporaries of a step. The launcher gives each rank its share. The
+    slabs of the heap (window and experts) and about 0.6 GiB of CUDA context per rank take the rest.
 
     When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.batch_rows` or
     `engine.context_tokens` (the KV cache grows with their product), or raise `memory_fraction`; if
@@ -162,15 +154,17 @@ class DeviceConfig:
 
     def __post_init__(self):
         if not 0 < self.memory_fraction < 1:
-            raise ValueError(f"{self.memory_fraction=} must be between 0 and 1, without them")
+            raise ValueError(f"{self.memory_fraction=} must be between 0 and 1, exclusively")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: the model and its weights, and every component's configuration.
 
-    Serving needs either `checkpoint` or `random_weights`. Raises ValueError where the parts do not
-    fit each other.
+    Serving needs either `checkpoint` or `random_weights`.
+
+    Raises:
+        ValueError: The parts do not fit each other; the message names both values.
     """
 
     name: str
@@ -179,9 +173,9 @@ class RunConfig:
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
     device: DeviceConfig = DeviceConfig()
-    platform: str = "cpu"  # what a rank computes on, see PLATFORMS
+    platform: str = "cpu"  # of the computation, see PLATFORMS
     checkpoint: str = ""  # directory of launch.convert or launch.train_tiny, or of Hugging Face
-    random_weights: int | None = None  # seed of weights drawn instead of read
+    random_weights: int | None = None  # seed of random weights instead of a checkpoint
     tokenizer: str = ""  # directory of tokenizer.json; "": the checkpoint's, else bytes
 
     def __post_init__(self):
@@ -208,8 +202,8 @@ class RunConfig:
             )
         if engine.dispatch_dtype and self.model.hidden % SCALE_CHANNELS:
             raise ValueError(
-                f"{engine.dispatch_dtype=} has one scale per {SCALE_CHANNELS} channels, of which "
-                f"{self.model.hidden=} is no multiple; set engine.dispatch_dtype="
+                f"{engine.dispatch_dtype=} has one scale per {SCALE_CHANNELS} channels, so "
+                f"{self.model.hidden=} must be a multiple of it; else set engine.dispatch_dtype="
             )
         if self.platform not in PLATFORMS:
             raise ValueError(f"{self.platform=} must be one of {PLATFORMS}")

@@ -1,4 +1,4 @@
-"""The few errors a user can meet. Each says what was found, what was expected, and the way out."""
+"""Errors that users can meet. Each names the value, the expectation and the way out."""
 
 
 class EepError(Exception):
@@ -10,7 +10,7 @@ class CoverageLost(EepError):
 
 
 class InvalidMove(EepError):
-    """A change of the View or of a Placement that its present state does not allow."""
+    """A change of the View or of a Placement that its current state does not allow."""
 
 
 class CheckpointError(EepError):
@@ -20,7 +20,7 @@ class CheckpointError(EepError):
 class RelocationFailed(EepError):
     """No source could supply an expert; the message names every source tried and why it failed.
 
-    `lost` says so of each expert that is missing now, where several were to be brought.
+    `lost` holds such a message for each missing expert, if several were to be copied.
     """
 
     def __init__(self, message: str, lost: dict[int, str] | None = None):

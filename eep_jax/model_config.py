@@ -1,4 +1,4 @@
-"""What a model is: sizes, and the options in which families of MoE decoders differ. No JAX."""
+"""Model configuration: sizes, and options in which families of MoE decoders differ. No JAX."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ GROUP_SCORES = ("max", "top2")
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
 
 
-def _positive(config, *names: str) -> None:
+def check_positive(config, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is not positive."""
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(
@@ -24,22 +25,22 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """How positions rotate queries and keys, beside `ModelConfig.rope_theta`.
+    """Rotation of queries and keys by position, beside `ModelConfig.rope_theta`.
 
-    `yarn` (arXiv 2309.00071) stretches slow rotations by `factor`, leaves fast ones, and ramps
-    between those that turn `beta_slow` and `beta_fast` times in `original_positions`.
+    `yarn` (arXiv 2309.00071) stretches slow rotations by `factor`, keeps fast ones, and ramps
+    between those with `beta_slow` and `beta_fast` turns in `original_positions`.
     """
 
     kind: str = "default"  # see ROPES
     interleaved: bool = False  # pairs are channels (2c, 2c + 1), as DeepSeek stores them
-    rotated_channels: int = 0  # the first so many of a head are rotated; 0: all
+    rotated_channels: int = 0  # number of a head's first channels that rotate; 0: all
     factor: float = 1.0
     original_positions: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True  # the ramp begins and ends at whole channels
-    amplitude: float = 1.0  # sines and cosines are multiplied by it
-    score_factor: float = 1.0  # attention scores are multiplied by it
+    amplitude: float = 1.0  # factor of sines and cosines
+    score_factor: float = 1.0  # factor of attention scores
 
     def __post_init__(self):
         _one_of("RopeConfig.kind", self.kind, ROPES)
@@ -53,38 +54,38 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): what is cached of a token is a
-    latent of `kv_rank` channels and one rotated key of `rope_channels`, for all heads.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    The cache holds a latent of `kv_rank` channels and one rotated key of `rope_channels` per token,
+    for all heads.
     """
 
     kv_rank: int
     rope_channels: int
     plain_channels: int  # of a head's query and key that are not rotated
     value_channels: int
-    q_rank: int = 0  # queries are compressed, too; 0: they are not
+    q_rank: int = 0  # rank of compressed queries; 0: queries are not compressed
 
     def __post_init__(self):
-        for name in ("kv_rank", "rope_channels", "plain_channels", "value_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LatentConfig.{name}={getattr(self, name)} must be positive")
+        check_positive(self, "kv_rank", "rope_channels", "plain_channels", "value_channels")
         if self.rope_channels % 2:
             raise ValueError(f"{self.rope_channels=} must be even, RoPE rotates pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How K of E experts are chosen and weighed; see `eep_jax.models.router.choose`.
+    """Choice and weights of K of E experts; see `eep_jax.models.router.choose`.
 
-    With `groups` > 1, experts of the `groups_kept` best groups alone are chosen from.
+    With `groups` > 1, only experts of the `groups_kept` best groups can be chosen.
     """
 
     score: str = "softmax"  # see SCORES
     bias: bool = False  # added to the logits
-    correction: bool = False  # a bias added to scores for choosing, not for weighing
+    correction: bool = False  # a bias added to scores for the choice, not for the weights
     groups: int = 1
     groups_kept: int = 1
     group_score: str = "max"  # see GROUP_SCORES
-    scaling: float = 1.0  # weights are multiplied by it at the end
+    scaling: float = 1.0  # factor of the final weights
 
     def __post_init__(self):
         _one_of("RouterConfig.score", self.score, SCORES)
@@ -97,10 +98,11 @@ class RouterConfig:
 class ModelConfig:
     """Sizes and options of an MoE decoder. All lengths are in tokens or channels.
 
-    The defaults make a Qwen3-MoE (arXiv 2505.09388). `eep_jax.models.families` says what other
-    families are, and reads this from a Hugging Face `config.json`.
+    The defaults are those of Qwen3-MoE (arXiv 2505.09388). `eep_jax.models.families` reads it from
+    the Hugging Face `config.json` of every supported family.
 
-    Raises ValueError for sizes that contradict each other; the message holds both numbers.
+    Raises:
+        ValueError: Two values contradict each other; the message holds both.
     """
 
     name: str
@@ -118,27 +120,29 @@ class ModelConfig:
     norm_eps: float = 1e-6
     bos_token: int = 0
     eos_token: int = 0
-    more_eos_tokens: tuple[int, ...] = ()  # others that end a completion
-    tied_embeddings: bool = False  # the head is the embedding
-    qk_norm: str = "head"  # of each head, of all channels at once, or none; see QK_NORMS
+    more_eos_tokens: tuple[int, ...] = ()  # further tokens that end a completion
+    tied_embeddings: bool = False  # the output head shares the embedding's weights
+    qk_norm: str = "head"  # over each head, over all channels, or none; see QK_NORMS
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's last projection
-    windows: tuple[int, ...] = ()  # positions that each layer sees, 0: all; (): all in all layers
-    sinks: bool = False  # a learned score per head, which takes attention from all positions
+    windows: tuple[
+        int, ...
+    ] = ()  # attention window of each layer, 0: all positions; (): no windows
+    sinks: bool = False  # a learned score per head in the softmax's denominator
     rope: RopeConfig = RopeConfig()
     latent: LatentConfig | None = None  # latent attention instead of grouped queries
     router: RouterConfig = RouterConfig()
     activation: str = "swiglu"  # of routed experts, see ACTIVATIONS
-    activation_limit: float = 7.0  # clamped_swiglu clamps there
-    activation_slope: float = 1.702  # of its sigmoid
+    activation_limit: float = 7.0  # clamp of clamped_swiglu
+    activation_slope: float = 1.702  # slope of its sigmoid
     expert_biases: bool = False
-    dense_layers: int = 0  # the first so many have a plain MLP instead of experts
-    dense_hidden: int = 0  # its channels
-    shared_hidden: int = 0  # channels of the expert that every token takes; 0: there is none
-    shared_gate: bool = False  # which a sigmoid of the token weighs
+    dense_layers: int = 0  # number of first layers with a plain MLP instead of experts
+    dense_hidden: int = 0  # channels of that MLP
+    shared_hidden: int = 0  # channels of the expert shared by all tokens; 0: none
+    shared_gate: bool = False  # a sigmoid of the token weights the shared expert
 
     def __post_init__(self):
-        _positive(
+        check_positive(
             self, "vocab_size", "hidden", "layers", "query_heads", "kv_heads", "expert_hidden"
         )
         if self.query_heads % self.kv_heads:
@@ -154,13 +158,15 @@ class ModelConfig:
 
     def _check_layers(self) -> None:
         if not 0 <= self.dense_layers < self.layers:
-            raise ValueError(f"{self.dense_layers=} must be 0 or more, fewer than {self.layers=}")
+            raise ValueError(
+                f"{self.dense_layers=} must be at least 0 and less than {self.layers=}"
+            )
         if self.dense_layers and self.dense_hidden < 1:
-            raise ValueError(f"{self.dense_layers=} need a {self.dense_hidden=} that is positive")
+            raise ValueError(f"{self.dense_hidden=} must be positive if {self.dense_layers=}")
         if self.windows and len(self.windows) != self.layers:
-            raise ValueError(f"{self.windows=} must be one for each of {self.layers=}")
+            raise ValueError(f"{self.windows=} must have one window for each of {self.layers=}")
         if self.rope.rotated_channels > self.head_dim:
-            raise ValueError(f"{self.rope.rotated_channels=} of {self.head_dim=} cannot be")
+            raise ValueError(f"{self.rope.rotated_channels=} must be at most {self.head_dim=}")
         if self.latent and (self.windows or self.sinks or self.qkv_bias or self.output_bias):
             raise ValueError(
                 f"latent attention has no windows, sinks or biases, but {self.windows=}, "
@@ -179,7 +185,7 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> int:
-        """How many layers have routed experts: L of a bank. They are the last ones."""
+        """Number of layers with routed experts, L of a bank. They are the last layers."""
         return self.layers - self.dense_layers
 
     @property
@@ -196,8 +202,8 @@ class ModelConfig:
     def expert_shape(self) -> tuple[int, int, int, int]:
         """Shape of one expert, all its layers: [L, 3 (gate, up, down transposed), F, D].
 
-        With biases, `bias_rows` more than F: the first F values of those are the bias of gate, or
-        of up; the first D that of down.
+        With biases, F grows by `bias_rows`: their first F values are the bias of gate or up, their
+        first D values that of down.
         """
         return (self.moe_layers, 3, self.expert_hidden + self.bias_rows, self.hidden)
 
@@ -208,19 +214,19 @@ class ModelConfig:
 
     @property
     def cache_channels(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(heads, channels) of the keys and of the values that are cached of a token and layer."""
+        """(heads, channels) of the cached keys and of the cached values per token and layer."""
         if self.latent:
             return (1, self.latent.rope_channels), (1, self.latent.kv_rank)
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
 
     @property
     def cache_elements(self) -> int:
-        """Elements that are cached of one token, all layers."""
+        """Cached elements of one token, all layers."""
         return self.layers * sum(heads * channels for heads, channels in self.cache_channels)
 
     @property
     def dense_parameters(self) -> int:
-        """Number of weights outside the routed experts: what every rank holds."""
+        """Number of weights outside the routed experts, which every rank holds."""
         hidden, layers = self.hidden, self.layers
         mlps = self.dense_layers * 3 * hidden * self.dense_hidden
         shared = self.moe_layers * hidden * (3 * self.shared_hidden + self.shared_gate)
@@ -254,7 +260,11 @@ class ModelConfig:
 
 
 def model_from_values(values: dict) -> ModelConfig:
-    """The inverse of `dataclasses.asdict`, also after JSON. Raises TypeError or ValueError."""
+    """The inverse of `dataclasses.asdict`, also after a round trip through JSON.
+
+    Raises:
+        TypeError, ValueError: `values` is not the dictionary of a ModelConfig.
+    """
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     parts = {"rope": RopeConfig, "latent": LatentConfig, "router": RouterConfig}
     for name, kind in parts.items():

@@ -1,1 +1,1 @@
-"""How ranks and supervisor agree on a change: two pure state machines and what they say."""
+"""Two-phase change of members and placement: pure state machines of supervisor and rank."""

@@ -1,13 +1,14 @@
-"""What the supervisor does while nothing is wrong: redundancy, balance, drains. Pure.
+"""Background work of a healthy cluster: redundancy, balance and drains. Pure.
 
-1. Is it calm?        No change is pending, nobody is joining, every member serves.
+1. Is it calm?        No change is pending, no rank is joining, every member serves.
 2. What is next?      One small step of `placement.balance`: towards a placement without the ranks
                       that are to leave; else towards redundancy; else towards even load.
-3. Fetch              Members bring its experts into slots that no table names, and go on serving.
-4. Due                All is there: the coordinator commits the step, which changes only tables.
+3. Fetch              Members fetch its experts into slots that no table names, while they serve.
+4. Due                All experts are there: the coordinator commits the step, which changes only
+                      tables.
 
-Whatever happens meanwhile, the placement that is committed is a valid one: the task is dropped, and
-thought of anew when it is calm again.
+The committed placement is valid at any time: an interrupted task is dropped, and a new one is
+planned once it is calm again.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from eep_jax.placement.planner import Plan
 def advance(
     state: CoordinatorState, now_ms: int
 ) -> tuple[CoordinatorState, tuple, BackgroundTask | None]:
-    """The state, what to send, and the task whose experts are all there, if one is."""
+    """Returns the state, commands, and the task if all of its experts are there."""
     if not is_calm(state):
         return with_background(state, task=None), (), None
     commands = ()
@@ -48,7 +49,7 @@ def advance(
 
 
 def is_calm(state: CoordinatorState) -> bool:
-    """Whether every member serves in the committed epoch and nobody is on the way in."""
+    """Whether every member serves in the committed epoch and no rank is joining."""
     if state.change is not None or state.blocked or state.resync or state.view.epoch == 0:
         return False
     if state.view.with_state(RankState.SUSPECT):
@@ -61,7 +62,7 @@ def is_calm(state: CoordinatorState) -> bool:
 
 
 def is_resting(state: CoordinatorState) -> bool:
-    """Whether nothing is left to do, as far as is known now."""
+    """Whether no background work is left, by what is known now."""
     if state.background.task is not None or draining(state) or not state.view.in_epoch:
         return False
     if state.config.background_experts == 0:
@@ -75,7 +76,7 @@ def draining(state: CoordinatorState) -> tuple[int, ...]:
 
 
 def fetches(state: CoordinatorState, only: int | None = None) -> tuple[Send, ...]:
-    """Tells the ranks, or one of them, what the pending task wants of them and is not there yet."""
+    """Fetch messages of the pending task to all ranks, or one, that have not completed it."""
     task, sends = state.background.task, ()
     for rank in state.view.in_epoch if task is not None else ():
         if only not in (None, rank):
@@ -102,7 +103,7 @@ def _begin(state: CoordinatorState, now_ms: int) -> CoordinatorState:
     supply = supply_of(state)
     plan = next_step(state.placement, aim, supply)
     if plan is None and not aim.loads and loads:
-        # The loads stay what they are until they are spread: a moving aim might never be reached.
+        # The loads are fixed until they are spread: a moving aim might never be reached.
         aim = dataclasses.replace(aim, loads=loads)
         plan = next_step(state.placement, aim, supply)
     if plan is None:
@@ -126,13 +127,13 @@ def _aim(state: CoordinatorState, loads: tuple[float, ...]) -> Aim:
 
 
 def has_room(state: CoordinatorState, leaving) -> bool:
-    """Whether the ranks that stay have a slot for every expert. A drain waits until they do."""
+    """Whether the remaining ranks have a slot for every expert. A drain waits until they do."""
     staying = len(set(state.view.in_epoch) - set(leaving))
     return staying * state.config.slots_per_rank >= state.placement.experts
 
 
 def _drain(state: CoordinatorState, leaving) -> dict | None:
-    """The next step of a drain, as far as a task is made of it; None while it has to wait."""
+    """Arguments of the drain's next task; None while the drain has to wait."""
     staying = tuple(rank for rank in state.view.in_epoch if rank not in leaving)
     moves_max = max(1, state.config.background_experts)
     names = ", ".join(map(str, leaving))
@@ -140,7 +141,7 @@ def _drain(state: CoordinatorState, leaving) -> dict | None:
     if (plan := next_step(state.placement, aim, supply_of(state))) is not None:
         return {"kind": "background", "plan": plan, "reason": f"before ranks {names} leave"}
     if missing_experts(state.placement, staying):
-        return None  # no source supplies what the leaving ranks have, for now: see shortages
+        return None  # no source supplies the leaving ranks' experts for now: see shortages
     plan = Plan(placement=state.placement.without_ranks(leaving))
     return {"kind": "drain", "plan": plan, "reason": f"ranks {names} leave", "leaving": leaving}
 

@@ -1,4 +1,4 @@
-"""A new epoch: who is in it and what moves, its Prepare, and its Commit once all are ready."""
+"""Changes of epoch: members, moves, Prepare, and Commit once all ranks are ready."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
     if not members:
         return _block(state, members, "no rank is left")
     if any(state.records[rank].status is None for rank in members):
-        return state, ()  # a restarted supervisor first hears from all, or judges them dead
+        return state, ()  # after a restart, first every member reports or is judged dead
     try:
         found, degrade = certain_placement(state, joining), state.config.policy == "degrade"
         supply, avoid = supply_of(state), avoided(state)
@@ -73,7 +73,7 @@ def _begin(state: CoordinatorState, joining, now_ms: int) -> tuple[CoordinatorSt
 
 
 def start_background(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Prepares the epoch of a background task once all its experts are there."""
+    """Prepares the epoch of a background task once all of its experts are there."""
     state, commands, task = background.advance(state, now_ms)
     if task is None:
         return state, commands
@@ -84,7 +84,7 @@ def start_background(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorS
         kind=task.kind,
         reason=task.reason,
         view=moves.at_epoch(state.view, view, state.epoch_tried + 1),
-        # What was fetched is there: nothing is left to move, and nothing to write anew.
+        # All experts were fetched before: nothing is left to move or to rewrite.
         plan=Plan(placement=task.plan.placement, dropped=task.plan.dropped),
         started_ms=now_ms,
         leaving=task.leaving,
@@ -110,7 +110,7 @@ def _propose(
     }
     common = _prepare_without_moves(state)
     sends = tuple(prepare_for(state, rank, common) for rank in change.takes_part)
-    # The record comes first: a restarted supervisor must not use this epoch for another change.
+    # The record comes first: a restarted supervisor must not reuse this epoch for another change.
     return state, (Note("prepare", facts), *sends)
 
 
@@ -137,7 +137,7 @@ def _prepare_without_moves(state: CoordinatorState) -> Prepare:
 
 
 def certain_placement(state: CoordinatorState, joining) -> Placement:
-    """What the members and these joining ranks hold for certain, as far as it is wanted there."""
+    """The wanted placement, reduced to what members and these joining ranks certainly hold."""
     found = with_loads(state.placement, state, joining)
     wrong = {
         (rank, slot)
@@ -150,7 +150,7 @@ def certain_placement(state: CoordinatorState, joining) -> Placement:
 
 
 def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Commits the pending epoch if all who take part in it are ready."""
+    """Commits the pending epoch if all participating ranks are ready."""
     change = state.change
     if change is None:
         return state, ()
@@ -182,7 +182,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
         "epoch": change.view.epoch,
         "reason": change.reason,
         "members": {r: change.view.members[r].incarnation for r in inside},
-        # Of the others, the newest that is fenced: a joining process is not.
+        # Other ranks: the newest fenced incarnation; a joining process does not count.
         "incarnations": [
             change.view.members[r].incarnation if change.view.includes(r) else record.fenced
             for r, record in enumerate(records)
@@ -196,7 +196,7 @@ def commit_change(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorStat
     commit, stand_by = Commit(epoch=change.view.epoch), StandBy(epoch=change.view.epoch)
     sends = tuple(send_to(state, rank, commit) for rank in inside)
     sends += tuple(send_to(state, rank, stand_by) for rank in change.leaving)
-    # The record comes first: an epoch that any rank serves is one that a restart knows of.
+    # The record comes first: a restarted supervisor must know every epoch that a rank serves.
     return state, (Note("commit", facts), *sends)
 
 
@@ -213,7 +213,7 @@ def is_ready(record: RankRecord, change: Change) -> bool:
 
 
 def _why_hopeless(state: CoordinatorState, change: Change) -> str:
-    """Why a pending change can never be committed, or ''."""
+    """The reason why a pending change can never be committed, or ''."""
     epoch, members = change.view.epoch, change.takes_part
     gone = [r for r in members if not state.records[r].is_current]
     if gone:
@@ -226,18 +226,21 @@ def _why_hopeless(state: CoordinatorState, change: Change) -> str:
 
 
 def lost_preparation(status: Status, epoch: int) -> bool:
-    """A rank listens to no Prepare older than its newest, which a dead supervisor may have sent."""
+    """Whether the rank cannot become ready for `epoch` any more.
+
+    A rank ignores every Prepare older than its newest, which a dead supervisor may have sent.
+    """
     at_work = status.mode is Mode.PREPARING or (status.mode is Mode.READY and not status.lost)
     return status.prepared > epoch or (status.prepared == epoch and not at_work)
 
 
 def _block(state: CoordinatorState, members, reason: str):
-    """No epoch can be made of these members: nobody steps until somebody comes back.
+    """Blocks the cluster: these members cover too few experts, so no rank steps until one returns.
 
-    The dead leave at once, for else no new process could take their ranks and end this.
+    The dead leave the view at once: otherwise no new process could take their ranks.
     """
     if state.view.epoch == 0 and not members:
-        return dataclasses.replace(state, resync=""), ()  # nobody has come yet
+        return dataclasses.replace(state, resync=""), ()  # no rank has come yet
     suspects, news = state.view.with_state(RankState.SUSPECT), state.blocked != reason
     state = dataclasses.replace(
         state,
@@ -250,7 +253,7 @@ def _block(state: CoordinatorState, members, reason: str):
 
 
 def without_members(view: View, ranks) -> View:
-    """The view without these members, under the same epoch: none can be stepped in any more."""
+    """The view without these members, under the same epoch, in which no rank steps any more."""
     for rank in ranks:
         if view.members[rank].state is RankState.ACTIVE:
             view = moves.suspect(view, rank)

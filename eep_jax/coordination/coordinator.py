@@ -1,13 +1,13 @@
 """The supervisor's side of a change: `(state, event) -> (state, commands)`, pure.
 
 Every event ends in the same few questions, asked in this order:
-1. Who is dead?       `detector.judge` over all signs; the dead are fenced at once and for good.
+1. Who is dead?       `detector.judge` over all signs; dead ranks are fenced at once, for good.
 2. Is a change due?   A death, a held step, a rank out of step, a joining rank that has loaded:
                       Prepare a new epoch. A death while a change is pending abandons it for a
                       later epoch.
 3. Is it agreed?      All ranks of the pending epoch are READY with the right experts: Commit.
-4. Who waits outside? Joining ranks are told what to Load.
-5. Is it calm?        Then `background` does what need not be done at once.
+4. Who waits outside? Joining ranks receive a Load.
+5. Is it calm?        Then `background` does work that is not urgent.
 """
 
 import dataclasses
@@ -26,9 +26,18 @@ from eep_jax.coordination.changes import (
 )
 from eep_jax.coordination.deaths import fence_dead, verdict_on
 from eep_jax.coordination.loading import assign_loads, load_for
-from eep_jax.coordination.protocol import Commit, Fenced, Mode, Refused, StandBy, Status, Welcome
+from eep_jax.coordination.protocol import (
+    OUTSIDE,
+    Commit,
+    Fenced,
+    Mode,
+    Refused,
+    StandBy,
+    Status,
+    Welcome,
+)
 from eep_jax.coordination.quiet import is_quiet, look
-from eep_jax.coordination.records import OUTSIDE, replaced, send_to, want_resync, with_record
+from eep_jax.coordination.records import replaced, send_to, want_resync, with_record
 from eep_jax.coordination.shortages import forget_old, note_lost
 from eep_jax.coordination.state import (
     Answer,
@@ -53,7 +62,7 @@ OWN_PAUSE_MS = 1_000  # a longer gap between two events means that the superviso
 
 
 def initial_state(config: ClusterConfig, experts: int) -> CoordinatorState:
-    """The state of a supervisor that was never started before."""
+    """The state of the first supervisor of a run."""
     return CoordinatorState(
         config=config,
         view=empty_view(config.ranks),
@@ -72,15 +81,15 @@ def restored_state(
     fenced=None,
     out=frozenset(),
 ) -> CoordinatorState:
-    """The state of a restarted supervisor: the committed epoch, and who was last let in.
+    """The state of a restarted supervisor: the committed epoch and the newest incarnations.
 
-    `issued[rank]` is the newest incarnation ever given out, `fenced[rank]` the newest that was
-    judged dead, `view` names the members, `out` the ranks that the operator took out. A member gets
-    `restart_grace_ms` to come back before its silence counts.
+    `issued[rank]` is the newest incarnation ever issued, `fenced[rank]` the newest that was judged
+    dead, `view` holds the members, `out` the ranks that the operator took out. A member gets
+    `restart_grace_ms` to reconnect before its silence counts.
     """
     since_ms = now_ms + config.restart_grace_ms
     fenced = fenced or [0] * config.ranks
-    # A member that was judged dead stays so; where a newer process was let in, it had been.
+    # A member that was judged dead stays dead; it also was where a newer process was admitted.
     members = [(rank, view.members[rank].incarnation) for rank in view.in_epoch]
     gone = [rank for rank, inc in members if issued[rank] > inc or fenced[rank] >= inc]
     view = without_members(view, gone)
@@ -106,7 +115,7 @@ def restored_state(
 
 
 def advance(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Feeds one event and settles all that follows from it. A Tick comes several times a second."""
+    """Applies one event and all that follows from it. A Tick comes several times a second."""
     before = _excuse_own_pause(state, now_ms)
     state, commands = _take(before, event, now_ms)
     if is_quiet(before, state, event, now_ms) and _goes_on(state, event.rank, now_ms):
@@ -117,7 +126,7 @@ def advance(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorSta
 
 
 def _goes_on(state: CoordinatorState, rank: int, now_ms: int) -> bool:
-    """Whether a rank that just reported is well, and can still prepare what is pending."""
+    """Whether a rank that just reported is alive, and can still prepare the pending change."""
     if verdict_on(state, rank, now_ms).dead:
         return False
     change, status = state.change, state.records[rank].status
@@ -125,7 +134,7 @@ def _goes_on(state: CoordinatorState, rank: int, now_ms: int) -> bool:
 
 
 def _note_ready(state: CoordinatorState, status: Status) -> CoordinatorState:
-    """One rank more is ready; another one is not."""
+    """Counts one more ready rank of a change that still waits for another."""
     change = state.change
     if change is None or status.rank in change.ready:
         return state
@@ -136,7 +145,7 @@ def _note_ready(state: CoordinatorState, status: Status) -> CoordinatorState:
 
 
 def _excuse_own_pause(state: CoordinatorState, now_ms: int) -> CoordinatorState:
-    """A supervisor that slept heard nobody: no rank is to blame for the time of the sleep."""
+    """Does not count the time that the supervisor itself slept as silence of the ranks."""
     pause_ms = now_ms - (now_ms if state.advanced_ms is None else state.advanced_ms)
     if pause_ms or state.advanced_ms is None:
         state = dataclasses.replace(state, advanced_ms=now_ms)
@@ -158,7 +167,7 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
         case Arrived(rank=rank):
             return _arrived(state, rank, now_ms)
         case Status():
-            return _heard(state, event, now_ms)
+            return _on_status(state, event, now_ms)
         case Disconnected(rank=rank, incarnation=incarnation):
             record = state.records[rank]
             if incarnation != record.incarnation or record.channel_lost_ms is not None:
@@ -182,7 +191,7 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
             return dataclasses.replace(state, load=load), ()
         case Tick():
             return state, ()
-    raise TypeError(f"{event!r} is no event of the coordinator")
+    raise TypeError(f"unknown event of the coordinator: {event!r}")
 
 
 def _arrived(state: CoordinatorState, rank: int, now_ms: int):
@@ -208,7 +217,7 @@ def _arrived(state: CoordinatorState, rank: int, now_ms: int):
     )
 
 
-def _heard(state: CoordinatorState, status: Status, now_ms: int):
+def _on_status(state: CoordinatorState, status: Status, now_ms: int):
     rank, record = status.rank, state.records[status.rank]
     if status.incarnation != record.incarnation or not record.is_current:
         reason = (
@@ -220,7 +229,7 @@ def _heard(state: CoordinatorState, status: Status, now_ms: int):
         return state, ()
     state = with_record(state, rank, status=status, heard_ms=now_ms, channel_lost_ms=None)
     state = note_lost(state, status, now_ms)
-    # A rank may know of an epoch that a supervisor which died had tried.
+    # A rank may know an epoch that a dead supervisor had tried.
     tried = max(state.epoch_tried, status.epoch, status.prepared)
     if tried != state.epoch_tried:
         state = dataclasses.replace(state, epoch_tried=tried)
@@ -258,11 +267,11 @@ def _put_in_step(state: CoordinatorState, status: Status):
         if status.mode in (Mode.PREPARING, Mode.READY):
             return want_resync(state, f"rank {rank} prepared epoch {status.prepared}"), ()
         return state, background.fetches(state, only=rank)
-    if status.epoch:  # it was drained, and does not know so yet
+    if status.epoch:  # it was drained, and the StandBy has not reached it
         return state, (send_to(state, rank, StandBy(epoch=state.epoch_tried)),)
     load = state.records[rank].load
     if status.mode in OUTSIDE and load is not None and not holds(status.contents, load.slots):
-        # What it holds, and who can be read from, may have changed since it was first told.
+        # What it holds, and which ranks can be read, may have changed since the first Load.
         load = load_for(state, rank, load.slots)
         return with_record(state, rank, load=load), (send_to(state, rank, load),)
     return state, ()
@@ -279,7 +288,7 @@ def _settle(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tup
 def missing(state: CoordinatorState) -> tuple[int, ...]:
     """Experts without a live replica in the committed epoch, for reports.
 
-    While blocked also those whose slots a plan that was given up may have overwritten.
+    While blocked, also those whose slots an abandoned plan may have overwritten.
     """
     placement = certain_placement(state, ()) if state.blocked else state.placement
     return missing_experts(placement, state.view.with_state(RankState.ACTIVE))

@@ -1,4 +1,4 @@
-"""Who is dead: the detector's verdict on every rank, and what follows for the dead at once."""
+"""Deaths: the detector's verdict on every rank, and the immediate consequences."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from eep_jax.placement.placement import EMPTY, holds
 
 
 def fence_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Fences who is dead, and kills evicted processes that do not end themselves."""
+    """Fences dead ranks, and kills evicted processes that do not end themselves."""
     commands: tuple = ()
     for rank, member in enumerate(state.view.members):
         record = state.records[rank]
@@ -37,7 +37,7 @@ def fence_dead(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, 
 
 
 def verdict_on(state: CoordinatorState, rank: int, now_ms: int):
-    """What all signs of a rank say, and whether it holds what it should."""
+    """The verdict from all signs of a rank, and from the contents of its bank."""
     record, status = state.records[rank], state.records[rank].status
     signs = Signs(
         rank=rank,
@@ -45,7 +45,7 @@ def verdict_on(state: CoordinatorState, rank: int, now_ms: int):
         ending=record.ending,
         heard_ms=record.heard_ms,
         channel_lost_ms=record.channel_lost_ms,
-        # A rank that is alone compiles, which may take long and disturbs nobody.
+        # A rank that is alone compiles, which may take long and disturbs no other rank.
         stalled_ms=0 if status is None or status.mode is Mode.ALONE else status.stalled_ms,
         accused_by=record.accused_by,
     )
@@ -57,7 +57,7 @@ def verdict_on(state: CoordinatorState, rank: int, now_ms: int):
 
 
 def _disagreement(state: CoordinatorState, rank: int) -> str:
-    """Why a rank cannot be used though it lives, or ''. Fatal to that rank alone."""
+    """The reason why a live rank cannot be used, or ''. Fatal to that rank only."""
     status, change = state.records[rank].status, state.change
     if status is None:
         return ""
@@ -73,7 +73,7 @@ def _disagreement(state: CoordinatorState, rank: int) -> str:
     if len(status.contents) == len(expected) and status.mode is Mode.READY:
         wrong = {e for held, e in zip(status.contents, expected, strict=True) if held != e}
         if wrong <= {EMPTY, *status.lost}:
-            return ""  # it says itself what it could not get: see shortages
+            return ""  # its Status names the experts that it could not get: see shortages
     return f"rank {rank} holds experts {status.contents}, its placement says {expected}"
 
 

@@ -1,8 +1,8 @@
-"""What joining ranks hold before they are let in, and where they read it from."""
+"""Experts that joining ranks load before they are admitted, and the sources to read from."""
 
 from eep_jax.config import SOURCES
-from eep_jax.coordination.protocol import Load
-from eep_jax.coordination.records import OUTSIDE, handles_of, send_to, unsettled_places, with_record
+from eep_jax.coordination.protocol import OUTSIDE, Load
+from eep_jax.coordination.records import handles_of, send_to, unsettled_places, with_record
 from eep_jax.coordination.shortages import avoided
 from eep_jax.coordination.state import CoordinatorState, RankRecord
 from eep_jax.membership.view import RankState
@@ -12,14 +12,14 @@ from eep_jax.placement.sources import SourceKind, Supply, median_rates, rank_sou
 
 
 def assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState, tuple]:
-    """Tells every joining rank that has no task yet which experts to load."""
+    """Sends a Load to every joining rank that has none yet."""
     joining, commands = state.view.with_state(RankState.JOINING), ()
     waiting = tuple(
         r
         for r in joining
         if (record := state.records[r]).load is None
         and r not in state.out
-        and record.status.epoch == 0  # else it was drained, and must hear so first
+        and record.status.epoch == 0  # otherwise it was drained, and needs its StandBy first
     )
     if not waiting:
         return state, commands
@@ -33,7 +33,7 @@ def assign_loads(state: CoordinatorState, now_ms: int) -> tuple[CoordinatorState
 
 
 def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
-    """The placement with what these joining ranks shall hold."""
+    """The placement with the experts that these joining ranks shall hold."""
     config = state.config
     if state.view.epoch == 0:
         experts = state.placement.experts
@@ -46,7 +46,7 @@ def _wanted(state: CoordinatorState, waiting, loading) -> Placement:
 
 
 def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load:
-    """What brings a joining rank from what it holds to `slots`, read from members only."""
+    """The Load that fills a joining rank's bank to `slots`; it reads from members only."""
     members = tuple(r for r in state.view.in_epoch if state.records[r].is_current)
     away = set(state.view.ranks) - set(members)
     readable = state.placement.without_ranks(away).without(unsettled_places(state))
@@ -60,13 +60,13 @@ def load_for(state: CoordinatorState, rank: int, slots: tuple[int, ...]) -> Load
 
 
 def supply_of(state: CoordinatorState) -> Supply:
-    """What live ranks say that they back up, and what they measured."""
+    """Backups and measured rates that live ranks reported, and the sources that are allowed."""
     alive = {
         rank: record.status
         for rank, record in enumerate(state.records)
         if record.is_current and not record.ending and record.status is not None
     }
-    # The first experts of all come from the checkpoint, whatever is allowed later.
+    # Before the first epoch there is only the checkpoint, whatever is allowed later.
     allowed = tuple(map(SourceKind, state.config.sources if state.view.epoch else SOURCES))
     measured = state.config.source_order == "measured"
     return Supply(
@@ -77,7 +77,7 @@ def supply_of(state: CoordinatorState) -> Supply:
 
 
 def ready_to_join(state: CoordinatorState, now_ms: int) -> tuple[int, ...]:
-    """Joining ranks that can be admitted. The first epoch waits for all ranks, but not forever."""
+    """Joining ranks to admit. The first epoch waits `formation_ms` for all ranks."""
     joining = state.view.with_state(RankState.JOINING)
     loaded = tuple(r for r in joining if r not in state.out and _has_loaded(state.records[r]))
     if state.view.epoch == 0 and len(loaded) < state.config.ranks:
@@ -98,7 +98,7 @@ def _has_loaded(record: RankRecord) -> bool:
 
 
 def with_loads(placement: Placement, state: CoordinatorState, joining) -> Placement:
-    """The placement with what these joining ranks were told to load."""
+    """The placement with the experts that these joining ranks were sent to load."""
     for rank in joining:
         for slot, expert in enumerate(state.records[rank].load.slots):
             placement = placement.with_expert(rank, slot, expert)

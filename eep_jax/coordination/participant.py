@@ -5,16 +5,17 @@
                           └──Loaded              ├──────Prepare────────┤     StepAccused  │
                                                  ├──────Prepare────── HOLDING ◀───────────┤
                                                  └──────Prepare───────────────────────────┘
-A rank that serves may be told to Fetch experts beside its steps. One that is drained goes from
-anywhere to STANDBY, which is as good as OFFERED. An expert that no source supplies is named in the
-Status as `lost`, and ends nothing: what follows is the supervisor's to say. Fenced, or a peer that
-cannot be mapped, ends the process from anywhere. A rank that is no member goes back from PREPARING
+A serving rank may receive a Fetch of experts beside its steps. A drained rank goes from any mode to
+STANDBY, which is equivalent to OFFERED. An expert that no source supplies is listed in the Status
+as `lost` and ends nothing: the supervisor decides what follows. Fenced, or a peer that cannot be
+mapped, ends the process in any mode. A rank that is no member goes back from PREPARING
 or READY to OFFERED where a Load asks for other experts: its change was given up.
 """
 
 import dataclasses
 
 from eep_jax.coordination.protocol import (
+    OUTSIDE,
     Commit,
     Fenced,
     Fetch,
@@ -27,15 +28,13 @@ from eep_jax.coordination.protocol import (
 from eep_jax.membership.view import View
 from eep_jax.placement.placement import EMPTY, Placement, holds
 
-_OUTSIDE = (Mode.OFFERED, Mode.STANDBY, Mode.PREPARING, Mode.READY)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParticipantState:
-    """What a rank knows of the agreement. `view` and `placement` are those of `epoch`.
+    """A rank's state of the agreement. `view` and `placement` are those of `epoch`.
 
-    `contents` leaves out the slots that a Load, Fetch or Prepare may be writing: they hold nothing
-    for certain until Loaded, Fetched or Prepared says so.
+    `contents` leaves out the slots that a Load, Fetch or Prepare may be writing: their contents
+    are undefined until Loaded, Fetched or Prepared.
     """
 
     rank: int
@@ -47,7 +46,7 @@ class ParticipantState:
     load: Load | None = None
     fetch: Fetch | None = None
     fetched: int = 0
-    left: int = 0  # the epoch it was drained in; nothing older than that is followed any more
+    left: int = 0  # the epoch it was drained in; older messages are ignored
     contents: tuple[int, ...] = ()
     accused: tuple[int, ...] = ()
     lost: dict[int, str] = dataclasses.field(default_factory=dict)  # see Status
@@ -58,20 +57,20 @@ class ParticipantState:
         return self.prepare.epoch if self.prepare else 0
 
     def status(self, *, incarnation: int, sequence: int, **beside) -> Status:
-        """What the rank says of this; `beside` are Status' other fields, or the bank's contents."""
-        said = ("rank", "mode", "epoch", "prepared", "fetched", "contents", "accused", "lost")
-        known = {name: getattr(self, name) for name in (*said, "failure")}
+        """The Status of this state; `beside` are its other fields, or the bank's contents."""
+        shared = ("rank", "mode", "epoch", "prepared", "fetched", "contents", "accused", "lost")
+        known = {name: getattr(self, name) for name in (*shared, "failure")}
         return Status(incarnation=incarnation, sequence=sequence, **known | beside)
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmedUp:
-    """The rank compiled and ran its steps alone."""
+    """Event: the rank compiled and ran its steps alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A Load was carried out; `contents` are what the bank holds now, `lost` what it could not."""
+    """Event: a Load is done; `contents` are those of the bank now, `lost` the missing experts."""
 
     contents: tuple[int, ...]
     lost: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -79,7 +78,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """A Fetch was gone through; `contents` are what the bank holds now."""
+    """Event: a Fetch is done; `contents` are those of the bank now."""
 
     number: int
     contents: tuple[int, ...]
@@ -88,7 +87,7 @@ class Fetched:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A Prepare was carried out; `contents` are what the bank holds now."""
+    """Event: a Prepare is done; `contents` are those of the bank now."""
 
     epoch: int
     contents: tuple[int, ...]
@@ -97,14 +96,14 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """The rank cannot do what it was asked."""
+    """Event: the rank cannot do its task."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class StepAccused:
-    """A step of `epoch` was discarded; `accused` are the ranks that it timed out on."""
+    """Event: a step of `epoch` was discarded; `accused` are the ranks that it timed out on."""
 
     epoch: int
     accused: tuple[int, ...]
@@ -112,9 +111,9 @@ class StepAccused:
 
 @dataclasses.dataclass(frozen=True)
 class FillBank:
-    """Action: carry out `load` without disturbing anyone, then report Loaded.
+    """Action: carry out `load` without disturbing other ranks, then report Loaded.
 
-    FillBank and CarryOut write the same bank: one at a time, in the order of their asking.
+    FillBank and CarryOut write the same bank: one at a time, in the order of the actions.
     """
 
     load: Load
@@ -124,7 +123,7 @@ class FillBank:
 class FillSlots:
     """Action: carry out `fetch` expert by expert, between steps, then report Fetched.
 
-    It is over as soon as the state names another Fetch, or none.
+    It ends as soon as the state holds another Fetch, or none.
     """
 
     fetch: Fetch
@@ -132,7 +131,7 @@ class FillSlots:
 
 @dataclasses.dataclass(frozen=True)
 class CarryOut:
-    """Action: stop stepping, map and move as `prepare` says, then report Prepared."""
+    """Action: stop stepping, map and move according to `prepare`, then report Prepared."""
 
     prepare: Prepare
 
@@ -159,7 +158,7 @@ class Report:
 
 
 def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
-    """Feeds one message or local event. Late and repeated ones change nothing, or are reported."""
+    """Applies a message or local event. Late and repeated ones change nothing or cause a report."""
     change = dataclasses.replace
     if state.mode is Mode.FENCED:
         return state, ()
@@ -170,12 +169,12 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
             return change(state, failure=reason), (Report(),)
         case WarmedUp() if state.mode is Mode.ALONE:
             return change(state, mode=Mode.OFFERED), (Report(),)
-        case Load() if state.mode in _OUTSIDE and state.epoch == 0:
+        case Load() if state.mode in OUTSIDE and state.epoch == 0:
             if state.load is not None and state.load.slots == event.slots:
-                return state, ()  # under way; an answer now would only be asked for again
+                return state, ()  # under way; a report now would only repeat the request
             if holds(state.contents, event.slots):
                 return state, (Report(),)
-            # `prepare` stays: what was given up must not be taken up again.
+            # `prepare` stays: an abandoned change must not be resumed.
             contents = _unwritten(state.contents, event.moves)
             state = change(state, mode=Mode.OFFERED, load=event, contents=contents, fetch=None)
             return change(state, lost={}), (FillBank(event),)
@@ -183,7 +182,7 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
             return change(state, contents=contents, lost=lost, load=None), (Report(),)
         case Fetch() if state.mode is Mode.SERVING and event.epoch == state.epoch:
             if state.fetch is not None and state.fetch.number >= event.number:
-                return state, ()  # under way, and it will be reported
+                return state, ()  # under way, and will be reported
             if state.fetched >= event.number:
                 return state, (Report(),)
             contents = _unwritten(state.contents, event.moves)
@@ -207,7 +206,7 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
             return state, (Report(),)
         case Prepared(epoch=epoch, contents=contents, lost=lost):
             if state.mode is not Mode.PREPARING or epoch != state.prepared:
-                return state, ()  # a newer Prepare or Load writes by now, and will report
+                return state, ()  # a newer Prepare or Load is writing, and will report
             return change(state, mode=Mode.READY, contents=contents, lost=lost), (Report(),)
         case Commit(epoch=epoch):
             if state.mode is not Mode.READY or epoch != state.prepared:
@@ -221,7 +220,7 @@ def advance(state: ParticipantState, event) -> tuple[ParticipantState, tuple]:
 
 
 def _unwritten(contents: tuple[int, ...], moves) -> tuple[int, ...]:
-    """The contents less the slots that these moves write."""
+    """The contents without the slots that these moves write."""
     written = {move.slot for move in moves}
     return tuple(EMPTY if slot in written else e for slot, e in enumerate(contents))
 

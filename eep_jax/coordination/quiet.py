@@ -1,11 +1,11 @@
-"""Which reports change nothing but themselves: so that hundreds of ranks cost little each.
+"""Quiet reports: Statuses that cannot change a decision, so that hundreds of ranks cost little.
 
-After every event the coordinator looks at all ranks. For most reports of members that is in vain:
-a heartbeat that says what the last one said, or one rank more that is ready while another is not.
-What such a report could bring about is known from the last look at all ranks:
+After every event the coordinator looks at all ranks. For most reports of members that is useless:
+a heartbeat equal to the last one, or one more rank that is ready while another is not. The last
+look at all ranks bounds the effect of such a report:
 
-- nobody's lease, channel or grace runs out before `due_ms`;
-- `witness`, if there is one, keeps a change from being agreed, or calm from being there.
+- no lease, channel grace or fencing grace expires before `due_ms`;
+- `witness`, if there is one, keeps a change from being agreed, or the cluster from being calm.
 
 A Tick always looks at all ranks.
 """
@@ -14,8 +14,8 @@ from eep_jax.coordination.protocol import Mode, Status
 from eep_jax.coordination.state import CoordinatorState, Quiet, RankRecord
 from eep_jax.membership.view import RankState
 
-# What of a Status decides anything, beside the time of its coming and what it measured.
-_TELLING = (
+# Status fields that can change a decision, beside its time of arrival.
+_DECIDING = (
     "mode",
     "epoch",
     "prepared",
@@ -30,7 +30,7 @@ _USUAL = (Mode.SERVING, Mode.PREPARING, Mode.READY)
 
 
 def look(state: CoordinatorState) -> Quiet | None:
-    """What holds until something else than a quiet report comes; None while nobody was let in."""
+    """Bounds that hold until an event that is not quiet; None before the first epoch."""
     if state.view.epoch == 0 or state.blocked or state.resync:
         return None
     due = [_due_ms(state, record) for record in state.records]
@@ -38,10 +38,10 @@ def look(state: CoordinatorState) -> Quiet | None:
 
 
 def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: int) -> bool:
-    """Whether `event`, which made `after` of `before`, calls for no look at all ranks.
+    """Whether `event`, which turned `before` into `after`, requires no look at all ranks.
 
-    The reporting rank itself must be looked at all the same: whether it is dead, and whether it
-    can still prepare.
+    The reporting rank itself still has to be checked: whether it is dead, and whether it can still
+    prepare.
     """
     known = before.quiet
     if known is None or now_ms >= known.due_ms or not isinstance(event, Status):
@@ -55,12 +55,12 @@ def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: i
         return False
     if known.witness is not None:
         return True
-    told = before.records[rank].status
-    return told is not None and all(getattr(told, n) == getattr(event, n) for n in _TELLING)
+    last = before.records[rank].status
+    return last is not None and all(getattr(last, n) == getattr(event, n) for n in _DECIDING)
 
 
 def _due_ms(state: CoordinatorState, record: RankRecord) -> int:
-    """Until when this record means the same, if nothing else is heard."""
+    """The time at which this record decides something else, if no message comes."""
     config = state.config
     if not record.is_current:
         waits = not record.ended and not record.killed

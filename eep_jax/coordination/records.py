@@ -1,15 +1,10 @@
-"""Small steps that all decisions about a change are made of."""
+"""Small updates and queries of the state, shared by all decisions about a change."""
 
-from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.state import CoordinatorState, Send
-
-# A process in one of these modes that is no member wants to become one. The last two are left over
-# from a change that was abandoned, or that a supervisor which died had begun.
-OUTSIDE = (Mode.OFFERED, Mode.STANDBY, Mode.PREPARING, Mode.READY)
 
 
 def with_record(state: CoordinatorState, rank: int, **changes) -> CoordinatorState:
-    """The state with changes to what is known of one rank."""
+    """The state with changes to the record of one rank."""
     record = replaced(state.records[rank], **changes)
     records = state.records[:rank] + (record,) + state.records[rank + 1 :]
     return replaced(state, records=records)
@@ -26,22 +21,22 @@ def replaced[T](value: T, **changes) -> T:
 
 
 def send_to(state: CoordinatorState, rank: int, message) -> Send:
-    """A message to the process of a rank that is known now."""
+    """A message to the newest known process of a rank."""
     return Send(rank, state.records[rank].incarnation, message)
 
 
 def want_resync(state: CoordinatorState, reason: str) -> CoordinatorState:
-    """The state that wants an epoch with the same members, for the first such reason."""
+    """The state with an epoch of the same members requested. The first reason counts."""
     return replaced(state, resync=state.resync or reason)
 
 
 def handles_of(state: CoordinatorState, ranks) -> dict[int, str]:
-    """Where the slabs of these ranks are found, of those that were heard."""
+    """Handles of the slabs of these ranks, of those that have reported."""
     found = {r: state.records[r].status for r in ranks}
     return {r: status.handle for r, status in found.items() if status is not None}
 
 
 def unsettled_places(state: CoordinatorState) -> frozenset[tuple[int, int]]:
-    """Places that a pending or an abandoned plan may be writing."""
+    """(rank, slot) that a pending or an abandoned plan may be writing."""
     moves_pending = state.change.plan.moves if state.change else ()
     return state.dirty | {(move.rank, move.slot) for move in moves_pending}

@@ -1,29 +1,29 @@
-"""Experts that no source supplied to a rank: who asks next, what is given up, and why. Pure.
+"""Shortages: experts that no source supplied to a rank, and when they are tried again. Pure.
 
-1. A rank brings what it can, stays alive, and names the rest in its Status as `lost`.
-2. That expert goes to another rank: what is wrong may be the first one's network or disk.
-3. Once RANKS_TRIED ranks could not get it, it is left alone. Without a replica of it the cluster is
-   blocked, or goes on without it (`degrade`); what else is to be brought is not held up.
-4. After a while, twice as long each time, all of that is forgotten, and it is tried anew: when the
-   file is mended or the host is back, nobody has to start anything.
+1. A rank fetches what it can, stays alive, and lists the other experts in its Status as `lost`.
+2. Such an expert goes to another rank: the cause may be the first one's network or disk.
+3. Once RANKS_TRIED ranks could not get it, plans leave it out. Without a replica of it the cluster
+   is blocked, or continues without it (`degrade`); other moves go on.
+4. After a pause, twice as long each time, all shortages are forgotten and tried again: once the
+   file is repaired or the host is back, no operator has to act.
 """
 
 import dataclasses
 
-from eep_jax.coordination.protocol import Mode, Status
-from eep_jax.coordination.records import OUTSIDE, want_resync, with_record
+from eep_jax.coordination.protocol import OUTSIDE, Mode, Status
+from eep_jax.coordination.records import want_resync, with_record
 from eep_jax.coordination.state import CoordinatorState, Shortages
 from eep_jax.placement.placement import EMPTY
 
 RANKS_TRIED = 2
 RETRY_MS, RETRY_MAX_MS = 2_000, 32_000
-NAMED_MAX = 3  # experts whose reasons are told
+NAMED_MAX = 3  # experts whose reasons `explain` gives
 
 
 def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> CoordinatorState:
-    """Remembers what a rank that just reported could not get for what it was last told.
+    """Records the experts that a reporting rank could not get for its last message.
 
-    A rank on its way in is not asked for it again: it comes in without.
+    A joining rank is not sent for them again: it is admitted without them.
     """
     if not status.lost:
         return state
@@ -35,7 +35,7 @@ def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> Coordinat
     known = state.shortages
     reasons = {(rank, wanted[slot]): status.lost[wanted[slot]] for slot in slots}
     if not reasons.keys() <= known.reasons.keys():
-        if not known.reasons:  # the first of this try; later ones do not put the next one off
+        if not known.reasons:  # the first of this try; later ones do not delay the next try
             wait_ms = min(RETRY_MS << known.tries, RETRY_MAX_MS)
             known = Shortages(until_ms=now_ms + wait_ms, tries=min(known.tries + 1, 8))
         found = dataclasses.replace(known, reasons=known.reasons | reasons)
@@ -49,7 +49,7 @@ def note_lost(state: CoordinatorState, status: Status, now_ms: int) -> Coordinat
 
 
 def _wanted(state: CoordinatorState, status: Status) -> tuple[int, ...]:
-    """The slots that a rank was told to fill; empty where its `lost` is of something older."""
+    """The slots that a rank was sent to fill; () if its `lost` belongs to an older message."""
     change, task = state.change, state.background.task
     load = state.records[status.rank].load
     if len(status.contents) != state.config.slots_per_rank:
@@ -65,24 +65,24 @@ def _wanted(state: CoordinatorState, status: Status) -> tuple[int, ...]:
 
 
 def forget_old(state: CoordinatorState, now_ms: int) -> CoordinatorState:
-    """Lets everything be tried again once the time for that has come."""
+    """Forgets all shortages once their pause is over, so that they are tried again."""
     known = state.shortages
     if not known.reasons or now_ms < known.until_ms:
         return state
     short = sorted({expert for _, expert in known.reasons} & set(state.dropped))
     state = dataclasses.replace(state, shortages=dataclasses.replace(known, reasons={}))
-    if short and state.config.background_experts == 0:  # else it is done while ranks serve
+    if short and state.config.background_experts == 0:  # otherwise background work does it
         return want_resync(state, f"experts {short} are tried again")
     return state
 
 
 def after_success(known: Shortages) -> Shortages:
-    """A change was committed: where nothing is short any more, the next wait is a short one."""
+    """The shortages after a commit: if none is left, the next pause is a short one again."""
     return known if known.reasons else Shortages()
 
 
 def avoided(state: CoordinatorState) -> frozenset[tuple[int, int]]:
-    """Which `(rank, expert)` no plan shall bring together now."""
+    """(rank, expert) that no plan may bring together now."""
     by_expert: dict[int, set[int]] = {}
     for rank, expert in state.shortages.reasons:
         by_expert.setdefault(expert, set()).add(rank)
@@ -92,8 +92,8 @@ def avoided(state: CoordinatorState) -> frozenset[tuple[int, int]]:
 
 
 def explain(state: CoordinatorState) -> str:
-    """Why experts could not be had, one reason for each; '' where nothing is known to be short."""
+    """One reason for each missing expert; '' if none is missing."""
     reasons = {expert: why for (_, expert), why in sorted(state.shortages.reasons.items())}
-    told = [why for _, why in sorted(reasons.items())[:NAMED_MAX]]
-    more = len(reasons) - len(told)
-    return "; ".join(told) + (f"; and {more} experts more" if more > 0 else "")
+    shown = [why for _, why in sorted(reasons.items())[:NAMED_MAX]]
+    more = len(reasons) - len(shown)
+    return "; ".join(shown) + (f"; and {more} experts more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What the supervisor knows, what can happen to it, and what it can be told to do: values only."""
+"""State, events and commands of the coordinator: values only."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from eep_jax.placement.planner import Move, Plan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankRecord:
-    """What the supervisor knows of the newest process of one rank."""
+    """The newest process of one rank, as known to the supervisor."""
 
     incarnation: int = 0
-    fenced: int = 0  # incarnations up to this one are never listened to again
+    fenced: int = 0  # messages of incarnations up to this one are refused for good
     fenced_ms: int = 0
     ended: bool = True
     ending: bool = False
@@ -36,7 +36,7 @@ class RankRecord:
 class Change:
     """A pending epoch. `leaving` ranks take part in the change, and stand by after it.
 
-    Where it is `planned`, no rank died and ranks end their step before they take part.
+    In a `planned` change no rank died, and ranks end their step before they take part.
     """
 
     kind: str  # "formation", "repair", "admission", "resync", "background" or "drain"
@@ -46,7 +46,7 @@ class Change:
     started_ms: int
     ready: frozenset[int] = frozenset()
     leaving: tuple[int, ...] = ()
-    fetched: tuple[Move, ...] = ()  # what was brought beforehand
+    fetched: tuple[Move, ...] = ()  # carried out beforehand
     planned: bool = False
 
     @property
@@ -62,7 +62,7 @@ class Change:
 class BackgroundTask:
     """Experts on their way into slots that the placement of `epoch` does not use.
 
-    `number` tells one such task from all others, also of other supervisors.
+    `number` is unique, also among the tasks of former supervisors.
     """
 
     number: int
@@ -75,11 +75,11 @@ class BackgroundTask:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shortages:
-    """Why a rank could not get an expert, by `(rank, expert)`; see `shortages`."""
+    """Reasons why a rank could not get an expert, by `(rank, expert)`; see `shortages`."""
 
     reasons: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-    until_ms: int = 0  # then it is tried again
-    tries: int = 0  # in vain, one after the other
+    until_ms: int = 0  # time of the next try
+    tries: int = 0  # in a row without success
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Quiet:
 class CoordinatorState:
     """`view` and `placement` are the committed ones, with suspects and joining ranks marked.
 
-    While `blocked`, the dead have also left them, under the old epoch, which nobody can step in.
+    While `blocked`, dead ranks have also left them, under the old epoch, in which no rank steps.
     """
 
     config: ClusterConfig
@@ -122,29 +122,31 @@ class CoordinatorState:
     records: tuple[RankRecord, ...]
     epoch_tried: int = 0
     change: Change | None = None
-    dirty: frozenset[tuple[int, int]] = frozenset()  # places an abandoned plan may have written
+    dirty: frozenset[tuple[int, int]] = (
+        frozenset()
+    )  # (rank, slot) an abandoned plan may have written
     dropped: tuple[int, ...] = ()  # experts given up under `degrade`
     shortages: Shortages = dataclasses.field(default_factory=Shortages)
-    blocked: str = ""  # why there is no coverage, empty while all is well
-    resync: str = ""  # why the members must agree anew, empty if not
-    out: frozenset[int] = frozenset()  # ranks that the operator took out, or wants out
+    blocked: str = ""  # reason of lost coverage; empty while every expert is covered
+    resync: str = ""  # why the members need a new epoch; empty if they do not
+    out: frozenset[int] = frozenset()  # ranks that the operator took out, or that are to leave
     background: BackgroundState = BackgroundState()
     load: LoadState = LoadState()
     first_offer_ms: int | None = None
-    advanced_ms: int | None = None  # when the last event came
+    advanced_ms: int | None = None  # time of the last event
     quiet: Quiet | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrived:
-    """A new process of `rank` asks to be an incarnation."""
+    """Event: a new process of `rank` asks for an incarnation."""
 
     rank: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Disconnected:
-    """The control channel of this process broke."""
+    """Event: the control channel of this process broke."""
 
     rank: int
     incarnation: int
@@ -152,7 +154,7 @@ class Disconnected:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """This process runs no more code of its own. Its memory may be there for a while: see Ended."""
+    """Event: this process runs no more code; its memory may exist until Ended."""
 
     rank: int
     incarnation: int
@@ -160,7 +162,7 @@ class Ending:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """This process is known to have ended."""
+    """Event: this process is known to have ended."""
 
     rank: int
     incarnation: int
@@ -168,21 +170,21 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleTo:
-    """The operator wants exactly these ranks out of the cluster; see `scaling`."""
+    """Event: the operator wants exactly these ranks out of the cluster; see `scaling`."""
 
     out: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A rank counted how often its tokens chose each expert since it last said so."""
+    """Event: a rank's counts of tokens per chosen expert since its last report."""
 
     choices: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tick:
-    """Time passed."""
+    """Event: time passed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Send:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Command: send `message` to whoever caused the event."""
+    """Command: send `message` to the sender of the event."""
 
     message: object
 
@@ -212,7 +214,7 @@ class Kill:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """Command: record in the journal. `kind` names what happened, `facts` are plain values."""
+    """Command: record in the journal. `kind` names the event, `facts` are plain values."""
 
     kind: str
     facts: dict

@@ -1,4 +1,4 @@
-"""Whether a rank is dead: one verdict from all signs, with its reason in words."""
+"""Failure detector: one verdict per rank from all signs, with its reason in words."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ from eep_jax.config import ClusterConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Signs:
-    """All that is known of one member. Times are milliseconds of the judge's clock."""
+    """All observations of one member. Times are milliseconds of the judge's clock."""
 
     rank: int
     ended: bool = False  # its process is known to have ended
-    ending: bool = False  # its process runs no more code, but the kernel is still taking it apart
+    ending: bool = False  # its process runs no more code, but the kernel still dismantles it
     heard_ms: int = 0  # last message of any kind
-    channel_lost_ms: int | None = None  # None while its control channel stands
-    stalled_ms: int = 0  # how long its engine loop had not moved, as it last said itself
+    channel_lost_ms: int | None = None  # None while its control channel is open
+    stalled_ms: int = 0  # time since its engine loop moved, as last reported
     accused_by: tuple[int, ...] = ()  # ranks whose step timed out on it in this epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`dead` is final for this incarnation; else it counts as alive. `reason` is a sentence."""
+    """`dead` is final for this incarnation, else it counts as alive. `reason` is a sentence."""
 
     rank: int
     dead: bool
@@ -29,6 +29,11 @@ class Verdict:
 
 def judge(now_ms: int, signs: Signs, limits: ClusterConfig) -> Verdict:
     """Decides from all signs. A peer's suspicion alone never kills: it only shortens the lease.
+
+    Args:
+        now_ms: Time on the clock of `signs`.
+        signs: All observations of the rank.
+        limits: `lease_ms`, `accused_lease_ms`, `channel_grace_ms` and `stall_ms` are used.
 
     >>> limits = ClusterConfig(ranks=4, slots_per_rank=2, lease_ms=3_000)
     >>> judge(5_000, Signs(rank=2, heard_ms=4_900, accused_by=(0,)), limits).dead

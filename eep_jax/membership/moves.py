@@ -1,4 +1,4 @@
-"""The moves between Views. Each checks, changes, checks, and returns a new View.
+"""Moves between Views. Each checks, changes, checks, and returns a new View.
 
                 offer              admit               suspect
     absent ────────────▶ joining ◀───────▶ active ◀──────────────▶ suspect
@@ -6,7 +6,7 @@
        ├──── withdraw ──────┘                                         │
        └───────────────────────── evict ──────────────────────────────┘
 
-Only `admit`, `stand_by` and `evict` change who takes part in a step, so only they start a new
+Only `admit`, `stand_by` and `evict` change the participants of a step, so only they start a new
 epoch.
 """
 
@@ -17,7 +17,7 @@ from eep_jax.membership.view import Member, RankState, View, check
 
 
 def offer(view: View, rank: int, incarnation: int) -> View:
-    """A new process of an absent rank is ready to load. Its incarnation must be a new one."""
+    """A new process of an absent rank is ready to load. Its incarnation must be new."""
     member = _expect(view, rank, RankState.ABSENT, "offer itself")
     if incarnation <= member.incarnation:
         raise InvalidMove(
@@ -28,7 +28,7 @@ def offer(view: View, rank: int, incarnation: int) -> View:
 
 
 def withdraw(view: View, rank: int) -> View:
-    """A joining rank is gone before it was admitted. Its incarnation is used up."""
+    """A joining rank is lost before it was admitted. Its incarnation is used up."""
     member = _expect(view, rank, RankState.JOINING, "be withdrawn")
     return _with(view, rank, dataclasses.replace(member, state=RankState.ABSENT))
 
@@ -54,7 +54,7 @@ def suspect(view: View, rank: int) -> View:
 
 
 def clear(view: View, rank: int) -> View:
-    """A suspect proved that it lives."""
+    """A suspect has proved to be alive."""
     member = _expect(view, rank, RankState.SUSPECT, "be cleared")
     return _with(view, rank, dataclasses.replace(member, state=RankState.ACTIVE))
 
@@ -69,7 +69,7 @@ def evict(view: View, rank: int) -> View:
 def at_epoch(before: View, after: View, epoch: int) -> View:
     """`after`, several moves from `before`, as one change under one epoch.
 
-    The epochs of abandoned changes are never used again, so `epoch` may lie further ahead.
+    Epochs of abandoned changes are never reused, so `epoch` may lie further ahead.
     """
     if epoch <= before.epoch:
         raise InvalidMove(f"epoch {epoch} does not follow {before.epoch}; epochs only grow")

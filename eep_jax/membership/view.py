@@ -1,4 +1,4 @@
-"""Who is in the cluster: an immutable View, and what must always be true of it."""
+"""Members of the cluster: an immutable View and its invariants."""
 
 import dataclasses
 import enum
@@ -8,17 +8,17 @@ from eep_jax.errors import InvalidMove
 
 
 class RankState(enum.Enum):
-    """What the cluster believes of a rank. Only `ACTIVE` and `SUSPECT` ranks are in the epoch."""
+    """State of a rank. Only `ACTIVE` and `SUSPECT` ranks are in the epoch."""
 
-    ABSENT = "absent"  # no member; its incarnation, if any, is fenced
-    JOINING = "joining"  # offered itself, loads its experts, serves nobody yet
+    ABSENT = "absent"  # not a member; its incarnation, if any, is fenced
+    JOINING = "joining"  # offered itself, loads its experts, does not serve yet
     ACTIVE = "active"
     SUSPECT = "suspect"  # still in the epoch, until it is evicted or cleared
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One rank's place in the View. `incarnation` counts its processes from 1; 0 is never seen."""
+    """One rank in the View. `incarnation` counts its processes from 1; 0: it never had one."""
 
     state: RankState = RankState.ABSENT
     incarnation: int = 0
@@ -26,7 +26,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Who is in: one Member per rank, numbered by an epoch that only grows."""
+    """One Member per rank, numbered by an epoch that only grows."""
 
     epoch: int
     members: tuple[Member, ...]
@@ -35,7 +35,7 @@ class View:
     def ranks(self) -> range:
         return range(len(self.members))
 
-    @functools.cached_property  # asked for with every message of every rank
+    @functools.cached_property  # read for every message of every rank
     def in_epoch(self) -> tuple[int, ...]:
         """Ranks that take part in the steps of this epoch, suspects included."""
         return tuple(filter(self.includes, self.ranks))
@@ -54,12 +54,12 @@ class View:
 
 
 def empty_view(ranks: int) -> View:
-    """The View before anyone came: epoch 0, every rank absent."""
+    """The View before any rank came: epoch 0, every rank absent."""
     return check(View(epoch=0, members=(Member(),) * ranks))
 
 
 def check(view: View) -> View:
-    """Returns the view, or raises InvalidMove naming what is wrong with it."""
+    """Returns the view, or raises InvalidMove naming the error in it."""
     if view.epoch < 0:
         raise InvalidMove(f"epoch {view.epoch} is negative")
     if not view.members:

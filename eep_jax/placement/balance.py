@@ -1,10 +1,9 @@
-"""What to change while serving: redundancy that a death used up, then the load of the ranks.
+"""Rebalancing while serving: redundancy that a death used up, then the load of the ranks.
 
-The way to a better placement is a row of small steps. Each *fills* slots that are EMPTY now, with
-experts that are fetched while the ranks serve, and *releases* replicas that are surplus, whose
-slots a later step may fill. Both happen in one swap of tables, so every step is valid by itself,
-and the way may end after any of them. As pure and deterministic as the other plans: ties go to the
-lowest rank, then slot, then expert.
+Rebalancing proceeds in small steps, each valid by itself. A step *fills* slots that are EMPTY, with
+experts that are fetched while the ranks serve, and *releases* surplus replicas, whose slots a later
+step may fill. Both happen in one swap of tables, and any step may be the last. Pure and
+deterministic like the other plans: ties go to the lowest rank, then slot, then expert.
 """
 
 import dataclasses
@@ -14,19 +13,19 @@ from eep_jax.placement.placement import EMPTY, Placement, check, missing_experts
 from eep_jax.placement.planner import Move, Plan
 from eep_jax.placement.sources import Supply, rank_sources
 
-GAIN_MIN = 0.02  # of the squared load, that a change for balance must save to be worth its move
+GAIN_MIN = 0.02  # part of the squared load that a change must save to be worth its move
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What steps lead to. `members` are the ranks that shall serve, ascending."""
+    """Goal of the steps. `members` are the ranks that shall serve, ascending."""
 
     members: tuple[int, ...]
     redundancy: int
     moves_max: int  # of one rank in one step
-    loads: tuple[float, ...] = ()  # chosen how often, by expert; empty: not known, no balancing
-    imbalance_max: float = 1.25  # of the most loaded rank to the mean, that is left alone
-    avoid: frozenset[tuple[int, int]] = frozenset()  # (rank, expert) that were tried in vain
+    loads: tuple[float, ...] = ()  # how often each expert was chosen; empty: unknown, no balancing
+    imbalance_max: float = 1.25  # tolerated ratio of the most loaded rank to the mean
+    avoid: frozenset[tuple[int, int]] = frozenset()  # (rank, expert) that no source supplied
 
     @property
     def replicas_wanted(self) -> int:
@@ -37,11 +36,11 @@ class Aim:
 
 
 def next_step(placement: Placement, aim: Aim, supply: Supply | None = None) -> Plan | None:
-    """The next step from `placement` towards `aim`, or None where nothing is left to gain.
+    """The next step from `placement` towards `aim`, or None if there is nothing to gain.
 
-    Slots of ranks that are no members stay as they are; they may be read from. `a: 0 1 -/0 2 -`
-    with two replicas of each wanted becomes `0 1 2/0 2 1`. No step takes the last replica that an
-    expert has on the members.
+    Slots of ranks that are not members stay unchanged; they may be read. `0 1 -/0 2 -` with two
+    replicas of each expert wanted becomes `0 1 2/0 2 1`. No step removes an expert's last replica
+    on the members.
     """
     step = _Step(placement, aim)
     step.restore()
@@ -51,7 +50,7 @@ def next_step(placement: Placement, aim: Aim, supply: Supply | None = None) -> P
 
 
 def rank_loads(placement: Placement, members, loads) -> dict[int, float]:
-    """The load of each member, where the replicas of an expert share its load evenly."""
+    """The load of each member; the replicas of an expert share its load evenly."""
     found = dict.fromkeys(sorted(members), 0.0)
     for expert, places in placement.replicas().items():
         ranks = [rank for rank, _ in places if rank in found]
@@ -62,9 +61,9 @@ def rank_loads(placement: Placement, members, loads) -> dict[int, float]:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class _Relief:
-    """`expert` comes to `rank`, over a replica of `given` or into a free slot.
+    """Brings `expert` to `rank`, over a replica of `given` or into a free slot (EMPTY).
 
-    It `leaves` the rank that had it, or stays there too (EMPTY). The lower, the better.
+    The expert leaves rank `leaves`; EMPTY: it also stays there. Lower values are better.
     """
 
     squares: float  # of the loads, summed
@@ -79,10 +78,10 @@ def _squares(loads: dict[int, float]) -> float:
 
 
 class _Step:
-    """A step in the making.
+    """A step under construction.
 
     `target` is the placement after it; `promised[rank]` are experts that a later step will put into
-    slots which are EMPTY by then.
+    slots that are EMPTY by then.
     """
 
     def __init__(self, before: Placement, aim: Aim):
@@ -90,7 +89,7 @@ class _Step:
         self.fills: list[tuple[int, int, int]] = []
         self.releases: dict[int, int] = dict.fromkeys(aim.members, 0)
         self.promised: dict[int, set[int]] = {rank: set() for rank in aim.members}
-        # What the two above come to, kept beside them: asked for very often.
+        # Derived from the two above, and read very often.
         self._held = {rank: set(before.slots[rank]) - {EMPTY} for rank in aim.members}
         self._counts = [0] * before.experts
         for expert in itertools.chain.from_iterable(self._held.values()):
@@ -132,7 +131,7 @@ class _Step:
         return self._make_room(expert, lacking) or self._shift(expert, lacking)
 
     def _make_room(self, expert: int, lacking) -> bool:
-        """Releases a replica of an expert that is better off, to fill its slot in a later step."""
+        """Releases a replica of a more redundant expert, to fill its slot in a later step."""
         wanted, count = self.aim.replicas_wanted, self._count(expert)
         spare = [
             (-self._count(e), self.aim.load_of(e), self._weight(r), slot, r)
@@ -148,7 +147,7 @@ class _Step:
         return True
 
     def _shift(self, expert: int, lacking) -> bool:
-        """All free slots are on ranks that have the expert: another one moves there instead."""
+        """All free slots are on ranks that hold the expert: another expert moves there instead."""
         for rank in sorted((r for r in self.aim.members if self._free(r)), key=self._weight):
             for other in lacking:
                 for slot, moving in self._releasable(other):
@@ -162,7 +161,7 @@ class _Step:
     # Balance.
 
     def balance(self) -> None:
-        """Takes load from the most loaded rank for as long as that is worth a move."""
+        """Takes load from the most loaded rank as long as that is worth a move."""
         while True:
             loads = rank_loads(self.target, self.aim.members, self.aim.loads)
             if max(loads.values()) <= self.aim.imbalance_max * sum(loads.values()) / len(loads):
@@ -175,12 +174,12 @@ class _Step:
                 if best.leaves != EMPTY:
                     self._release(best.leaves, self.target.slots[best.leaves].index(best.expert))
                 continue
-            if not self.is_any:  # a step by itself, so that what follows sees what it led to
+            if not self.is_any:  # in a step of its own, so that the next one sees its effect
                 self._release(best.rank, self.target.slots[best.rank].index(best.given))
             return
 
     def _reliefs(self, loads: dict[int, float]):
-        """What can be done for the most loaded rank."""
+        """All ways to relieve the most loaded rank."""
         hot = min(loads, key=lambda r: (-loads[r], r))
         for _, expert in self._kept(hot):
             for rank in self.aim.members:
@@ -194,7 +193,7 @@ class _Step:
                     yield from self._replacement(loads, expert, rank, hot)
 
     def _replacement(self, loads: dict[int, float], expert: int, rank: int, hot: int):
-        """A replica of `expert` in place of the surplus one that bears the least load on `rank`."""
+        """A replica of `expert` in place of the surplus replica with the least load on `rank`."""
         wanted, load = self.aim.replicas_wanted, self.aim.load_of
         spare = [
             (load(e) / self._count(e), e)
@@ -205,13 +204,13 @@ class _Step:
             return
         given = min(spare)[1]
         between = self._loads_after(loads, given, EMPTY, rank)
-        # Else the slot might be filled with what it held, and so on without end.
+        # Otherwise the slot might be refilled with the same expert, and so on without end.
         if min(between, key=lambda r: (-between[r], r)) == hot:
             after = self._loads_after(between, expert, rank, EMPTY)
             yield _Relief(_squares(after), EMPTY, expert, rank, given)
 
     def _loads_after(self, loads, expert: int, comes: int, leaves: int) -> dict[int, float]:
-        """With the expert on one rank more and on one less, EMPTY for none."""
+        """The loads once the expert came to one rank and left another; EMPTY for none."""
         after, load = dict(loads), self.aim.load_of(expert)
         before = [r for r in self.aim.members if self._has(r, expert)]
         holders = [r for r in before if r != leaves] + ([comes] if comes != EMPTY else [])
@@ -233,11 +232,11 @@ class _Step:
         return not self._has(rank, expert) and (rank, expert) not in self.aim.avoid
 
     def _is_spare(self, rank: int, expert: int) -> bool:
-        """Whether another member has the expert, and not only the promise of it."""
+        """Whether another member holds the expert, not only the promise of it."""
         return any(expert in self.target.slots[r] for r in self.aim.members if r != rank)
 
     def _room(self, rank: int) -> int:
-        """Slots that are EMPTY after this step and promised to nobody."""
+        """Slots that are EMPTY after this step and not promised."""
         return self.target.slots[rank].count(EMPTY) - len(self.promised[rank])
 
     def _free(self, rank: int) -> bool:
@@ -250,13 +249,13 @@ class _Step:
         return next((slot for slot, pair in pairs if pair == (EMPTY, EMPTY)), None)
 
     def _weight(self, rank: int):
-        """Ranks with less to do come first."""
+        """Sorts ranks with less load first."""
         held = self.target.slots[rank]
         busy = sum(self.aim.load_of(e) / max(1, self._count(e)) for e in held if e != EMPTY)
         return busy, len(held) - self._room(rank), rank
 
     def _kept(self, rank: int) -> list[tuple[int, int]]:
-        """Slots of a rank that this step has left as they are, with their experts."""
+        """Slots of a rank that this step has not changed, with their experts."""
         pairs = enumerate(zip(self.before.slots[rank], self.target.slots[rank], strict=True))
         return [(slot, old) for slot, (old, new) in pairs if old == new != EMPTY]
 

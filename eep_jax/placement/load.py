@@ -1,14 +1,14 @@
-"""How often each expert is chosen: counts that fade with time."""
+"""Load of each expert: counts of how often it is chosen, decaying with time."""
 
 import dataclasses
 
 HALF_LIFE_MS = 60_000
-CHOICES_MIN = 64.0  # per expert on average, before anything is decided by them
+CHOICES_MIN = 64.0  # per expert on average, before decisions use them
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadEstimate:
-    """Choices of each expert as of `at_ms`; what was counted a half-life earlier counts half."""
+    """Choices of each expert as of `at_ms`; counts of one half-life earlier have half weight."""
 
     choices: tuple[float, ...] = ()
     at_ms: int = 0
@@ -29,6 +29,6 @@ def observe(estimate: LoadEstimate, choices, now_ms: int) -> LoadEstimate:
 
 
 def settled(estimate: LoadEstimate) -> tuple[float, ...]:
-    """Loads to decide by; empty as long as there are too few choices to tell."""
+    """Loads to decide by; empty while there are too few choices."""
     enough = CHOICES_MIN * len(estimate.choices)
     return estimate.choices if estimate.choices and sum(estimate.choices) >= enough else ()

@@ -1,4 +1,4 @@
-"""Where experts live: which expert is in which slot of which rank, and who is covered."""
+"""Placement of experts: the expert in each slot of each rank, and coverage."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ WITHOUT_A_RANK = "bring a rank back, or choose cluster.policy=degrade"
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Slot -> expert, `slots[rank][slot]`; EMPTY where there is none.
+    """Expert of each slot, `slots[rank][slot]`; EMPTY if there is none.
 
     A rank that is away has only EMPTY slots. The flat id of a slot is `rank * S + slot`.
     """
@@ -24,7 +24,7 @@ class Placement:
         return len(self.slots[0])
 
     def replicas(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        """For each expert its places `(rank, slot)`, ascending; those without one are left out."""
+        """`(rank, slot)` of each expert's replicas, ascending; experts without one are left out."""
         places = collections.defaultdict(list)
         for rank, row in enumerate(self.slots):
             for slot, expert in enumerate(row):
@@ -33,7 +33,7 @@ class Placement:
         return {expert: tuple(found) for expert, found in sorted(places.items())}
 
     def without(self, places) -> "Placement":
-        """The same with these `(rank, slot)` places emptied."""
+        """The same with these `(rank, slot)` emptied."""
         gone = set(places)
         rows = (
             tuple(EMPTY if (rank, slot) in gone else e for slot, e in enumerate(row))
@@ -54,7 +54,7 @@ class Placement:
 
 
 def check(placement: Placement) -> Placement:
-    """Returns the placement, or raises InvalidMove naming the slot that is wrong."""
+    """Returns the placement, or raises InvalidMove naming the wrong slot."""
     widths = {len(row) for row in placement.slots}
     if len(widths) != 1:
         raise InvalidMove(f"ranks have different numbers of slots: {sorted(widths)}")
@@ -82,26 +82,26 @@ def missing_experts(placement: Placement, active) -> tuple[int, ...]:
 
 
 def holds(contents, slots) -> bool:
-    """Whether a bank with these contents can serve these slots. EMPTY slots may hold anything.
+    """Whether a bank with these contents can serve these slots. EMPTY slots match any content.
 
     >>> holds((4, 7, 2), (4, EMPTY, 2)), holds((4, 7, 2), (7, 4, 2)), holds((), (4, 7, 2))
     (True, False, False)
     """
-    if contents == slots:  # nearly always, and asked for with every message of every rank
+    if contents == slots:  # the usual case, checked for every message of every rank
         return True
     wanted = zip(contents, slots, strict=False)
     return len(contents) == len(slots) and all(e in (EMPTY, held) for held, e in wanted)
 
 
 def _more_slots(placement: Placement, active) -> str:
-    """What these ranks would have needed, as a setting; '' where there is no rank."""
+    """The setting that would have been enough for these ranks; '' if there is no rank."""
     if not active:
         return ""
     return f"configure cluster.slots_per_rank={-(-placement.experts // len(active))} or more, "
 
 
 def require_room(placement: Placement, active, way_out: str = WITHOUT_A_RANK) -> None:
-    """Raises CoverageLost where the active ranks have fewer slots than there are experts."""
+    """Raises CoverageLost if the active ranks have fewer slots than there are experts."""
     active = tuple(active)
     available = len(active) * placement.slots_per_rank
     if available < placement.experts:

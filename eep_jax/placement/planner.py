@@ -1,6 +1,6 @@
-"""What must move so that every expert has a live replica, with the fewest moves.
+"""Plans that give every expert a live replica with the fewest moves.
 
-All plans are deterministic: the same arguments give the same Plan, ties go to the lowest rank,
+All plans are deterministic: the same arguments give the same Plan; ties go to the lowest rank,
 then slot, then expert.
 """
 
@@ -13,7 +13,7 @@ from eep_jax.placement.sources import Source, Supply, rank_sources
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """Bring `expert` (all layers) into `slot` of `rank`, from the first of `sources` that works."""
+    """Copy of `expert`, all layers, to `slot` of `rank` from the first of `sources` that works."""
 
     rank: int
     slot: int
@@ -23,7 +23,7 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The placement to reach, the moves that lead there, and the experts given up (`degrade`)."""
+    """The target placement, the moves towards it, and the experts given up (`degrade`)."""
 
     placement: Placement
     moves: tuple[Move, ...] = ()
@@ -37,9 +37,10 @@ def initial_placement(experts: int, ranks: int, slots_per_rank: int, redundancy:
     """The placement of a whole cluster: each expert `redundancy` times, on different ranks.
 
     Round-robin, each further replica shifted by one rank more, so that the partners of one rank's
-    experts are spread. Left-over slots stay EMPTY: they are where repair puts orphans.
+    experts are spread. Remaining slots stay EMPTY: repair puts orphans there.
 
-    Raises ValueError where the slots cannot hold that.
+    Raises:
+        ValueError: There are too few slots.
     """
     if not 1 <= redundancy <= ranks:
         raise ValueError(f"{redundancy=} must be between 1 and {ranks=}")
@@ -75,13 +76,19 @@ def plan_repair(
 ) -> Plan:
     """Covers every expert on the active ranks again: exactly one move for each orphan, no other.
 
-    An orphan goes to an EMPTY slot if there is one, else over a replica of the expert that has
-    most. The rank with the fewest experts takes first. With `degrade`, experts that find no slot
-    are dropped and named instead. `supply` says what else than the banks can be read from. `avoid`
-    names each `(rank, expert)` that was tried in vain.
+    An orphan (an expert without a replica) goes to an EMPTY slot if there is one, else over a
+    replica of the expert that has most. The rank with the fewest experts comes first.
 
-    Raises CoverageLost where the active ranks have too few slots, or may not be asked for an
-    expert, and `degrade` is not chosen.
+    Args:
+        placement: The placement before; only slots of `active` ranks count.
+        active: Ranks that take part in the next epoch.
+        degrade: Experts that find no slot are listed as dropped instead of raising an error.
+        supply: Sources other than the banks.
+        avoid: Each `(rank, expert)` for which all sources failed.
+
+    Raises:
+        CoverageLost: The active ranks have too few slots, or `avoid` excludes all of them for an
+            expert, and `degrade` is not set.
     """
     active = tuple(sorted(active))
     away = set(range(len(placement.slots))) - set(active)
@@ -113,17 +120,17 @@ def plan_admission(
     held=None,
     avoid: frozenset[tuple[int, int]] = frozenset(),
 ) -> Plan:
-    """Fills the slots of joining ranks; the slots of active ranks are left as they are.
+    """Fills the slots of joining ranks; the slots of active ranks do not change.
 
     Joiners first take orphans, then the experts with the fewest replicas, up to `redundancy`
-    replicas each. A joiner that this leaves with less than its share of a whole cluster (all
-    experts survived elsewhere) takes further replicas, and so a part of the work. `held[rank]`
-    names what a joiner's bank already holds (slot -> expert): among equally needy experts these go
-    first, and stay in their slot at no move. `avoid` is as for `plan_repair`.
+    replicas each. A joiner that would get less than its share of a whole cluster (all experts
+    survived elsewhere) takes further replicas, and so a part of the work. `held[rank]` is the
+    content of a joiner's bank (slot -> expert): among experts with equally few replicas these come
+    first, and stay in their slot without a move. `avoid` is as for `plan_repair`.
     """
     joining = tuple(sorted(joining))
     members = tuple(sorted({*active, *joining}))
-    # A joiner's bank is not there to be read yet, so only active ranks can be sources.
+    # A joiner's bank cannot be read yet, so only active ranks are sources.
     kept = placement.without_ranks(set(range(len(placement.slots))) - set(active))
     target, moves, held = kept, [], held or {}
     while (place := _next_free(target, joining)) is not None:
@@ -143,7 +150,7 @@ def plan_admission(
 def _with_sources(
     before: Placement, target: Placement, moves, dropped, supply: Supply | None = None
 ) -> Plan:
-    # Only a replica that stays where it is may be read from while others write.
+    # Only a replica that no move overwrites may be read meanwhile.
     written = {(rank, slot) for rank, slot, _ in moves}
     stable = before.without(written)
     planned = tuple(

@@ -1,4 +1,4 @@
-"""Where the bytes of an expert can come from, best first."""
+"""Sources of an expert's bytes, best first."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ from eep_jax.placement.placement import Placement
 
 
 class SourceKind(enum.Enum):
-    """The tiers, cheapest first as long as nobody has measured them."""
+    """Kinds of sources, in their order before any rank has measured them."""
 
     LOCAL = "local"  # another slot of the same rank
     PEER = "peer"  # a slot of another rank, over the heap
@@ -20,10 +20,10 @@ class SourceKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One place to read an expert from.
+    """One source of an expert.
 
-    `rank` is -1 for the checkpoint, `slot` for all but local and peer; `address` is where the
-    backup of another rank listens.
+    `rank` is -1 for the checkpoint; `slot` is -1 except for local and peer; `address` is that of
+    another rank's backup server.
     """
 
     kind: SourceKind
@@ -34,9 +34,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Backup:
-    """What a rank's backup store holds and where it serves that, `host:port`; '' serves nobody.
+    """Contents of a rank's backup store and the address that serves it; '': it is not served.
 
-    `problem` says why a rank that was configured to keep some keeps none, or not all it should.
+    `problem` is the reason why a rank keeps fewer backups than configured.
     """
 
     address: str = ""
@@ -46,7 +46,7 @@ class Backup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Supply:
-    """What else than the banks can supply experts, how fast, and what the operator allows."""
+    """Sources other than the banks, their rates, and the kinds that the operator allows."""
 
     backups: dict[int, Backup] = dataclasses.field(default_factory=dict)  # by live rank
     rates: dict[SourceKind, float] = dataclasses.field(default_factory=dict)  # bytes per second
@@ -58,7 +58,7 @@ def rank_sources(
 ) -> tuple[Source, ...]:
     """Sources for bringing `expert` to `rank`, the fastest kind first (see `kind_order`).
 
-    Of one kind the own rank comes first, then the next rank upwards. The checkpoint needs no rank.
+    Of one kind the rank itself comes first, then the next higher ranks, cyclically.
     """
     supply, ranks = supply or Supply(), len(placement.slots)
     nearness = lambda other: (other - rank) % ranks

@@ -97,7 +97,9 @@ def test_a_platform_computes_in_its_own_dtype():
 def test_rows_are_narrowed_from_bfloat16_by_whole_groups_of_channels():
     narrow = {"dispatch_dtype": "float8_e4m3fn"}
     assert a_gpu_run(**narrow).engine.dispatch_dtype == "float8_e4m3fn"
-    with pytest.raises(ValueError, match=r"hidden=192 is no multiple; set engine.dispatch_dtype="):
+    with pytest.raises(
+        ValueError, match=r"hidden=192 must be a multiple of it; else set engine.dispatch_dtype="
+    ):
         a_gpu_run(hidden=192, **narrow)
     with pytest.raises(ValueError, match=r"narrows bfloat16 rows, but engine.dtype='float32'"):
         a_run(model=a_model(hidden=128), **narrow)
