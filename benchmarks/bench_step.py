@@ -39,7 +39,7 @@ from benchmarks.world import (
     touched_slots,
     with_layers,
 )
-from eep_jax.engine.engine import CompileCounter
+from eep_jax.engine.compilations import CompileCounter
 from eep_jax.engine.step import Batch
 from eep_jax.tables import Tables
 from launch import flags

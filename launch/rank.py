@@ -34,21 +34,16 @@ def main() -> int:
     os.environ.update(_environment(config, identity, run_dir))
     config = with_addresses(config, run_dir)
 
-    from eep_jax.runtime.control.endpoint import ENDPOINT
-    from eep_jax.runtime.control.rank_client import ControlClient, LinkOptions
+    from eep_jax.runtime.control.rank_client import client_of
 
-    link = ControlClient(
-        LinkOptions(
-            endpoint_file=run_dir / ENDPOINT,
-            token=flags.read_token(run_dir),
-            rank=rank,
-            run=config.name,
-            heartbeat_ms=config.cluster.heartbeat_ms,
-            message_bytes_max=config.serve.message_bytes_max,
-            address=str(flags.supervisor_address(config) or ""),
-            host=flags.HOST_ID.value,
-            mirrored=bool(config.serve.mirror_host),
-        )
+    link = client_of(
+        config,
+        rank,
+        run_dir,
+        flags.read_token(run_dir),
+        address=str(flags.supervisor_address(config) or ""),
+        host=flags.HOST_ID.value,
+        mirrored=bool(config.serve.mirror_host),
     )
     link.on_turned_away = _end_turned_away
     # The supervisor knows of this process from here on, while JAX is still loading.
@@ -109,21 +104,15 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     from eep_jax.engine.engine import Engine
     from eep_jax.engine.executables import ExecutableStore, step_facts
-    from eep_jax.heap.open import open_heap
-    from eep_jax.models.expert_bank import slab_layout
-    from eep_jax.relocation.executor import Executor, FetchOptions
     from eep_jax.relocation.rates import Rates
-    from eep_jax.runtime.rank.agent import Agent
+    from eep_jax.runtime.rank.assemble import assemble_agent, layout_of, open_slab
     from eep_jax.storage.random_checkpoint import open_checkpoint
 
     watch.phase("imports")
     require_backend(config.platform)
     watch.phase("device")
-    cluster, checkpoint = config.cluster, open_checkpoint(config)
-    layout = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
-    mirror = mirror_options(config, layout.window)
-    slab_bytes, writable_bytes = layout.slab_bytes, layout.bank.offset
-    heap = open_heap(rank, cluster.ranks, slab_bytes, jax.default_backend(), mirror, writable_bytes)
+    checkpoint, layout = open_checkpoint(config), layout_of(config)
+    heap = open_slab(config, rank, layout, mirror_options(config, layout.window))
     watch.phase("heap")
     dense = checkpoint.read_dense()
     watch.phase("weights")
@@ -134,16 +123,12 @@ def build_agent(config, rank: int, link, run_dir: pathlib.Path):
     watch.phase("check")
     rates = Rates()
     backups = open_backups(config, rank, checkpoint, rates, heap)
-    options = FetchOptions(
-        deadline_ms=cluster.fetch_deadline_ms,
-        at_once=cluster.fetches_at_once,
-        beat=link.beat,
-        rates=rates,
+    agent = assemble_agent(
+        engine, checkpoint, link, rates=rates, backups=backups, check=check, start=watch
     )
-    executor = Executor(engine.bank, checkpoint, backups, check, options)
     _log.info("loaded after %.1f s", time.monotonic() - started)
     watch.phase("sources")
-    return Agent(rank, engine, heap, executor, link, backups, watch)
+    return agent
 
 
 def mirror_options(config: RunConfig, layout):

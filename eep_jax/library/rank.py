@@ -6,24 +6,20 @@ It heartbeats, repairs and admits while the user's thread does something else.
 
 import logging
 import pathlib
-import queue
 import threading
 import time
 
 import jax
 
 from eep_jax.errors import EepError
-from eep_jax.heap.open import open_heap
 from eep_jax.library.given_experts import open_experts
 from eep_jax.library.operator import AdminClient
 from eep_jax.library.stepper import StepEngine
 from eep_jax.library.supervise import read_run
-from eep_jax.models.expert_bank import slab_layout
-from eep_jax.relocation.executor import Executor, FetchOptions
 from eep_jax.runtime.control.endpoint import ENDPOINT
-from eep_jax.runtime.control.messages import Shutdown
-from eep_jax.runtime.control.rank_client import ControlClient, LinkOptions
+from eep_jax.runtime.control.rank_client import ControlClient, client_of
 from eep_jax.runtime.rank.agent import EXIT_FENCED, Agent
+from eep_jax.runtime.rank.assemble import assemble_agent, layout_of, open_slab
 
 _log = logging.getLogger(__name__)
 
@@ -38,29 +34,11 @@ class RankEnded(EepError):
     """This rank takes part no longer: it left, was evicted, or its supervisor ended the run."""
 
 
-class _LibraryLink(ControlClient):
-    """A ControlClient that also hands over what this process says to itself."""
-
-    def __init__(self, options: LinkOptions):
-        super().__init__(options)
-        self._own: queue.SimpleQueue = queue.SimpleQueue()
-
-    def tell(self, message) -> None:
-        self._own.put(message)
-        self.on_arrival()
-
-    def receive(self) -> list:
-        found = super().receive()
-        while not self._own.empty():
-            found.append(self._own.get())
-        return found
-
-
 class ElasticRank:
     """A member of a run; made by `join`. `run` may be called from any thread."""
 
     def __init__(
-        self, agent: Agent, stepper: StepEngine, link: _LibraryLink, operator: AdminClient
+        self, agent: Agent, stepper: StepEngine, link: ControlClient, operator: AdminClient
     ):
         self._agent, self._stepper, self._link = agent, stepper, link
         self._operator = operator
@@ -122,7 +100,7 @@ class ElasticRank:
         memory of a run that it left.
         """
         drained = drain_timeout_s > 0 and self._operator.drain(drain_timeout_s)
-        self._link.tell(Shutdown())
+        self._agent.stop()
         self._thread.join(LEAVE_TIMEOUT_S)
         self._link.stop()
         return drained
@@ -168,36 +146,20 @@ def join(
     sizes, what tracing `step` raises, RankEnded and TimeoutError.
     """
     config, token = read_run(run_dir)
-    cluster, engine = config.cluster, config.engine
-    if not 0 <= rank < cluster.ranks:
-        raise ValueError(f"{rank=} must be in 0..{cluster.ranks - 1}")
+    if not 0 <= rank < config.cluster.ranks:
+        raise ValueError(f"{rank=} must be in 0..{config.cluster.ranks - 1}")
     if jax.default_backend() != config.platform:
         raise ValueError(
             f"the run is for platform {config.platform!r}, JAX computes on "
             f"{jax.default_backend()!r}; set JAX_PLATFORMS, or run_config(platform=)"
         )
-    layout = slab_layout(config.model, engine, cluster.ranks, cluster.slots_per_rank)
+    layout, root = layout_of(config), pathlib.Path(run_dir)
     source = open_experts(experts, config.model, layout.bank.dtype)
-    slab_bytes, writable_bytes = layout.slab_bytes, layout.bank.offset
-    heap = open_heap(
-        rank, cluster.ranks, slab_bytes, config.platform, writable_bytes=writable_bytes
-    )
+    heap = open_slab(config, rank, layout)
     stepper = StepEngine(config, rank, heap, layout, step, example)
-    link = _LibraryLink(
-        LinkOptions(
-            endpoint_file=pathlib.Path(run_dir) / ENDPOINT,
-            token=token,
-            rank=rank,
-            run=config.name,
-            heartbeat_ms=cluster.heartbeat_ms,
-            message_bytes_max=config.serve.message_bytes_max,
-        )
-    )
-    options = FetchOptions(deadline_ms=cluster.fetch_deadline_ms, beat=link.beat)
-    executor = Executor(stepper.bank, source, options=options)
-    agent = Agent(rank, stepper, heap, executor, link)
+    link = client_of(config, rank, root, token)
+    agent = assemble_agent(stepper, source, link)
     link.start()
-    operator = AdminClient(pathlib.Path(run_dir) / ENDPOINT, rank)
-    member = ElasticRank(agent, stepper, link, operator)
+    member = ElasticRank(agent, stepper, link, AdminClient(root / ENDPOINT, rank))
     member._wait_until_member(timeout_s)
     return member

@@ -1,8 +1,7 @@
-"""What the agent drives instead of the serving engine: one function of the user, call by call.
+"""The engine of a rank that runs a step of the user, call by call.
 
-It has the verbs of `engine.Engine`, so that agreement, repair and return are the agent's as always.
-A call is run again, with the same arguments, until a step of it is committed. A rank without a call
-runs the example, so that others can go on; when nobody has a call, all pause.
+A call runs again, with the same arguments, until a step of it is committed. A rank without a call
+runs the example, so that other ranks can go on; when no rank has a call, all pause.
 """
 
 import collections
@@ -10,22 +9,22 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from eep_jax.config import RunConfig
-from eep_jax.engine.engine import COMPILE_EVENT, StepOutcome, WarmUp
-from eep_jax.engine.lockstep import Lockstep
+from eep_jax.engine.compilations import CompileCounter
+from eep_jax.engine.lockstep_engine import LockstepEngine
+from eep_jax.engine.protocol import StepOutcome, WarmUp
+from eep_jax.engine.request import Progress, Request
 from eep_jax.engine.step import COMPILER_OPTIONS, StepKind
-from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.library.elastic_moe import ExpertRouting
-from eep_jax.models.expert_bank import ExpertBank, SlabLayout
-from eep_jax.models.moe_block import ExpertSpread, expert_mlp
-from eep_jax.tables import Tables, call_of, solo_tables
-from pallas_kernels.exchange.call import ExchangeSpec
-from pallas_kernels.exchange.signals import first_round
+from eep_jax.models.expert_bank import SlabLayout
+from eep_jax.tables import Tables
 
 # A rank whose last step had a call gives the next call this time to come, before it runs the
 # example: ranks that call together then step together. One that does not call delays nobody.
@@ -39,70 +38,34 @@ class _Pending:
     result: concurrent.futures.Future
 
 
-class StepCompilations:
-    """Counts compilations in threads that are inside `with self:`, by JAX's monitoring events.
-
-    The user's own threads may compile what they like at the same time.
-    """
-
-    def __init__(self):
-        self.total = 0
-        self._inside = threading.local()
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def __enter__(self) -> "StepCompilations":
-        self._inside.yes = True
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._inside.yes = False
-
-    def _on_event(self, event: str, duration: float, **_) -> None:
-        self.total += event == COMPILE_EVENT and getattr(self._inside, "yes", False)
-
-
-class _NoRequests:
-    """The scheduler's verbs that the agent knows: this rank serves no requests."""
-
-    def cancel(self, request_id: str) -> None: ...
-
-    def snapshot(self) -> tuple:
-        return ()
-
-
-class StepEngine:
-    """One rank's step. Of the agent's thread, except `submit`, `close` and the counts."""
+class StepEngine(LockstepEngine):
+    """A RankEngine for calls of one function. `submit` and `close` are thread-safe."""
 
     def __init__(
-        self, config: RunConfig, rank: int, heap: SymmetricHeap, layout: SlabLayout, step, example
+        self,
+        config: RunConfig,
+        rank: int,
+        heap: SymmetricHeap,
+        layout: SlabLayout,
+        step: Callable[..., tuple[PyTree, ExpertRouting]],
+        example: tuple,
     ):
         """`step(place, *arguments) -> (result, place)`; `example` are arguments of its shapes.
 
         Nothing may be donated: a step that is discarded runs again with the same arguments.
         """
-        self.config, self.rank, self.heap = config, rank, heap
-        self.bank = ExpertBank(layout, heap)
-        self.lockstep = Lockstep(layout.window, heap)
-        self.scheduler = _NoRequests()
-        self.steps = self.discarded = self.dropped = 0
-        self.resumed = threading.Event()  # an epoch was committed
-        self._compilations = StepCompilations()
+        super().__init__(config, rank, heap, layout)
+        self.dropped = 0
+        self.resumed = threading.Event()  # set once an epoch was committed, or by `close`
+        # The user's own threads may compile at the same time.
+        self._compilations = CompileCounter(only_inside=True)
         self._step, self._example = step, jax.tree.map(_as_array, tuple(example))
         self._shapes = jax.tree.map(_shape_of, self._example)
         self._calls: collections.deque[_Pending] = collections.deque()
         self._arrived = threading.Condition()
         self._closed: Exception | None = None
-        self._votes_hold = self._had_call = False
-        self._next = StepKind.DECODE
-        self._spread = ExpertSpread(
-            exchange=ExchangeSpec(layout.window, layout.slots, heap.slab_bytes),
-            tile_rows=config.engine.row_tile,
-            mlp=expert_mlp(config.model),
-        )
-        self._bank_array = device_array(heap, layout.bank)
-        self._heap_array = heap_argument(heap)
-        cluster, experts = config.cluster, config.model.experts
-        self._take_tables(solo_tables(cluster.ranks, experts, cluster.slots_per_rank, rank))
+        self._had_call = False
+        self._none_dropped = jax.device_put(np.int32(0))
 
     def submit(self, arguments: tuple) -> concurrent.futures.Future:
         """A call of the step; its result comes when it was committed. From any thread.
@@ -141,16 +104,7 @@ class StepEngine:
         if self._closed is not None:
             raise self._closed
 
-    @property
-    def active(self) -> tuple[int, ...]:
-        """The ranks of the epoch."""
-        return tuple(np.flatnonzero(self._tables.active).tolist())
-
-    # What the agent asks for: see engine.Engine.
-
     def warm_up(self) -> WarmUp:
-        """Compiles the step and runs it once, alone: no peer is waited for or written."""
-
         def only_the_call(place, *arguments):
             # The heap and the bank must not be outputs: they would be copied.
             result, after = self._step(place, *arguments)
@@ -173,75 +127,45 @@ class StepEngine:
 
     @property
     def compilations_since_start(self) -> int:
-        """Compilations while a step ran; stays 0 over every change of membership."""
         return self._compilations.total
 
-    @property
-    def epoch(self) -> int:
-        return int(self._tables.epoch)
-
     def resume(self, tables: Tables) -> None:
-        self._take_tables(tables)
-        self._next, self._votes_hold = StepKind.DECODE, False
+        super().resume(tables)
         self.resumed.set()
 
-    @property
-    def paused(self) -> bool:
-        return self._next is StepKind.IDLE
+    def add(self, request: Request) -> None:
+        raise ValueError(f"{request.id}: this run has a step of its own and serves no completions")
 
-    @property
-    def held(self) -> bool:
-        return self._next is StepKind.HOLD
+    def cancel(self, request_id: str) -> bool:
+        return False
 
-    def vote_hold(self) -> None:
-        self._votes_hold = True
+    def snapshot(self) -> list[Progress]:
+        return []
 
     def take_chosen(self) -> tuple[int, ...]:
-        """Nothing is counted here, so placement follows no load."""
+        """Empty: choices are not counted here, so placement follows no load."""
         return ()
 
-    def add(self, request) -> None:
-        raise ValueError(f"{request.id}: this run is a library's, it answers no completions")
-
-    def try_wake(self) -> bool:
-        """While paused: whether this rank or a peer has a call, so all go on. Tells the peers."""
-        vote, paused_round = self._raised(self._vote()), int(self._round)
-        if vote is not StepKind.IDLE:
-            self.lockstep.wake_peers([p for p in self.active if p != self.rank], paused_round)
-        elif not self.lockstep.is_woken(paused_round):
-            return False
-        self.lockstep.forget_wakes()
-        self._next = StepKind.DECODE
-        return True
-
     def advance(self) -> StepOutcome:
-        """Runs one step. One that is discarded leaves its call waiting, to be run again."""
         pending = self._first_call()
         arguments = self._example if pending is None else pending.arguments
-        vote = self._raised(self._vote(but=1))
-        result, call, dropped = self._run(arguments, vote)
+        result, call, dropped = self._run(arguments, self._vote(but=1))
         call, dropped = jax.device_get((call, dropped))
-        if call.suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
-            self.discarded += 1
-            accused = set(np.flatnonzero(call.suspicion).tolist()) - {self.rank}
-            return StepOutcome(False, accused=tuple(sorted(accused)))
-        self._round, self._next = np.uint32(call.round), StepKind(int(call.vote))
-        if pending is not None:
-            self.steps += 1
-            self.dropped += int(dropped)
-            with self._arrived:
-                if self._calls and self._calls[0] is pending:
-                    self._calls.popleft()
-            if not pending.result.done():
-                pending.result.set_result(result)
-        return StepOutcome(True)
+        outcome = self._settle(call.suspicion, call.round, call.vote)
+        if not outcome.committed or pending is None:
+            return outcome
+        self.steps += 1
+        self.dropped += int(dropped)
+        with self._arrived:
+            if self._calls and self._calls[0] is pending:
+                self._calls.popleft()
+        if not pending.result.done():
+            pending.result.set_result(result)
+        return outcome
 
     def _vote(self, but: int = 0) -> StepKind:
         """DECODE, the kind of a step here, if more than `but` calls wait."""
         return StepKind.DECODE if len(self._calls) > but else StepKind.IDLE
-
-    def _raised(self, vote: StepKind) -> StepKind:
-        return StepKind.HOLD if self._votes_hold else vote
 
     def _first_call(self) -> _Pending | None:
         with self._arrived:
@@ -254,22 +178,12 @@ class StepEngine:
             return self._executable(self._place(vote), *arguments)
 
     def _place(self, vote: StepKind) -> ExpertRouting:
-        call = dataclasses.replace(self._place_of_epoch.call, round=self._round)
-        call = dataclasses.replace(call, vote=np.uint32(vote))
-        return dataclasses.replace(self._place_of_epoch, call=call)
-
-    def _take_tables(self, tables: Tables) -> None:
-        """Puts what stays the same for an epoch onto the device, once."""
-        self._tables, self._round = tables, np.uint32(first_round(int(tables.epoch)))
-        deadline_ms = self.config.engine.step_deadline_ms
-        call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
-        tables, call, dropped = jax.device_put((tables, call, np.int32(0)))
-        self._place_of_epoch = ExpertRouting(
-            tables=tables,
-            call=call,
+        return ExpertRouting(
+            tables=self._device_tables,
+            call=self._call(vote),
             heap=self._heap_array,
-            bank=self._bank_array,
-            dropped=dropped,
+            bank=self.bank_array,
+            dropped=self._none_dropped,
             spread=self._spread,
         )
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import aiohttp
 
+from eep_jax.config import RunConfig
 from eep_jax.coordination.protocol import Fenced, Mode, Prepare, Refused, Status, Welcome
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
 from eep_jax.runtime.control.codec import decode, encode
-from eep_jax.runtime.control.endpoint import CONNECT_TIMEOUT_MS, RETRY_MS, connect
+from eep_jax.runtime.control.endpoint import CONNECT_TIMEOUT_MS, ENDPOINT, RETRY_MS, connect
 from eep_jax.runtime.control.identity import host_id, start_ticks
 
 _log = logging.getLogger(__name__)
@@ -256,3 +257,20 @@ class ControlClient:
             while outgoing.full():
                 outgoing.get_nowait()
             outgoing.put_nowait(None)
+
+
+def client_of(
+    config: RunConfig, rank: int, run_dir: pathlib.Path, token: str, **others
+) -> ControlClient:
+    """The client of a rank of the run in `run_dir`; `others` are further fields of LinkOptions."""
+    return ControlClient(
+        LinkOptions(
+            endpoint_file=run_dir / ENDPOINT,
+            token=token,
+            rank=rank,
+            run=config.name,
+            heartbeat_ms=config.cluster.heartbeat_ms,
+            message_bytes_max=config.serve.message_bytes_max,
+            **others,
+        )
+    )

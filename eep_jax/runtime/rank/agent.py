@@ -9,10 +9,9 @@ import time
 
 from eep_jax.coordination import participant as p
 from eep_jax.coordination.protocol import Mode, Prepare, Status
-from eep_jax.engine.engine import Engine
+from eep_jax.engine.protocol import RankEngine
 from eep_jax.engine.request import Progress
 from eep_jax.errors import HeapError, QueueFull, RelocationFailed
-from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.placement.sources import Backup
 from eep_jax.relocation.background_fetch import BackgroundFetch
 from eep_jax.relocation.backup_store import BackupStore
@@ -38,18 +37,17 @@ class Agent:
 
     def __init__(
         self,
-        rank: int,
-        engine: Engine,
-        heap: SymmetricHeap,
+        engine: RankEngine,
         executor: Executor,
         link: ControlClient,
         backups: BackupStore | None = None,
         start: StartTimer | None = None,
     ):
-        self._rank, self._engine, self._heap = rank, engine, heap
+        self._rank, self._heap, self._engine = engine.rank, engine.heap, engine
+        self._bank, self._lockstep = engine.bank, engine.lockstep
         self._executor, self._link, self._backups = executor, link, backups
         self._published: Status | None = None
-        self._state = p.ParticipantState(rank=rank, contents=engine.bank.contents)
+        self._state = p.ParticipantState(rank=engine.rank, contents=engine.bank.contents)
         self._attached: dict[int, str] = {}
         self._finished: dict[str, Progress] = {}
         self._exit: int | None = None
@@ -58,6 +56,7 @@ class Agent:
         self._planned: Prepare | None = None  # waits until all ranks hold
         self._planned_s = 0.0
         self._fetch_from_s = 0.0
+        self._cluster = engine.config.cluster
         self._background = BackgroundFetch(executor, engine.lockstep.nudge)
         self._watch, self._start = ChangeTimer(executor), start or StartTimer()
         link.on_arrival = engine.lockstep.nudge
@@ -67,7 +66,7 @@ class Agent:
         """Warms up alone, offers itself, and serves until it is told to end."""
         started = time.monotonic()
         self._watch.start = self._start.done(self._engine.warm_up())
-        self._engine.lockstep.clear_flags()
+        self._lockstep.clear_flags()
         self._is_clear = True  # until the first epoch: nobody sends to a rank that is in none
         _log.info("warm after %.1f s", time.monotonic() - started)
         _log.info("start: %s", self._watch.start)
@@ -75,15 +74,20 @@ class Agent:
         self._link.beat()
         self._feed(p.WarmedUp())
         while self._exit is None:
-            doorbell = self._engine.lockstep.doorbell()
+            doorbell = self._lockstep.doorbell()
             for message in self._link.receive():
                 self._handle(message)
             self._link.beat()
             self._send_telemetry()
             self._begin_planned()
             if self._exit is None and not (self._fetch() | self._step()):
-                self._engine.lockstep.sleep(doorbell, SLEEP_MS)
+                self._lockstep.sleep(doorbell, SLEEP_MS)
         return self._exit
+
+    def stop(self) -> None:
+        """Has `run` return after the step that it is in. Thread-safe."""
+        self._exit = EXIT_OK if self._exit is None else self._exit
+        self._lockstep.nudge()
 
     def _step(self) -> bool:
         """Runs one step if this rank may and anybody has work; False if there was nothing to do."""
@@ -106,12 +110,12 @@ class Agent:
             case messages.Generate(request=request):
                 self._accept(request)
             case messages.Forget(id=request_id):
-                self._engine.scheduler.cancel(request_id)
+                self._engine.cancel(request_id)
                 self._finished.pop(request_id, None)
             case messages.Shutdown():
-                self._exit = EXIT_OK
+                self.stop()
             case Connected():
-                held = (*self._finished.values(), *self._engine.scheduler.snapshot())
+                held = (*self._finished.values(), *self._engine.snapshot())
                 self._link.send(messages.Held(progress=held))
                 self._publish()
             case Prepare(planned=True) if self._state.mode is Mode.SERVING:
@@ -151,13 +155,13 @@ class Agent:
             if waited_ms < HOLD_TRIES_MS:
                 return
             _log.warning("ranks do not hold for epoch %d; the step is aborted", prepare.epoch)
-            engine.lockstep.abort(prepare.epoch)
+            self._lockstep.abort(prepare.epoch)
         self._planned = None
         self._feed(prepare)
 
     def _fetch(self) -> bool:
         """Goes on with a Fetch, between two steps; whether it did anything that steps wait for."""
-        fetch, bank = self._state.fetch, self._engine.bank
+        fetch, bank = self._state.fetch, self._bank
         if fetch is None or time.monotonic() < self._fetch_from_s:
             return False
         missing = [m for m in fetch.moves if bank.contents[m.slot] != m.expert]
@@ -165,7 +169,7 @@ class Agent:
         if came is None:
             return False  # under way
         if came:
-            if limit := self._engine.config.cluster.background_bytes_per_s:
+            if limit := self._cluster.background_bytes_per_s:
                 self._fetch_from_s = time.monotonic() + bank.expert_bytes / limit
             return True
         lost = {missing[0].expert: self._background.failure} if missing else {}
@@ -240,7 +244,7 @@ class Agent:
                 continue
             try:
                 if not self._attach_patiently(peer, prepare.handles.get(peer, ""), prepare.epoch):
-                    return p.Prepared(0, self._engine.bank.contents)
+                    return p.Prepared(0, self._bank.contents)
             except HeapError as error:
                 return p.Broken(f"cannot map rank {peer}: {error}")
         slots = prepare.placement.slots[self._rank]
@@ -252,7 +256,7 @@ class Agent:
             self._executor.measure_memory(list(self._attached))
         # No step runs here, and none of the new epoch can run anywhere before the Commit.
         if not self._is_clear:
-            self._engine.lockstep.clear_flags()
+            self._lockstep.clear_flags()
         self._is_clear = False
         milliseconds = (time.monotonic() - started) * 1e3
         _log.info("prepared epoch %d in %.1f ms: %s", prepare.epoch, milliseconds, prepare.reason)
@@ -263,7 +267,7 @@ class Agent:
         try:
             return done(self._executor.carry_out(slots, moves), {})
         except RelocationFailed as error:
-            return done(self._engine.bank.contents, _in_short(error.lost))
+            return done(self._bank.contents, _in_short(error.lost))
 
     def _attach(self, peer: int, handle: str) -> None:
         if handle and self._attached.get(peer) != handle:
@@ -273,7 +277,7 @@ class Agent:
     def _attach_patiently(self, peer: int, handle: str, epoch: int) -> bool:
         """Maps a peer, trying again for a while; False once a later epoch is being prepared."""
         deadline = time.monotonic() + ATTACH_TRIES_MS / 1000
-        while self._engine.lockstep.aborted_epoch <= epoch:
+        while self._lockstep.aborted_epoch <= epoch:
             try:
                 self._attach(peer, handle)
                 return True
@@ -293,7 +297,7 @@ class Agent:
         return self._state.status(
             incarnation=self._link.incarnation,
             sequence=0,  # numbered by the link as it is sent
-            contents=self._engine.bank.contents,
+            contents=self._bank.contents,
             handle=self._heap.export(),
             backup=Backup() if backups is None else backups.offer,
             rates=self._executor.rates.medians(),

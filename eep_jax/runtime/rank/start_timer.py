@@ -8,7 +8,7 @@ from eep_jax.runtime.control.identity import start_ticks
 from eep_jax.runtime.control.messages import StartTimes
 
 if typing.TYPE_CHECKING:  # loading JAX is one of the phases
-    from eep_jax.engine.engine import WarmUp
+    from eep_jax.engine.protocol import WarmUp
 
 
 class StartTimer:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from eep_jax.library.stepper import CALLS_MAX, StepCompilations
+from eep_jax.engine.compilations import CompileCounter
+from eep_jax.library.stepper import CALLS_MAX
 from eep_jax.placement.planner import plan_admission, plan_repair
 from tests.eep_jax.library.factories import KINDS, StepperCluster, a_model, some_rows
 from tests.support.loopback import in_threads, waits_that_know
@@ -163,7 +164,7 @@ def test_a_call_of_other_shapes_is_refused_with_both():
 
 
 def test_only_compilations_of_steps_are_counted():
-    counter, scale = StepCompilations(), np.float32(3)
+    counter, scale = CompileCounter(only_inside=True), np.float32(3)
     jax.jit(lambda x: x * scale)(np.ones(3))
     assert counter.total == 0
     with counter:

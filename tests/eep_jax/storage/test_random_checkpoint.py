@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from eep_jax.engine.engine import CompileCounter
+from eep_jax.engine.compilations import CompileCounter
 from eep_jax.errors import CheckpointError
 from eep_jax.heap.loopback import open_all
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
