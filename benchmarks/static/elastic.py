@@ -30,7 +30,7 @@ class FixedEngine(Engine):
 
     def warm_up(self) -> None:
         """Compiles for the tables it has; call it after `resume`. Runs nothing."""
-        tables, constant = jax.device_get(self._of_epoch)
+        tables, constant = jax.device_get((self._device_tables, self._epoch_call))
 
         def fixed(dense, bank, cache, heap, batch, round, vote):
             call = dataclasses.replace(jax.tree.map(jnp.asarray, constant), round=round, vote=vote)

@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import inspect
 import io
 import json
 import logging
@@ -31,11 +30,11 @@ import time
 
 import jax
 import jaxlib
-from jax.experimental import serialize_executable
 
 import eep_jax
 import pallas_kernels
 from eep_jax.config import RunConfig
+from eep_jax.jax_internals import executable_from_payload, payload_of_executable
 from pallas_kernels.device import prepare_loading
 
 _log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class ExecutableStore:
         payload = pickle.loads(_checked(_read(path), self._facts))
         prepare_loading()
         in_tree = jax.tree.structure((arguments, {}))
-        return _from_payload(payload, in_tree, jax.tree.structure(result))
+        return executable_from_payload(payload, in_tree, jax.tree.structure(result))
 
     def _keep(self, name: str, compiled: jax.stages.Compiled) -> None:
         if self._directory is None:
@@ -146,7 +145,7 @@ class ExecutableStore:
         draft = path.with_suffix(f".{os.getpid()}")
         try:
             self._make_directory()
-            data = pickle.dumps(_to_payload(compiled))
+            data = pickle.dumps(payload_of_executable(compiled))
             head = json.dumps(self._facts, sort_keys=True).encode()
             draft.write_bytes(MAGIC + head + b"\n" + _digest(data) + data)
             os.replace(draft, path)
@@ -244,62 +243,3 @@ def _digest(data: bytes) -> bytes:
 
 def _short(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-# XLA calls back into Python by number, so the list of callbacks travels beside the executable.
-# `jax.experimental.serialize_executable` has no place for it.
-
-
-def _to_payload(compiled: jax.stages.Compiled) -> dict:
-    unloaded = compiled._executable._unloaded_executable
-    callbacks = unloaded.host_callbacks
-    unloaded.host_callbacks = ()  # they are functions inside functions, which cannot be pickled
-    try:
-        serialized, _, _ = serialize_executable.serialize(compiled)
-    finally:
-        unloaded.host_callbacks = callbacks
-    return {"executable": serialized, "callbacks": [_describe(c) for c in callbacks]}
-
-
-def _from_payload(payload: dict, in_tree, out_tree) -> jax.stages.Compiled:
-    callbacks = [_callback(*described) for described in payload["callbacks"]]
-    if not callbacks:
-        return serialize_executable.deserialize_and_load(payload["executable"], in_tree, out_tree)
-    backend = jax.devices()[0].client
-    unpickler = _Unpickler(io.BytesIO(payload["executable"]), backend)
-    unpickler.callbacks = callbacks
-    unloaded, arguments, no_kwargs = unpickler.load()
-    unloaded.host_callbacks = callbacks
-    arguments = in_tree.unflatten(arguments)
-    return jax.stages.Compiled(unloaded.load(), [], arguments, out_tree, no_kwargs=no_kwargs)
-
-
-class _Unpickler(serialize_executable._JaxPjrtUnpickler):
-    callbacks = ()
-
-    def persistent_load(self, pid):
-        if pid[0] != "exec":
-            return super().persistent_load(pid)
-        return self.backend.deserialize_executable(
-            pid[1], executable_devices=self.execution_devices, host_callbacks=self.callbacks
-        )
-
-
-def _describe(callback) -> tuple:
-    """(object called back, structure of its inputs, of its outputs) of a `buffer_callback`."""
-    inside = inspect.getclosurevars(callback).nonlocals
-    return inside["callback"], inside["in_tree"], inside["out_tree"]
-
-
-def _callback(target, in_tree, out_tree):
-    """What `buffer_callback` hands to XLA for `target`."""
-    inputs = in_tree.num_leaves
-
-    def call(context, *buffers):
-        arguments, keywords = jax.tree.unflatten(in_tree, buffers[:inputs])
-        outputs = jax.tree.unflatten(out_tree, buffers[inputs:])
-        if target(context, outputs, *arguments, **keywords) is not None:
-            raise ValueError(f"{type(target).__name__} must not return anything")
-        return ()
-
-    return call

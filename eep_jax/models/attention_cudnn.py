@@ -9,8 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.cudnn import fused_attention_stablehlo as fused
 from jaxtyping import Array, BFloat16, Float, Int32
+
+from eep_jax.jax_internals import cudnn_attention as fused
 
 CHANNELS_MAX, CHANNELS_MULTIPLE = 128, 8  # of a head, for cuDNN's fused kernels
 PAGE_TOKENS, PAGE_TOKENS_MIN = 128, 64  # of a cache that is looked up, as measured
