@@ -1,11 +1,7 @@
-"""An expert layer for any Flax NNX model: whole in one process, or spread over ranks.
-
-Without an ExpertRouting it computes all experts itself and is differentiable. With one it sends
-each token to wherever its experts live now; what changes with the cluster is in the ExpertRouting,
-a jit argument.
-"""
+"""An expert layer for any Flax NNX model: whole in one process, or spread over ranks."""
 
 import dataclasses
+import math
 import typing
 
 import jax
@@ -33,17 +29,24 @@ from pallas_kernels.exchange.call import Call
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertRouting:
-    """Where experts are, as one step sees it; each expert layer returns it for the next one.
+    """Where the experts of a run are, as one step sees it: a pytree that `join` makes.
 
-    `call` carries suspicion, vote and round onwards, `dropped` counts choices that had no live
-    replica. Values never recompile; `spread` is static and belongs to the process.
+    A step passes it to its first expert layer, and what each layer returns to the next one. Values
+    never recompile the step. It may be carried through `nnx.scan`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from eep_jax import ExpertRouting
+        >>> def step(place: ExpertRouting, model, x: jnp.ndarray):
+        ...     y, place = model(x, place)
+        ...     return y, place
     """
 
-    tables: Tables
-    call: Call
+    tables: Tables  # the replicas of each expert, in this epoch
+    call: Call  # suspicion, vote and round, carried through the layers
     heap: UInt8[Array, "N B"]
-    bank: Float[Array, "S L 3 F D"]
-    dropped: Int32[Array, ""]
+    bank: Float[Array, "S L 3 F D"]  # the experts of this rank
+    dropped: Int32[Array, ""]  # choices without a live replica, so far in this step
     spread: ExpertSpread = dataclasses.field(metadata={"static": True})
 
 
@@ -51,18 +54,67 @@ class Correction(nnx.Variable):
     """A bias of the router that balances load; it is set, not learned by gradients."""
 
 
+class LayerNumber(nnx.Variable):
+    """The number of an ElasticMoE that is data, because one module stands for a stack of layers."""
+
+
 class ElasticMoE(nnx.Module):
     """Router and experts of one layer: `y[t] = sum_k w[t, k] * expert[ids[t, k]](x[t])`.
 
-    `layer` is its place in the bank: the ElasticMoE modules of a model are numbered 0..L-1, and are
-    of one MoEConfig but for the router. `param_dtype` is that of the router's kernel and of the
-    experts `[E 3 F D]` (gate, up, and down transposed).
+    Without a place the layer computes all experts in this process, and is differentiable. With one,
+    it sends each token to the ranks that have its experts.
+
+    The modules of a model are numbered 0..L-1 and have one MoEConfig but for the router. In a stack
+    made by `nnx.vmap` or `nnx.scan`, a module stands for several layers: map its number, too.
+
+    Attributes:
+        router: `nnx.Linear` from D to E, with float32 logits.
+        experts: `nnx.Param` `[E 3 F D]`, of gate, up, and down transposed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from eep_jax import ElasticMoE, MoEConfig
+        >>> config = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
+        >>> y, place = ElasticMoE(config, 0, rngs=nnx.Rngs(0))(jnp.ones((5, 8)))
+        >>> y.shape, place
+        ((5, 8), None)
+        >>> make = lambda layer, rngs: ElasticMoE(config, layer, rngs=rngs)
+        >>> stack = nnx.split_rngs(splits=3)(nnx.vmap(make))(jnp.arange(3), nnx.Rngs(0))
+        >>> axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+        >>> run = nnx.scan(lambda layer, carry: layer(*carry), **axes)
+        >>> y, place = run(stack, (jnp.ones((5, 8)), None))
+        >>> y.shape
+        (5, 8)
     """
 
-    def __init__(self, config: MoEConfig, layer: int, *, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        if layer < 0:
-            raise ValueError(f"{layer=} must be the module's number among the expert layers, 0..")
-        self.config, self.layer = config, layer
+    def __init__(
+        self,
+        config: MoEConfig,
+        layer: int | Int32[Array, ""],
+        *,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws router and experts.
+
+        Args:
+            config: Sizes, router and activation.
+            layer: Number of this module among the expert layers of the model, 0..L-1. An int; or
+                an int32 scalar where the module is made under `nnx.vmap` or `nnx.scan`.
+            param_dtype: Dtype of the router's kernel and of the experts.
+            rngs: Source of the stream `params`.
+
+        Raises:
+            ValueError: `layer` is negative.
+        """
+        if isinstance(layer, int | np.integer):
+            if layer < 0:
+                raise ValueError(f"{layer=} must be the number of this expert layer, 0..L-1")
+            self.layer = int(layer)
+        else:
+            self.layer = LayerNumber(jnp.asarray(layer, jnp.int32))
+        self.config = config
         self.router = nnx.Linear(
             config.hidden,
             config.experts,
@@ -82,14 +134,27 @@ class ElasticMoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "*T D"], place: ExpertRouting | None = None
     ) -> tuple[Float[Array, "*T D"], ExpertRouting | None]:
-        """Returns y in the dtype of x, and the place for the next expert layer (None for None).
+        """Sends each row of `x` through its K experts.
 
-        With a place, all leading axes of x together are the rows of the exchange: the same number
-        in every rank's step. Raises ValueError for x of other channels, more rows than the window
-        holds, a layer that the bank does not have, and without a place where `without_experts` has
-        taken the experts away.
+        Args:
+            x: `[*T D]`. With a place, all leading axes together are the rows of the exchange: as
+                many in every rank's step, at most `tokens_max` of `run_config`.
+            place: What the step was given, or the previous expert layer returned. None computes all
+                experts here.
+
+        Returns:
+            (y, place): y with the shape and dtype of x, and the place for the next expert layer.
+
+        Raises:
+            ValueError: x has other channels or too many rows; the run has no such layer; the module
+                is a whole stack; or there is no place, and `without_experts` removed the experts.
         """
         config = self.config
+        if stack := self.stack:
+            raise ValueError(
+                f"this ElasticMoE is a stack {list(stack)} of layers; call it inside nnx.scan over "
+                "its first axis, which hands one layer at a time to the function"
+            )
         if x.shape[-1] != config.hidden:
             raise ValueError(f"x is {x.shape}, expected {config.hidden} channels in its last axis")
         correction = self.correction[...] if config.router_correction else None
@@ -98,7 +163,12 @@ class ElasticMoE(nnx.Module):
             return self._all_here(x, ids, weights), None
         return self._spread(x, ids, weights, place)
 
-    def _all_here(self, x, ids, weights):
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Axes by which `nnx.vmap` or `nnx.scan` stacked this module; () for one layer."""
+        return tuple(self.router.kernel.shape[:-2])
+
+    def _all_here(self, x: Array, ids: Array, weights: Array) -> Array:
         if not hasattr(self, "experts"):
             raise ValueError(
                 f"expert layer {self.layer} has no experts (see without_experts) and was called "
@@ -108,17 +178,21 @@ class ElasticMoE(nnx.Module):
         mlp = expert_mlp(self.config.model())
         return dense_experts(stacked, 0, x, ids, weights, mlp).astype(x.dtype)
 
-    def _spread(self, x, ids, weights, place: ExpertRouting):
+    def _spread(
+        self, x: Array, ids: Array, weights: Array, place: ExpertRouting
+    ) -> tuple[Array, ExpertRouting]:
         config, bank = self.config, place.bank
+        layer = self.layer if isinstance(self.layer, int) else self.layer[...]
         # The bank's F may be padded; D and L are what the run was configured with.
-        if self.layer >= bank.shape[1] or bank.shape[-1] != config.hidden:
+        is_beyond = isinstance(layer, int) and layer >= bank.shape[1]
+        if is_beyond or bank.shape[-1] != config.hidden:
             raise ValueError(
-                f"layer {self.layer} with {config.hidden=} does not fit a bank [S L 3 F D] of "
+                f"layer {layer} with {config.hidden=} does not fit a bank [S L 3 F D] of "
                 f"{bank.shape}; run_config needs the layers and the MoEConfig of this model"
             )
         on_gpu = platform() == "gpu"
         run = shared_elastic_experts if on_gpu else elastic_experts
-        layer = jnp.int32(self.layer) if on_gpu else self.layer
+        layer = jnp.int32(layer) if on_gpu else layer
         rows, choices = x.reshape(-1, config.hidden), config.experts_per_token
         routes = ids.reshape(-1, choices), weights.reshape(-1, choices)
         parts = bank, place.heap, place.tables, place.call
@@ -128,14 +202,15 @@ class ElasticMoE(nnx.Module):
 
 
 def expert_layers(model: nnx.Module) -> list[ElasticMoE]:
-    """The model's ElasticMoE modules in the order of `layer`.
+    """The ElasticMoE modules of a model; one of a stack stands for several layers.
 
-    Raises ValueError unless they are numbered 0..L-1, each once, and are of the same sizes.
+    Raises:
+        ValueError: The layers are not numbered 0..L-1, each once; they differ in their sizes; or a
+            stack has one number, or another axis than its first ones.
     """
     found = [m for _, m in nnx.iter_modules(model) if isinstance(m, ElasticMoE)]
-    found.sort(key=lambda module: module.layer)
-    numbers = [module.layer for module in found]
-    if not found or numbers != list(range(len(found))):
+    numbers = [number for module in found for number in _numbers(module)]
+    if not found or (None not in numbers and sorted(numbers) != list(range(len(numbers)))):
         raise ValueError(
             f"the expert layers of {type(model).__name__} are numbered {numbers}, expected "
             "0, 1, 2, ... each once; give every ElasticMoE its own layer="
@@ -151,16 +226,81 @@ def expert_layers(model: nnx.Module) -> list[ElasticMoE]:
     return found
 
 
+def _numbers(module: ElasticMoE) -> list[int | None]:
+    """The numbers of the layers of one module, in the order of the stack; None if abstract."""
+    stack, config = module.stack, module.config
+    found, wanted = module.router.kernel.shape, (*stack, config.hidden, config.experts)
+    if found == wanted and hasattr(module, "experts"):
+        found, wanted = module.experts.shape, (*stack, *config.weights_shape)
+    if found != wanted:
+        raise ValueError(
+            f"a weight of an ElasticMoE is {found}, expected {wanted}; stack modules by their "
+            "first axis: nnx.vmap(..., out_axes=0)"
+        )
+    if isinstance(module.layer, int):
+        if stack:
+            raise ValueError(
+                f"an ElasticMoE is a stack {list(stack)} of layers, all with layer={module.layer}; "
+                "map the number, too: nnx.split_rngs(splits=L)(nnx.vmap(make))(jnp.arange(L), rngs)"
+                ", where make(layer, rngs) gives it to the ElasticMoE"
+            )
+        return [module.layer]
+    number = module.layer.get_value()
+    if isinstance(number, jax.ShapeDtypeStruct):
+        return [None] * math.prod(stack)
+    if number.shape != stack:
+        raise ValueError(f"the layer numbers of an ElasticMoE are {number.shape}, expected {stack}")
+    return np.asarray(number).reshape(-1).tolist()
+
+
 def expert_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """All experts by name (`e007`), each over all layers `[L 3 F D]`, in host memory."""
-    stacked = np.stack([np.asarray(m.experts[...]) for m in expert_layers(model)], axis=1)
+    """All experts of a model, as `join` takes them.
+
+    Args:
+        model: Holds ElasticMoE modules; stacks are split into their layers.
+
+    Returns:
+        `[L 3 F D]` for each expert by its name, in host memory.
+
+    Raises:
+        ValueError: The layers are not numbered 0..L-1, or of different sizes.
+
+    Example:
+        >>> from flax import nnx
+        >>> from eep_jax import ElasticMoE, MoEConfig, expert_arrays
+        >>> config = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
+        >>> model = nnx.List([ElasticMoE(config, layer, rngs=nnx.Rngs(0)) for layer in range(2)])
+        >>> {name: array.shape for name, array in expert_arrays(model).items()}["e003"]
+        (2, 3, 4, 8)
+    """
+    by_layer = {}
+    for module in expert_layers(model):
+        layers = np.asarray(module.experts[...]).reshape(-1, *module.config.weights_shape)
+        by_layer |= dict(zip(_numbers(module), layers, strict=True))
+    stacked = np.stack([by_layer[layer] for layer in range(len(by_layer))], axis=1)
     return {expert_name(expert): stacked[expert] for expert in range(len(stacked))}
 
 
 def without_experts(model: nnx.Module) -> nnx.Module:
-    """A copy of the model (arrays shared) that has no experts: they are read from the bank.
+    """A copy of a model whose expert layers have no experts: they are read from the bank.
 
-    The model may be abstract, as `nnx.eval_shape` gives it.
+    Args:
+        model: May be abstract, as `nnx.eval_shape` returns it. It is left as it is.
+
+    Returns:
+        The copy, which shares all other arrays with `model`.
+
+    Raises:
+        ValueError: The layers are not numbered 0..L-1, or of different sizes.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from eep_jax import ElasticMoE, MoEConfig, without_experts
+        >>> config = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
+        >>> rest = without_experts(ElasticMoE(config, 0, rngs=nnx.Rngs(0)))
+        >>> [leaf.shape for leaf in jax.tree.leaves(nnx.state(rest))]
+        [(8, 4)]
     """
     rest = nnx.clone(model)
     for module in expert_layers(rest):

@@ -86,8 +86,8 @@ def elastic_experts(
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`. Returns y, how many choices of
     each token had no live replica (they add nothing, and the weights are not renormalised), and the
-    call for the next layer, its vote raised to the largest heard. `layer` is an int; on a GPU it
-    may be an int32 scalar.
+    call for the next layer, its vote raised to the largest heard. `layer` is an int or
+    an int32 scalar.
     """
     choices = Choices(assign(expert_ids, tables), weights)
     rows, received, suspicion, vote = dispatch(x, choices, heap, call, spread.exchange)

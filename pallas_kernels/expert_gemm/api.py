@@ -31,7 +31,7 @@ def expert_gemm(
         rows: received rows, or on a GPU those that dispatch left in the window.
         slots: slots of this rank; -1 for a choice that runs elsewhere.
         bank: weights of all layers of all slots; on a GPU bfloat16, F and D multiples of 64.
-        layer: the only layer that is read; on a GPU it may be an int32 scalar in range.
+        layer: the only layer that is read; as an int32 scalar, which is not checked, it is data.
         tile_rows: on CPU, rows of one product.
         config: on a GPU, the launch configuration; chosen by shape if None.
         mlp: activation and biases.

@@ -16,7 +16,7 @@ def expert_gemm_tiles(
     rows: Float[Array, "R T D"],
     slots: Int32[Array, "R T K"],
     bank: Float[Array, "S L 3 F D"],
-    layer: int,
+    layer: int | Int32[Array, ""],
     tile_rows: int,
     mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "R T K D"]:
@@ -33,8 +33,9 @@ def expert_gemm_tiles(
         chosen = lists.grouped[slot * lists.rows_max + place]
         chosen = jnp.where(place < lists.counts[slot], chosen, pairs)
         x = flat_rows[jnp.minimum(chosen, pairs - 1) // choices]
-        expert = lax.dynamic_index_in_dim(bank, slot, keepdims=False)[layer]
-        weights, biases = mlp.split(expert)
+        at = (slot, layer, 0, 0, 0)
+        expert = lax.dynamic_slice(bank, at, (1, 1, *bank.shape[2:]))
+        weights, biases = mlp.split(expert[0, 0])
         by_channel = (((1,), (1,)), ((), ()))
         gate = lax.dot_general(x, weights[0], by_channel)
         up = lax.dot_general(x, weights[1], by_channel)

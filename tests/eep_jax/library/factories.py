@@ -88,16 +88,21 @@ def some_rows(seed: int = 0, shape=(TOKENS,)) -> jax.Array:
 class StepperCluster:
     """R ranks that run one model's step in lockstep, all within this process."""
 
-    def __init__(self, ranks: int, kind: str = "softmax_topk", **cluster):
-        model = a_model(kind)
+    def __init__(self, ranks: int, kind: str = "softmax_topk", model=None, **cluster):
+        """`model` may have other layers than `a_model(kind)`, of the same MoEConfig."""
+        model = model or a_model(kind)
+        arrays = expert_arrays(model)
         options = {"slots_per_rank": 8, "step_deadline_ms": DEADLINE_MS} | cluster
         config = run_config(
-            a_moe(**KINDS[kind]), layers=LAYERS, ranks=ranks, tokens_max=TOKENS, **options
+            a_moe(**KINDS[kind]),
+            layers=len(arrays["e000"]),
+            ranks=ranks,
+            tokens_max=TOKENS,
+            **options,
         )
         layout = slab_layout(config.model, config.engine, ranks, config.cluster.slots_per_rank)
         self.heaps = open_all(ranks, layout.slab_bytes)
         graph, self.weights = nnx.split(without_experts(model))
-        arrays = expert_arrays(model)
         self.experts = np.stack([arrays[expert_name(e)] for e in range(len(arrays))])
         self.traced = 0
 
