@@ -1,4 +1,4 @@
-"""How fast a kernel that waits for a silent rank ends once the abort word is set.
+"""Time until a kernel that waits for a silent rank ends, once the abort word is set.
 
 python -m benchmarks.bench_abort --out=benchmarks/results/abort.jsonl
 
@@ -9,26 +9,25 @@ nobody, and without the word it ends by its deadline and blames the silent rank.
 """
 
 import os
-import pathlib
 import random
 import threading
 import time
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import options
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, Unfit, percentile
 
 SAMPLES, SAMPLES_QUICK = 50, 5
 DEADLINE_MS, TOKENS, CHOICES, HIDDEN, SLOTS = 5_000, 8, 4, 1024, 8
 
 
-def main(_) -> None:
+def main() -> list[Record]:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.2")
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from benchmarks.harness import Record, append, percentile
     from eep_jax.heap.arrays import heap_array
     from eep_jax.heap.open import open_heap
     from pallas_kernels.dispatch.api import dispatch
@@ -64,7 +63,7 @@ def main(_) -> None:
     run = jax.jit(exchange).lower(x, slots, weights, memory, call(1, 1)).compile()
     silent = np.asarray(run(x, slots, weights, memory, call(1, 20)))
     if silent.tolist() != [0, 1]:
-        raise SystemExit(f"a deadline of 20 ms gave suspicion {silent}, expected [0 1]")
+        raise Unfit(f"a deadline of 20 ms gave suspicion {silent}, expected [0 1]")
     samples, took_ms = SAMPLES_QUICK if flags.FLAGS.quick else SAMPLES, []
     for epoch in range(2, 2 + samples):
         stored = []
@@ -81,29 +80,16 @@ def main(_) -> None:
         ended = time.perf_counter()
         thread.join()
         if found.tolist() != [1, 0]:
-            raise SystemExit(f"an aborted step gave suspicion {found}, expected [1 0]")
+            raise Unfit(f"an aborted step gave suspicion {found}, expected [1 0]")
         took_ms.append((ended - stored[0]) * 1e3)
-    device = jax.devices()[0].device_kind
     shape = {"deadline_ms": DEADLINE_MS, "samples": len(took_ms)}
-    records = [
-        Record(
-            bench="abort",
-            metric=f"p{percent}_ms",
-            value=percentile(took_ms, percent),
-            unit="ms",
-            bound=1.0,
-            device=device,
-            ranks=2,
-            shape=shape,
-        )
-        for percent in (50, 99)
-    ]
-    for record in records:
-        print(f"abort {record.metric}: {record.value:.3f} ms from the store to the host's return")
-    if flags.FLAGS.out:
-        append(pathlib.Path(flags.FLAGS.out), records)
+    sheet = Sheet("abort", jax.devices()[0].device_kind, 2, shape)
+    for percent in (50, 99):
+        r = sheet.add(f"p{percent}_ms", percentile(took_ms, percent), "ms", bound=1.0)
+        print(f"abort {r.metric}: {r.value:.3f} ms from the store to the host's return")
+    return sheet.records
 
 
 if __name__ == "__main__":
-    options.define()
-    app.run(main)
+    command.define_gpu()
+    command.run(main)

@@ -10,24 +10,20 @@ turns, so that none is in the GPU's own cache.
 
 import dataclasses
 import functools
-import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks import options
-from benchmarks.gpu_rates import rate_record, read_rate
-from benchmarks.gpu_timing import Chained, Program, compile_all, measure, open_gpu, time_records
-from benchmarks.harness import Record, append
+from benchmarks import command
+from benchmarks.gpu_rates import add_rate, read_rate
+from benchmarks.gpu_timing import Chained, Program, add_times, compile_all, measure, open_gpu
+from benchmarks.harness import Sheet, Unfit
 from eep_jax.models.attention import attend_xla
 from eep_jax.models.attention_cudnn import attend_cudnn
 from eep_jax.models.latent_attention import attend_latent
-from launch import flags
 
 CACHED_BYTES = 256 << 20  # what is to be read before the same bytes are read again
 LAYERS_MAX = 4
@@ -220,10 +216,8 @@ def reference(case: Case, q, caches, batch_rows, positions, sinks) -> np.ndarray
         return np.asarray(jax.jit(lambda *p: jax.lax.map(one, p))(q, batch_rows, positions))
 
 
-def measure_case(
-    case: Case, executables: dict, rate: float, samples: int, device: str
-) -> list[Record]:
-    """Prints a line for each kernel whose answer is right; returns their records."""
+def measure_case(sheet: Sheet, case: Case, executables: dict, rate: float, samples: int) -> set:
+    """Adds and prints a line for each kernel whose answer is right; returns their names."""
     inputs = inputs_of(case)
     wanted = reference(case, *inputs)
     runs, firsts = {}, {}
@@ -237,7 +231,7 @@ def measure_case(
         repetitions = REPETITIONS * case.layers
         step = lambda q, run=run: run(q, *inputs[1:])[0]
         runs[name] = Chained(step, inputs[0], repetitions)
-    bound_us, records = case.seen_bytes / rate * 1e6, []
+    bound_us = case.seen_bytes / rate * 1e6
     for name, timing in measure(runs, samples).items():
         same = [n for n in firsts if n != name and np.array_equal(firsts[n], firsts[name])]
         print(
@@ -245,21 +239,16 @@ def measure_case(
             f"{bound_us / timing.p50_us:.2f} of it   same bits as {same}   {timing.note}",
             flush=True,
         )
-        shape = case.shape() | {"kernel": name}
-        fields = {"bench": "attention", "device": device, "ranks": 1, "shape": shape}
-        records += time_records(timing, bound=bound_us, **fields)
-    return records
+        add_times(sheet.of(**case.shape(), kernel=name), timing, bound=bound_us)
+    return set(runs)
 
 
 def main() -> int:
-    device = open_gpu()
-    quick = absl_flags.FLAGS.quick
-    samples = 5 if quick else 15
+    device, quick = open_gpu(), absl_flags.FLAGS.quick
+    samples, sheet = 5 if quick else 15, Sheet("attention", device, 1, {})
     rate = read_rate(samples)
     print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
-    out = absl_flags.FLAGS.out and pathlib.Path(absl_flags.FLAGS.out)
-    keep = lambda records: append(out, records) if out else None
-    keep([rate_record(device, "read_rate", rate, samples)])
+    add_rate(sheet, "read_rate", rate, samples)
     cases = FEW if quick else tuple(c for c in CASES if c.name in absl_flags.FLAGS.cases)
     programs = {
         (case, name): program_of(case, kernel)
@@ -274,17 +263,16 @@ def main() -> int:
     missing = []
     for case in cases:
         mine = {name: run for (of, name), run in executables.items() if of is case}
-        found = measure_case(case, mine, rate, samples, device)
-        keep(found)
-        if case.served_by not in {record.shape["kernel"] for record in found}:
+        if case.served_by not in measure_case(sheet, case, mine, rate, samples):
             missing.append(f"{case.name}, {case.served_by}")
+    command.keep(sheet.records)
     if missing:
-        print(f"no result of what serving takes: {missing}", file=sys.stderr)
-    return 1 if missing else 0
+        raise Unfit(f"serving takes {missing}")
+    return 0
 
 
 if __name__ == "__main__":
-    options.define()
+    command.define_gpu()
     names = [case.name for case in CASES]
     absl_flags.DEFINE_list("cases", names, "Only these of the cases.")
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

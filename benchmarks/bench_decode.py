@@ -9,29 +9,25 @@ the experts that some token chose, the dense weights, and keys and values.
 
 import dataclasses
 import os
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks import bench_step, options
+from benchmarks import bench_step, command
 from benchmarks.bench_step import STEPS, Live
-from benchmarks.gpu_rates import rate_record, read_rate
+from benchmarks.gpu_rates import add_rate, read_rate
 from benchmarks.gpu_timing import (
     Chained,
     Timing,
-    Unfit,
+    add_times,
     compile_all,
     measure_one,
     open_gpu,
-    time_records,
 )
 from benchmarks.gpu_trace import longest, run_kernels, shares
-from benchmarks.harness import Record, append
+from benchmarks.harness import Sheet, Unfit
 from benchmarks.world import World, bytes_of, shape_of, touched_slots, with_layers
 from launch import flags
 
@@ -93,23 +89,21 @@ class Line:
     def reached(self) -> float:
         return self.bound_us / self.timing.p50_us
 
-    def records(self, device: str) -> list[Record]:
-        shape = shape_of(self.world) | {"model": self.world.config.model.name}
-        fields = {"bench": "decode", "device": device, "ranks": 1, "shape": shape}
-        found = time_records(self.timing, bound=self.bound_us, **fields)
-        fields["shape"] = shape | {"samples": len(self.timing.samples_us)}
+    def add_to(self, sheet: Sheet) -> None:
+        of = sheet.of(**shape_of(self.world), model=self.world.config.model.name)
+        add_times(of, self.timing, bound=self.bound_us)
         per_s = lambda time_us: self.tokens / time_us * 1e6
-        rate = {"value": per_s(self.timing.p50_us), "bound": per_s(self.bound_us)}
-        found.append(Record(metric="tokens_per_s", unit="tokens/s", **rate, **fields))
+        more = {"samples": len(self.timing.samples_us)}
+        rate, bound = per_s(self.timing.p50_us), per_s(self.bound_us)
+        of.add("tokens_per_s", rate, "tokens/s", bound=bound, **more)
         for part, share in self.shares.items():
-            found.append(Record(metric=f"share_{part}", value=share, unit="", **fields))
-        return found
+            of.add(f"share_{part}", share, **more)
 
     def __str__(self) -> str:
         parts = "  ".join(f"{part} {share:.0%}" for part, share in self.shares.items())
         busy_us, verdict = sum(time for _, time in self.kernels) / STEPS, ""
         if self.tokens == AIM_BATCH:
-            verdict = f", at least {AIM}: {'reached' if self.reached >= AIM else 'MISSED'}"
+            verdict = f", at least {AIM}: {command.verdict(self.reached >= AIM)}"
         return (
             f"decode B={self.tokens:<4} context {self.world.context_tokens:<5} "
             f"{self.timing.p50_us:9.1f} us p50 {self.timing.p99_us:9.1f} p99   "
@@ -141,10 +135,9 @@ def measure_batch(live: Live, rate: float, samples: int) -> Line:
 
 def main() -> int:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
-    device = open_gpu()
-    quick = absl_flags.FLAGS.quick
+    device, quick = open_gpu(), absl_flags.FLAGS.quick
     samples, layers = (5 if quick else 15), absl_flags.FLAGS.layers
-    batches = options.sizes(BATCHES, FEW)
+    batches = command.numbers("shapes", FEW if quick else BATCHES)
     abort = jax.block_until_ready(jnp.zeros(8, jnp.uint32))
     rate = read_rate(samples)
     print(f"{device}: reads {rate / 1e12:.2f} TB/s", flush=True)
@@ -156,32 +149,29 @@ def main() -> int:
         programs[f"plain {batch}"] = short.reference(arguments)
         programs[f"whole {batch}"] = whole.counting(whole.arguments(whole.alone(0)))
     executables = compile_all(programs, threads=16)
-    out = absl_flags.FLAGS.out and pathlib.Path(absl_flags.FLAGS.out)
-    if out:
-        append(out, [rate_record(device, "read_rate", rate, samples)])
-    try:
-        check(batches, executables, abort)
-        whole = world_of(layers, 1)
-        weights = whole.dense(), whole.bank(), abort
-        for batch in batches:
-            live = bench_step.live_of(
-                world_of(layers, batch), executables[f"whole {batch}"], *weights
-            )
-            line = measure_batch(live, rate, samples)
-            print(line, flush=True)
-            if absl_flags.FLAGS.kernels:
-                print(longest(line.kernels, absl_flags.FLAGS.kernels), flush=True)
-            if out:
-                append(out, line.records(device))
-            del live
-    except Unfit as error:
-        print(f"no result: {error}", file=sys.stderr)
-        return 1
+    sheet = Sheet("decode", device, 1, {})
+    add_rate(sheet, "read_rate", rate, samples)
+    command.keep(sheet.records)
+    check(batches, executables, abort)
+    whole = world_of(layers, 1)
+    weights = whole.dense(), whole.bank(), abort
+    for batch in batches:
+        executable = executables[f"whole {batch}"]
+        live = bench_step.live_of(world_of(layers, batch), executable, *weights)
+        line = measure_batch(live, rate, samples)
+        print(line, flush=True)
+        if absl_flags.FLAGS.kernels:
+            print(longest(line.kernels, absl_flags.FLAGS.kernels), flush=True)
+        # Each batch is kept at once: a run takes long.
+        sheet.records.clear()
+        line.add_to(sheet)
+        command.keep(sheet.records)
+        del live
     return 0
 
 
 if __name__ == "__main__":
-    options.define()
+    command.define_gpu()
     absl_flags.DEFINE_integer("layers", 1 << 30, "Layers of the model at most.", 1)
     absl_flags.DEFINE_integer("kernels", 0, "Kernels to list that took longest in a batch.", 0)
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

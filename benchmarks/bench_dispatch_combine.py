@@ -11,32 +11,28 @@ the GPU.
 import dataclasses
 import functools
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks import options
-from benchmarks.gpu_rates import Copies, copy_rate, rate_record
+from benchmarks import command
+from benchmarks.gpu_rates import Copies, add_rate, copy_rate
 from benchmarks.gpu_timing import (
     Chained,
     Program,
     Timing,
-    Unfit,
+    add_times,
+    calling,
     chain,
     compile_all,
     measure,
     open_gpu,
     shapes_of,
-    time_records,
 )
-from benchmarks.harness import Record, append
+from benchmarks.harness import Record, Sheet, Unfit
 from benchmarks.loopback import Loopback, random_routing
-from launch import flags
 from pallas_kernels.combine.reference import combine_reference
 from pallas_kernels.dispatch.reference import dispatch_reference
 from pallas_kernels.exchange.call import Call
@@ -377,19 +373,12 @@ class Line:
         mode = {} if self.bench == "dispatch" else {"combine": self.family.combine}
         return found | mode
 
-    def records(self, device: str) -> list[Record]:
-        return time_records(
-            self.timing,
-            baseline=self.fixed,
-            bench=self.bench,
-            device=device,
-            ranks=RANKS,
-            shape=self.shape,
-            bound=self.bound_us,
-        )
+    def add_to(self, sheet: Sheet) -> None:
+        of = sheet.of(self.bench, **self.shape)
+        add_times(of, self.timing, baseline=self.fixed, bound=self.bound_us)
 
     def __str__(self) -> str:
-        aim = "reached" if reached(self.timing.p50_us, self.bound_us) else "MISSED"
+        aim = command.verdict(reached(self.timing.p50_us, self.bound_us))
         mode = "" if self.bench == "dispatch" else self.family.combine
         text = (
             f"{self.bench:12} T={self.tokens:<4} D={self.family.hidden} K={CHOICES} R={RANKS} "
@@ -439,13 +428,10 @@ def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[
             if name in CHECKS:
                 _require_right(f"{family} {key}", executables[f"check {key}"](call, data))
             count = repetitions_of(sent_bytes)
-            runs = {"live": (executables[f"time {key}"], (call, data))}
+            runs = {"live": calling(executables[f"time {key}"], call, data)}
             if f"fixed {key}" in executables:
-                runs["fixed"] = (executables[f"fixed {key}"], (data,))
-            chains = {
-                kind: Chained(functools.partial(_call, run, rest), _carry(call), count)
-                for kind, (run, rest) in runs.items()
-            }
+                runs["fixed"] = calling(executables[f"fixed {key}"], data)
+            chains = {kind: Chained(run, _carry(call), count) for kind, run in runs.items()}
             found = measure(chains, samples)
             for run in chains.values():
                 _require_right(f"{family} {key}, timed", (run.carry[1].sum(),))
@@ -466,10 +452,6 @@ def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[
     return lines
 
 
-def _call(executable, rest, carry):
-    return executable(carry, *rest)
-
-
 def _require_right(what: str, wrong: tuple) -> None:
     if any(int(count) for count in wrong):
         raise Unfit(f"{what}: wrong entries {[int(count) for count in wrong]}")
@@ -482,33 +464,24 @@ def chosen(families: tuple[Family, ...], wanted: tuple[int, ...] | None) -> tupl
     return tuple(dataclasses.replace(family, tokens=wanted) for family in families)
 
 
-def main() -> int:
-    device = open_gpu()
-    quick = absl_flags.FLAGS.quick
+def main() -> list[Record]:
+    device, quick = open_gpu(), absl_flags.FLAGS.quick
     families = QUICK if quick else FAMILIES
     if absl_flags.FLAGS.shapes is not None:
-        families = chosen(families, options.sizes((), ()))
-    samples = 10 if quick else 40
+        families = chosen(families, command.numbers("shapes", ()))
+    samples, sheet = 10 if quick else 40, Sheet("", device, RANKS, {})
     print(f"{device}, as {RANKS} ranks that take turns", flush=True)
     copies = Copies(max(5, samples // 4))
-    records = []
-    try:
-        copies.check()
-        rate = copy_rate(copies, samples // 2)
-        print(f"copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written", flush=True)
-        records.append(rate_record(device, "copy_rate", rate, samples // 2))
-        for seed, family in enumerate(families):
-            for line in run_family(family, copies, samples, seed):
-                records.extend(line.records(device))
-    except Unfit as error:
-        print(f"no result: {error}", file=sys.stderr)
-        return 1
-    if absl_flags.FLAGS.out:
-        append(pathlib.Path(absl_flags.FLAGS.out), records)
-        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
-    return 0
+    copies.check()
+    rate = copy_rate(copies, samples // 2)
+    print(f"copy of 1 GiB: {rate / 1e12:.2f} TB/s read and written", flush=True)
+    add_rate(sheet, "copy_rate", rate, samples // 2)
+    for seed, family in enumerate(families):
+        for line in run_family(family, copies, samples, seed):
+            line.add_to(sheet)
+    return sheet.records
 
 
 if __name__ == "__main__":
-    options.define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.define_gpu()
+    command.run(main)

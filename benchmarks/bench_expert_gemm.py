@@ -10,32 +10,30 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
-import sys
 import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
-from benchmarks import options
-from benchmarks.gpu_rates import matmul_rate, rate_record, read_rate
+from benchmarks import command
+from benchmarks.gpu_rates import add_rate, matmul_rate, read_rate
 from benchmarks.gpu_timing import (
     Chained,
     Program,
     Timing,
-    Unfit,
+    add_times,
+    calling,
     chain,
     compile_all,
     measure_one,
     open_gpu,
-    time_records,
 )
-from benchmarks.harness import Record, append
-from launch import flags
+from benchmarks.harness import Record, Sheet, Unfit
+from benchmarks.world import draw_experts
+from launch.errors import UsageError
 from pallas_kernels import simt
 from pallas_kernels.expert_gemm import mosaic_gpu
 from pallas_kernels.expert_gemm.config import STAGES_MIN, GemmConfig, config_for
@@ -136,7 +134,7 @@ def cases_of(experts: tuple[Experts, ...], rows: tuple[int, ...] | None) -> list
         found += [Case(each, n) for n in wanted]
     for case in found:
         if case.tokens % CHECKED_TOKENS:
-            raise flags.UsageError(
+            raise UsageError(
                 f"{case} are {case.tokens} tokens; they must be a multiple of {CHECKED_TOKENS}"
             )
     return found
@@ -367,14 +365,7 @@ def other_program(case: Case, other: Other, repetitions: int) -> Program:
 
 def make_bank(experts: Experts, seed: int):
     """Random weights `[S 1 3 F D]`; products of normal rows are of the size of one."""
-    scale = np.array([experts.hidden, experts.hidden, experts.width], np.float32) ** -0.5
-
-    def slot(key):
-        normal = jax.random.normal(key, experts.bank_shape[1:], jnp.bfloat16)
-        return normal * scale.astype(jnp.bfloat16)[None, :, None, None]
-
-    keys = jax.random.split(jax.random.key(seed), experts.slots)
-    return jax.jit(lambda keys: jax.lax.map(slot, keys))(keys)
+    return draw_experts(np.arange(experts.slots) + seed, experts.bank_shape[1:], experts.width)
 
 
 def make_rows(case: Case):
@@ -386,10 +377,6 @@ def repetitions_of(case: Case) -> int:
     """Of one run: some milliseconds."""
     seconds = max(case.experts.slots * case.experts.expert_bytes / 3e12, case.flop / 6e14)
     return max(4, min(30, math.ceil(5e-3 / seconds)))
-
-
-def _call(executable, operands, carry):
-    return executable(carry, *operands)
 
 
 def require_right(reference, y, rows, slots, bank, what: str) -> None:
@@ -421,29 +408,22 @@ def shape_of(case: Case, routing: str) -> dict:
     }
 
 
-def rate_records(case: Case, shape: dict, timing: Timing, weight_bytes: int, rates, device: str):
-    """What the time means: bytes of weights per second, and operations per second."""
-    found = []
-    for metric, amount, best, unit in (
-        ("weights_rate", weight_bytes, rates.read_per_s, "TB/s"),
-        ("flop_rate", case.flop, rates.flop_per_s, "TFLOP/s"),
-    ):
-        value = amount / timing.p50_us / 1e6
-        found.append(
-            Record(
-                bench="expert_gemm",
-                metric=metric,
-                value=value,
-                unit=unit,
-                device=device,
-                ranks=1,
-                shape=shape | {"samples": len(timing.samples_us)},
-                bound=best / 1e12,
-                baseline=best / 1e12,
-                ratio=value / (best / 1e12),
-            )
+def add_rates(sheet: Sheet, case: Case, timing: Timing, weight_bytes: int, rates: Rates):
+    """Adds and returns the bytes of weights per second and the operations per second."""
+    return [
+        sheet.add(
+            metric,
+            amount / timing.p50_us / 1e6,
+            unit,
+            bound=best / 1e12,
+            baseline=best / 1e12,
+            samples=len(timing.samples_us),
         )
-    return found
+        for metric, amount, best, unit in (
+            ("weights_rate", weight_bytes, rates.read_per_s, "TB/s"),
+            ("flop_rate", case.flop, rates.flop_per_s, "TFLOP/s"),
+        )
+    ]
 
 
 def describe(case: Case, routing: str, timing: Timing, bound_us: float, records) -> str:
@@ -451,7 +431,7 @@ def describe(case: Case, routing: str, timing: Timing, bound_us: float, records)
     many = case.rows >= MANY_ROWS
     aim = MATMUL_AIM if many else READ_AIM
     met = (flop.ratio if many else weights.ratio) >= aim
-    goal = f"{'matmul' if many else 'read'} rate x {aim}: {'reached' if met else 'MISSED'}"
+    goal = f"{'matmul' if many else 'read'} rate x {aim}: {command.verdict(met)}"
     text = (
         f"expert_gemm {case} {routing:8} {timing.p50_us:8.1f} us p50 {timing.p99_us:8.1f} us p99   "
         f"bound {bound_us:7.1f} us   {weights.value:5.2f} TB/s ({weights.ratio:.2f})   "
@@ -460,36 +440,31 @@ def describe(case: Case, routing: str, timing: Timing, bound_us: float, records)
     return text + (f"\n    {timing.note}" if timing.note else "")
 
 
-def run_case(case: Case, bank, executables, rates: Rates, samples: int, device: str, baseline):
-    """Checks and times balanced and random rows. Returns records; prints each."""
-    rows, records = make_rows(case), []
+def run_case(sheet: Sheet, case: Case, bank, executables, rates: Rates, samples: int, others: bool):
+    """Checks and times balanced and random rows; adds and prints each. Raises Unfit."""
+    rows = make_rows(case)
     for routing, make in ROUTINGS.items():
         slots = make(case)
         lists = executables[f"lists {case}"](jnp.asarray(slots))
-        y = jnp.zeros((*case.shape, case.experts.hidden), jnp.bfloat16)
-        operands = (rows, lists, bank)
-        run = functools.partial(_call, executables[f"time {case}"], operands)
-        y = run(y)
+        run = calling(executables[f"time {case}"], rows, lists, bank)
+        y = run(jnp.zeros((*case.shape, case.experts.hidden), jnp.bfloat16))
         reference = executables[f"reference {case.experts}"]
         require_right(reference, y, rows, jnp.asarray(slots), bank, f"{case} {routing}")
         chained = Chained(run, y, repetitions_of(case))
-        timing = measure_one(chained, samples)
+        timing, of = measure_one(chained, samples), sheet.of(**shape_of(case, routing))
         bound_us = case.bound_us(slots, rates.read_per_s, rates.flop_per_s)
-        shape = shape_of(case, routing)
-        derived = rate_records(case, shape, timing, case.weight_bytes(slots), rates, device)
+        derived = add_rates(of, case, timing, case.weight_bytes(slots), rates)
         print(describe(case, routing, timing, bound_us, derived), flush=True)
-        fields = {"bench": "expert_gemm", "device": device, "ranks": 1, "shape": shape}
         rivals, best = {}, None
-        if routing == "balanced" and baseline:
+        if routing == "balanced" and others:
             rivals = run_others(case, bank, rows, slots, chained.carry, max(3, samples // 4))
         if rivals:
             name = min(rivals, key=lambda name: rivals[name].p50_us)
             best = rivals[name]
             print(f"    fastest other: {name}, x {timing.p50_us / best.p50_us:.3f}", flush=True)
-        records += time_records(timing, baseline=best, bound=bound_us, **fields) + derived
+        add_times(of, timing, baseline=best, bound=bound_us)
         for name, other in rivals.items():
-            records += time_records(other, metric=f"time_{name}", bound=bound_us, **fields)
-    return records
+            add_times(of, other, f"time_{name}", bound=bound_us)
 
 
 def run_others(case: Case, bank, rows, slots: np.ndarray, y, samples: int) -> dict[str, Timing]:
@@ -506,7 +481,7 @@ def run_others(case: Case, bank, rows, slots: np.ndarray, y, samples: int) -> di
         try:
             run = compile_all({"": other_program(case, other, other.repetitions)})[""]
             chained = Chained(
-                functools.partial(_call, run, (ordered, matrices)),
+                calling(run, ordered, matrices),
                 (jnp.copy(sizes), jnp.zeros_like(expected)),
                 other.repetitions,
             )
@@ -590,7 +565,7 @@ def tune(cases: list[Case], samples: int) -> None:
                 shape = hidden_rows(lists, tile_rows, case.experts).shape
                 h = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
                 first, second = (h, rows) if part == "gate_up" else (lists.counts, h)
-                call = functools.partial(_call, run, (second, lists, bank))
+                call = calling(run, second, lists, bank)
                 timing = measure_one(Chained(call, first, repetitions), samples)
                 times.append((timing.p50_us, name))
             for time_us, name in sorted(times):
@@ -599,52 +574,42 @@ def tune(cases: list[Case], samples: int) -> None:
                 print(f"  {name}  {type(error).__name__}: {str(error)[:120]}", flush=True)
 
 
-def main() -> int:
-    device = open_gpu()
-    quick = absl_flags.FLAGS.quick
-    wanted = options.sizes((), ()) or None
+def main() -> list[Record]:
+    device, quick = open_gpu(), absl_flags.FLAGS.quick
+    wanted = command.numbers("shapes", ()) or None
     cases = cases_of(QUICK if quick and wanted is None else EXPERTS, wanted)
-    samples = 10 if quick else 30
+    samples, sheet = 10 if quick else 30, Sheet("expert_gemm", device, 1, {})
     if absl_flags.FLAGS.tune:
         tune(cases, max(5, samples // 3))
-        return 0
+        return []
     rates = Rates(read_rate(samples // 2), matmul_rate(samples // 2))
     print(
         f"{device}: reads {rates.read_per_s / 1e12:.2f} TB/s, "
         f"multiplies {rates.flop_per_s / 1e12:.0f} TFLOP/s",
         flush=True,
     )
-    records = [
-        rate_record(device, "read_rate", rates.read_per_s, samples // 2),
-        rate_record(device, "matmul_rate", rates.flop_per_s, samples // 2),
-    ]
+    add_rate(sheet, "read_rate", rates.read_per_s, samples // 2)
+    add_rate(sheet, "matmul_rate", rates.flop_per_s, samples // 2)
     programs = {f"reference {case.experts}": reference_program(case.experts) for case in cases}
     for case in cases:
         programs[f"time {case}"] = timed_program(case, repetitions_of(case))
         programs[f"lists {case}"] = lists_program(case)
     executables = compile_all(programs)
-    try:
-        for experts, group in itertools.groupby(cases, lambda case: case.experts):
-            bank = make_bank(experts, 0)
-            for case in group:
-                baseline = absl_flags.FLAGS.others and case.rows in COMPARED_ROWS
-                records += run_case(case, bank, executables, rates, samples, device, baseline)
-            del bank
-    except Unfit as error:
-        print(f"no result: {error}", file=sys.stderr)
-        return 1
-    if absl_flags.FLAGS.out:
-        append(pathlib.Path(absl_flags.FLAGS.out), records)
-        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
-    return 0
+    for experts, group in itertools.groupby(cases, lambda case: case.experts):
+        bank = make_bank(experts, 0)
+        for case in group:
+            others = absl_flags.FLAGS.others and case.rows in COMPARED_ROWS
+            run_case(sheet, case, bank, executables, rates, samples, others)
+        del bank
+    return sheet.records
 
 
 def define() -> None:
-    options.define()
+    command.define_gpu()
     absl_flags.DEFINE_bool("tune", False, "Print a table of configurations instead.")
     absl_flags.DEFINE_bool("others", True, "Time others' kernels as well, at some sizes.")
 
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

@@ -1,4 +1,4 @@
-"""How fast a rank's weights come from storage to where it computes, beside plain reads.
+"""Rates at which a rank's weights come from storage to where it computes, beside plain reads.
 
     python -m benchmarks.bench_loading [--directory=DIR] [--out=benchmarks/results/loading.jsonl]
 
@@ -19,12 +19,11 @@ import time
 
 import ml_dtypes
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 from absl import logging as absl_logging
 
-from benchmarks.harness import Record, append, compared, cpu_device, percentile
-from launch import flags
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, Unfit, cpu_device, percentile
 from launch.environments.local import cpu_rank_environment
 
 BLOCK_BYTES = 4 << 20  # of plain reads
@@ -46,17 +45,18 @@ FIELDS = {
 RANKS = 2  # rank 0 of so many loads its share: as of Qwen3-30B-A3B's, a fifth of it is dense
 
 
-def define_flags() -> None:
-    absl_flags.DEFINE_string("directory", None, "A Hugging Face directory; none: random weights.")
+def define() -> None:
+    command.define()
+    absl_flags.DEFINE_string(
+        "directory", None, "A Hugging Face directory. Without it random weights are written."
+    )
     absl_flags.DEFINE_integer("samples", 9, "How often each is timed; the median counts.", 1)
-    absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the figures.")
 
 
-def main() -> int:
+def main() -> list[Record]:
     os.environ.update(cpu_rank_environment())
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every piece
-    options = absl_flags.FLAGS
-    records = []
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every piece
+    options, sheet = absl_flags.FLAGS, Sheet("loading", cpu_device(), 1, {})
     with tempfile.TemporaryDirectory(prefix="eep-bench-") as scratch:
         root = pathlib.Path(options.directory or scratch) / ("" if options.directory else "hf")
         if not options.directory:
@@ -67,10 +67,8 @@ def main() -> int:
                 rank = Rank(directory, dtype)
                 rank.check(root)
                 for cold in (True, False):
-                    records += measure(rank, name, options.samples, cold)
-    if options.out:
-        append(pathlib.Path(options.out), records)
-    return 0
+                    measure(sheet, rank, name, options.samples, cold)
+    return sheet.records
 
 
 def convert(root: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
@@ -142,17 +140,17 @@ class Rank:
             os.close(number)
 
     def check(self, root: pathlib.Path) -> None:
-        """Raises AssertionError unless what is loaded is what the Hugging Face files say."""
+        """Raises Unfit unless what is loaded is what the Hugging Face files say."""
         from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 
         wanted = HuggingFaceCheckpoint(root, self.dtype)
         dense = wanted.read_dense()
         for name, found in zip(self._dtypes, self.load(), strict=True):
             if np.asarray(found).tobytes() != dense[name].astype(self._dtypes[name]).tobytes():
-                raise AssertionError(f"{name} of {self.root} is not what the files say")
+                raise Unfit(f"{name} of {self.root} is not what the files say")
         last = wanted.read_experts([self.experts[-1]])[self.experts[-1]]
         if self.bank.read(len(self.experts) - 1).tobytes() != last.tobytes():
-            raise AssertionError(f"an expert of {self.root} is not what the files say")
+            raise Unfit(f"an expert of {self.root} is not what the files say")
 
     def _ranges(self) -> list[tuple[pathlib.Path, int, int]]:
         """(file, first byte, last byte + 1) of all that `load` reads."""
@@ -168,8 +166,8 @@ class Rank:
         return found
 
 
-def measure(rank: Rank, source: str, samples: int, cold: bool) -> list[Record]:
-    """Times all in turn; prints and returns the records of loading."""
+def measure(sheet: Sheet, rank: Rank, source: str, samples: int, cold: bool) -> None:
+    """Times all in turn; adds and prints the rates of loading."""
     from eep_jax.storage.digests import threads
 
     work = {"load": rank.load, "one": lambda: rank.read(1), "all": lambda: rank.read(threads())}
@@ -193,19 +191,9 @@ def measure(rank: Rank, source: str, samples: int, cold: bool) -> list[Record]:
         f"{rates['load'] / rates['all']:.0%}   n={samples}",
         flush=True,
     )
-    return [
-        Record(
-            bench="loading",
-            metric="rate",
-            value=rates["load"],
-            unit="GB/s",
-            device=cpu_device(),
-            ranks=1,
-            shape=shape | {"readers": readers},
-            **compared(rates[against], rates["load"]),
-        )
-        for against, readers in (("one", 1), ("all", threads()))
-    ]
+    for against, readers in (("one", 1), ("all", threads())):
+        beside = {"baseline": rates[against], "readers": readers}
+        sheet.add("rate", rates["load"], "GB/s", **shape, **beside)
 
 
 def forget(paths) -> None:
@@ -241,5 +229,5 @@ def write_random(root: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(flags.main_with_usage(main))
+    define()
+    command.run(main)

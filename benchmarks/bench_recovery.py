@@ -1,4 +1,4 @@
-"""What the death of a rank costs, over many cycles on one cluster under load; and what moves.
+"""Cost of the death of a rank, over many cycles on one cluster under load, and what is moved.
 
     python -m benchmarks.bench_recovery --cycles=20 --out=benchmarks/results/recovery.jsonl
 
@@ -9,10 +9,9 @@ size; and how fast each source brings experts, in a process of its own (`bench_s
 import subprocess
 import sys
 
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks import rank_cycles
+from benchmarks import command, rank_cycles
 from benchmarks.rank_cycles import Measured, Rows
 from eep_jax.placement.placement import EMPTY
 from eep_jax.placement.planner import initial_placement, plan_repair
@@ -25,18 +24,18 @@ SOURCES_S = 540.0
 
 
 def main() -> int:
-    status = rank_cycles.run(rows)
-    return status or (_sources() if absl_flags.FLAGS.sources else 0)
+    command.keep(rank_cycles.run(rows))
+    return _sources() if absl_flags.FLAGS.sources else 0
 
 
 def rows(measured: Measured) -> Rows:
     found, of = measured.rows(), measured.of
     whole = rank_cycles.percentile(of("rate_whole"), 50)
     found.add("recovery", "detection_s", of("detection"), "s")
-    found.add("recovery", "pause_s", of("pause"), "s", measured.restart)
+    found.add("recovery", "pause_s", of("pause"), "s", baseline=measured.restart)
     found.add("recovery", "unharmed_gap_s", of("steady_gap"), "s")
     found.add("recovery", "whole_tokens_per_s", of("rate_whole"), "tokens/s")
-    found.add("recovery", "reduced_tokens_per_s", of("rate_reduced"), "tokens/s", whole)
+    found.add("recovery", "reduced_tokens_per_s", of("rate_reduced"), "tokens/s", baseline=whole)
     moved = [float(sum(repair["bytes"].values())) for repair in of("repair")]
     found.add("recovery", "bytes_before_resuming", moved, "bytes", bound=0.0)
     for phase in measured.cycles[0].repair["seconds"]:
@@ -65,6 +64,6 @@ def _sources() -> int:
 
 
 if __name__ == "__main__":
-    rank_cycles.define_flags()
+    rank_cycles.define()
     absl_flags.DEFINE_bool("sources", True, "Also time each source of experts.")
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

@@ -7,28 +7,24 @@ time with what the one before gave back.
 """
 
 import dataclasses
-import pathlib
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks import options
-from benchmarks.gpu_rates import rate_record, read_rate
+from benchmarks import command
+from benchmarks.gpu_rates import add_rate, read_rate
 from benchmarks.gpu_timing import (
     Chained,
     Timing,
-    Unfit,
+    add_times,
     compile_all,
     measure,
     open_gpu,
-    time_records,
 )
-from benchmarks.harness import Record, append
+from benchmarks.harness import Record, Sheet, Unfit
 from benchmarks.world import (
     StepBytes,
     World,
@@ -188,84 +184,63 @@ def measure_changes(live: Live, batch: Batch, samples: int) -> tuple[dict[str, T
     return {name: Timing(tuple(values)) for name, values in times.items()}, found
 
 
-def step_records(world: World, device: str, timings: dict, bound_us: float, compiled: int):
+def add_records(sheet: Sheet, world: World, timings: dict, bound_us: float, compiled: int) -> None:
     """`timings` by name: live, fixed, usual, failing, first."""
-    shape = shape_of(world)
-    fields = {"bench": "step", "device": device, "ranks": 1, "shape": shape}
-    records = time_records(timings["live"], baseline=timings["fixed"], bound=bound_us, **fields)
-    records += time_records(timings["usual"], metric="latency", bound=bound_us, **fields)
-    records += time_records(
-        timings["first"],
-        baseline=timings["usual"],
-        metric="latency_after_failure",
-        bound=bound_us,
-        **fields,
-    )
-    records += time_records(timings["failing"], metric="latency_silent_peer", **fields)
-    shape = shape | {"samples": len(timings["live"].samples_us)}
-    of_step = {"bench": "step", "device": device, "ranks": 1, "shape": shape}
-    tokens = world.config.engine.batch_rows
-    rate = tokens / timings["live"].p50_us * 1e6
-    best = tokens / bound_us * 1e6
-    records.append(
-        Record(metric="tokens_per_s", value=rate, unit="tokens/s", bound=best, **of_step)
-    )
-    records.append(Record(metric="compilations", value=compiled, unit="", bound=0, **of_step))
-    return records
+    add_times(sheet, timings["live"], baseline=timings["fixed"], bound=bound_us)
+    usual = timings["usual"]
+    add_times(sheet, usual, "latency", bound=bound_us)
+    first = {"baseline": usual, "bound": bound_us}
+    add_times(sheet, timings["first"], "latency_after_failure", **first)
+    add_times(sheet, timings["failing"], "latency_silent_peer")
+    tokens, samples = world.config.engine.batch_rows, len(timings["live"].samples_us)
+    per_s = lambda time_us: tokens / time_us * 1e6
+    more = {"bound": per_s(bound_us), "samples": samples}
+    sheet.add("tokens_per_s", per_s(timings["live"].p50_us), "tokens/s", **more)
+    sheet.add("compilations", compiled, bound=0, samples=samples)
 
 
-def main() -> int:
-    device = open_gpu()
-    quick = absl_flags.FLAGS.quick
+def main() -> list[Record]:
+    device, quick = open_gpu(), absl_flags.FLAGS.quick
     samples = 10 if quick else 40
     world = world_of(absl_flags.FLAGS.layers if not quick else 2)
+    sheet = Sheet("step", device, 1, shape_of(world))
     abort = jax.block_until_ready(jnp.zeros(8, jnp.uint32))
     rate = read_rate(samples // 2)
     print(f"{device}: reads {rate / 1e12:.2f} TB/s; {shape_of(world)}", flush=True)
-    begin_s = time.perf_counter()
-    arguments = world.arguments(world.alone(0))
+    begin_s, tables = time.perf_counter(), world.alone(0)
+    arguments = world.arguments(tables)
+    constant = world.call(tables, abort.unsafe_buffer_pointer())
     executables = compile_all(
         {
             "live": world.live(arguments),
-            "fixed": world.fixed(
-                arguments, world.call(world.alone(0), abort.unsafe_buffer_pointer())
-            ),
+            "fixed": world.fixed(arguments, constant),
             "reference": world.reference(arguments),
         }
     )
     print(f"compiled in {time.perf_counter() - begin_s:.1f} s", flush=True)
     live = live_of(world, executables["live"], world.dense(), world.bank(), abort)
     batch = world.batch()
-    try:
-        touched = check(live, executables["reference"], batch)
-        size = bytes_of(world, touched, world.context_tokens)
-        runs = {
-            "live": Chained(live_steps(live, batch), start_of(world, batch, 8), STEPS),
-            "fixed": Chained(
-                fixed_steps(live, executables["fixed"], batch), start_of(world, batch, 8), STEPS
-            ),
-        }
-        timings = measure(runs, samples)
-        for name, run in runs.items():
-            if np.asarray(run.carry[3]).any():
-                raise Unfit(f"{name}: a rank that is alone suspects someone")
-        del runs
-        changes, compiled = measure_changes(live, batch, samples)
-    except Unfit as error:
-        print(f"no result: {error}", file=sys.stderr)
-        return 1
+    touched = check(live, executables["reference"], batch)
+    size = bytes_of(world, touched, world.context_tokens)
+    steps = {
+        "live": live_steps(live, batch),
+        "fixed": fixed_steps(live, executables["fixed"], batch),
+    }
+    runs = {name: Chained(s, start_of(world, batch, 8), STEPS) for name, s in steps.items()}
+    timings = measure(runs, samples)
+    for name, run in runs.items():
+        if np.asarray(run.carry[3]).any():
+            raise Unfit(f"{name}: a rank that is alone suspects a peer")
+    del runs
+    changes, compiled = measure_changes(live, batch, samples)
     timings |= changes
     bound_us = size.total / rate * 1e6
-    records = [rate_record(device, "read_rate", rate, samples // 2)]
-    records += step_records(world, device, timings, bound_us, compiled)
+    add_rate(sheet, "read_rate", rate, samples // 2)
+    add_records(sheet, world, timings, bound_us, compiled)
     report(world, timings, size, bound_us, compiled)
     if compiled:
-        print(f"no result: {compiled} compilations while tables changed", file=sys.stderr)
-        return 1
-    if absl_flags.FLAGS.out:
-        append(pathlib.Path(absl_flags.FLAGS.out), records)
-        print(f"appended {len(records)} records to {absl_flags.FLAGS.out}")
-    return 0
+        raise Unfit(f"{compiled} compilations while tables changed")
+    return sheet.records
 
 
 def report(world: World, timings: dict, size: StepBytes, bound_us: float, compiled: int) -> None:
@@ -278,7 +253,7 @@ def report(world: World, timings: dict, size: StepBytes, bound_us: float, compil
     )
     print(line("live membership", live), f"  {tokens / live.p50_us * 1e6:,.0f} tokens/s")
     print(line("compiled-in membership", fixed))
-    print(f"  ratio {ratio:.4f}, at most {AIM}: {'reached' if ratio <= AIM else 'MISSED'}")
+    print(f"  ratio {ratio:.4f}, at most {AIM}: {command.verdict(ratio <= AIM)}")
     print(line("one step, waited for", timings["usual"]))
     print(line(f"a peer silent {SILENT_DEADLINE_MS} ms", timings["failing"]))
     print(line("the first step after it", timings["first"]))
@@ -289,10 +264,10 @@ def report(world: World, timings: dict, size: StepBytes, bound_us: float, compil
 
 
 def define() -> None:
-    options.define()
+    command.define_gpu()
     absl_flags.DEFINE_integer("layers", LAYERS, "Layers of the model; 0 are all.", 0)
 
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

@@ -16,28 +16,22 @@ right, and its times are of the turns. Such records say `link: shared_gpu`.
 
 import dataclasses
 import pathlib
-import sys
 import time
 
-from absl import app
 from absl import flags as absl_flags
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import Record, commit, now
-from benchmarks.wide.ending import finish
-from benchmarks.wide.exchange import FP8, Family
-from benchmarks.wide.exchange_report import Found, published, read_found, records_of
-from benchmarks.wide.workers import (
+from benchmarks import command
+from benchmarks.harness import Record, Sheet
+from benchmarks.processes import (
     Machine,
     WorkersFailed,
     fresh_directory,
     machine_of,
     run_workers,
 )
-from launch import flags
+from benchmarks.wide.exchange import FP8, Family
+from benchmarks.wide.exchange_report import Found, add_records, finish, published, read_found
 from launch.console import say
-from launch.environments.local import parse_gpus
 from launch.errors import UsageError
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -46,45 +40,34 @@ MEMORY_FRACTION = 0.55  # of a GPU, for JAX; windows of 4096 tokens take of the 
 
 
 def define() -> None:
-    """Of the process that is started, not of one that imports this."""
+    command.define_machine()
     f = absl_flags
-    f.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "What ranks compute on.")
-    f.DEFINE_integer("ranks", None, "How many ranks; else one for each GPU, two on CPU.", 1)
-    f.DEFINE_list("tokens", None, f"Tokens of each rank; else {','.join(map(str, TOKENS))}.")
+    f.DEFINE_list("tokens", None, f"Tokens of each rank. Default: {','.join(map(str, TOKENS))}.")
     f.DEFINE_integer("hidden", 7168, "Channels of a row.", 64)
     f.DEFINE_integer("experts", 256, "Experts of all ranks together.", 1)
     f.DEFINE_integer("top_k", 8, "Choices of a token.", 1)
     f.DEFINE_integer("samples", 30, "Runs that are timed, of each size.", 1)
     f.DEFINE_float("deadline_s", 420.0, "For all of it.")
     f.DEFINE_bool("collectives", True, "Also time XLA's collectives.")
-    f.DEFINE_string("directory", None, "For logs and what ranks report; else a temporary one.")
-    f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
+    f.DEFINE_string("directory", None, "For logs and reports of ranks; else a temporary one.")
 
 
 def main() -> int:
     values = absl_flags.FLAGS
-    gpus = None if flags.GPUS.value is None else parse_gpus(flags.GPUS.value)
-    machine = machine_of(values.platform, values.ranks, gpus)
-    families = families_of(machine, _tokens(), values.hidden, values.experts, values.top_k)
-    told = {"commit": commit(), "time": now()}
+    machine = machine_of(values.platform, values.ranks)
+    every = TOKENS if values.platform == "gpu" else (4, 16)
+    tokens = tuple(sorted(set(command.numbers("tokens", every))))
+    families = families_of(machine, tokens, values.hidden, values.experts, values.top_k)
+    sheet = Sheet("wide", machine.device, machine.ranks, machine.facts)
     directory = fresh_directory(values.directory)
     say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {directory}")
     problems = _run(machine, families, directory)
     found = read_found(directory, machine.ranks)
-    problems += found.failures
-    records = records_of(found, families, machine, told)
+    add_records(sheet, found, families)
+    if sheet.records:
+        show(found, sheet.records)
     temporary = directory if values.directory is None else None
-    shown = lambda: show(found, records)
-    return finish(records, problems, shown, out=values.out, temporary=temporary)
-
-
-def _tokens() -> tuple[int, ...]:
-    words = absl_flags.FLAGS.tokens
-    if words is None:
-        return TOKENS if absl_flags.FLAGS.platform == "gpu" else (4, 16)
-    if not words or not all(word.strip().isdecimal() and int(word) for word in words):
-        raise UsageError(f"--tokens={','.join(words)} must be positive numbers, as 16,128")
-    return tuple(sorted(set(map(int, words))))
+    return finish(sheet.records, problems + found.failures, temporary)
 
 
 def families_of(
@@ -159,20 +142,19 @@ def show(found: Found, records: list[Record]) -> None:
         for r in records
         if r.bench == "wide_collective" and r.metric.endswith("p50")
     }
-    table = Table(title=f"{records[0].device}; us", title_justify="left")
-    for name in ("exchange", "kind", "T", "p50", "p99", "bound", "a2a", "ragged", "published"):
-        table.add_column(name, justify="left" if name in ("exchange", "kind") else "right")
+    rows = []
     times = [r for r in records if r.metric.startswith("time") and r.bench != "wide_collective"]
     for p50, p99 in zip(times[::2], times[1::2], strict=True):
         name, tokens = p50.bench.removeprefix("wide_"), p50.shape["tokens"]
-        number = lambda value: "" if value is None else f"{value:.1f}"
+        number = lambda value: command.number(value, ".1f")
         kind = " ".join(filter(None, (p50.shape["dtype"], p50.shape.get("combine"))))
         cells = [name, kind, str(tokens), number(p50.value), number(p99.value), number(p50.bound)]
         cells += [number(dense.get((c, tokens))) for c in ("all_to_all", "ragged_all_to_all")]
-        table.add_row(*cells, published(name, tokens))
-    Console(highlight=False, width=170).print(table, markup=False)
+        rows.append([*cells, published(name, tokens)])
+    columns = "exchange|kind|>T|>p50|>p99|>bound|>a2a|>ragged|>published"
+    command.show(f"{records[0].device}; us", columns, rows, width=170)
 
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

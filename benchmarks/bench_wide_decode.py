@@ -14,31 +14,25 @@ experts are on the same ranks, each once. Steps are the compiled ones, without s
 """
 
 import pathlib
-import subprocess
-import sys
 
-from absl import app
 from absl import flags as absl_flags
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import Record, commit, now
-from benchmarks.static.processes import free_port
-from benchmarks.wide.decode_report import records_of
-from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
-from benchmarks.wide.ending import finish
-from benchmarks.wide.exchange_report import read_found
-from benchmarks.wide.workers import (
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, nvidia_smi
+from benchmarks.processes import (
     Machine,
     WorkersFailed,
+    free_port,
     fresh_directory,
     machine_of,
     run_workers,
 )
+from benchmarks.wide.decode_report import add_records
+from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
+from benchmarks.wide.exchange_report import finish, read_found
 from eep_jax.config import RunConfig
 from launch import flags
 from launch.console import say
-from launch.environments.local import parse_gpus
 from launch.errors import UsageError
 
 CONFIG = {"gpu": "qwen3_30b_a3b_h200x2", "cpu": "tiny_cpu"}
@@ -47,32 +41,28 @@ CACHED_TOKENS = 131_072  # of a rank's sequences together, at most
 CONTEXT_TOKENS = {"gpu": 1024, "cpu": 32}  # room of a sequence, at most; half of it is used
 STEPS, STEPS_CPU = 10, 3
 AIM_MEMBERSHIP = 1.01  # time of live over fixed
-NVIDIA_SMI_S = 30.0
 
 
 def define() -> None:
-    """Of the process that is started, not of one that imports this."""
+    command.define_machine()
     f = absl_flags
-    f.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "What ranks compute on.")
-    f.DEFINE_integer("ranks", None, "How many ranks; else one for each GPU, two on CPU.", 1)
-    f.DEFINE_list("batches", None, "Sequences of each rank; else 1,16,64,256 on GPUs.")
+    f.DEFINE_list("batches", None, "Sequences of each rank. Default on GPUs: 1,16,64,256.")
     f.DEFINE_integer("layers", 0, "Layers of the model at most; 0: as many as fit.", 0)
     f.DEFINE_integer("context_tokens", None, "Room of a sequence, of which half is used.", 2)
-    f.DEFINE_list("systems", None, "Only these; else all that the machine has.")
+    f.DEFINE_list("systems", None, "Only these; without it all of the machine.")
     f.DEFINE_integer("samples", 12, "Blocks of steps that are timed.", 1)
     f.DEFINE_float("deadline_s", 480.0, "For all of it.")
-    f.DEFINE_string("directory", None, "For logs and what ranks report; else a temporary one.")
-    f.DEFINE_string("out", None, "File of records to append to; none: only the table.")
+    f.DEFINE_string("directory", None, "For logs and reports of ranks; else a temporary one.")
 
 
 def main() -> int:
     values = absl_flags.FLAGS
-    gpus = None if flags.GPUS.value is None else parse_gpus(flags.GPUS.value)
-    machine = machine_of(values.platform, values.ranks, gpus)
+    machine = machine_of(values.platform, values.ranks)
     config = _config()
-    systems, sizes = _systems(machine), _sizes(config, machine)
+    systems = command.among("systems", systems_of(machine.platform, machine.link, machine.ranks))
+    sizes = _sizes(config, machine)
     configs = [with_sizes(config, ranks=machine.ranks, **size) for size in sizes]
-    told = {"commit": commit(), "time": now()}
+    sheet = Sheet("wide_decode", machine.device, machine.ranks, machine.facts)
     directory = fresh_directory(values.directory)
     layers = sorted({c.model.layers for c in configs})
     say(
@@ -81,38 +71,32 @@ def main() -> int:
     )
     problems = _run(machine, config, configs, sizes, systems, directory)
     found = read_found(directory, machine.ranks)
-    problems += found.failures
-    records = records_of(found, configs, machine, told)
+    add_records(sheet, found, configs)
+    if sheet.records:
+        show(sheet.records)
     temporary = directory if values.directory is None else None
-    shown = lambda: show(records)
-    return finish(records, problems, shown, out=values.out, temporary=temporary)
+    return finish(sheet.records, problems + found.failures, temporary)
+
+
+def _config_word() -> str:
+    values = absl_flags.FLAGS
+    return flags.CONFIG.value if values["config"].present else CONFIG[values.platform]
 
 
 def _config() -> RunConfig:
-    values = absl_flags.FLAGS
-    name = flags.CONFIG.value if values["config"].present else CONFIG[values.platform]
+    name, platform = _config_word(), absl_flags.FLAGS.platform
     config = flags.override(flags.load_config(name), *flags.OVERRIDE.value)
-    if config.platform != values.platform:
-        raise UsageError(f"--config={name} is for {config.platform}, --platform={values.platform}")
+    if config.platform != platform:
+        raise UsageError(f"--config={name} is for {config.platform}, --platform={platform}")
     return config
 
 
-def _systems(machine: Machine) -> list[str]:
-    every = systems_of(machine.platform, machine.link, machine.ranks)
-    chosen = absl_flags.FLAGS.systems or list(every)
-    if unknown := sorted(set(chosen) - set(every)):
-        raise UsageError(f"--systems: {unknown} are not among {list(every)} of this machine")
-    return sorted(chosen, key=every.index)
-
-
 def _sizes(config: RunConfig, machine: Machine) -> list[dict]:
-    """What `with_sizes` is given for each batch, but ranks. Raises UsageError."""
+    """Arguments of `with_sizes` for each batch, without ranks. Raises UsageError."""
     values, platform = absl_flags.FLAGS, machine.platform
-    words = values.batches or list(map(str, BATCHES[platform]))
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise UsageError(f"--batches={','.join(words)} must be positive numbers, as 1,64")
+    batches = command.numbers("batches", BATCHES[platform])
     sizes = []
-    for batch in map(int, words):
+    for batch in batches:
         context = values.context_tokens or CONTEXT_TOKENS[platform]
         size = {"batch": batch, "context_tokens": max(2, min(context, CACHED_TOKENS // batch))}
         layers = values.layers or config.model.layers
@@ -134,15 +118,11 @@ def _sharing(machine: Machine) -> int:
 
 
 def gpu_bytes() -> int:
-    """Memory of the first GPU. Raises UsageError where nvidia-smi does not say it."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_S
-        )
-        return int(run.stdout.split()[0]) << 20
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        raise UsageError(f"{' '.join(command)} does not say a GPU's memory: {error}") from error
+    """Memory of the first GPU. Raises UsageError where nvidia-smi does not give it."""
+    found = nvidia_smi("memory.total")
+    if not found.isdecimal():
+        raise UsageError(f"nvidia-smi gives {found!r} for memory.total, not the MiB of a GPU")
+    return int(found) << 20
 
 
 def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> list[str]:
@@ -153,8 +133,7 @@ def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> l
         sharing = _sharing(machine)
         fraction = sharing * min(share_of(c, gpu_bytes(), sharing) for c in configs)
     job = {
-        "config": config.name,
-        "overrides": list(flags.OVERRIDE.value),
+        "flags": [f"--config={_config_word()}", *(f"--override={t}" for t in flags.OVERRIDE.value)],
         "sizes": sizes,
         "systems": systems,
         "samples": values.samples,
@@ -170,31 +149,30 @@ def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> l
 
 
 def show(records: list[Record]) -> None:
-    first = records[0]
-    title = f"{first.device}; {first.shape['model']}, {first.shape['layers']} layers"
-    table = Table(title=title, title_justify="left")
-    for name in ("B", "system", "tokens/s", "step us", "of the bound", "/ best static", "against"):
-        table.add_column(name, justify="left" if name in ("system", "against") else "right")
+    first, number, rows = records[0], command.number, []
     steps = {
         (r.shape["tokens"], r.shape["system"]): r.value for r in records if r.metric == "step p50"
     }
-    number = lambda value, form: "" if value is None else f"{value:{form}}"
     for r in records:
         if r.metric == "tokens_per_s":
             key = r.shape["tokens"], r.shape["system"]
             share = r.value / r.bound if r.bound else None
             cells = [str(key[0]), key[1], f"{r.value:,.0f}", f"{steps[key]:,.0f}"]
             cells += [number(share, ".2f"), number(r.ratio, ".3f"), r.shape["against"] or ""]
-            table.add_row(*cells)
-    Console(highlight=False, width=130).print(table, markup=False)
+            rows.append(cells)
+    command.show(
+        f"{first.device}; {first.shape['model']}, {first.shape['layers']} layers",
+        ">B|system|>tokens/s|>step us|>of the bound|>/ best static|against",
+        rows,
+    )
     for batch in dict.fromkeys(r.shape["tokens"] for r in records):
         parts = [r for r in records if r.metric[:6] == "share_" and r.shape["tokens"] == batch]
         if parts:
-            told = ", ".join(f"{r.metric[6:]} {r.value:.0%}" for r in parts)
-            say(f"B={batch}: kernels of a step, waiting included: {told}")
+            parts = ", ".join(f"{r.metric[6:]} {r.value:.0%}" for r in parts)
+            say(f"B={batch}: kernels of a step, waiting included: {parts}")
     for r in records:
         if r.metric == "membership p50":
-            verdict = "reached" if r.ratio <= AIM_MEMBERSHIP else "MISSED"
+            verdict = command.verdict(r.ratio <= AIM_MEMBERSHIP)
             if r.shape["link"] != "peer":
                 verdict = "no verdict, for want of a GPU for each rank"
             say(
@@ -205,4 +183,4 @@ def show(records: list[Record]) -> None:
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

@@ -22,7 +22,7 @@ from pallas_kernels.window import WindowLayout
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 FIT_TOKENS = (16, 512)  # the two points that the fit sees
-FLAG_BYTES, HEADER_BYTES, CHOICE_BYTES = 4, 4, 8  # a choice is a slot id and a weight
+FLAG_BYTES, VOTE_BYTES, CHOICE_BYTES = 4, 4, 8  # a choice is a slot id and a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Load:
     def dispatch_bytes(self) -> float:
         """Rows, once for each rank they go to; slots and weights of every token for every rank."""
         rows = self.tokens * self.destinations * self.layout.row_bytes
-        return rows + self.ranks * (self.tokens * self.choices * CHOICE_BYTES + HEADER_BYTES)
+        return rows + self.ranks * (self.tokens * self.choices * CHOICE_BYTES + VOTE_BYTES)
 
     @property
     def combine_bytes(self) -> float:

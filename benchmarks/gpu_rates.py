@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_timing import Chained, Program, Unfit, chain, compile_all, measure, measure_one
-from benchmarks.harness import Record
+from benchmarks.gpu_timing import (
+    Chained,
+    Program,
+    calling,
+    chain,
+    compile_all,
+    measure,
+    measure_one,
+)
+from benchmarks.harness import Sheet, Unfit
 from pallas_kernels import simt
 from pallas_kernels.simt import GROUP_THREADS, Word
 from pallas_kernels.window import round_up
@@ -169,17 +177,13 @@ class Copies:
         """Median of the fastest way to copy that many bytes, around so many buffers."""
         runs = {
             name: Chained(
-                functools.partial(_call, executable, (self._source, self._target)),
+                calling(executable, self._source, self._target),
                 jnp.asarray(walk(total_bytes, rotations)),
                 self.repetitions * UNROLLED,
             )
             for name, executable in self._executables.items()
         }
         return min(timing.p50_us for timing in measure(runs, self.samples).values())
-
-
-def _call(executable, operands, carry):
-    return executable(carry, *operands)
 
 
 def copy_rate(copies: Copies, samples: int) -> float:
@@ -200,16 +204,14 @@ def read_rate(samples: int) -> float:
     words, numbers = random_words(2), jnp.ones(BUFFER_BYTES // 4, jnp.float32)
     runs = {
         str(grid): Chained(
-            functools.partial(_call, executables[str(grid)], (words,)),
+            calling(executables[str(grid)], words),
             jnp.asarray(walk(BUFFER_BYTES, 1)),
             repetitions,
         )
         for grid in GRIDS
     }
     zero = jnp.zeros((), jnp.float32)
-    runs["xla"] = Chained(
-        functools.partial(_call, executables["xla"], (numbers,)), zero, repetitions
-    )
+    runs["xla"] = Chained(calling(executables["xla"], numbers), zero, repetitions)
     found = measure(runs, samples)
     return BUFFER_BYTES / min(timing.p50_us for timing in found.values()) * 1e6
 
@@ -223,19 +225,13 @@ def matmul_rate(samples: int) -> float:
     )(jax.random.key(seed))
     # Scaled so that products stay of the size of their factors.
     a, b = square(3, 1.0), square(4, MATRIX**-0.5)
-    product = Chained(functools.partial(_call, run, (b,)), a, 2 * repetitions)
+    product = Chained(calling(run, b), a, 2 * repetitions)
     timing = measure_one(product, samples)
     return 2 * MATRIX**3 / timing.p50_us * 1e6
 
 
-def rate_record(device: str, metric: str, per_s: float, samples: int) -> Record:
-    """What the GPU does at best, as TB/s or TFLOP/s."""
-    return Record(
-        bench="device",
-        metric=metric,
-        value=per_s / 1e12,
-        unit="TFLOP/s" if metric == "matmul_rate" else "TB/s",
-        device=device,
-        ranks=1,
-        shape={"samples": samples},
-    )
+def add_rate(sheet: Sheet, metric: str, per_s: float, samples: int) -> None:
+    """Adds a rate that the GPU reaches at best, as TB/s or TFLOP/s."""
+    unit = "TFLOP/s" if metric == "matmul_rate" else "TB/s"
+    alone = dataclasses.replace(sheet, bench="device", ranks=1, shape={"samples": samples})
+    alone.add(metric, per_s / 1e12, unit)

@@ -16,16 +16,12 @@ from jax import lax
 from jax.experimental.mosaic.gpu import dialect
 from jaxlib.mlir import ir
 
-from benchmarks.harness import Record, compared, percentile
+from benchmarks.harness import Sheet, Unfit, percentile  # noqa: F401  Unfit for benchmarks
 from launch.environments.local import GPU_XLA_FLAGS, add_flags
 from launch.flags import UsageError
 
 WARM_RUNS = 3
 HOST_BOUND = 0.8  # above this share, the GPU may have waited for the host
-
-
-class Unfit(Exception):
-    """An answer was wrong, so its time means nothing."""
 
 
 def open_gpu() -> str:
@@ -124,6 +120,11 @@ def chain(step: Callable, repetitions: int) -> Callable:
     return run
 
 
+def calling(executable: Callable, *operands) -> Callable:
+    """`carry -> executable(carry, *operands)`, a run for `Chained`."""
+    return lambda carry: executable(carry, *operands)
+
+
 class Chained:
     """A run of `repetitions`, `carry -> carry`, and where it stands."""
 
@@ -192,15 +193,12 @@ def measure_one(run: Chained, samples: int) -> Timing:
     return measure({"": run}, samples)[""]
 
 
-def time_records(timing: Timing, *, baseline: Timing | None = None, metric="time", **fields):
-    """Records of p50 and p99, in microseconds, compared with those of `baseline`."""
-    fields["shape"] = fields["shape"] | {"samples": len(timing.samples_us)}
-    found = []
+def add_times(
+    sheet: Sheet, timing: Timing, metric: str = "time", *, baseline: Timing | None = None, **more
+) -> None:
+    """Adds records of p50 and p99 in microseconds, each compared with that of `baseline`."""
     for statistic in ("p50", "p99"):
-        value = getattr(timing, f"{statistic}_us")
         other = getattr(baseline, f"{statistic}_us") if baseline else None
-        name = f"{metric} {statistic}"
-        found.append(
-            Record(metric=name, value=value, unit="us", **compared(other, value), **fields)
-        )
-    return found
+        value = getattr(timing, f"{statistic}_us")
+        more |= {"samples": len(timing.samples_us)}
+        sheet.add(f"{metric} {statistic}", value, "us", baseline=other, **more)

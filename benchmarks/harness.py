@@ -1,4 +1,4 @@
-"""What every benchmark shares: records as JSON lines, the machine's name, percentiles."""
+"""Records of benchmarks as JSON lines; percentiles; names of the machine and the commit."""
 
 import dataclasses
 import datetime
@@ -12,6 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Unfit(Exception):
+    """An answer was wrong or a promise was broken, so that a number would mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,51 @@ def compared(baseline: float | None, value: float) -> dict:
     return {"baseline": baseline, "ratio": value / baseline if baseline else None}
 
 
+@dataclasses.dataclass
+class Sheet:
+    """Records of one run, and what they have in common; commit and time are those of its start."""
+
+    bench: str
+    device: str
+    ranks: int
+    shape: Mapping
+    records: list[Record] = dataclasses.field(default_factory=list)
+    commit: str = dataclasses.field(default_factory=lambda: commit())
+    time: str = dataclasses.field(default_factory=lambda: now())
+
+    def add(
+        self,
+        metric: str,
+        value: float,
+        unit: str = "",
+        *,
+        bench: str | None = None,
+        bound: float | None = None,
+        baseline: float | None = None,
+        **shape,
+    ) -> Record:
+        """Adds a record; `shape` is added to the common shape."""
+        record = Record(
+            bench=bench or self.bench,
+            metric=metric,
+            value=value,
+            unit=unit,
+            device=self.device,
+            ranks=self.ranks,
+            shape={**self.shape, **shape},
+            bound=bound,
+            commit=self.commit,
+            time=self.time,
+            **compared(baseline, value),
+        )
+        self.records.append(record)
+        return record
+
+    def of(self, bench: str | None = None, **shape) -> "Sheet":
+        """A sheet with the same list of records, for another bench or with more in its shape."""
+        return dataclasses.replace(self, bench=bench or self.bench, shape={**self.shape, **shape})
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest of `values` that at least `percent` % of them do not exceed (nearest rank).
 
@@ -64,14 +113,14 @@ def append(path: pathlib.Path, records: Iterable[Record]) -> None:
 
 
 def read(paths: Iterable[pathlib.Path]) -> list[Record]:
-    """All records of these files, in their order. Raises ValueError naming a line that is none."""
+    """All records of these files, in their order. Raises ValueError naming a malformed line."""
     records = []
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 records.append(Record(**json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}:{number} is no record: {error}") from error
+                raise ValueError(f"{path}:{number} is not a record: {error}") from error
     return records
 
 
@@ -81,15 +130,22 @@ def cpu_device() -> str:
     return f"cpu, {cores} core{'s' if cores > 1 else ''}, {_cpu_model()}"
 
 
-def gpu_device() -> str:
-    """Such as "NVIDIA H100 80GB HBM3", as JAX calls it; without loading JAX."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+def gpu_device(gpu: str = "0") -> str:
+    """The name of a GPU as JAX has it, such as "NVIDIA H100 80GB HBM3"; does not load JAX."""
+    return nvidia_smi("name", gpu) or "unknown GPU"
+
+
+def nvidia_smi(quantity: str, gpu: str = "0") -> str:
+    """What nvidia-smi gives for a GPU, without units; "" where it does not answer."""
+    query = [f"--query-gpu={quantity}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        run = subprocess.run(
+            ["nvidia-smi", *query], capture_output=True, text=True, check=False, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown GPU"
-    names = run.stdout.splitlines()
-    return names[0].strip() if names else "unknown GPU"
+        return ""
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    return lines[0].strip() if lines else ""
 
 
 def _cpu_model() -> str:
@@ -99,9 +155,9 @@ def _cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with a + where files differ from it.
+    """The measured commit, with a + where files differ from it.
 
-    A machine that has the files but no checkout is told by EEP_COMMIT, else it is empty.
+    EEP_COMMIT names it on a machine without a checkout; otherwise it is empty there.
     """
     if told := os.environ.get("EEP_COMMIT"):
         return told

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import read
+from benchmarks.processes import machine_of
 from benchmarks.wide.parts import parts_of
 from benchmarks.wide.running import Done, chosen, run_parts
 from benchmarks.wide.targets import Target, summary
-from benchmarks.wide.workers import machine_of
 from launch import flags
 from launch.console import say
 from launch.environments.local import parse_gpus

@@ -1,4 +1,4 @@
-"""Draws all plots from the records in `results/*.jsonl`; nothing is measured.
+"""Renderer of all plots from the records in `results/*.jsonl`; nothing is measured.
 
 python -m benchmarks.plot [--out=benchmarks/results/plots]
 
@@ -11,11 +11,9 @@ cost_model.png        what the cost model says for R = 8..512, over NVLink and R
 """
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app
 from absl import flags as absl_flags
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from benchmarks import cost_model
+from benchmarks import command, cost_model
 from benchmarks.harness import RESULTS, Record
 from benchmarks.serving.series import POINTS, identity
-from benchmarks.wide import plots as wide
-from launch import flags
+from benchmarks.wide.exchange_report import PUBLISHED
+from benchmarks.wide.plans import sizes_of
 from launch.timeline import COLOURS, FILL, GRID, INK, LINE, PLOTTED
 
 SYSTEMS = {
@@ -48,8 +46,8 @@ def main() -> int:
     drawn = {
         "timeline.png": timeline(of_one_run(newest_curves(records, "timeline", "faults"))),
         "latency_cdf.png": latency_cdf(of_one_run(newest_curves(records, "cdf", "faults"))),
-        "wide.png": wide.exchanges(records),
-        "plans.png": wide.plans(of_one_run(newest_curves(records, "timeline", "serve"))),
+        "wide.png": wide(records),
+        "plans.png": plans(of_one_run(newest_curves(records, "timeline", "serve"))),
         "dispatch_combine.png": dispatch_combine(records),
         "cost_model.png": scale(records),
     }
@@ -132,9 +130,7 @@ def timeline(curves: Sequence[Record]) -> Figure | None:
 
 def _timeline_row(axes: Axes, curve: Record, last: float, top: float) -> None:
     shape, starts = curve.shape, _starts(curve)
-    edges = np.append(starts, starts[-1] + shape["bin_s"])
-    axes.stairs(shape["rates"], edges, fill=True, color=FILL)
-    axes.stairs(shape["rates"], edges, baseline=None, color=LINE, lw=0.7)
+    _stairs(axes, curve)
     before = [r for r, s in zip(shape["rates"], starts, strict=True) if -BEFORE_S <= s < 0]
     level = RECOVERED * float(np.mean(before)) if before else 0.0
     axes.axhline(level, color=INK, lw=0.8, ls=(0, (4, 2)))
@@ -144,14 +140,12 @@ def _timeline_row(axes: Axes, curve: Record, last: float, top: float) -> None:
         axes.axvline(marks[name], color=COLOURS[name], lw=1.0)
     axes.set_xlim(-BEFORE_S, last)
     axes.set_ylim(0, 1.1 * top)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=GRID, lw=0.6)
-    axes.set_axisbelow(True)
-    told = [f"{n} {marks[n]:.2f} s" for n in PLOTTED if n in marks and n != "kill"]
+    _plain(axes, "y")
+    words = [f"{n} {marks[n]:.2f} s" for n in PLOTTED if n in marks and n != "kill"]
     recovered = time_to_recovered(curve)
-    told.append("95 % never" if recovered is None else f"95 % after {recovered:.1f} s")
+    words.append("95 % never" if recovered is None else f"95 % after {recovered:.1f} s")
     name = SYSTEMS[shape["system"]]
-    axes.set_title(f"{name}:  " + ",  ".join(["kill 0 s", *told]), fontsize=8, loc="left")
+    axes.set_title(f"{name}:  " + ",  ".join(["kill 0 s", *words]), fontsize=8, loc="left")
 
 
 def _starts(curve: Record) -> np.ndarray:
@@ -186,67 +180,122 @@ def latency_cdf(curves: Sequence[Record]) -> Figure | None:
     return figure
 
 
+# (bench, key of the shape, its value) -> colour, label.
+ONE_GPU = {
+    ("dispatch", "dtype", "bfloat16"): (HUES["elastic"], "bfloat16"),
+    ("dispatch", "dtype", "float8_e4m3fn"): (HUES["rejit"], "float8_e4m3fn"),
+    ("combine", "combine", "per_choice"): (HUES["elastic"], "per_choice"),
+    ("combine", "combine", "per_rank"): (HUES["rejit"], "per_rank"),
+    ("combine_home", "hidden", 7168): ("#2e7d32", "per_choice, sent by the GEMM"),
+}
+WIDE = {
+    ("wide_dispatch", "dtype", "bfloat16"): (HUES["elastic"], "bf16"),
+    ("wide_dispatch", "dtype", "float8_e4m3fn"): (HUES["rejit"], "fp8"),
+    ("wide_combine", "combine", "per_choice"): (HUES["elastic"], "per_choice"),
+    ("wide_combine", "combine", "per_rank"): (HUES["rejit"], "per_rank"),
+    ("wide_combine_home", "combine", "per_choice"): ("#2e7d32", "per_choice, sent by the GEMM"),
+}
+THEIRS = {
+    "all_to_all": ("x--", "NCCL all_to_all"),
+    "ragged_all_to_all": ("+-.", "ragged_all_to_all"),
+}
+MARKERS = "sD^v"
+
+
 def dispatch_combine(records: Sequence[Record]) -> Figure | None:
     """Time of one exchange of one rank against the tokens of each rank, and a copy of its bytes."""
-    wanted = [r for r in records if r.bench in ("dispatch", "combine") and r.metric == "time p50"]
+    alike = [r for r in records if r.metric == "time p50" and r.shape.get("hidden") == 7168]
+    wanted = [r for r in alike if r.bench in ("dispatch", "combine", "combine_home")]
     if not wanted:
         return None
     figure = Figure(figsize=(8.0, 3.4), dpi=110, layout="constrained")
-    kinds = {"dispatch": {"bfloat16": {}, "float8_e4m3fn": {}}}
-    kinds["combine"] = {"per_choice": {}, "per_rank": {}}
-    for axes, bench in zip(figure.subplots(1, 2, sharey=True), kinds, strict=True):
-        key = "dtype" if bench == "dispatch" else "combine"
-        for kind, colour in zip(kinds[bench], (HUES["elastic"], HUES["rejit"]), strict=True):
-            of_kind = lambda r, kind=kind, key=key: (
-                r.shape.get(key) == kind and r.shape["hidden"] == 7168
-            )
-            points = _by_tokens(r for r in wanted if r.bench == bench and of_kind(r))
-            if not points:
-                continue
-            tokens = list(points)
-            axes.plot(
-                tokens, [r.value for r in points.values()], "o-", ms=4, color=colour, label=kind
-            )
-            bounds = [r.bound for r in points.values()]
-            axes.plot(tokens, bounds, ":", color=colour, label=f"{kind}: copy of the same bytes")
-        home = _by_tokens(
-            r
-            for r in records
-            if bench == "combine"
-            and r.bench == "combine_home"
-            and r.metric == "time p50"
-            and r.shape["hidden"] == 7168
-        )
-        if home:
-            axes.plot(
-                list(home),
-                [r.value for r in home.values()],
-                "s--",
-                ms=4,
-                color=HUES["elastic"],
-                label="per_choice, sent by the GEMM",
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("Tokens of each rank")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_title(bench, fontsize=9, loc="left")
+    for axes, name in _exchange_panels(figure):
+        _exchange_curves(axes, name, wanted, ONE_GPU, "copy of the same bytes")
         axes.legend(frameon=False, fontsize=7)
-        _plain(axes)
-    figure.axes[0].set_ylabel("Time of one exchange, p50 (us)")
-    first = wanted[0]
-    _head(figure, f"8 ranks in turn on one {first.device}; hidden 7168, 256 experts, top 8")
+    _head(figure, f"8 ranks in turn on one {wanted[0].device}; hidden 7168, 256 experts, top 8")
     return figure
 
 
-def _by_tokens(records) -> dict[int, Record]:
+def wide(records: Sequence[Record]) -> Figure | None:
+    """Time of an exchange against the tokens of each rank, of the newest run on GPUs with links of
+    their own: with the link's bound, XLA's collectives, and published figures (of 8 GPUs)."""
+    wanted = [r for r in records if r.metric == "time p50" and r.shape.get("link") == "peer"]
+    if not wanted:
+        return None
+    newest = max(wanted, key=lambda r: (r.ranks, r.time))
+    alike = [r for r in wanted if (r.device, r.ranks) == (newest.device, newest.ranks)]
+    figure = Figure(figsize=(8.6, 4.0), dpi=110, layout="constrained")
+    for axes, name in _exchange_panels(figure):
+        _exchange_curves(axes, name, alike, WIDE, "link")
+        for collective, (style, label) in THEIRS.items():
+            points = by_tokens(r for r in alike if r.shape.get("collective") == collective)
+            if points:
+                values = [r.value for r in points.values()]
+                axes.plot(list(points), values, style, color=INK, lw=0.9, ms=5, label=label)
+        for (who, figures), marker in zip(PUBLISHED[name].items(), MARKERS, strict=False):
+            values = list(figures.values())
+            axes.plot(list(figures), values, marker, ms=4, color="#9a9a9a", label=who)
+        axes.legend(frameon=False, fontsize=6)
+    hidden = newest.shape["hidden"]
+    _head(figure, f"{newest.ranks} ranks, {newest.device}; hidden {hidden}; grey: published")
+    return figure
+
+
+def _exchange_panels(figure: Figure):
+    """(axes, name) of dispatch and combine, over tokens."""
+    panels = list(zip(figure.subplots(1, 2, sharey=True), ("dispatch", "combine"), strict=True))
+    for axes, name in panels:
+        _log_axes(axes)
+        axes.set_xlabel("Tokens of each rank")
+        axes.set_title(name, fontsize=9, loc="left")
+        _plain(axes)
+    panels[0][0].set_ylabel("Time of one exchange, p50 (us)")
+    return panels
+
+
+def _exchange_curves(axes: Axes, name: str, records, kinds, bound: str) -> None:
+    """A line for each kind, and a dotted one for its bounds; `combine_home` shares the bound."""
+    for (bench, key, value), (colour, label) in kinds.items():
+        if not bench.removeprefix("wide_").startswith(name):
+            continue
+        points = by_tokens(r for r in records if r.bench == bench and r.shape.get(key) == value)
+        if not points:
+            continue
+        found = list(points.values())
+        axes.plot(list(points), [r.value for r in found], "o-", ms=4, color=colour, label=label)
+        if all(r.bound for r in found) and not bench.endswith("home"):
+            bounds = [r.bound for r in found]
+            axes.plot(list(points), bounds, ":", color=colour, label=f"{label}: {bound}")
+
+
+def by_tokens(records) -> dict[int, Record]:
+    """The newest record of each number of tokens."""
     found: dict[int, Record] = {}
     for record in records:
         tokens = record.shape["tokens"]
         if tokens not in found or record.time >= found[tokens].time:
             found[tokens] = record
     return dict(sorted(found.items()))
+
+
+def plans(curves: Sequence[Record]) -> Figure | None:
+    """A row for each plan of failures that `benchmarks.serve` carried out: tokens/s over time."""
+    curves = [c for c in curves if "fault_plan" in c.shape]
+    if not curves:
+        return None
+    figure = Figure(figsize=(8.6, 1.4 * len(curves) + 0.9), dpi=110, layout="constrained")
+    rows = figure.subplots(len(curves), 1, squeeze=False)[:, 0]
+    for axes, curve in zip(rows, curves, strict=True):
+        _stairs(axes, curve)
+        axes.axvline(0.0, color=COLOURS["kill"], lw=1.0)
+        axes.set_ylim(bottom=0)
+        plan = curve.shape["fault_plan"]
+        axes.set_title(f"{sizes_of(plan)}:  {plan}", fontsize=7, loc="left")
+        _plain(axes)
+    rows[-1].set_xlabel("Time since the first kill (s)")
+    rows[len(rows) // 2].set_ylabel("Throughput (tokens/s)")
+    _head(figure, f"Plans of failures under load; {curves[0].device}")
+    return figure
 
 
 def scale(records: Sequence[Record]) -> Figure | None:
@@ -275,8 +324,7 @@ def scale(records: Sequence[Record]) -> Figure | None:
             times = [cost_model.total_us(kernels, load, link) for load in loads]
             label = f"{link.name}, {tokens} tokens"
             right.plot(cost_model.RANKS, times, style, marker=".", color=colour, label=label)
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
+    _log_axes(right)
     right.set_xlabel("Ranks R")
     right.set_ylim(20, 6_000)  # room for the legend
     right.set_title("Model: dispatch + combine of a layer (us)", fontsize=9, loc="left")
@@ -293,12 +341,28 @@ def _head(figure: Figure, text: str) -> None:
     figure.suptitle(text, fontsize=10, x=0.01, ha="left")
 
 
-def _plain(axes: Axes) -> None:
+def _stairs(axes: Axes, curve: Record) -> None:
+    """Tokens per second over time, filled."""
+    starts = _starts(curve)
+    edges = np.append(starts, starts[-1] + curve.shape["bin_s"])
+    axes.stairs(curve.shape["rates"], edges, fill=True, color=FILL)
+    axes.stairs(curve.shape["rates"], edges, baseline=None, color=LINE, lw=0.7)
+
+
+def _log_axes(axes: Axes) -> None:
+    """Powers of two to the right, a logarithmic scale upwards, plain numbers at both."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _plain(axes: Axes, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, lw=0.6)
+    axes.grid(axis=grid, color=GRID, lw=0.6)
     axes.set_axisbelow(True)
 
 
 if __name__ == "__main__":
     absl_flags.DEFINE_string("out", str(RESULTS / "plots"), "Directory of the pictures.")
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

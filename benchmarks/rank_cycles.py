@@ -8,28 +8,32 @@
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import pathlib
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 
-import aiohttp
 from absl import flags as absl_flags
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import Record, append, commit, compared, cpu_device, now, percentile
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, Unfit, cpu_device, gpu_device, percentile
+from benchmarks.serving.own_cluster import (
+    Load,
+    own_cluster,
+    started,
+    status_of,
+    under_load,
+    unharmed,
+)
 from benchmarks.serving.statistics import texts_repeat
 from eep_jax.config import RunConfig
 from launch import flags
 from launch.cluster import ClusterFailed, LocalCluster, events_since, is_whole, rank_name
 from launch.console import say
 from launch.demo import prompts
-from launch.load import Result, run_load, run_once
+from launch.load import Pace, Sample, Target, run_load
 from launch.timeline import summarise
 
 WHOLE_S, REDUCED_S, AFTER_S = 2.5, 4.0, 1.0  # how long each state is measured
@@ -44,16 +48,11 @@ PAUSES = (
 RECORD_S = 15.0  # for the supervisor to have the record of a change
 
 
-def define_flags() -> None:
-    """Of the process that is started, not of one that imports a benchmark."""
+def define() -> None:
+    command.define()
     absl_flags.DEFINE_integer("cycles", 20, "How many kills; ranks take turns.", 1)
     absl_flags.DEFINE_integer("restarts", 3, "How many full restarts, the baseline.", 1)
     absl_flags.DEFINE_integer("concurrency", 12, "Requests kept in flight.", 1)
-    absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the table.")
-
-
-class Unfit(Exception):
-    """A promise was broken during the measurement, so its numbers mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,20 +70,6 @@ class Cycle:
     phases: dict[str, float]  # of the return, from process start to serving
     repair: dict  # the supervisor's record of the change without the rank
     admission: dict  # that of the change that took it back
-
-
-class Load:
-    """Completions in flight from `start` to `finish`, and when each token came."""
-
-    def __init__(self, url: str, jobs: list[dict], concurrency: int):
-        self.times: list[float] = []
-        self._enough = asyncio.Event()
-        note = lambda at_s, count: self.times.extend([at_s] * count)
-        self._running = asyncio.create_task(run_load(url, jobs, concurrency, self._enough, note))
-
-    async def finish(self) -> list[Result]:
-        self._enough.set()
-        return await self._running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +111,8 @@ class Rows:
     """Records of one run; each quantity gives its median, 90 % and largest value."""
 
     def __init__(self, config: RunConfig):
-        model, self.records = config.model, []
-        self._shape = {
+        model = config.model
+        shape = {
             "config": config.name,
             "hidden": model.hidden,
             "layers": model.layers,
@@ -136,109 +121,77 @@ class Rows:
             "redundancy": config.cluster.redundancy,
             "requests": absl_flags.FLAGS.concurrency,
         }
-        self._common = {"ranks": config.cluster.ranks, "commit": commit(), "time": now()}
-        self._common["device"] = gpu_name() if config.platform == "gpu" else cpu_device()
+        device = gpu_device(flags.gpus()[0]) if config.platform == "gpu" else cpu_device()
+        self._sheet = Sheet("", device, config.cluster.ranks, shape)
 
-    def add(
-        self,
-        bench: str,
-        name: str,
-        values: list[float],
-        unit: str,
-        baseline: float | None = None,
-        bound: float | None = None,
-    ) -> None:
+    @property
+    def records(self) -> list[Record]:
+        return self._sheet.records
+
+    def add(self, bench: str, name: str, values: list[float], unit: str = "", **beside) -> None:
+        """`beside` are the baseline and the bound."""
         for label, value in (
             ("p50", percentile(values, 50)),
             ("p90", percentile(values, 90)),
             ("max", max(values)),
         ):
-            self.records.append(
-                Record(
-                    bench=bench,
-                    metric=f"{name} {label}",
-                    value=value,
-                    unit=unit,
-                    bound=bound,
-                    shape=self._shape | {"samples": len(values)},
-                    **compared(baseline, value),
-                    **self._common,
-                )
-            )
+            metric, samples = f"{name} {label}", len(values)
+            self._sheet.add(metric, value, unit, bench=bench, samples=samples, **beside)
 
 
-def gpu_name() -> str:
-    """Of the first GPU that ranks use, as JAX calls it; this process loads no JAX."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={flags.gpus()[0]}"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return said.stdout.strip().splitlines()[0] if said.returncode == 0 else "an NVIDIA GPU"
-
-
-def run(make_rows) -> int:
-    """Measures as the flags say; prints and keeps what `make_rows(measured)` makes of it."""
+def run(make_rows) -> list[Record]:
+    """Measures as the flags say; prints and returns the records of `make_rows(measured)`."""
     config = flags.run_config()
-    arguments = flags.forwarded() + (["--port=0"] if flags.PORT.value is None else [])
     run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-bench-"))
-    ranks, nice = config.cluster.ranks, config.cluster.joiner_nice
-    cluster = LocalCluster(arguments, ranks, str(run_dir), -1, nice)
+    cluster = own_cluster(config, str(run_dir))
     try:
         measured = asyncio.run(_measure(cluster, config))
     except (ClusterFailed, Unfit) as error:
-        say(f"no result: {error}", "bold red")
-        say(f"logs: {run_dir}/logs")
-        return 1
+        raise Unfit(f"{error}; logs: {run_dir}/logs") from error
     finally:
         cluster.stop()
     records = make_rows(measured).records
     show(records)
-    if out := absl_flags.FLAGS.out:
-        append(pathlib.Path(out), records)
-        say(f"appended {len(records)} records to {out}")
     if flags.RUN_DIR.value is None:
         shutil.rmtree(run_dir, ignore_errors=True)
-    return 0
+    return records
 
 
 def show(records: list[Record]) -> None:
-    first = records[0]
-    table = Table(title=f"{first.device}; {first.ranks} ranks", title_justify="left")
-    for name in ("bench", "metric", "p50", "p90", "max", "unit", "compared with", "ratio"):
-        table.add_column(name, justify="right" if name[0] == "p" or name == "max" else "left")
+    rows = []
     for p50, p90, most in zip(records[::3], records[1::3], records[2::3], strict=True):
-        name = p50.metric.removesuffix(" p50")
         numbers = [f"{r.value:.4g}" for r in (p50, p90, most)]
-        base = "" if p50.baseline is None else f"{p50.baseline:.4g}"
-        ratio = "" if p50.ratio is None else f"{p50.ratio:.4g}"
-        table.add_row(p50.bench, name, *numbers, p50.unit, base, ratio)
-    Console(highlight=False, width=110).print(table, markup=False)
+        beside = [p50.unit, command.number(p50.baseline), command.number(p50.ratio)]
+        rows.append([p50.bench, p50.metric.removesuffix(" p50"), *numbers, *beside])
+    title = f"{records[0].device}; {records[0].ranks} ranks"
+    command.show(title, "bench|metric|>p50|>p90|>max|unit|compared with|ratio", rows)
 
 
-async def _measure(cluster: LocalCluster, config: RunConfig) -> "Measured":
-    jobs = prompts(config.model.name)
-    async with _started(cluster):
+async def _measure(cluster: LocalCluster, config: RunConfig) -> Measured:
+    jobs, values = prompts(config.model.name), absl_flags.FLAGS
+    pace = Pace(concurrency=values.concurrency)
+    async with started(cluster, DEADLINE_S, stops=False):
         say(f"{len(jobs)} prompts, unharmed")
-        truth = await run_once(cluster.url, jobs, absl_flags.FLAGS.concurrency)
-        judge_answers(truth, truth, [], config)
-    restarts, wanted = [], absl_flags.FLAGS.restarts
-    for number in range(wanted):
+        target = Target(url=cluster.url, may_be_empty=True)
+        truth = await unharmed(target, jobs, values.concurrency)
+    restarts = []
+    for number in range(values.restarts):
         restarts.append(await _restart(cluster, jobs))
-        say(f"full restart {number + 1}/{wanted}: {restarts[-1]:.2f} s until a token")
-    async with _started(cluster):
-        load = Load(cluster.url, jobs, absl_flags.FLAGS.concurrency)
-        cycles = []
-        try:
-            for number in range(absl_flags.FLAGS.cycles):
+        say(f"full restart {number + 1}/{values.restarts}: {restarts[-1]:.2f} s until a token")
+    cycles = []
+    async with started(cluster, DEADLINE_S, stops=False):
+        async with under_load(dataclasses.replace(target, url=cluster.url), jobs, pace) as load:
+            for number in range(values.cycles):
                 victim = number % config.cluster.ranks
-                cycles.append(await _cycle(cluster, load.times, victim))
+                cycles.append(await _cycle(cluster, load, victim))
                 say(
-                    f"cycle {number + 1}/{absl_flags.FLAGS.cycles}: rank {victim} detected after "
+                    f"cycle {number + 1}/{values.cycles}: rank {victim} detected after "
                     f"{cycles[-1].detection * 1e3:.0f} ms, pause {cycles[-1].pause:.3f} s, "
                     f"return pause {cycles[-1].return_pause:.3f} s"
                 )
-        finally:
-            results = await load.finish()
-        answers = judge_answers(results, truth, [cycle.kill_s for cycle in cycles], config)
-        _require_no_compilation(await _status(cluster))
+        kills = [cycle.kill_s for cycle in cycles]
+        answers = judge_answers(load.samples, truth, kills, config)
+        _require_no_compilation(await status_of(cluster))
     if answers.changed:
         say(
             f"{answers.completed} completions, {answers.changed} of them not as unharmed, "
@@ -250,20 +203,6 @@ async def _measure(cluster: LocalCluster, config: RunConfig) -> "Measured":
     return Measured(config, restarts, cycles, answers)
 
 
-@contextlib.asynccontextmanager
-async def _started(cluster: LocalCluster):
-    """The cluster, started and whole; all its processes end with the body."""
-    if not cluster.children or cluster.children["supervisor"].process.poll() is not None:
-        cluster.start()
-    watch = asyncio.create_task(cluster.watch())
-    try:
-        await cluster.wait_for(is_whole, DEADLINE_S, "the start of all ranks")
-        yield
-    finally:
-        watch.cancel()  # else it would bring the supervisor back
-        await asyncio.gather(watch, return_exceptions=True)
-
-
 async def _restart(cluster: LocalCluster, jobs: list[dict]) -> float:
     """Ends all processes and starts them again; returns seconds from the end to the next token."""
     url, served, begin_s = cluster.url, asyncio.Event(), time.monotonic()
@@ -272,17 +211,16 @@ async def _restart(cluster: LocalCluster, jobs: list[dict]) -> float:
     first_s: list[float] = []
 
     def note(at_s: float, count: int) -> None:
-        if count:
-            first_s.append(at_s)
-            served.set()
+        first_s.append(at_s)
+        served.set()
 
     probe = asyncio.create_task(run_load(url, jobs[:1], 1, served, note))
-    async with _started(cluster):
+    async with started(cluster, DEADLINE_S, stops=False):
         await asyncio.wait_for(probe, DEADLINE_S)
     return first_s[0] - begin_s
 
 
-async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycle:
+async def _cycle(cluster: LocalCluster, load: Load, victim: int) -> Cycle:
     """Kills a rank, serves without it, starts it again."""
     first_s, name, ended_before = time.monotonic(), rank_name(victim), len(cluster.exits)
 
@@ -295,7 +233,7 @@ async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycl
         return is_whole(status)
 
     await asyncio.sleep(WHOLE_S)
-    _require_no_compilation(await _status(cluster))
+    _require_no_compilation(await status_of(cluster))
     kill_s = cluster.kill(name)
     await cluster.wait_for(killed, DEADLINE_S, f"an epoch without {name}", poll_ms=20)
     await asyncio.sleep(REDUCED_S)
@@ -305,8 +243,8 @@ async def _cycle(cluster: LocalCluster, times: list[float], victim: int) -> Cycl
     await cluster.wait_for(returned, DEADLINE_S, f"the return of {name}")
     await asyncio.sleep(AFTER_S)
     admission = await _record(cluster, start_s, lambda r: str(victim) in r["starts"])
-    events = events_since(await _status(cluster), kill_s)
-    seen = sorted(t for t in times if t >= first_s)
+    events = events_since(await status_of(cluster), kill_s)
+    seen = sorted(t for t in load.times if t >= first_s)
     return _judge(seen, events, victim, kill_s, start_s, repair, admission)
 
 
@@ -375,7 +313,7 @@ def _first(events: list[dict], kind: str, wanted) -> float:
 
 
 def judge_answers(
-    results: list[Result], truth: list[Result], kills: list[float], config: RunConfig
+    results: list[Sample], truth: list[Sample], kills: list[float], config: RunConfig
 ) -> Answers:
     """Raises Unfit for what broke a promise: a request that was lost or is not whole, or another
     text than unharmed where texts repeat (see `texts_repeat`)."""
@@ -394,7 +332,7 @@ def judge_answers(
     return Answers(len(results), len(changed), len(early))
 
 
-def _differs_before(result: Result, right: str, kills: list[float]) -> bool:
+def _differs_before(result: Sample, right: str, kills: list[float]) -> bool:
     """Whether it differs in what arrived before any rank was killed while it was under way."""
     harmed = [kill_s for kill_s in kills if result.start_s <= kill_s <= result.end_s]
     if not harmed:
@@ -416,11 +354,3 @@ def _require_no_compilation(status: dict) -> None:
     compiled = {r["rank"]: r["compilations_after_start"] for r in status["ranks"]}
     if any(compiled.values()):
         raise Unfit(f"ranks compiled while they served: {compiled}")
-
-
-async def _status(cluster: LocalCluster) -> dict:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
-        status = await cluster.status(session)
-    if status is None:
-        raise Unfit("the supervisor does not answer")
-    return status

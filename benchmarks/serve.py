@@ -15,31 +15,40 @@ import dataclasses
 import json
 import pathlib
 import signal
-import sys
 import time
 
 import aiohttp
-from absl import app
 from absl import flags as absl_flags
 
-from benchmarks.harness import Record, append, commit, cpu_device, now
+from benchmarks import command
+from benchmarks.harness import Sheet, Unfit, cpu_device
+from benchmarks.processes import machine_of
 from benchmarks.serving import statistics as stats
-from benchmarks.serving.client import Pace, Sample, Target, run
 from benchmarks.serving.fault_plan import EXAMPLE, Phase, parse_plan
-from benchmarks.serving.own_cluster import Played, play, started, summary_of
-from benchmarks.serving.series import cdf_record, timeline_record
+from benchmarks.serving.own_cluster import (
+    Load,
+    Played,
+    own_cluster,
+    play,
+    started,
+    status_of,
+    summary_of,
+    under_load,
+    unharmed,
+)
+from benchmarks.serving.series import add_cdf, add_timeline
 from benchmarks.serving.workload import TEXT, Workload, make_jobs
-from benchmarks.wide.workers import Machine
 from launch import flags
 from launch.cluster import ClusterFailed, LocalCluster
 from launch.console import say
+from launch.load import Pace, Sample, Target, run
 from launch.timeline import Summary
 
 SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
 
 
 def define() -> None:
-    """Of the process that is started, not of one that imports this."""
+    command.define()
     f = absl_flags
     f.DEFINE_string("url", None, "Root of an OpenAI-compatible server; else an own cluster.")
     f.DEFINE_string("model", None, "Model to ask for; else the first of the server's.")
@@ -61,7 +70,6 @@ def define() -> None:
     f.DEFINE_enum("fault_signal", "KILL", list(SIGNALS), "What a rank to be killed is sent.")
     f.DEFINE_float("phase_s", 8.0, "How long a phase lasts once its ranks serve.", 0.1)
     f.DEFINE_float("kill_after_s", None, "When in a phase ranks are killed; else in its midst.")
-    f.DEFINE_string("out", None, "File of records to append to; none: only the report.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ class Run:
     samples: list[Sample]
     duration_s: float
     truth: dict[int, str] | None = None
-    times: tuple[tuple[float, int], ...] = ()  # (monotonic s, tokens) of all clients
+    load: Load = dataclasses.field(default_factory=Load)
     played: tuple[Played, ...] = ()
     status: dict | None = None
 
@@ -79,41 +87,35 @@ class Run:
 def main() -> int:
     values = absl_flags.FLAGS
     pace, workload, phases = _pace(), _workload(), _phases()
-    before = commit(), now()
+    sheet, config = Sheet("serve", cpu_device(), 0, {}), None
     try:
         if values.url is not None:
-            done, name, ranks = asyncio.run(_foreign(workload, pace)), values.url, 0
+            done, name = asyncio.run(_foreign(workload, pace)), values.url
         else:
             config = flags.run_config()
-            done, name, ranks = _own(config, workload, pace, phases), config.name, phases.ranks
+            done, name = _own(config, workload, pace, phases), config.name
         serving = stats.summarise(done.samples, done.duration_s, done.truth)
+    except flags.UsageError:
+        raise
     except (ClusterFailed, ValueError, aiohttp.ClientError, OSError) as error:
-        if isinstance(error, flags.UsageError):
-            raise
-        say(f"no result: {error}", "bold red")
-        return 1
+        raise Unfit(str(error)) from error
     for line in stats.lines(serving):
         print(line)
-    device, facts = cpu_device(), {}
-    if values.url is None:
+    sheet.shape = _shape(name, workload, pace, len(done.samples))
+    if config is not None:
         gpus = flags.gpus() if config.platform == "gpu" else ()
-        machine = Machine(config.platform, ranks, gpus[:ranks])
-        device, facts = machine.device, machine.facts
-    common = {"device": device, "ranks": ranks, "commit": before[0], "time": before[1]}
-    common["shape"] = _shape(name, workload, pace, len(done.samples)) | facts
-    records = stats.records(serving, **common) + _fault_records(done, common)
-    records += [
-        cdf_record("serve", name, latency, seconds, common)
-        for latency, seconds in stats.measured(done.samples).items()
-        if seconds
-    ]
-    if values.out:
-        append(pathlib.Path(values.out), records)
-        say(f"appended {len(records)} records to {values.out}")
+        machine = machine_of(config.platform, phases.ranks, gpus)
+        sheet.device, sheet.ranks = machine.device, machine.ranks
+        sheet.shape |= machine.facts
+    stats.add_records(sheet, serving)
+    _add_faults(sheet, done)
+    for latency, seconds in stats.measured(done.samples).items():
+        if seconds:
+            add_cdf(sheet, name, latency, seconds)
+    command.keep(sheet.records)
     for sample in [s for s in done.samples if s.error is not None][:3]:
         say(f"request lost: {sample.error}", "bold red")
-    counts = serving.counts
-    return 1 if stats.broken(counts, None if values.url else config) else 0
+    return 1 if stats.broken(serving.counts, config) else 0
 
 
 # What the flags say.
@@ -232,10 +234,7 @@ def _own(config, workload: Workload, pace: Pace, plan: Plan) -> Run:
             f"prompt and output may be {longest} tokens together, {config.name} has room for "
             f"{config.engine.context_tokens}; lower --random_input_len or --random_output_len"
         )
-    arguments = flags.forwarded() + (["--port=0"] if flags.PORT.value is None else [])
-    cluster = LocalCluster(
-        arguments, config.cluster.ranks, flags.RUN_DIR.value, respawn_delay_ms=-1
-    )
+    cluster = own_cluster(config, flags.RUN_DIR.value)
     try:
         return asyncio.run(_on_cluster(cluster, _jobs(workload, config.model.name), pace, plan))
     finally:
@@ -246,19 +245,13 @@ async def _on_cluster(cluster: LocalCluster, jobs: list[dict], pace: Pace, plan:
     values = absl_flags.FLAGS
     say(f"starting a supervisor and {cluster.ranks} ranks; logs: {cluster.run_dir}/logs")
     async with started(cluster):
-        target, times = _target(cluster.url), []
+        target, played = _target(cluster.url), []
         say(f"{len(jobs)} different requests, unharmed")
-        unharmed = await run(target, jobs, Pace(concurrency=12), count=len(jobs))
-        if lost := [s.error for s in unharmed if s.error is not None]:
-            raise ClusterFailed(f"a request was lost while nothing was wrong: {lost[0]}")
-        truth = {s.job: s.text for s in unharmed}
-        note = lambda at_s, count: times.append((at_s, count))
-        begin_s, played = time.monotonic(), []
+        truth = {s.job: s.text for s in await unharmed(target, jobs)}
+        begin_s = time.monotonic()
         if plan.phases:
             kill_after_s = values.kill_after_s
-            enough = asyncio.Event()
-            load = asyncio.create_task(run(target, jobs, pace, until=enough, on_token=note))
-            try:
+            async with under_load(target, jobs, pace) as load:
                 played = await play(
                     cluster,
                     plan.phases,
@@ -266,19 +259,16 @@ async def _on_cluster(cluster: LocalCluster, jobs: list[dict], pace: Pace, plan:
                     kill_after_s=values.phase_s / 2 if kill_after_s is None else kill_after_s,
                     number=SIGNALS[values.fault_signal],
                 )
-            finally:
-                enough.set()
-                samples = await load
         else:
             say(f"{values.num_prompts} requests")
-            samples = await run(target, jobs, pace, count=values.num_prompts, on_token=note)
+            load = Load(samples=await run(target, jobs, pace, count=values.num_prompts))
         end_s = time.monotonic()
-        status = await cluster.wait_for(lambda status: True, 10.0, "a status")
+        status = await status_of(cluster)
     return Run(
-        samples=samples,
+        samples=load.samples,
         duration_s=end_s - begin_s,
         truth=truth,
-        times=tuple(times),
+        load=load,
         played=tuple(played),
         status=status,
     )
@@ -297,35 +287,25 @@ def _shape(name: str, workload: Workload, pace: Pace, samples: int) -> dict:
     return shape
 
 
-def _fault_records(done: Run, common: dict) -> list[Record]:
-    """Throughput of each phase, what each kill cost, and the timeline; printed, too."""
-    records, every = [], [at_s for at_s, count in done.times for _ in range(count)]
-    all_marks: list[dict[str, float]] = []
+def _add_faults(sheet: Sheet, done: Run) -> None:
+    """Throughput of each phase, the cost of each kill, and the timeline; printed, too."""
+    times, all_marks = done.load.times, []
     for index, played in enumerate(done.played):
-        rate = sum(played.settled_s <= t < played.end_s for t in every)
+        rate = sum(played.settled_s <= t < played.end_s for t in times)
         rate /= played.end_s - played.settled_s
-        shape = common["shape"] | {"phase": index, "present": played.phase.label}
+        shape = {"phase": index, "present": played.phase.label}
         print(f"phase {index} [{played.phase.label}]: {rate:,.1f} tokens/s")
-        records.append(
-            Record(
-                bench="serve",
-                metric="phase_tokens_per_s",
-                value=rate,
-                unit="tokens/s",
-                **common | {"shape": shape},
-            )
-        )
+        sheet.add("phase_tokens_per_s", rate, "tokens/s", **shape)
         for rank, kill_s in played.kills:
-            summary, marks = summary_of(kill_s, rank, every, done.status, done.played[-1].end_s)
+            summary, marks = summary_of(kill_s, rank, times, done.status, done.played[-1].end_s)
             all_marks.append(marks)
-            records += _pauses(rank, summary, common | {"shape": shape | {"rank": rank}})
+            _add_pauses(sheet.of(**shape), rank, summary)
     if done.played:
         marks = all_marks[0] if all_marks else {}
-        records.append(timeline_record("serve", "elastic", done.times, marks, common))
-    return records
+        add_timeline(sheet, "elastic", done.load.tokens, marks)
 
 
-def _pauses(rank: int, summary: Summary, common: dict) -> list[Record]:
+def _add_pauses(sheet: Sheet, rank: int, summary: Summary) -> None:
     found = {
         "detection_s": summary.detection_s,
         "pause_s": summary.recovery_pause_s,
@@ -333,12 +313,10 @@ def _pauses(rank: int, summary: Summary, common: dict) -> list[Record]:
     }
     known = {name: value for name, value in found.items() if value is not None}
     print(f"rank {rank}: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items()))
-    return [
-        Record(bench="serve", metric=name, value=value, unit="s", **common)
-        for name, value in known.items()
-    ]
+    for name, value in known.items():
+        sheet.add(name, value, "s", rank=rank)
 
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    command.run(main)

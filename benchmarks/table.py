@@ -2,35 +2,69 @@
 
 python -m benchmarks.table
 
-README.md gets the lines of `headlines`, between <!-- results --> and <!-- /results -->;
+README.md gets the rows of headlines.md, between <!-- results --> and <!-- /results -->;
 benchmarks/results/README.md gets all metrics of all shapes.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import RESULTS, ROOT, Record, read
-from benchmarks.headlines import HEADLINES, Headline
 from benchmarks.serving.series import SERIES
 from launch import flags
 
+HEADLINES = pathlib.Path(__file__).parent / "headlines.md"
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
-STATISTICS = (
-    "",
-    "mean",
-    "p50",
-    "p90",
-    "p95",
-    "p99",
-    "max",
-)  # as the last word of a metric; "" is a single value
-DERIVED = ("weights_rate", "flop_rate")  # another way to say a time that is in the table
+# The last word of a metric; "" is a single value.
+STATISTICS = ("", "mean", "p50", "p90", "p95", "p99", "max")
+DERIVED = ("weights_rate", "flop_rate")  # other forms of a time that is in the table
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """A row of headlines.md. No row is shown where there is no such record."""
+
+    says: str  # may name entries of the shape, as {layers}
+    bench: str
+    metric: str
+    shape: Mapping
+    beside: str  # what the bound is, or the baseline; "" shows neither
+    baseline: bool  # the baseline although there is a bound
+
+    def compared(self, record: Record) -> float | None:
+        """The value that the record is shown beside, in its unit."""
+        if not self.beside:
+            return None
+        use_bound = record.bound is not None and not self.baseline
+        return record.bound if use_bound else record.baseline
+
+    def find(self, records: Iterable[Record]) -> Record | None:
+        """The newest record of this row."""
+        fits = lambda r: all(r.shape.get(key) == value for key, value in self.shape.items())
+        of_metric = (r for r in records if (r.bench, r.metric) == (self.bench, self.metric))
+        return max(filter(fits, of_metric), key=lambda r: r.time, default=None)
+
+
+def read_headlines() -> list[Headline]:
+    """The rows of headlines.md."""
+    found = []
+    for line in HEADLINES.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or cells[0] in ("says", "---"):
+            continue
+        says, bench, metric, words, beside = cells
+        pairs = (word.partition("=")[::2] for word in words.split())
+        shape = {name: int(value) if value.isdecimal() else value for name, value in pairs}
+        by_baseline = beside.startswith("~")
+        found.append(Headline(says, bench, metric, shape, beside.lstrip("~"), by_baseline))
+    return found
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
@@ -59,13 +93,14 @@ def render(records: Iterable[Record]) -> str:
 
 
 def render_headlines(records: Iterable[Record]) -> str:
-    """A Markdown table for each device of what README.md shows, in words."""
+    """A Markdown table of the headlines for each device."""
+    headlines = read_headlines()
     by_device: dict[str, list[Record]] = {}
     for record in records:
         by_device.setdefault(record.device, []).append(record)
     tables = []
     for device, of in by_device.items():
-        lines = [_headline(line, found) for line in HEADLINES if (found := line.find(of))]
+        lines = [_headline(line, found) for line in headlines if (found := line.find(of))]
         if lines:
             heads = [_row(["what", "measured", "beside it", "commit"]), _row(["---"] * 4)]
             tables.append("\n".join([f"Device: {device}", "", *heads, *lines]))
@@ -105,7 +140,7 @@ def _render_device(device: str, records: list[Record]) -> str:
     lines.append(
         _row(["---", "---", *["---:"] * len(used), "---", *["---:"] * (4 + bounded), "---"])
     )
-    told = _what_differs([next(iter(row.values())) for row in rows.values()])
+    differing = _what_differs([next(iter(row.values())) for row in rows.values()])
     for (bench, quantity, ranks, _), row in rows.items():
         first = next(iter(row.values()))  # the median where there is one: what is compared
         values = [_number(row[name].value) if name in row else "" for name in used]
@@ -113,7 +148,7 @@ def _render_device(device: str, records: list[Record]) -> str:
         compared += [_number(first.baseline), _number(first.ratio)]
         samples = str(first.shape.get("samples", ""))
         metric = " ".join(
-            [quantity, *(f"{k}={first.shape[k]}" for k in told[bench] if k in first.shape)]
+            [quantity, *(f"{k}={first.shape[k]}" for k in differing[bench] if k in first.shape)]
         )
         cells = [bench, metric, *values, first.unit, *compared, str(ranks), samples, first.commit]
         lines.append(_row(cells))

@@ -156,7 +156,7 @@ class World:
         layout = self.layout
         numbers = np.asarray(experts, np.uint32)
         dtype = jnp.dtype(layout.bank.dtype)
-        return _draw_experts(numbers, layout.padded_shape, layout.expert_shape[2], dtype)
+        return draw_experts(numbers, layout.padded_shape, layout.expert_shape[2], dtype)
 
     def bank(self) -> jax.Array:
         """A bank with expert e in slot e, as far as there are slots."""
@@ -360,7 +360,11 @@ def _normal(key, scale, shape, dtype):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw_experts(numbers, shape, rows, dtype):
+def draw_experts(numbers, shape, rows: int, dtype=jnp.bfloat16):
+    """`[N L 3 F D]`: random experts of these numbers, of `shape`; below `rows` of F are zeros.
+
+    Products with normal rows are of the size of one.
+    """
     layers, matrices, padded, hidden = shape
     scale = jnp.array([hidden, hidden, rows], jnp.float32) ** -0.5
     real = (jnp.arange(padded) < rows)[None, :, None]

@@ -1,8 +1,7 @@
-"""A load generator: keeps streaming completions in flight and notes when each token arrived.
+"""Load generator that streams completions from any OpenAI-compatible server.
 
-It measures what a client sees, so nothing that goes wrong with a request ends it: a refused, failed
-or late request is a Result with an error. For this project's models a token is a byte, so tokens
-are counted as the UTF-8 bytes of the text that arrives.
+It measures what a client sees: a request that is refused, fails or is late is a Sample with an
+error and does not end the load.
 """
 
 import asyncio
@@ -10,29 +9,90 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import aiohttp
 
-DEADLINE_S = 120.0  # for one request, from its start to its last token
-RETRY_PAUSE_S = 0.1  # after a failed request, so that a service that is down is not flooded
+RETRY_PAUSE_S = 0.1  # after a request that failed, so that a server that is down is not flooded
 ERROR_CHARS_MAX = 300
+IN_FLIGHT_MAX = 1_000  # with a request rate; beyond it requests wait for a connection
 
 OnToken = Callable[[float, int], None]  # monotonic seconds, how many tokens arrived then
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one request came to. Times are monotonic seconds."""
+class Sample:
+    """One request as the client saw it. Times are monotonic seconds."""
 
     job: int  # index of its body
     text: str  # all that arrived, also before an error
     finish_reason: str | None
     error: str | None
+    refused: bool  # the server answered with an error status and began no stream
     start_s: float
     end_s: float
-    token_times: tuple[float, ...]  # one for each token; tokens of one event share theirs
+    pieces: tuple[tuple[float, int], ...]  # (time, tokens) of each event with text
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def token_times(self) -> tuple[float, ...]:
+        """One for each token; tokens of one event have the same."""
+        return tuple(at_s for at_s, count in self.pieces for _ in range(count))
+
+    @property
+    def ttft_s(self) -> float:
+        """From the request to its first token."""
+        return self.pieces[0][0] - self.start_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.pieces[-1][0] - self.start_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a token after the first; None if there is only one."""
+        if self.output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Inter-token latencies: times between successive pieces."""
+        times = [at_s for at_s, _ in self.pieces]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """When requests are sent: `concurrency` always in flight, or `rate` per second on average.
+
+    With a rate they arrive as a Poisson process, whether earlier ones were answered or not.
+    """
+
+    concurrency: int | None = None
+    rate: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.concurrency is None) == (self.rate is None):
+            raise ValueError(f"{self.concurrency=} and {self.rate=}: give exactly one of them")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ValueError(f"{self.concurrency=} must be at least 1")
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise ValueError(f"{self.rate=} requests per second must be above 0 and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Address of the service, and how its answers are read."""
+
+    url: str  # root of the service, http://127.0.0.1:8000
+    deadline_s: float = 120.0  # for one request, from its start to its last token
+    bytes_per_token: float = 1.0  # this project's models: a token is a byte
+    may_be_empty: bool = False  # else an answer without text is an error
 
 
 async def run_load(
@@ -40,131 +100,189 @@ async def run_load(
     jobs: Sequence[dict],
     concurrency: int,
     until: asyncio.Event,
-    on_token: OnToken = lambda now_s, count: None,
-    *,
-    deadline_s: float = DEADLINE_S,
-) -> list[Result]:
-    """Keeps `concurrency` requests in flight until the event is set, then lets those finish.
-
-    `url` is the root of the service, `http://127.0.0.1:8000`; `jobs` are bodies of completions,
-    taken in turn and around again. Results come in the order in which the requests ended.
-    """
-    if not jobs:
-        raise ValueError("jobs is empty; give at least one request body")
-    turns = itertools.takewhile(lambda _: not until.is_set(), itertools.count())
-    indices = (turn % len(jobs) for turn in turns)
-    return await _run(url, jobs, indices, concurrency, on_token, deadline_s, until)
+    on_token: OnToken = lambda at_s, count: None,
+) -> list[Sample]:
+    """Keeps `concurrency` requests in flight until the event is set, and awaits their answers."""
+    target, pace = Target(url=url, may_be_empty=True), Pace(concurrency=concurrency)
+    return await run(target, jobs, pace, until=until, on_token=on_token)
 
 
 async def run_once(
     url: str,
     jobs: Sequence[dict],
     concurrency: int,
-    on_token: OnToken = lambda now_s, count: None,
+    on_token: OnToken = lambda at_s, count: None,
     *,
-    deadline_s: float = DEADLINE_S,
-) -> list[Result]:
-    """Sends each job once, `concurrency` at a time; `results[i]` is that of `jobs[i]`."""
-    never = asyncio.Event()
-    done = await _run(url, jobs, iter(range(len(jobs))), concurrency, on_token, deadline_s, never)
-    return sorted(done, key=lambda result: result.job)
+    deadline_s: float = Target.deadline_s,
+) -> list[Sample]:
+    """Sends each job once, `concurrency` at a time; `samples[i]` is that of `jobs[i]`."""
+    target = Target(url=url, deadline_s=deadline_s, may_be_empty=True)
+    pace = Pace(concurrency=concurrency)
+    done = await run(target, jobs, pace, count=len(jobs), on_token=on_token)
+    return sorted(done, key=lambda sample: sample.job)
 
 
-def count_tokens(text: str) -> int:
-    """Bytes of the text; a replacement character stands for one invalid byte."""
-    return len(text.replace("\ufffd", "?").encode())
-
-
-async def _run(
-    url: str,
+async def run(
+    target: Target,
     jobs: Sequence[dict],
-    indices: Iterable[int],
-    concurrency: int,
-    on_token: OnToken,
-    deadline_s: float,
-    until: asyncio.Event,
-) -> list[Result]:
-    if concurrency < 1:
-        raise ValueError(f"{concurrency=} must be at least 1")
-    results: list[Result] = []
+    pace: Pace,
+    *,
+    count: int | None = None,
+    until: asyncio.Event | None = None,
+    on_token: OnToken = lambda at_s, count: None,
+) -> list[Sample]:
+    """Sends requests and waits for their answers.
 
+    Args:
+        target: The service.
+        jobs: Bodies of completions, taken in turn and around again.
+        pace: When requests are sent.
+        count: How many are sent; or
+        until: An event that ends the sending.
+        on_token: Called as tokens arrive.
+
+    Returns:
+        The samples in the order in which requests ended.
+
+    Raises:
+        ValueError: There is no job, or not exactly one of `count` and `until`.
+    """
+    if not jobs:
+        raise ValueError("jobs is empty; give at least one request body")
+    if (count is None) == (until is None):
+        raise ValueError("give either a count of requests or an event that ends them")
+    stop = until or asyncio.Event()
+    turns = range(count) if count is not None else itertools.count()
+    indices = (n % len(jobs) for n in itertools.takewhile(lambda _: not stop.is_set(), turns))
+    samples: list[Sample] = []
+    endpoint = f"{target.url.rstrip('/')}/v1/completions"
+
+    async def one(job: int) -> None:
+        samples.append(await _complete(session, endpoint, job, jobs[job], target, on_token))
+        if samples[-1].error is not None:
+            await _sleep(RETRY_PAUSE_S, stop)
+
+    timeout = aiohttp.ClientTimeout(total=target.deadline_s)
+    connector = aiohttp.TCPConnector(limit=pace.concurrency or IN_FLIGHT_MAX)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        if pace.rate is None:
+            await _closed_loop(indices, one, pace.concurrency)
+        else:
+            await _poisson(indices, one, pace, stop)
+    return samples
+
+
+async def _closed_loop(indices, one, concurrency: int) -> None:
     async def work() -> None:
         for job in indices:
-            results.append(await _request(session, endpoint, job, jobs[job], on_token, deadline_s))
-            if results[-1].error is not None:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(until.wait(), RETRY_PAUSE_S)
+            await one(job)
 
-    endpoint = f"{url.rstrip('/')}/v1/completions"
-    timeout = aiohttp.ClientTimeout(total=deadline_s)
-    connector = aiohttp.TCPConnector(limit=concurrency)
-    async with (
-        aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
-        asyncio.TaskGroup() as group,
-    ):
+    async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(work())
-    return results
 
 
-async def _request(
-    session: aiohttp.ClientSession,
-    endpoint: str,
-    job: int,
-    body: dict,
-    on_token: OnToken,
-    deadline_s: float,
-) -> Result:
-    texts: list[str] = []
-    token_times: list[float] = []
-    finish_reason, error, start_s = None, None, time.monotonic()
+async def _poisson(indices, one, pace: Pace, stop: asyncio.Event) -> None:
+    arrivals, next_s = random.Random(pace.seed), time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        for job in indices:
+            group.create_task(one(job))
+            # From the last planned arrival, not from now: being late does not lower the rate.
+            next_s += arrivals.expovariate(pace.rate)
+            await _sleep(max(0.0, next_s - time.monotonic()), stop)
+
+
+async def _sleep(seconds: float, stop: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+
+
+async def _complete(session, endpoint: str, job: int, body: dict, target: Target, on_token):
+    """One request, as a Sample."""
+    stream = _Stream(target, on_token)
+    error, start_s = None, time.monotonic()
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with session.post(endpoint, json={**body, "stream": True}) as response:
-            async for delta, reason in _deltas(response):
-                finish_reason = reason
-                now_s, count = time.monotonic(), count_tokens(delta)
-                texts.append(delta)
-                token_times.extend([now_s] * count)
-                on_token(now_s, count)
+        async with session.post(endpoint, json=asked) as response:
+            await stream.read(response)
     except TimeoutError:
-        error = f"not finished after {deadline_s:g} s"
-    except _BadAnswer as problem:
-        error = str(problem)[:ERROR_CHARS_MAX]
+        error = f"not finished after {target.deadline_s:g} s"
+    except BadAnswer as problem:
+        error = str(problem)
     except (aiohttp.ClientError, OSError) as problem:
-        error = f"{type(problem).__name__}: {problem}"[:ERROR_CHARS_MAX]
-    return Result(
+        error = f"{type(problem).__name__}: {problem}"
+    if error is None and not stream.pieces and not target.may_be_empty:
+        error = "the answer has no text"
+    counted = sum(tokens for _, tokens in stream.pieces)
+    return Sample(
         job=job,
-        text="".join(texts),
-        finish_reason=finish_reason,
-        error=error,
+        text="".join(stream.texts),
+        finish_reason=stream.finish_reason,
+        error=None if error is None else error[:ERROR_CHARS_MAX],
+        refused=stream.refused,
         start_s=start_s,
         end_s=time.monotonic(),
-        token_times=tuple(token_times),
+        pieces=tuple(stream.pieces),
+        prompt_tokens=stream.usage.get("prompt_tokens", 0),
+        output_tokens=stream.usage.get("completion_tokens", counted),
     )
 
 
-class _BadAnswer(Exception):
-    """The service answered with an error, or with something that is no stream of completions."""
+class BadAnswer(Exception):
+    """The server answered with an error, or with a malformed stream of completions."""
 
 
-async def _deltas(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, str | None]]:
-    """Yields (text, finish reason) of each event until "[DONE]"."""
-    if response.status != 200:
-        raise _BadAnswer(f"status {response.status}: {await response.text(errors='replace')}")
-    finished = done = False
-    try:
-        async for line in response.content:  # to its end, so that the connection is used again
-            if not line.startswith(b"data: "):
-                continue
-            data = line.removeprefix(b"data: ").strip()
-            done = done or data == b"[DONE]"
-            event = {"choices": []} if done else json.loads(data)
-            if "error" in event:
-                raise _BadAnswer(event["error"]["message"])
-            for choice in event["choices"]:
-                finished = choice["finish_reason"] is not None
-                yield choice["text"], choice["finish_reason"]
-    except (ValueError, LookupError, TypeError) as problem:
-        raise _BadAnswer(f"an event cannot be read: {problem}") from None
-    if not (finished and done):
-        raise _BadAnswer("the stream ended before its finish reason and [DONE]")
+class _Stream:
+    """Parser of the events of one answer; keeps what came before an error."""
+
+    def __init__(self, target: Target, on_token: OnToken):
+        self._target, self._on_token = target, on_token
+        self.texts: list[str] = []
+        self.pieces: list[tuple[float, int]] = []
+        self.usage: dict = {}
+        self.finish_reason: str | None = None
+        self.refused = False
+        self._bytes = self._counted = 0
+
+    async def read(self, response: aiohttp.ClientResponse) -> None:
+        """Takes all events until the end. Raises BadAnswer."""
+        if response.status != 200:
+            self.refused = True
+            raise BadAnswer(f"status {response.status}: {await response.text(errors='replace')}")
+        done = False
+        try:
+            async for line in response.content:  # to its end, so the connection is used again
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:"):
+                    continue
+                if data == b"[DONE]":
+                    done = True
+                    continue
+                self._take(json.loads(data))
+        except (ValueError, LookupError, TypeError, AttributeError) as problem:
+            raise BadAnswer(f"an event cannot be read: {problem}") from None
+        if not done or self.finish_reason is None:
+            raise BadAnswer("the stream ended before its finish reason and [DONE]")
+
+    def _take(self, event: dict) -> None:
+        if "error" in event:
+            raise BadAnswer(str(event["error"].get("message", event["error"])))
+        self.usage = event.get("usage") or self.usage
+        for choice in event["choices"]:
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            if text := choice["text"]:
+                self._piece(text)
+
+    def _piece(self, text: str) -> None:
+        at_s = time.monotonic()
+        self.texts.append(text)
+        self._bytes += count_bytes(text)
+        total = max(self._counted + 1, round(self._bytes / self._target.bytes_per_token))
+        self.pieces.append((at_s, total - self._counted))
+        self._on_token(at_s, total - self._counted)
+        self._counted = total
+
+
+def count_bytes(text: str) -> int:
+    """Bytes of the text in UTF-8; a replacement character stands for one invalid byte."""
+    return len(text.replace("\ufffd", "?").encode())

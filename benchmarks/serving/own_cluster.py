@@ -7,9 +7,13 @@ import signal
 import time
 from collections.abc import Sequence
 
+from benchmarks.harness import Unfit
 from benchmarks.serving.fault_plan import Phase
+from eep_jax.config import RunConfig
+from launch import flags
 from launch.cluster import LocalCluster, events_since, rank_name
 from launch.console import say
+from launch.load import Pace, Sample, Target, run
 from launch.timeline import Summary, summarise
 
 CHANGE_DEADLINE_S = 180.0  # for the start of all ranks, an eviction, or a return
@@ -17,7 +21,7 @@ CHANGE_DEADLINE_S = 180.0  # for the start of all ranks, an eviction, or a retur
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Played:
-    """A phase as it was. Monotonic seconds."""
+    """A phase of a plan as it was carried out. Times are monotonic seconds."""
 
     phase: Phase
     begin_s: float
@@ -26,19 +30,77 @@ class Played:
     kills: tuple[tuple[int, float], ...]  # rank and when the signal was sent
 
 
+def own_cluster(
+    config: RunConfig,
+    run_dir: str | None = None,
+    *,
+    respawn_delay_ms: int = -1,
+    more: Sequence[str] = (),
+) -> LocalCluster:
+    """A cluster with the flags of this process, and `more`; its HTTP port is free unless given."""
+    arguments = flags.forwarded() + (["--port=0"] if flags.PORT.value is None else [])
+    cluster = config.cluster
+    return LocalCluster(
+        [*arguments, *more], cluster.ranks, run_dir, respawn_delay_ms, cluster.joiner_nice
+    )
+
+
 @contextlib.asynccontextmanager
-async def started(cluster: LocalCluster):
-    """The cluster with all ranks serving; all its processes end with the body."""
-    cluster.start()
+async def started(
+    cluster: LocalCluster, deadline_s: float = CHANGE_DEADLINE_S, *, stops: bool = True
+):
+    """The cluster with all ranks serving; `stops`: all its processes end with the body."""
+    if not cluster.children or cluster.children["supervisor"].process.poll() is not None:
+        cluster.start()
     watch = asyncio.create_task(cluster.watch())
     everyone = Phase(tuple(range(cluster.ranks)))
     try:
-        await cluster.wait_for(serves(everyone), CHANGE_DEADLINE_S, "the start of all ranks")
+        await cluster.wait_for(serves(everyone), deadline_s, "the start of all ranks")
         yield
     finally:
         watch.cancel()  # else it would bring the supervisor back
         await asyncio.gather(watch, return_exceptions=True)
-        await asyncio.to_thread(cluster.stop)
+        if stops:
+            await asyncio.to_thread(cluster.stop)
+
+
+async def unharmed(target: Target, jobs: Sequence[dict], concurrency: int = 12) -> list[Sample]:
+    """Every request once, by job: the truth. Raises Unfit if one is lost."""
+    samples = await run(target, jobs, Pace(concurrency=concurrency), count=len(jobs))
+    if lost := [s.error for s in samples if s.error is not None]:
+        raise Unfit(f"a request was lost while nothing was wrong: {lost[0]}")
+    return sorted(samples, key=lambda sample: sample.job)
+
+
+@dataclasses.dataclass
+class Load:
+    """Tokens as they arrive, (monotonic s, how many); the samples, once the load has ended."""
+
+    tokens: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+
+    @property
+    def times(self) -> list[float]:
+        """One for each token."""
+        return [at_s for at_s, count in self.tokens for _ in range(count)]
+
+
+@contextlib.asynccontextmanager
+async def under_load(target: Target, jobs: Sequence[dict], pace: Pace):
+    """Keeps requests coming while the body runs, then waits for their answers."""
+    load, enough = Load(), asyncio.Event()
+    note = lambda at_s, count: load.tokens.append((at_s, count))
+    running = asyncio.create_task(run(target, jobs, pace, until=enough, on_token=note))
+    try:
+        yield load
+    finally:
+        enough.set()
+        load.samples += await running
+
+
+async def status_of(cluster: LocalCluster) -> dict:
+    """The supervisor's status. Raises ClusterFailed where it does not answer."""
+    return await cluster.wait_for(lambda status: True, 10.0, "a status")
 
 
 def serves(phase: Phase, without: Sequence[int] = ()):
@@ -87,16 +149,8 @@ async def play(
             without = serves(phase, phase.killed)
             await cluster.wait_for(without, CHANGE_DEADLINE_S, f"an eviction in {what}", 20)
         await asyncio.sleep(max(0.0, settled_s + phase_s - time.monotonic()))
-        end_s = time.monotonic()
-        played.append(
-            Played(
-                phase=phase,
-                begin_s=begin_s,
-                settled_s=settled_s,
-                end_s=end_s,
-                kills=tuple(kills),
-            )
-        )
+        spans = {"begin_s": begin_s, "settled_s": settled_s, "end_s": time.monotonic()}
+        played.append(Played(phase=phase, kills=tuple(kills), **spans))
     return played
 
 
@@ -110,7 +164,7 @@ async def _bring_back(cluster: LocalCluster, rank: int) -> None:
 
 
 def serves_again(victim: int):
-    """Whether a rank is no member and the others serve."""
+    """Whether a rank has left and the others serve."""
 
     def check(status: dict) -> bool:
         return status["ranks"][victim]["state"] != "active" and status["state"] == "serving"
@@ -119,7 +173,7 @@ def serves_again(victim: int):
 
 
 def marks_of(kill_s: float, rank: int, status: dict) -> dict[str, float]:
-    """When the supervisor noticed, let the others go on, and let the rank in again."""
+    """Times at which the supervisor noticed, resumed the others, and let the rank in again."""
     events, marks = events_since(status, kill_s), {"kill": kill_s}
     inside = lambda e: str(rank) in e["members"]
     for name, kind, wanted in (
@@ -141,6 +195,6 @@ def marks_of(kill_s: float, rank: int, status: dict) -> dict[str, float]:
 def summary_of(
     kill_s: float, rank: int, times: Sequence[float], status: dict, until_s: float
 ) -> tuple[Summary, dict[str, float]]:
-    """What one kill cost, and its marks: kill, detected, resumed, return_start, returned."""
+    """The cost of one kill, and its marks: see `launch.timeline`."""
     marks = marks_of(kill_s, rank, status)
     return summarise([t for t in times if t <= until_s], marks), marks

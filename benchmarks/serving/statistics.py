@@ -4,9 +4,9 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.harness import Record, percentile
-from benchmarks.serving.client import Sample
+from benchmarks.harness import Sheet, percentile
 from eep_jax.config import RunConfig
+from launch.load import Sample
 
 STATISTICS = ("mean", "median", "p90", "p95", "p99")
 LATENCIES = {
@@ -124,8 +124,8 @@ def lines(serving: Serving) -> Iterable[str]:
     yield "=" * 50
 
 
-def records(serving: Serving, **common) -> list[Record]:
-    """One Record a number; `common` are the fields device, ranks, shape and what else is known."""
+def add_records(sheet: Sheet, serving: Serving) -> None:
+    """Adds one record a number."""
     counts = serving.counts
     single = {
         "requests_completed": (counts.completed, ""),
@@ -137,12 +137,8 @@ def records(serving: Serving, **common) -> list[Record]:
     }
     if counts.wrong is not None:
         single["answers_wrong"] = (counts.wrong, "")
-    made = [
-        Record(bench="serve", metric=name, value=value, unit=unit, **common)
-        for name, (value, unit) in single.items()
-    ]
+    for name, (value, unit) in single.items():
+        sheet.add(name, value, unit)
     for name, values in serving.latencies.items():
         for statistic, value in values.items():
-            metric = f"{name} {'p50' if statistic == 'median' else statistic}"
-            made.append(Record(bench="serve", metric=metric, value=value, unit="ms", **common))
-    return made
+            sheet.add(f"{name} {'p50' if statistic == 'median' else statistic}", value, "ms")

@@ -1,8 +1,8 @@
-"""The HTTP front of a static service, and what it does when a rank dies.
+"""HTTP front of a static service, and its reaction to the death of a rank.
 
-`restart`: all processes end and start again. `rejit`: the survivors are told, and go on by
-themselves. Either way the requests of lost ranks are lost: nobody else has their tokens' cache, and
-a static service keeps no record of them. New requests wait meanwhile, none is refused.
+`restart`: all processes end and start again. `rejit`: the front sends the death to the survivors,
+which go on by themselves. Either way the requests of lost ranks are lost: no other rank has their
+cache, and a static service keeps no record of them. New requests wait meanwhile, none is refused.
 """
 
 import asyncio
@@ -11,13 +11,15 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import subprocess
 import threading
 import time
 
 from aiohttp import web
 
-from benchmarks.static.processes import free_port, start
+from benchmarks.processes import Machine, free_port, start_worker, tail, write_job
 from eep_jax.config import RunConfig
+from launch import flags
 
 END_DEADLINE_S = 20.0
 
@@ -28,16 +30,23 @@ class _Entry:
 
     request: dict
     rank: int | None = None
-    told: int = 0  # tokens that went to the client
+    sent: int = 0  # tokens that went to the client
     news: asyncio.Queue = dataclasses.field(default_factory=asyncio.Queue)
 
 
 class StaticService:
     """Ranks of one mesh behind `POST /v1/completions`. Use from one event loop."""
 
-    def __init__(self, config: RunConfig, recovery: str, exchange: str, directory: pathlib.Path):
-        self.config, self.recovery, self._exchange = config, recovery, exchange
-        self._directory = directory
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: Machine,
+        recovery: str,
+        exchange: str,
+        directory: pathlib.Path,
+    ):
+        self.config, self._machine = config, machine
+        self.recovery, self._exchange, self._directory = recovery, exchange, directory
         self._numbers = itertools.count()
         self._entries: dict[str, _Entry] = {}
         self._ranks: dict[int, object] = {}
@@ -71,26 +80,26 @@ class StaticService:
 
     def log_tail(self) -> str:
         """The last lines of every rank's log."""
-        logs = sorted(self._directory.glob("static*.log"))
-        tails = (log.read_text(errors="replace").splitlines()[-6:] for log in logs)
-        return "\n".join(itertools.chain.from_iterable(tails))
+        return "\n".join(tail(log, 6) for log in sorted(self._directory.glob("rank*.log")))
 
     # Processes.
 
     def _start(self) -> None:
         self._generation += 1
-        self._ready, ranks = {}, self.config.cluster.ranks
-        arguments = (
-            f"--coordinator=127.0.0.1:{free_port()}",
-            f"--ranks={ranks}",
-            f"--directory={self._directory}",
-            f"--exchange={self._exchange}",
-            f"--recovery={self.recovery}",
-        )
-        for rank in range(ranks):
-            log = self._directory / f"static{rank}.log"
-            process = start(
-                "benchmarks.static.server_rank", rank, log, *arguments, stdin=-1, stdout=-1
+        self._ready = {}
+        job = {"flags": flags.forwarded(), "coordinator": f"127.0.0.1:{free_port()}"}
+        job |= {"exchange": self._exchange, "recovery": self.recovery}
+        write_job(self._directory, self._machine, 0.0, job)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        fraction = self.config.device.memory_fraction
+        for rank in range(self._machine.ranks):
+            process = start_worker(
+                "benchmarks.static.server_rank",
+                self._machine,
+                rank,
+                self._directory,
+                fraction=fraction,
+                **pipes,
             )
             self._ranks[rank] = process
             reading = (self._generation, rank, process.stdout)
@@ -105,7 +114,7 @@ class StaticService:
         self._ranks.clear()
 
     def _read(self, generation: int, rank: int, lines) -> None:
-        """Passes on what a rank says, and its end: of a killed process the pipe closes at once."""
+        """Passes on a rank's lines, and its end: the pipe of a killed process closes at once."""
         for line in lines:
             self._loop.call_soon_threadsafe(self._take, generation, rank, json.loads(line))
         self._loop.call_soon_threadsafe(self._died, generation, rank)
@@ -126,14 +135,14 @@ class StaticService:
         self._lose([e for e in self._entries.values() if e.rank == rank], f"rank {rank} died")
         self._ready = {}
         for survivor in self._ranks:
-            self._tell(survivor, {"dead": rank})
+            self._send(survivor, {"dead": rank})
 
-    def _tell(self, rank: int, message: dict) -> None:
+    def _send(self, rank: int, message: dict) -> None:
         try:
             self._ranks[rank].stdin.write(json.dumps(message).encode() + b"\n")
             self._ranks[rank].stdin.flush()
         except OSError:
-            return  # it ended; its pipe tells
+            return  # the rank ended; `_read` notices
 
     def _lose(self, entries, why: str) -> None:
         for entry in [e for e in entries if e.rank is not None]:
@@ -156,14 +165,14 @@ class StaticService:
             return
         for name, first, tokens, finish in message["progress"]:
             if (entry := self._entries.get(name)) is not None:
-                new = tokens[max(0, entry.told - first) :]
-                entry.told += len(new)
+                new = tokens[max(0, entry.sent - first) :]
+                entry.sent += len(new)
                 entry.news.put_nowait((new, finish))
 
     def _assign(self, name: str, entry: _Entry) -> None:
         busy = lambda rank: sum(e.rank == rank for e in self._entries.values())
         entry.rank = min(self._ranks, key=busy)
-        self._tell(entry.rank, {"add": entry.request})
+        self._send(entry.rank, {"add": entry.request})
 
     async def _complete(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
@@ -203,7 +212,7 @@ class StaticService:
             await _event(response, {"choices": [choice]})
         usage = {
             "prompt_tokens": len(entry.request["prompt"]),
-            "completion_tokens": entry.told,
+            "completion_tokens": entry.sent,
         }
         await _event(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")

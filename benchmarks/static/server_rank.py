@@ -1,13 +1,13 @@
-"""One rank of a static service: takes requests as lines of JSON, says what they produced.
+"""One rank of a static service: reads requests as lines of JSON and writes what they produced.
 
 In:  {"add": {"id": ..., "prompt": [...], ...}}, {"dead": 2}
 Out: {"ready": [ranks]}, {"progress": [[id, start, tokens, finish], ...]}
 
-`--recovery=restart` has no recovery: when a rank dies the others hang in a collective until they
-are killed. `--recovery=rejit` is JAX's own: the process joins as recoverable; when told of a death
-it breaks its connections to peers, so that the collective fails, asks `live_devices` who is left,
-and compiles for them. The failed step took the donated cache along, so its requests are prefilled
-again with what they had produced.
+Recovery `restart` does nothing: when a rank dies the others hang in a collective until they are
+killed. Recovery `rejit` is JAX's own: the process joins as recoverable; after the message of a
+death it breaks its connections to peers, so that the collective fails, asks `live_devices` which
+ranks are left, and compiles for them. The failed step took the donated cache along, so its requests
+are prefilled again with what they had produced.
 """
 
 import dataclasses
@@ -21,11 +21,8 @@ import sys
 import threading
 import time
 
-from absl import app
-from absl import flags as absl_flags
-
-from launch import flags
-from launch.processes import end_with_parent
+from benchmarks.meeting import join_mesh
+from benchmarks.processes import config_of, with_ranks, worker
 
 IDLE_S = 0.002  # between steps while nobody has a request
 HEARTBEAT_TIMEOUT_S = 1  # the shortest that jax.distributed takes
@@ -43,57 +40,36 @@ NCCL_VARIABLES = {
 _log = logging.getLogger("static.rank")
 
 
-def define() -> None:
-    absl_flags.DEFINE_string("coordinator", None, "Address of jax.distributed.")
-    absl_flags.DEFINE_integer("ranks", None, "How many ranks there are.", 1)
-    absl_flags.DEFINE_string("directory", None, "Of this run, for compiled programs.")
-    absl_flags.DEFINE_string("exchange", "all_to_all", "One of exchanges.EXCHANGES.")
-    absl_flags.DEFINE_enum("recovery", "restart", ["restart", "rejit"], "See above.")
-
-
-def main() -> int:
+def serve(directory: pathlib.Path, rank: int, job: dict) -> None:
+    """Serves until this process is killed or a step fails for good."""
     # Gloo prints to stdout, which belongs to the front.
-    told = os.fdopen(os.dup(1), "w", buffering=1)
+    to_front = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from benchmarks.static.processes import rank_environment, with_ranks
-
-    values = absl_flags.FLAGS
-    end_with_parent(flags.PARENT_PID.value)
-    config = with_ranks(flags.run_config(), values.ranks)
-    rank, recovers = flags.RANK.value, values.recovery == "rejit"
-    os.environ.update(rank_environment(config, rank, pathlib.Path(values.directory)))
+    config, recovers = with_ranks(config_of(job), job["ranks"]), job["recovery"] == "rejit"
+    more = {}
     if recovers and config.platform == "gpu":
         os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *NCCL_FLAGS])
         os.environ.update(NCCL_VARIABLES)
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    more = {}
     if recovers:
+        import jax
+
         jax.config.update("jax_enable_recoverability", True)
         more["heartbeat_timeout_seconds"] = HEARTBEAT_TIMEOUT_S
-    jax.distributed.initialize(
-        values.coordinator, values.ranks, rank, initialization_timeout=120, **more
-    )
-    port = int(values.coordinator.rpartition(":")[2])
-    server = Server(config, values.exchange, recovers, told, port)
+    join_mesh(job["coordinator"], job["ranks"], rank, **more)
+    port = int(job["coordinator"].rpartition(":")[2])
+    server = Server(config, job["exchange"], recovers, to_front, port)
     threading.Thread(target=server.read_forever, args=(sys.stdin,), daemon=True).start()
-    try:
-        server.run()
-    except BaseException:
-        _log.exception("this rank ends")
-        os._exit(1)  # leaving in order would wait for ranks that are dead
+    server.run()
 
 
 class Server:
     """Steps without end; one thread computes, one reads."""
 
-    def __init__(self, config, exchange: str, recovers: bool, told, coordinator_port: int):
+    def __init__(self, config, exchange: str, recovers: bool, to_front, coordinator_port: int):
         from benchmarks.static.worker import load_weights
 
         self._config, self._exchange, self._recovers = config, exchange, recovers
-        self._told, self._inbox = told, queue.SimpleQueue()
+        self._to_front, self._inbox = to_front, queue.SimpleQueue()
         self._weights = load_weights(config)
         self._requests: dict[str, object] = {}
         self._produced: dict[str, list[int]] = {}
@@ -162,8 +138,8 @@ class Server:
             time.sleep(IDLE_S)
 
     def _say(self, message: dict) -> None:
-        self._told.write(json.dumps(message) + "\n")
-        self._told.flush()
+        self._to_front.write(json.dumps(message) + "\n")
+        self._to_front.flush()
 
 
 def _live_devices() -> list:
@@ -194,5 +170,4 @@ def _break_connections(coordinator_port: int) -> None:
 
 
 if __name__ == "__main__":
-    define()
-    app.run(flags.main_with_usage(main))
+    worker(serve)

@@ -1,66 +1,37 @@
 """One rank of `bench_static`: elastic and static engines in one process, timed in turn.
 
-Started by `benchmarks.bench_static`. All engines get the same requests; each is checked against the
-dense model before it is timed, and blocks of steps of all engines alternate, so that what disturbs
-the machine disturbs them all.
+All engines get the same requests; each is checked against the dense model before it is timed, and
+blocks of steps of all engines alternate, so that a disturbance of the machine affects all of them.
 """
 
 import json
-import os
 import pathlib
 import time
 
-from absl import app
-from absl import flags as absl_flags
-
+from benchmarks.meeting import Meeting, join_mesh, meeting_of
+from benchmarks.processes import config_of, with_ranks, worker
 from benchmarks.serving.workload import TEXT
-from launch import flags
-from launch.processes import end_with_parent
 
+REPORT = "report.json"
 PROMPT_TOKENS = 24
 CHECKED_TOKENS = 16
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}  # of logits: sums in another order
 
 
-def define() -> None:
-    absl_flags.DEFINE_string("job", None, "JSON that bench_static wrote.")
-    absl_flags.DEFINE_string("coordinator", None, "Address of jax.distributed.")
-
-
-def main() -> int:
-    rank, values = flags.RANK.value, absl_flags.FLAGS
-    end_with_parent(flags.PARENT_PID.value)
-    job = json.loads(pathlib.Path(values.job).read_text())
-    from benchmarks.static.processes import rank_environment, with_ranks
-
-    config = with_ranks(flags.run_config(), job["ranks"])
-    os.environ.update(rank_environment(config, rank, pathlib.Path(values.job).parent))
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        values.coordinator, config.cluster.ranks, rank, initialization_timeout=120
-    )
-    report = _measure(config, rank, job, pathlib.Path(values.job).parent)
-    if rank == 0:
-        pathlib.Path(job["report"]).write_text(json.dumps(report))
-    os._exit(0)  # threads of XLA may be inside a callback
-
-
-def _measure(config, rank: int, job: dict, directory: pathlib.Path) -> dict:
+def measure(directory: pathlib.Path, rank: int, job: dict) -> None:
+    """Checks and times all systems of the job; rank 0 writes REPORT."""
+    config = with_ranks(config_of(job), job["ranks"])
+    join_mesh(job["coordinator"], job["ranks"], rank)
     import numpy as np
+    from jax.experimental import multihost_utils
 
-    from benchmarks.static.elastic import arrive
-
+    meeting = meeting_of(directory, rank, job)
     weights = load_weights(config)
-    engines = {
-        name: make_engine(name, config, rank, weights, directory / name) for name in job["systems"]
-    }
+    engines = {name: make_engine(name, config, rank, weights, meeting) for name in job["systems"]}
     requests = some_requests(config, rank)
     produced: dict[str, dict[str, list[int]]] = {}
     for name, engine in engines.items():
-        arrive(directory / f"{name}.ready", rank, config.cluster.ranks)
+        meeting.share(f"{name}.ready")
         for request in requests:
             engine.scheduler.add(request)
         produced[name] = prefill(engine, len(requests))
@@ -69,25 +40,17 @@ def _measure(config, rank: int, job: dict, directory: pathlib.Path) -> dict:
     for block in range(job["blocks"] + 1):
         for name in rotated(list(engines), block):
             engine = engines[name]
-            step_once(engine)  # everybody is there when the clock starts
+            step_once(engine)  # all ranks are there when the clock starts
             begin_s = time.perf_counter()
             for _ in range(job["steps"]):
                 step_once(engine)
             if block:  # the first one is warming up
                 seconds[name].append(time.perf_counter() - begin_s)
-    import jax
-    from jax.experimental import multihost_utils
-
     everyone = multihost_utils.process_allgather(np.array([len(wrong)]))
-    return {
-        "seconds": seconds,
-        "wrong": wrong,
-        "ranks_wrong": np.asarray(everyone).reshape(-1).tolist(),
-        "equal_to_elastic": {
-            name: produced[name] == produced[job["systems"][0]] for name in engines
-        },
-        "device": jax.local_devices()[0].device_kind,
-    }
+    if rank == 0:
+        report = {"seconds": seconds, "wrong": wrong}
+        report["ranks_wrong"] = np.asarray(everyone).reshape(-1).tolist()
+        (directory / REPORT).write_text(json.dumps(report))
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -106,7 +69,7 @@ def load_weights(config):
     )
 
 
-def make_engine(name: str, config, rank: int, weights, meeting: pathlib.Path):
+def make_engine(name: str, config, rank: int, weights, meeting: Meeting):
     """`elastic`, `elastic_once`, `elastic_fixed`, or the name of an exchange."""
     import jax
 
@@ -115,8 +78,8 @@ def make_engine(name: str, config, rank: int, weights, meeting: pathlib.Path):
 
     if name.startswith("elastic"):
         redundancy = config.cluster.redundancy if name == "elastic" else 1
-        fixed = name == "elastic_fixed"
-        return open_engine(config, rank, weights, meeting, redundancy=redundancy, fixed=fixed)
+        more = {"redundancy": redundancy, "fixed": name == "elastic_fixed"}
+        return open_engine(config, rank, weights, meeting, name, **more)
     return StaticEngine(config, jax.devices(), name, weights, agree=False)
 
 
@@ -196,5 +159,4 @@ def check(config, weights, requests, produced) -> list[str]:
 
 
 if __name__ == "__main__":
-    define()
-    app.run(flags.main_with_usage(main))
+    worker(measure)

@@ -1,6 +1,4 @@
-"""What XLA's collectives take for the bytes of an exchange: NCCL on GPUs, in one process.
-
-    python -m benchmarks.wide.collectives DIRECTORY 0 PARENT_PID     # bench_wide starts it
+"""Times of XLA's collectives for the bytes of an exchange: NCCL on GPUs, in one process.
 
 - `all_to_all`: T rows to every rank, whether they have an expert there or not.
 - `ragged_all_to_all`: those rows that dispatch sends, and no others; the sizes are known
@@ -11,11 +9,8 @@ Each is checked against what must arrive, then timed as a chain: every repetitio
 of the one before, and a sample is (two runs - one run) / repetitions.
 """
 
-import functools
-import json
 import pathlib
 import sys
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +19,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.gpu_timing import Chained, Program, measure
+from benchmarks.gpu_timing import Chained, Program, calling, measure
+from benchmarks.processes import Out, worker
 from benchmarks.static.engine import mesh_of
 from benchmarks.static.exchanges import AXIS
 from benchmarks.wide.exchange import Family, routing_of
-from benchmarks.wide.exchange_rank import Out
-from benchmarks.wide.workers import JOB
-from launch.processes import end_with_parent
 
 NAMES = ("all_to_all", "ragged_all_to_all", "all_gather")
 
@@ -112,18 +105,18 @@ def measure_size(family: Family, tokens: int, mesh, samples: int, out: Out, name
     split = NamedSharding(mesh, P(AXIS))
     put = lambda array: jax.device_put(array.reshape(-1, *array.shape[2:]), split)
     sent = put(rows)
-    told = jax.device_put(plan, split)
+    shared = jax.device_put(plan, split)
     nothing = put(np.zeros_like(rows))
     repetitions = max(8, min(50, int(100e6 // (ranks * tokens * family.hidden * dtype.itemsize))))
     runs = {}
     for name in names:
         try:
             start = nothing if name == "ragged_all_to_all" else sent
-            once = compiled(chain_of(name, mesh, ranks, tokens, 1), (start, sent, told))
-            found = np.asarray(once(start, sent, told)[..., :1])
+            once = compiled(chain_of(name, mesh, ranks, tokens, 1), (start, sent, shared))
+            found = np.asarray(once(start, sent, shared)[..., :1])
             check(name, found.reshape(*rows.shape[:3], 1), rows, plan)
-            run = compiled(chain_of(name, mesh, ranks, tokens, repetitions), (start, sent, told))
-            runs[name] = Chained(functools.partial(_call, run, (sent, told)), start, repetitions)
+            run = compiled(chain_of(name, mesh, ranks, tokens, repetitions), (start, sent, shared))
+            runs[name] = Chained(calling(run, sent, shared), start, repetitions)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             print(f"{name} {tokens}: {text}", file=sys.stderr, flush=True)
@@ -147,13 +140,7 @@ def compiled(run, arguments):
     return Program(run, arguments).trace().lower().compile()
 
 
-def _call(executable, rest, carry):
-    return executable(carry, *rest)
-
-
-def main(directory: pathlib.Path, parent_pid: int) -> None:
-    end_with_parent(parent_pid)
-    job = json.loads((directory / JOB).read_text())
+def measure_all(directory: pathlib.Path, rank: int, job: dict) -> None:
     fields = job["families"][0]
     family = Family(**{**fields, "tokens": tuple(fields["tokens"])})
     if (found := len(jax.devices())) < family.ranks:
@@ -165,8 +152,4 @@ def main(directory: pathlib.Path, parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(pathlib.Path(sys.argv[1]), int(sys.argv[3]))
-    except BaseException:
-        traceback.print_exc()
-        sys.exit(1)
+    worker(measure_all)

@@ -1,17 +1,12 @@
 """One rank of `bench_wide_decode`: all systems of one batch size in one process, timed in turn.
 
-    python -m benchmarks.wide.decode_rank DIRECTORY RANK PARENT_PID   # bench_wide_decode starts it
-
 First a model of few layers: every system's keys, values and tokens are compared with plain experts.
 Then the whole stack: its tokens are compared between systems, and blocks of steps alternate.
 """
 
-import json
-import os
 import pathlib
 import sys
 import time
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +15,14 @@ import numpy as np
 from benchmarks import gpu_trace
 from benchmarks.gpu_rates import read_rate
 from benchmarks.gpu_timing import compile_all, shapes_of
+from benchmarks.harness import Unfit
+from benchmarks.meeting import Meeting, join_mesh, meeting_of
+from benchmarks.processes import Out, config_of, worker
 from benchmarks.static.exchanges import no_call
 from benchmarks.wide.decode_sizes import ELASTIC, with_few_experts, with_sizes
 from benchmarks.wide.decode_systems import Systems
-from benchmarks.wide.exchange_rank import Out
-from benchmarks.wide.meeting import Meeting
-from benchmarks.wide.workers import JOB
 from benchmarks.world import World, agreeing, differences
 from eep_jax.tables import solo_tables
-from launch.flags import load_config, override
-from launch.processes import end_with_parent
 
 CHECKED_MOE_LAYERS = 2
 WARM_BLOCKS = 1
@@ -38,12 +31,8 @@ READ_SAMPLES, PROFILED_STEPS = 5, 2
 CLOSE = 0.03  # of keys and values after the first expert layer: results are rounded to bfloat16
 
 
-class Unfit(Exception):
-    """An answer was wrong, so its time means nothing."""
-
-
 def check_short(config, rank: int, names, meeting: Meeting, name: str) -> dict[str, str]:
-    """Compares all systems of a short stack with plain experts; what is wrong with each, here."""
+    """Compares all systems of a short stack with plain experts; errors on this rank by system."""
     dense = min(config.model.dense_layers, 1)
     sizes = {"ranks": config.cluster.ranks, "batch": config.engine.batch_rows}
     sizes |= {"context_tokens": config.engine.context_tokens}
@@ -75,7 +64,7 @@ def check_short(config, rank: int, names, meeting: Meeting, name: str) -> dict[s
 
 
 def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str) -> None:
-    """Times all systems of one configuration; writes what was found."""
+    """Times all systems of one configuration and writes the samples."""
     world = World(config, rank)
     systems = Systems(world, job["systems"], meeting, name)
     for system, error in systems.failures.items():
@@ -117,7 +106,7 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
 
 
 def _profile(systems: Systems, states, out: Out, name: str):
-    """What kernels a step of `live` consists of, as rank 0 sees it; all ranks take the steps."""
+    """Writes the shares of kernels in a step of `live` on rank 0; all ranks take the steps."""
     if "live" not in systems.names or jax.default_backend() != "gpu":
         return states
     held = [states]
@@ -139,19 +128,10 @@ def _profile(systems: Systems, states, out: Out, name: str):
     return jax.block_until_ready(held[0])
 
 
-def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
-    end_with_parent(parent_pid)
-    job = json.loads((directory / JOB).read_text())
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+def measure_all(directory: pathlib.Path, rank: int, job: dict) -> None:
     if any(system not in ELASTIC for system in job["systems"]):
-        jax.distributed.initialize(
-            job["coordinator"], job["ranks"], rank, initialization_timeout=90
-        )
-    if jax.default_backend() != job["platform"]:
-        raise RuntimeError(f"JAX computes on {jax.default_backend()}, not on {job['platform']}")
-    config = override(load_config(job["config"]), *job["overrides"])
-    meeting = Meeting(directory / "meeting", rank, job["ranks"], job["deadline_s"])
+        join_mesh(job["coordinator"], job["ranks"], rank, 90)
+    meeting, config = meeting_of(directory, rank, job), config_of(job)
     out = Out(directory / f"found.{rank}.jsonl")
     if job["platform"] == "gpu":
         out.write(kind="read", bytes_per_s=read_rate(READ_SAMPLES))
@@ -161,9 +141,9 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
     wrong = check_short(checked, rank, job["systems"], meeting, "short")
     everyone = meeting.share("short.wrong", wrong)
     for system in job["systems"]:
-        told = [f"rank {r}: {w[system]}" for r, w in enumerate(everyone) if system in w]
-        if told and rank == 0:
-            out.write(kind="failure", family="short", what=system, error="; ".join(told)[:900])
+        texts = [f"rank {r}: {w[system]}" for r, w in enumerate(everyone) if system in w]
+        if texts and rank == 0:
+            out.write(kind="failure", family="short", what=system, error="; ".join(texts)[:900])
     # What is wrong at one rank is timed at none; the others are.
     job["systems"] = [s for s in job["systems"] if not any(s in w for w in everyone)]
     if any("live" in w for w in everyone) or not job["systems"]:
@@ -173,10 +153,4 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # leaving in order could wait for a kernel that waits for a peer
-    os._exit(0)  # threads of XLA may be inside a callback
+    worker(measure_all)

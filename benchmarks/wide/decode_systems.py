@@ -12,15 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.gpu_timing import compile_all
+from benchmarks.meeting import Meeting, release
 from benchmarks.static.engine import mesh_of
 from benchmarks.static.exchanges import AXIS
 from benchmarks.wide.decode import own_part, split_of, static_step
 from benchmarks.wide.decode_sizes import ELASTIC
-from benchmarks.wide.meeting import Meeting
 from benchmarks.world import World
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.cuda.libcuda import Device
-from eep_jax.heap.open import open_heap
 
 EPOCHS = {"live": 1, "fixed": 2}  # of their own: no flag of one is ever right for the other
 
@@ -44,15 +43,7 @@ class Systems:
 
     def __init__(self, world: World, names, meeting: Meeting, name: str):
         self.world, self.name, self.meeting = world, name, meeting
-        config = world.config
-        self.heap = open_heap(
-            world.rank, config.cluster.ranks, world.layout.slab_bytes, jax.default_backend()
-        )
-        self._fill_bank()
-        for peer, handle in enumerate(meeting.share(f"{name}.handle", self.heap.export())):
-            if peer != world.rank:
-                self.heap.attach(peer, handle)
-        meeting.share(f"{name}.attached")
+        self.heap = meeting.open_heap(name, world.layout.slab_bytes, self._fill_bank)
         self.bank = device_array(self.heap, world.layout.bank)
         self._argument = heap_argument(self.heap)
         self.dense = world.dense()
@@ -64,7 +55,7 @@ class Systems:
         self.meeting.share(f"{self.name}.done")
         self._steps.clear()
         del self.bank, self._argument, self.dense, self.batch
-        self.heap.release() if hasattr(self.heap, "release") else self.heap.close()
+        release(self.heap)
 
     @property
     def names(self) -> list[str]:
@@ -78,7 +69,7 @@ class Systems:
         tokens = jnp.array(world.batch().tokens)
         return world.cache(seed), tokens, jnp.uint32(0), jnp.zeros(ranks, jnp.int32)
 
-    def _fill_bank(self) -> None:
+    def _fill_bank(self, heap) -> None:
         """Draws each expert on the device and copies it into its slot."""
         world, slots = self.world, self.world.layout.slots
         for slot in range(slots):
@@ -87,15 +78,15 @@ class Systems:
                 continue
             drawn = jax.block_until_ready(world.draw_experts([expert]))
             region = world.layout.slot(slot)
-            if self.heap.device == "cpu":
-                self.heap.write(region.offset, np.asarray(drawn[0]))
+            if heap.device == "cpu":
+                heap.write(region.offset, np.asarray(drawn[0]))
             else:
-                self._copy(drawn, region)
+                self._copy(heap, drawn, region)
 
-    def _copy(self, drawn: jax.Array, region) -> None:
+    def _copy(self, heap, drawn: jax.Array, region) -> None:
         what = f"an expert of rank {self.world.rank}"
         device = Device(0, what)
-        target = self.heap.base + self.world.rank * self.heap.slab_bytes + region.offset
+        target = heap.base + self.world.rank * heap.slab_bytes + region.offset
         device.copy([(target, drawn.unsafe_buffer_pointer(), region.bytes)], what)
         device.close()
 

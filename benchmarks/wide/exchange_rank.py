@@ -1,22 +1,20 @@
 """One rank of `bench_wide`: opens its heap, maps its peers', checks exchanges, and times them.
 
-    python -m benchmarks.wide.exchange_rank DIRECTORY RANK PARENT_PID     # bench_wide starts it
-
-Whatever a rank cannot do all leave out, so that nobody waits for it. A line of `found.RANK.jsonl`
-is one size of one exchange; lines that are written stay, whatever happens later.
+What one rank cannot do all ranks leave out, so that none waits for it. A line of `found.RANK.jsonl`
+is one size of one exchange; written lines stay, whatever happens later.
 """
 
-import json
 import pathlib
 import sys
 import time
-import traceback
 
 import jax
 import numpy as np
 
 from benchmarks.gpu_timing import compile_all
 from benchmarks.harness import percentile
+from benchmarks.meeting import Meeting, meeting_of, release
+from benchmarks.processes import Out, worker
 from benchmarks.wide.clock import microseconds
 from benchmarks.wide.exchange import (
     ROUTINGS,
@@ -28,11 +26,7 @@ from benchmarks.wide.exchange import (
     repetitions_of,
     routing_of,
 )
-from benchmarks.wide.meeting import Meeting
-from benchmarks.wide.workers import JOB
 from eep_jax.heap.arrays import heap_argument
-from eep_jax.heap.open import open_heap
-from launch.processes import end_with_parent
 from pallas_kernels.exchange.call import address_words
 from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.window import round_up
@@ -46,17 +40,6 @@ LINK_SAMPLES, LINK_COPIES = 9, 4
 PATTERN_BYTES = 4096
 
 
-class Out:
-    """Lines of JSON, each on disk before the next step."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def write(self, **facts) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
-
-
 class FamilyRun:
     """One family at one rank: memory, compiled programs, and what was found."""
 
@@ -67,28 +50,22 @@ class FamilyRun:
         self._link_bytes = job["link_bytes"]
         self._link_at = round_up(family.layout.window_bytes, PAGE_BYTES)
         slab_bytes = self._link_at + 2 * self._link_bytes
-        self.heap = open_heap(rank, family.ranks, slab_bytes, jax.default_backend())
-        self._poison()
-        handles = meeting.share(f"{name}.handle", self.heap.export())
-        for peer, handle in enumerate(handles):
-            if peer != rank:
-                self.heap.attach(peer, handle)
-        meeting.share(f"{name}.attached")
+        self.heap = meeting.open_heap(name, slab_bytes, self._poison)
         self.array = heap_argument(self.heap)
         self.world = Rank(family, rank, self.heap.slab_bytes)
 
     def close(self) -> None:
         self.meeting.share(f"{self.name}.done")
         del self.array
-        self.heap.release() if hasattr(self.heap, "release") else self.heap.close()
+        release(self.heap)
 
-    def _poison(self) -> None:
+    def _poison(self, heap) -> None:
         """Rows of NaN with real slots, as an earlier life may have left them."""
         layout = self.family.layout
         first = layout.regions["slots"].offset
         garbage = np.full(min(layout.window_bytes - first, POISONED_BYTES_MAX), 0xFF, np.uint8)
         garbage[: layout.regions["slots"].bytes] = 0
-        self.heap.write(first, garbage)
+        heap.write(first, garbage)
 
     def measure_link(self) -> None:
         """Copies of a peer's memory into the own one: all ranks at once, and rank 0 alone."""
@@ -199,14 +176,8 @@ class FamilyRun:
         self.out.write(kind="failure", family=self.name, what=what, error=text[:600])
 
 
-def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
-    end_with_parent(parent_pid)
-    job = json.loads((directory / JOB).read_text())
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.default_backend() != job["platform"]:
-        raise RuntimeError(f"JAX computes on {jax.default_backend()}, not on {job['platform']}")
-    meeting = Meeting(directory / "meeting", rank, job["ranks"], job["deadline_s"])
-    out = Out(directory / f"found.{rank}.jsonl")
+def measure(directory: pathlib.Path, rank: int, job: dict) -> None:
+    meeting, out = meeting_of(directory, rank, job), Out(directory / f"found.{rank}.jsonl")
     for index, fields in enumerate(job["families"]):
         family = Family(**{**fields, "tokens": tuple(fields["tokens"])})
         run = FamilyRun(family, rank, job, meeting, out, f"family{index}")
@@ -217,11 +188,4 @@ def main(directory: pathlib.Path, rank: int, parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        import os
-
-        os._exit(1)  # leaving in order could wait for a kernel that waits for a peer
+    worker(measure)

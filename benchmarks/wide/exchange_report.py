@@ -1,17 +1,20 @@
-"""What a run of `bench_wide` found, as records, beside the link's bound and XLA's collectives.
+"""Records of a run of `bench_wide`, beside the link's bound and XLA's collectives.
 
 A sample is the slowest rank's; bounds are bytes over the best rate at which this run copied a
 peer's memory.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.harness import Record, compared, percentile
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, percentile
 from benchmarks.wide.exchange import Family
-from benchmarks.wide.workers import Machine
+from launch.console import say
 
 DENSE = "all_to_all"
 # Published, hidden 7168, 256 experts, top-8, on eight H100 (or GB200, where said) of one NVLink
@@ -33,7 +36,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Everything that the processes wrote, in the order of time; `rank` -1 is the collectives'."""
+    """All lines that the processes wrote, with the rank; -1 is the process of the collectives."""
 
     lines: tuple[tuple[int, Mapping], ...]
 
@@ -58,7 +61,7 @@ class Found:
 
 
 def read_found(directory: pathlib.Path, ranks: int) -> Found:
-    """Of all ranks, and of the collectives, as far as they came."""
+    """The lines of all ranks and of the collectives, as far as they came."""
     lines = []
     for rank, name in [*((r, str(r)) for r in range(ranks)), (-1, "collectives")]:
         path = directory / f"found.{name}.jsonl"
@@ -68,37 +71,32 @@ def read_found(directory: pathlib.Path, ranks: int) -> Found:
 
 
 def slowest(lines: Iterable[Mapping]) -> list[float]:
-    """Of each sample, the time of the slowest rank."""
+    """The time of the slowest rank for each sample."""
     return [max(samples) for samples in zip(*(line["samples_us"] for line in lines), strict=False)]
 
 
-def records_of(
-    found: Found, families: Sequence[Family], machine: Machine, common: Mapping
-) -> list[Record]:
-    """`common` are commit and time. Sizes that not all ranks timed are left out."""
-    fields = {"device": machine.device, "ranks": machine.ranks, **common}
-    records = _link_records(found, families[0], machine, fields)
+def add_records(sheet: Sheet, found: Found, families: Sequence[Family]) -> None:
+    """Adds all that the processes found. Sizes that not all ranks timed are left out."""
+    for way, rate in found.link_bytes_per_s.items():
+        sheet.add(f"copy_rate {way}", rate / 1e9, "GB/s", bench="wide_link")
     dense = {}
     for _, line in found.of("collective"):
-        shape = _shape(families[0], line["tokens"], machine) | {"collective": line["name"]}
-        records += _times("wide_collective", line["samples_us"], shape, fields)
+        of = sheet.of("wide_collective", **_shape(families[0], line["tokens"]))
+        add_times(of.of(collective=line["name"]), line["samples_us"])
         if line["name"] == DENSE:
             dense[line["tokens"]] = percentile(line["samples_us"], 50)
     link = max(found.link_bytes_per_s.values(), default=None)
     for index, family in enumerate(families):
-        for tokens in family.tokens:
-            for name in ("dispatch", "combine", "combine_home"):
-                wanted = {"family": f"family{index}", "tokens": tokens, "name": name}
-                lines = [line for _, line in found.of("time", **wanted)]
-                if len(lines) < machine.ranks:
-                    continue
-                bound = max(line["bytes"] for line in lines) / link * 1e6 if link else None
-                shape = _shape(family, tokens, machine) | _kind(family, name)
-                baseline = dense.get(tokens)
-                records += _times(
-                    f"wide_{name}", slowest(lines), shape, fields, bound=bound, baseline=baseline
-                )
-    return records
+        for tokens, name in itertools.product(
+            family.tokens, ("dispatch", "combine", "combine_home")
+        ):
+            wanted = {"family": f"family{index}", "tokens": tokens, "name": name}
+            lines = [line for _, line in found.of("time", **wanted)]
+            if len(lines) < sheet.ranks:
+                continue
+            bound = max(line["bytes"] for line in lines) / link * 1e6 if link else None
+            of = sheet.of(f"wide_{name}", **_shape(family, tokens) | _kind(family, name))
+            add_times(of, slowest(lines), bound=bound, baseline=dense.get(tokens))
 
 
 def _kind(family: Family, name: str) -> dict:
@@ -107,44 +105,29 @@ def _kind(family: Family, name: str) -> dict:
     return {"dtype": family.row_dtype, "combine": family.combine}
 
 
-def _shape(family: Family, tokens: int, machine: Machine) -> dict:
+def _shape(family: Family, tokens: int) -> dict:
     sizes = {"hidden": family.hidden, "experts": family.experts, "top_k": family.choices}
-    return {"tokens": tokens, **sizes, "dtype": family.row_dtype, **machine.facts}
+    return {"tokens": tokens, **sizes, "dtype": family.row_dtype}
 
 
-def _times(bench: str, samples, shape, fields, bound=None, baseline=None) -> list[Record]:
-    """p50 and p99; both are compared with the median of the baseline."""
-    found = []
+def add_times(sheet: Sheet, samples_us: Sequence[float], metric: str = "time", **beside) -> None:
+    """Adds p50 and p99; both are compared with the same baseline and bound."""
     for statistic in (50, 99):
-        value = percentile(samples, statistic)
-        found.append(
-            Record(
-                bench=bench,
-                metric=f"time p{statistic}",
-                value=value,
-                unit="us",
-                bound=bound,
-                shape=shape | {"samples": len(samples)},
-                **compared(baseline, value),
-                **fields,
-            )
-        )
-    return found
+        value, count = percentile(samples_us, statistic), len(samples_us)
+        sheet.add(f"{metric} p{statistic}", value, "us", samples=count, **beside)
 
 
-def _link_records(found: Found, family: Family, machine: Machine, fields) -> list[Record]:
-    rates = found.link_bytes_per_s
-    return [
-        Record(
-            bench="wide_link",
-            metric=f"copy_rate {way}",
-            value=rate / 1e9,
-            unit="GB/s",
-            shape=machine.facts,
-            **fields,
-        )
-        for way, rate in rates.items()
-    ]
+def finish(records: Sequence[Record], problems: Sequence[str], temporary: pathlib.Path | None):
+    """Keeps the records, whatever else went wrong; returns the exit status.
+
+    `temporary` is a directory of logs that is removed if nothing went wrong.
+    """
+    command.keep(records)
+    for problem in problems:
+        say(problem, "bold red")
+    if temporary is not None and not problems:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return 1 if problems else 0
 
 
 def published(name: str, tokens: int) -> str:

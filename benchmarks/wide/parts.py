@@ -3,9 +3,9 @@
 import dataclasses
 import pathlib
 
+from benchmarks.processes import Machine
 from benchmarks.wide.plans import plans_of
 from benchmarks.wide.running import Part
-from benchmarks.wide.workers import Machine
 from eep_jax.models.memory import expert_bytes
 from launch.flags import load_config
 

@@ -1,4 +1,4 @@
-"""Runs parts of `multi_gpu`, each a process with a deadline and a log, whatever becomes of it."""
+"""Runner of the parts of `multi_gpu`: each is a process with a deadline and a log."""
 
 import dataclasses
 import json
@@ -6,12 +6,10 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.harness import ROOT
-from benchmarks.wide.workers import NO_MULTICAST, tail
+from benchmarks.processes import NO_MULTICAST, start, tail
 
 NO_TIME_S = 15.0  # with less than this left, a part is not begun
 END_S = 20.0  # for a part that is over its time to end its own processes
@@ -56,19 +54,9 @@ def run_part(part: Part, directory: pathlib.Path, left_s: float) -> Done:
     if left_s < NO_TIME_S:
         return Done(part, f"not run: {left_s:.0f} s are left", 0.0, log)
     deadline_s, begin_s = min(part.deadline_s, left_s - END_S / 2), time.monotonic()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | NO_MULTICAST | {"PYTHONPATH": path} | dict(part.variables)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *part.arguments],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-        status = _await(process, deadline_s)
+    log.unlink(missing_ok=True)
+    process = start(list(part.arguments), log, NO_MULTICAST | dict(part.variables))
+    status = _await(process, deadline_s)
     return Done(part, status, time.monotonic() - begin_s, log)
 
 

@@ -30,7 +30,7 @@ def test_bytes_are_those_of_the_windows(dtype):
     regions = load.layout.regions
     one_half = lambda name: regions[name].bytes / 2  # the other parity
     rows = 16 * load.destinations * regions["rows"].bytes / (2 * 8 * 16)
-    rest = one_half("slots") + one_half("weights") + one_half("header")
+    rest = one_half("slots") + one_half("weights") + one_half("votes")
     assert load.dispatch_bytes == pytest.approx(rows + rest)
     assert load.combine_bytes == one_half("returns") / 8
     assert load.flags_bytes == one_half("sent") + one_half("returned")

@@ -19,13 +19,13 @@ from benchmarks import gpu_rates, gpu_timing, gpu_trace
 from benchmarks.bench_dispatch_combine import Bytes, Family, bytes_of
 from benchmarks.bench_expert_gemm import Case, Experts
 from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
-from benchmarks.harness import append, read
+from benchmarks.harness import Sheet, Unfit, append, read
 from benchmarks.table import render
-from benchmarks.world import World, touched_slots
+from benchmarks.world import World, shape_of, touched_slots
 from benchmarks.world import bytes_of as bytes_to_read
 from configs.small_moe_h100x1 import get_config
 from eep_jax.models.attention_cudnn import fused
-from launch.flags import UsageError
+from launch.errors import UsageError
 from tests.support.lowering import a_call, kernels, on_h100
 
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -77,7 +77,7 @@ class TestAttention:
         assert apart.seen_bytes == 63 * 2 * 2 * 8 * 2
         run = attention.Case("run", 8, 2, 4, 2, 8, length=64, prompts=2)
         assert run.positions.tolist() == [28, 29, 30, 31] * 2
-        assert run.slots.tolist() == [0] * 4 + [1] * 4
+        assert run.batch_rows.tolist() == [0] * 4 + [1] * 4
         assert run.seen_bytes == 64 * 2 * 2 * 8 * 2
         window = attention.Case("window", 2, 2, 4, 2, 8, length=64, window=5)
         assert window.seen_bytes == 10 * 2 * 2 * 8 * 2
@@ -124,8 +124,10 @@ class TestTiming:
         assert {name: len(timing.samples_us) for name, timing in found.items()} == {"a": 3, "b": 3}
 
     def test_records_hold_both_percentiles_and_what_they_are_compared_with(self):
-        fields = {"bench": "b", "device": DEVICE, "ranks": 8, "shape": {"tokens": 4}, "bound": 2.0}
-        p50, p99 = gpu_timing.time_records(Timing((4.0, 6.0)), baseline=Timing((8.0,)), **fields)
+        sheet = Sheet("b", DEVICE, 8, {"tokens": 4})
+        timing, baseline = Timing((4.0, 6.0)), Timing((8.0,))
+        gpu_timing.add_times(sheet, timing, baseline=baseline, bound=2.0)
+        p50, p99 = sheet.records
         assert (p50.metric, p50.value, p50.baseline, p50.ratio) == ("time p50", 4.0, 8.0, 0.5)
         assert (p99.metric, p99.value, p99.unit) == ("time p99", 6.0, "us")
         assert p50.shape == {"tokens": 4, "samples": 2} and p50.bound == 2.0
@@ -243,8 +245,11 @@ class TestExchanges:
         assert "reached" in str(line) and "n=2" in str(line)
         slow = dataclasses.replace(line, timing=Timing((50.0,)), fixed=Timing((40.0,)))
         assert "MISSED" in str(slow) and "ratio 1.2500" in str(slow)
-        assert [r.ratio for r in slow.records(DEVICE)] == [1.25, 1.25]
-        assert line.records(DEVICE)[0].shape["dtype"] == "bfloat16"
+        sheet = Sheet("", DEVICE, exchanges.RANKS, {})
+        slow.add_to(sheet)
+        assert [r.ratio for r in sheet.records] == [1.25, 1.25]
+        assert sheet.records[0].shape["dtype"] == "bfloat16"
+        assert {r.bench for r in sheet.records} == {"dispatch"}
 
 
 class TestExpertGemm:
@@ -310,7 +315,7 @@ class TestExpertGemm:
         y = gemm.expert_gemm_reference(*wide).astype(jnp.bfloat16)
         gemm.require_right(reference, y, rows, slots, bank, "this")
         for wrong in (y.at[0, 5, 3, 7].add(1), y.at[0, 31, 7, 255].set(jnp.nan)):
-            with pytest.raises(gpu_timing.Unfit, match="times as far off"):
+            with pytest.raises(Unfit, match="times as far off"):
                 gemm.require_right(reference, wrong, rows, slots, bank, "this")
 
     def test_others_get_the_same_rows_sorted_by_expert(self):
@@ -338,8 +343,8 @@ class TestExpertGemm:
     def test_rates_are_shares_of_what_was_measured(self):
         case, timing = Case(FEW_EXPERTS, 16), Timing((10.0,))
         rates = gemm.Rates(read_per_s=2e12, flop_per_s=4e14)
-        shape = gemm.shape_of(case, "random")
-        weights, flop = gemm.rate_records(case, shape, timing, 10_000_000, rates, DEVICE)
+        sheet = Sheet("expert_gemm", DEVICE, 1, gemm.shape_of(case, "random"))
+        weights, flop = gemm.add_rates(sheet, case, timing, 10_000_000, rates)
         assert (weights.value, weights.ratio) == (pytest.approx(1.0), pytest.approx(0.5))
         assert flop.value == pytest.approx(case.flop / 1e-5 / 1e12)
         assert "MISSED" in gemm.describe(case, "random", timing, 1.0, (weights, flop))
@@ -420,8 +425,9 @@ class TestStep:
     def test_records_compare_live_with_compiled_in(self):
         timings = {name: Timing((10.0,)) for name in ("live", "usual", "failing", "first")}
         timings["fixed"] = Timing((8.0,))
-        records = steps.step_records(a_world(), DEVICE, timings, 5.0, 0)
-        named = {record.metric: record for record in records}
+        sheet = Sheet("step", DEVICE, 1, shape_of(a_world()))
+        steps.add_records(sheet, a_world(), timings, 5.0, 0)
+        named = {record.metric: record for record in sheet.records}
         assert named["time p50"].ratio == 1.25
         assert named["tokens_per_s"].value == pytest.approx(32 / 10e-6)
         assert named["tokens_per_s"].bound == pytest.approx(32 / 5e-6)
@@ -441,8 +447,11 @@ def test_the_table_tells_sizes_apart_and_shows_bounds(tmp_path):
     line = exchanges.Line("dispatch", SMALL, 16, Timing((5.0, 6.0)), 4.0, 1e6)
     more = dataclasses.replace(line, tokens=4)
     case, rates = Case(FEW_EXPERTS, 16), gemm.Rates(2e12, 4e14)
-    rate = gemm.rate_records(case, gemm.shape_of(case, "random"), Timing((1.0,)), 10, rates, DEVICE)
-    append(tmp_path / "r.jsonl", [*line.records(DEVICE), *more.records(DEVICE), *rate])
+    sheet = Sheet("expert_gemm", DEVICE, 1, {})
+    line.add_to(sheet)
+    more.add_to(sheet)
+    gemm.add_rates(sheet.of(**gemm.shape_of(case, "random")), case, Timing((1.0,)), 10, rates)
+    append(tmp_path / "r.jsonl", sheet.records)
     lines = render(read([tmp_path / "r.jsonl"])).splitlines()
     assert "| unit | bound | baseline |" in lines[2]
     assert [row.split(" | ")[1] for row in lines[4:]] == ["time tokens=16", "time tokens=4"]

@@ -59,7 +59,7 @@ class TestRecords:
         append(tmp_path / "r.jsonl", [a_record()])
         with (tmp_path / "r.jsonl").open("a") as file:
             file.write('{"bench": "x"}\n')
-        with pytest.raises(ValueError, match=r"r\.jsonl:2 is no record"):
+        with pytest.raises(ValueError, match=r"r\.jsonl:2 is not a record"):
             read([tmp_path / "r.jsonl"])
 
     def test_the_device_names_cores_and_processor(self):

@@ -4,10 +4,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks import cost_model, plot
-from benchmarks.serving.series import cdf_record, timeline_record
+from benchmarks.harness import Sheet
+from benchmarks.serving.series import add_cdf, add_timeline
 from benchmarks.table import render
 
-COMMON = {"device": "cpu, 2 cores, X", "ranks": 4, "shape": {"config": "tiny_cpu"}, "commit": "c"}
+
+def a_sheet(**changes) -> Sheet:
+    return Sheet("faults", "cpu, 2 cores, X", 4, {"config": "tiny_cpu"}, commit="c", **changes)
 
 
 def a_timeline(system: str = "elastic", resumed: float = 1.0, time: str = "2026-01-01T00:00:00"):
@@ -15,7 +18,7 @@ def a_timeline(system: str = "elastic", resumed: float = 1.0, time: str = "2026-
     times = [(n / 100, 1) for n in range(1_000)]
     times += [(10 + resumed + n / 100, 1) for n in range(1_000)]
     marks = {"kill": 10.0, "detected": 10.1, "resumed": 10 + resumed}
-    return timeline_record("faults", system, times, marks, COMMON | {"time": time})
+    return add_timeline(a_sheet(time=time), system, times, marks)
 
 
 def test_a_timeline_has_every_token_in_its_bin():
@@ -36,7 +39,7 @@ def test_95_percent_are_back_when_tokens_flow_again(resumed):
 
 
 def test_a_cdf_has_the_percentiles():
-    record = cdf_record("faults", "rejit", "itl", [n / 1000 for n in range(1, 201)], COMMON)
+    record = add_cdf(a_sheet(), "rejit", "itl", [n / 1000 for n in range(1, 201)])
     points = record.shape["points"]
     assert len(points) == 101 and points[0] == 1 and points[50] == record.value == 101
     assert points[-1] == 200 and points == sorted(points)
@@ -51,7 +54,7 @@ def test_the_newest_curve_of_each_system_counts():
 def test_all_pictures_are_drawn_and_the_tables_leave_curves_out():
     curves = [a_timeline(s, r) for s, r in (("elastic", 0.1), ("rejit", 3.0), ("restart", 9.0))]
     cdfs = [
-        cdf_record("faults", system, latency, [0.01, 0.02, 0.5], COMMON)
+        add_cdf(a_sheet(), system, latency, [0.01, 0.02, 0.5])
         for system in plot.SYSTEMS
         for latency in ("e2e", "itl")
     ]

@@ -5,11 +5,12 @@ import pytest
 from absl import flags
 
 from benchmarks import bench_recovery, bench_rejoin, rank_cycles
-from benchmarks.bench_sources import PlainSocket, _sized
-from benchmarks.rank_cycles import Answers, Measured, Unfit, _judge, judge_answers
+from benchmarks.harness import Unfit
+from benchmarks.plain_copies import PlainSocket
+from benchmarks.rank_cycles import Answers, Measured, _judge, judge_answers
+from benchmarks.sources import sized
 from configs import small_moe_h100x1, tiny_cpu
-from eep_jax.config import RunConfig
-from launch.load import Result
+from launch.load import Sample
 
 VICTIM, KILL_S, START_S = 1, 100.0, 104.0
 REPAIR = {
@@ -96,8 +97,10 @@ def a_result(text, start_s=90.0, end_s=110.0, **facts):
     """Half of its tokens came before the kill."""
     before = (start_s + 0.1,) * (len(text) // 2)
     times = before + (end_s,) * (len(text) - len(before))
-    values = {"job": 0, "finish_reason": "length", "error": None} | facts
-    return Result(text=text, start_s=start_s, end_s=end_s, token_times=times, **values)
+    values = {"job": 0, "finish_reason": "length", "error": None, "refused": False} | facts
+    values |= {"prompt_tokens": 1, "output_tokens": len(text)}
+    pieces = tuple((at_s, 1) for at_s in times)
+    return Sample(text=text, start_s=start_s, end_s=end_s, pieces=pieces, **values)
 
 
 def test_completions_are_those_of_the_unharmed_run():
@@ -128,9 +131,9 @@ def test_on_paper_at_most_two_percent_of_slots_move_before_resuming():
 
 @pytest.mark.parametrize("config", [tiny_cpu, small_moe_h100x1], ids=["tiny", "small"])
 def test_sources_are_measured_with_experts_that_make_a_rate(config):
-    sized: RunConfig = _sized(config.get_config())
-    assert sized.model.expert_elements * 2 >= 4 << 20
-    assert 2 <= sized.model.experts <= 8
+    model = sized(config.get_config()).model
+    assert model.expert_elements * 2 >= 4 << 20
+    assert 2 <= model.experts <= 8
 
 
 def test_a_plain_socket_sends_the_same_bytes():

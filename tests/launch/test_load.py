@@ -8,7 +8,7 @@ import json
 import pytest
 from aiohttp import web
 
-from launch.load import count_tokens, run_load, run_once
+from launch.load import count_bytes, run_load, run_once
 
 DEADLINE_S = 15.0
 
@@ -177,4 +177,4 @@ class TestRunLoad:
 
 
 def test_a_replacement_character_stands_for_one_byte():
-    assert [count_tokens(t) for t in ("", "ab", "é", "\ufffd", "a\ufffd\ufffd€")] == [0, 2, 2, 1, 6]
+    assert [count_bytes(t) for t in ("", "ab", "é", "\ufffd", "a\ufffd\ufffd€")] == [0, 2, 2, 1, 6]

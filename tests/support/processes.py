@@ -10,7 +10,7 @@ import aiohttp
 
 from launch.cluster import LocalCluster, is_whole, rank_name
 from launch.demo import OPENINGS
-from launch.load import Result, run_load, run_once
+from launch.load import Sample, run_load, run_once
 
 MODEL = "tiny-moe-kjv"
 RANKS = 4
@@ -114,7 +114,7 @@ class ClusterUnderTest:
         """Keeps completions running while the body acts; then all must be as the truth says."""
         enough, results = asyncio.Event(), []
 
-        async def generate() -> list[Result]:
+        async def generate() -> list[Sample]:
             return await run_load(self.cluster.url, self.requests, CONCURRENCY, enough)
 
         future = asyncio.run_coroutine_threadsafe(generate(), self._loop)
@@ -126,7 +126,7 @@ class ClusterUnderTest:
             results += future.result(180)
         self.assert_identical(results)
 
-    def assert_identical(self, results: list[Result]) -> None:
+    def assert_identical(self, results: list[Sample]) -> None:
         assert results
         for result in results:
             assert result.error is None, result.error

@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
+from benchmarks.harness import Sheet
 from benchmarks.serving import statistics as stats
-from benchmarks.serving.client import Pace, Target, run
+from launch.load import Pace, Target, run
 from tests.benchmarks.serving.fake_server import fake_server
 
 DEADLINE_S = 20.0
@@ -86,7 +87,7 @@ def test_until_an_event_lets_the_requests_in_flight_finish(server):
 
 
 def test_tokens_longer_than_a_byte_are_estimated_where_nobody_says():
-    from benchmarks.serving.client import _Stream
+    from launch.load import _Stream
 
     stream = _Stream(Target(url="", bytes_per_token=4.0), lambda at_s, count: None)
     for text in ("abcdefgh", "ij", "klmnop"):
@@ -110,8 +111,9 @@ def test_numbers_are_those_of_the_samples(server):
     assert (
         serving.latencies["ttft"]["p90"] == ttft[8] and serving.latencies["ttft"]["p99"] == ttft[9]
     )
-    records = stats.records(serving, device="d", ranks=1, shape={})
-    by_name = {r.metric: r.value for r in records}
+    sheet = Sheet("serve", "d", 1, {})
+    stats.add_records(sheet, serving)
+    by_name = {r.metric: r.value for r in sheet.records}
     assert {
         f"{name} {s}" for name in stats.LATENCIES for s in ("mean", "p50", "p90", "p95", "p99")
     } <= (by_name.keys())

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks.bench_faults import backed_up, repair_of, told_of
+from benchmarks.bench_faults import backed_up, has_record, repair_of
 from benchmarks.harness import read
 from tests.benchmarks.processes import run_module
 
@@ -56,10 +56,10 @@ def a_status(**changes) -> dict:
 def test_the_record_of_the_repair_is_that_of_the_change_after_the_kill():
     status, kill_s = a_status(), time.monotonic() - 0.5
     assert repair_of(status, kill_s)["change"] == "repair"
-    assert told_of(kill_s)(status)
+    assert has_record(kill_s)(status)
     later_s = time.monotonic() - 0.3
     assert repair_of(status, later_s) is None, "an admission is no repair"
-    assert not told_of(later_s)(status)
+    assert not has_record(later_s)(status)
 
 
 def test_a_kill_waits_for_backups_of_what_only_the_victim_serves():

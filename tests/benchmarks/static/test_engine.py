@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.processes import with_ranks
 from benchmarks.static.engine import pack_batch, unpack_batch
-from benchmarks.static.processes import with_ranks
 from eep_jax.engine.step import StepKind, empty_batch
 from launch.flags import UsageError, load_config
 

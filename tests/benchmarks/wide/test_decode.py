@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_timing import shapes_of
+from benchmarks.harness import Sheet
+from benchmarks.processes import Machine
 from benchmarks.static.exchanges import AXIS, EXCHANGES, no_call
 from benchmarks.wide import decode, decode_report, decode_sizes
 from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.exchange_report import Found
-from benchmarks.wide.workers import Machine
 from benchmarks.world import World
 from eep_jax.models.memory import memory_per_rank
 from eep_jax.tables import solo_tables
@@ -144,8 +145,9 @@ def test_records_compare_with_the_best_static_system_and_live_with_compiled_in()
     lines.append((1, {"kind": "read", "bytes_per_s": 1e12}))
     lines.append((0, {"kind": "profile", "family": "size0", "shares": {"experts": 0.7}}))
     machine = Machine("gpu", 2, ("0",))
-    told = {"commit": "c", "time": "t"}
-    records = decode_report.records_of(Found(tuple(lines)), [config], machine, told)
+    sheet = Sheet("wide_decode", machine.device, machine.ranks, machine.facts)
+    decode_report.add_records(sheet, Found(tuple(lines)), [config])
+    records = sheet.records
     rates = {r.shape["system"]: r for r in records if r.metric == "tokens_per_s"}
     assert set(rates) == {"live", "fixed", "psum", "ring"}
     assert rates["live"].shape["against"] == "ring" and rates["live"].ratio == pytest.approx(2.0)

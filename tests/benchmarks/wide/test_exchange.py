@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.bench_wide import families_of
+from benchmarks.processes import Machine
 from benchmarks.wide import clock, collectives
 from benchmarks.wide.exchange import (
     FP8,
@@ -20,7 +21,6 @@ from benchmarks.wide.exchange import (
     repetitions_of,
     routing_of,
 )
-from benchmarks.wide.workers import Machine
 from launch.errors import UsageError
 from tests.support.lowering import a_call, kernels, like, on_h100
 

@@ -7,12 +7,7 @@ import time
 import pytest
 
 from benchmarks.harness import Record
-from benchmarks.serving.fault_plan import parse_plan
-from benchmarks.wide import targets
-from benchmarks.wide.parts import overrides_of, parts_of
-from benchmarks.wide.plans import plans_of
-from benchmarks.wide.running import Part, chosen, run_parts
-from benchmarks.wide.workers import (
+from benchmarks.processes import (
     Machine,
     WorkersFailed,
     environment_of,
@@ -20,6 +15,11 @@ from benchmarks.wide.workers import (
     machine_of,
     run_workers,
 )
+from benchmarks.serving.fault_plan import parse_plan
+from benchmarks.wide import targets
+from benchmarks.wide.parts import overrides_of, parts_of
+from benchmarks.wide.plans import plans_of
+from benchmarks.wide.running import Part, chosen, run_parts
 from launch.errors import UsageError
 from launch.flags import load_config, override
 from tests.benchmarks.processes import run_module

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks import plot
-from benchmarks.harness import Record
+from benchmarks.harness import Record, Sheet
+from benchmarks.processes import Machine
 from benchmarks.serving.recovered import recovered_after
-from benchmarks.serving.series import identity, timeline_record
-from benchmarks.wide import plans, plots
+from benchmarks.serving.series import add_timeline, identity
+from benchmarks.wide import plans
 from benchmarks.wide.exchange import FP8, Family
-from benchmarks.wide.exchange_report import Found, published, records_of
-from benchmarks.wide.workers import Machine
+from benchmarks.wide.exchange_report import Found, add_records, published
 
 TOLD = {"commit": "c", "time": "2026-01-01T00:00:00"}
 FAMILIES = (
@@ -54,8 +54,10 @@ def found(ranks=(0, 1)) -> Found:
 TWO = Machine("gpu", 2, ("0", "1"))
 
 
-def wide_records(machine: Machine = TWO) -> list[Record]:
-    return records_of(found(), FAMILIES, machine, TOLD)
+def wide_records(machine: Machine = TWO, ranks=(0, 1)) -> list[Record]:
+    sheet = Sheet("wide", machine.device, machine.ranks, machine.facts, **TOLD)
+    add_records(sheet, found(ranks), FAMILIES)
+    return sheet.records
 
 
 def test_a_sample_is_the_slowest_ranks_and_bounds_are_of_the_links_rate():
@@ -71,12 +73,12 @@ def test_a_sample_is_the_slowest_ranks_and_bounds_are_of_the_links_rate():
 
 
 def test_what_not_all_ranks_timed_is_left_out():
-    records = records_of(found(ranks=(0,)), FAMILIES, Machine("gpu", 2, ("0", "1")), TOLD)
+    records = wide_records(TWO, ranks=(0,))
     assert {r.bench for r in records} == {"wide_link", "wide_collective"}
 
 
 def test_the_curve_is_drawn_with_its_bound_nccl_and_what_others_published():
-    figure = plots.exchanges(wide_records())
+    figure = plot.wide(wide_records())
     FigureCanvasAgg(figure).draw()
     dispatch, combine = figure.axes
     labels = [line.get_label() for line in dispatch.lines]
@@ -88,29 +90,29 @@ def test_the_curve_is_drawn_with_its_bound_nccl_and_what_others_published():
 
 
 def test_ranks_that_share_a_gpu_are_not_drawn():
-    assert plots.exchanges(wide_records(Machine("gpu", 2, ("0",)))) is None
+    assert plot.wide(wide_records(Machine("gpu", 2, ("0",)))) is None
 
 
 def a_plan(plan: str) -> Record:
     times = [(n / 100, 1) for n in range(500)]
-    shape = {"shape": {"fault_plan": plan}, "device": "8 x X", "ranks": 8, **TOLD}
-    return timeline_record("serve", "elastic", times, {"kill": 2.0}, shape)
+    sheet = Sheet("serve", "8 x X", 8, {"fault_plan": plan}, **TOLD)
+    return add_timeline(sheet, "elastic", times, {"kill": 2.0})
 
 
 def test_plans_are_drawn_with_the_ranks_that_each_leaves():
     chain = "[[0,1,2],[0,-1,2],[0,2],[-0,2],[2],[0,1,2]]"
     assert plans.sizes_of(chain) == "3->2->1->3"
-    figure = plots.plans([a_plan(chain), a_plan("[[0,1],[0,-1],[0]]")])
+    figure = plot.plans([a_plan(chain), a_plan("[[0,1],[0,-1],[0]]")])
     FigureCanvasAgg(figure).draw()
     assert [axes.get_title(loc="left")[:7] for axes in figure.axes] == ["3->2->1", "2->1:  "]
-    assert plots.plans([]) is None
+    assert plot.plans([]) is None
 
 
 def test_curves_of_one_picture_are_of_one_machine():
     def curve(device, system, link="peer", time="2026-01-01", redundancy=2):
         shape = {"config": "c", "redundancy": redundancy, "link": link}
-        common = {"device": device, "ranks": 2, "commit": "", "time": time, "shape": shape}
-        return timeline_record("faults", system, [(0.0, 1), (1.0, 1)], {}, common)
+        sheet = Sheet("faults", device, 2, shape, commit="", time=time)
+        return add_timeline(sheet, system, [(0.0, 1), (1.0, 1)], {})
 
     cpu = [curve("cpu", system, "cpu", "2026-03-01") for system in plot.SYSTEMS]
     gpus = [curve("2 x H200", system) for system in plot.SYSTEMS]
