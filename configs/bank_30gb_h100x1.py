@@ -1,13 +1,13 @@
-"""Two ranks that share one H100 (80 GB), each with a bank of 30 GB: to measure returns.
+"""Two ranks that share one H100 (80 GB), each with a bank of 30 GB, for measuring returns.
 
 Per rank, in bfloat16:
 
     experts   100 slots x 288 MiB         28.13 GiB   heap
     window    T = 32 rows, K = 4           0.01 GiB   heap
     dense     attention, router, head      0.57 GiB   JAX
-    KV cache  16 slots x 512 positions     0.13 GiB   JAX
+    KV cache  16 rows x 512 positions      0.13 GiB   JAX
 
-Reserved on the GPU: JAX 2 x 0.06 x 79.6 = 9.6 GiB, slabs and dummies 56.4 GiB, CUDA contexts
+Reserved on the GPU: JAX 2 x 0.06 x 79.6 = 9.6 GiB, slabs 56.4 GiB, CUDA contexts
 2 x 0.6 = 1.2 GiB: 67.2 of 78 GiB.
 """
 
@@ -15,7 +15,7 @@ from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, ModelConfi
 
 
 def get_config() -> RunConfig:
-    """Each rank has all 100 experts, so that a death orphans none and a return brings all 30 GB."""
+    """Each rank has all 100 experts, so a death orphans none and a return loads all 30 GB."""
     return RunConfig(
         name="bank_30gb_h100x1",
         platform="gpu",

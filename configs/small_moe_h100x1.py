@@ -5,11 +5,11 @@ Per rank, in bfloat16:
     experts   32 slots x 144 MiB           4.50 GiB   heap
     window    T = 64 rows, K = 8           0.02 GiB   heap
     dense     attention, router, head      0.57 GiB   JAX
-    KV cache  32 slots x 2048 positions    2.00 GiB   JAX
+    KV cache  32 rows x 2048 positions     2.00 GiB   JAX
     steps     gathered keys, activations   0.3  GiB   JAX, estimated
 
-Reserved on the GPU: JAX 4 x 0.1 x 79.6 = 31.8 GiB, slabs 18.1 GiB, dummies of absent peers at most
-18.1 GiB more, CUDA contexts 4 x 0.6 = 2.4 GiB: 70.4 of 78 GiB. A rank's share of JAX, 8.0 GiB, is
+Reserved on the GPU: JAX 4 x 0.1 x 79.6 = 31.8 GiB, slabs 18.1 GiB, CUDA contexts
+4 x 0.6 = 2.4 GiB: 52.3 of 78 GiB. A rank's share of JAX, 8.0 GiB, is
 more than twice the 2.9 GiB that it needs.
 """
 

@@ -1,4 +1,4 @@
-"""The addresses at which ranks of several hosts reach each other, checked before use."""
+"""Addresses by which ranks of several hosts reach each other, checked before use."""
 
 import dataclasses
 import json
@@ -15,11 +15,13 @@ AUTO = "auto"
 
 
 def with_addresses(config: RunConfig, run_dir: pathlib.Path) -> RunConfig:
-    """`config` with addresses that other hosts can use, where ranks are on several hosts.
+    """`config` with addresses that other hosts can use, if ranks are on several hosts.
 
-    Names are resolved, and `auto` is the address from which this host reaches the supervisor.
-    Backups are served where the mirror is, unless they have an address of their own. Raises
-    UsageError for an address that other hosts could not use.
+    Names are resolved; `auto` is the source address of this host's route to the supervisor. Backups
+    are served at the mirror's address, unless they have their own.
+
+    Raises:
+        UsageError: Other hosts could not use an address.
     """
     serve = config.serve
     if not serve.mirror_host:
@@ -35,18 +37,20 @@ def with_addresses(config: RunConfig, run_dir: pathlib.Path) -> RunConfig:
     else:
         mirror = reachable_address(serve.mirror_host, supervisor)
     backup = serve.backup_host
-    if backup == ServeConfig.backup_host:  # nobody chose one, and no other host could reach it
+    if backup == ServeConfig.backup_host:  # the default, which no other host could reach
         backup = mirror
     serve = dataclasses.replace(serve, mirror_host=mirror, backup_host=backup)
     return dataclasses.replace(config, serve=serve)
 
 
 def reachable_address(host: str, supervisor: str) -> str:
-    """The numeric address that `host` stands for.
+    """The numeric address of `host`, which other hosts can use.
 
-    Raises UsageError where it is unknown, not of this machine, or no address that another host
-    could use. Loopback will do while the supervisor, an address or "", is on loopback, too: then
-    all is one machine.
+    Loopback is accepted if the supervisor (an address, or "" if unknown) is on loopback too: then
+    all hosts are one machine.
+
+    Raises:
+        UsageError: `host` is unknown, not an address of this machine, or unreachable for others.
     """
     given = f"--mirror_host={host}"
     try:
@@ -64,23 +68,23 @@ def reachable_address(host: str, supervisor: str) -> str:
 
 
 def _can_bind(address: str, given: str) -> bool:
-    """True. Raises UsageError for an address that is not this machine's, or all of its own."""
+    """True. Raises UsageError for an address of another machine, or a wildcard."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if address in ("0.0.0.0", "::"):
-            raise UsageError(f"{given} is no address to be reached at; give that of one interface")
+            raise UsageError(f"{given} is a wildcard; give the address of one interface")
         try:
             probe.bind((address, 0))
         except OSError as error:
             raise UsageError(
-                f"{given} ({address}) is no address of this machine: {error.strerror}; "
-                "`ip -brief address` lists those there are"
+                f"{given} ({address}) is not an address of this machine: {error.strerror}; "
+                "`ip -brief address` lists its addresses"
             ) from error
     return True
 
 
 def _supervisor_host(config: RunConfig, run_dir: pathlib.Path) -> str:
-    """Name or address of the supervisor; "" if it did not write yet where it is."""
+    """Name or address of the supervisor; "" if it has not written its endpoint yet."""
     address = flags.supervisor_address(config)
     if address is not None:
         return address.host
@@ -91,11 +95,11 @@ def _supervisor_host(config: RunConfig, run_dir: pathlib.Path) -> str:
 
 
 def _address_towards(supervisor: str) -> str:
-    """The own address of packets to the supervisor. Raises UsageError where there is no way."""
+    """Source address of packets to the supervisor. Raises UsageError without a route."""
     given = f"--mirror_host={AUTO}"
     if not supervisor:
         raise UsageError(
-            f"{given}: the supervisor did not write its address yet; give --supervisor=HOST:PORT"
+            f"{given}: the supervisor has not written its address yet; give --supervisor=HOST:PORT"
         )
     try:
         address = resolve(supervisor)
@@ -104,7 +108,7 @@ def _address_towards(supervisor: str) -> str:
             probe.connect((address, 9))  # sends nothing: it only chooses a route
             return probe.getsockname()[0]
     except OSError as error:
-        raise UsageError(f"{given}: no way to the supervisor at {supervisor}: {error}") from error
+        raise UsageError(f"{given}: no route to the supervisor at {supervisor}: {error}") from error
 
 
 def _is_local(supervisor: str) -> bool:

@@ -1,4 +1,4 @@
-"""A cluster of processes on this machine: starts them, brings dead ones back, ends them all."""
+"""Cluster of processes on this machine: starts, restarts and ends them."""
 
 import asyncio
 import contextlib
@@ -25,12 +25,12 @@ from launch.program import EXIT_USAGE
 
 SUPERVISOR = "supervisor"
 WATCH_MS = 50
-QUICK_DEATH_S = 10.0  # a process that ends sooner was never of use
+QUICK_DEATH_S = 10.0  # a process that ends sooner was never useful
 DELAY_MAX_MS = 30_000
 GIVE_UP_AFTER = 3  # quick deaths of one process before the cluster was ever healthy
 LOG_TAIL_LINES = 15
-LAST_WORDS_BYTES = 64 << 10  # of a log that are looked at
-LAST_WORDS = ("error: ", " ending: ")  # what follows is why a process ends
+LAST_WORDS_BYTES = 64 << 10  # of a log that are searched
+LAST_WORDS = ("error: ", " ending: ")  # followed by the reason why a process ends
 
 
 class ClusterFailed(RuntimeError):
@@ -39,13 +39,13 @@ class ClusterFailed(RuntimeError):
 
 @dataclasses.dataclass
 class Child:
-    """A process and how it has fared."""
+    """A process and its history."""
 
     name: str
     process: subprocess.Popen
     started_s: float
     quick_deaths: int = 0
-    log_begin: int = 0  # where in the log what it says begins
+    log_begin: int = 0  # offset in the log of its first line
     restart_at_s: float | None = None
 
 
@@ -60,9 +60,15 @@ class LocalCluster:
         respawn_delay_ms: int,
         joiner_nice: int = ClusterConfig.joiner_nice,
     ):
-        """`arguments` are flags for every process. Without `run_dir` a temporary one is made, and
-        removed in the end unless the cluster failed. A negative delay brings dead ranks back only
-        on `start_rank`. `joiner_nice`: see ClusterConfig."""
+        """Creates the run directory and its token; `start` starts the processes.
+
+        Args:
+            arguments: Flags for every process.
+            ranks: Number of ranks.
+            run_dir: None: a temporary one, removed at the end unless the cluster failed.
+            respawn_delay_ms: Before a dead rank is restarted; negative: only by `start_rank`.
+            joiner_nice: See ClusterConfig.
+        """
         self._removes_run_dir = run_dir is None
         self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -76,7 +82,7 @@ class LocalCluster:
         self.was_healthy = False
         self.failure: str | None = None
         self.exits: list[tuple[float, str, int]] = []  # monotonic seconds, name, exit status
-        self.tell: Callable[[str], None] = lambda text: None  # of processes that end
+        self.report: Callable[[str], None] = lambda text: None  # called when a process ends
 
     def start(self) -> None:
         self._spawn(SUPERVISOR)
@@ -84,7 +90,7 @@ class LocalCluster:
             self._spawn(rank_name(rank))
 
     def start_rank(self, rank: int) -> None:
-        """Starts a new process of a rank whose last one has ended."""
+        """Starts a new process of a rank whose last process has ended."""
         self._spawn(rank_name(rank), nice=self._joiner_nice)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> float:
@@ -94,7 +100,7 @@ class LocalCluster:
         return now_s
 
     async def watch(self) -> None:
-        """Brings dead processes back until it is cancelled, or until `failure` says why not."""
+        """Restarts dead processes until cancelled, or until `failure` holds why that is useless."""
         while self.failure is None:
             for child in list(self.children.values()):
                 self._look_after(child)
@@ -106,10 +112,9 @@ class LocalCluster:
             return
         if child.restart_at_s is None:
             self.exits.append((now_s, child.name, status))
-            # What was started wrongly is of no use either, however long it took to find out.
             quick = now_s - child.started_s < QUICK_DEATH_S or status == EXIT_USAGE
             child.quick_deaths = child.quick_deaths + 1 if quick else 0
-            # A process that was started wrongly: starting it again cannot help.
+            # An error of usage, however late, stays one: a restart cannot help.
             hopeless = status == EXIT_USAGE or child.quick_deaths >= GIVE_UP_AFTER
             if hopeless and not self.was_healthy:
                 self.failure = (
@@ -118,20 +123,20 @@ class LocalCluster:
                 return
             delay_ms = 200 if child.name == SUPERVISOR else self._delay_ms
             if delay_ms < 0:
-                self._tell_end(child, status, "")
+                self._report_end(child, status, "")
                 child.restart_at_s = float("inf")
                 return
             delay_ms = min(delay_ms * 2 ** max(0, child.quick_deaths - 1), DELAY_MAX_MS)
-            self._tell_end(child, status, f"; it starts again in {delay_ms / 1000:g} s")
+            self._report_end(child, status, f"; it starts again in {delay_ms / 1000:g} s")
             child.restart_at_s = now_s + delay_ms / 1000
         elif now_s >= child.restart_at_s:
             nice = 0 if child.name == SUPERVISOR else self._joiner_nice
             self._spawn(child.name, child.quick_deaths, nice)
 
-    def _tell_end(self, child: Child, status: int, what_follows: str) -> None:
+    def _report_end(self, child: Child, status: int, consequence: str) -> None:
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         words = self.last_words(child.name, child.log_begin)
-        self.tell(f"{child.name} {how}{f': {words}' if words else ''}{what_follows}")
+        self.report(f"{child.name} {how}{f': {words}' if words else ''}{consequence}")
 
     def _spawn(self, name: str, quick_deaths: int = 0, nice: int = 0) -> None:
         with self.log_path(name).open("ab") as log:
@@ -141,7 +146,7 @@ class LocalCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Ctrl-C in the terminal reaches this process alone, which then ends all in order.
+                # Ctrl-C in the terminal reaches only this process, which then ends all in order.
                 start_new_session=True,
                 env=os.environ | ({priority.LOWERED: "1"} if nice else {}),
             )
@@ -165,12 +170,12 @@ class LocalCluster:
         return self.run_dir / "logs" / f"{name}.log"
 
     def last_words(self, name: str, begin: int = 0) -> str:
-        """Why a process said that it ends, in its log from there on; '' where it said nothing."""
+        """The reason of a process's end in its log, from `begin` on; '' if there is none."""
         try:
             with self.log_path(name).open("rb") as log:
                 log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
                 lines = log.read().decode(errors="replace").splitlines()
-        except OSError:  # somebody removed the log
+        except OSError:  # the log was removed
             return ""
         said = [line.partition(mark)[2] for line in lines for mark in LAST_WORDS if mark in line]
         return said[-1] if said else ""
@@ -195,7 +200,8 @@ class LocalCluster:
     async def wait_for(self, wanted, deadline_s: float, what: str, poll_ms: int = 100) -> dict:
         """The first status for which `wanted(status)` holds.
 
-        Raises ClusterFailed after `deadline_s`, or when the cluster gave up.
+        Raises:
+            ClusterFailed: `deadline_s` passed, or the cluster gave up.
         """
         ends_s, problems = time.monotonic() + deadline_s, []
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
@@ -216,12 +222,12 @@ class LocalCluster:
         )
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends everything: the supervisor tells the ranks; who does not listen is killed."""
+        """Ends all processes: in order through the supervisor, by signals after the timeout."""
         ends_s = time.monotonic() + timeout_s
         processes = [child.process for child in self.children.values()]
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGCONT)  # a stopped process cannot end in order
+                process.send_signal(signal.SIGCONT)  # a stopped process cannot handle TERM
         if (child := self.children.get(SUPERVISOR)) is not None and child.process.poll() is None:
             child.process.terminate()
         while (
@@ -246,7 +252,7 @@ def rank_name(rank: int) -> str:
 
 
 def events_since(status: dict, begin_s: float) -> list[dict]:
-    """The supervisor's events with `at_s` on the monotonic clock; theirs is Unix time."""
+    """The supervisor's events with `at_s` on the monotonic clock, converted from Unix time."""
     offset_s = time.time() - time.monotonic()
     dated = [event | {"at_s": event["time"] - offset_s} for event in status["events"]]
     return [event for event in dated if event["at_s"] >= begin_s]

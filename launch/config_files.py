@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import sys
 import traceback
 import types
 import typing
@@ -12,6 +13,9 @@ from launch.errors import UsageError
 
 # Not found by import: a folder `configs` of the working directory would come before ours.
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+_PACKAGE = types.ModuleType("eep_jax_configs")  # in which they find each other
+_PACKAGE.__path__ = [str(_CONFIGS)]
+sys.modules[_PACKAGE.__name__] = _PACKAGE
 RENAMED = {"batch_slots": "batch_rows"}  # fields of configurations, by the name they had before
 
 
@@ -28,7 +32,8 @@ def load_config(name: str) -> RunConfig:
     path = _CONFIGS / f"{name}.py" if name in known else pathlib.Path(name).absolute()
     if name not in known and not (path.suffix == ".py" and path.is_file()):
         raise UsageError(f"--config={name!r} is not one of {known}, nor the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    package = "eep_jax_configs." if name in known else ""
+    spec = importlib.util.spec_from_file_location(f"{package}{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What a person who started a command sees: lines with the time, and progress.
+"""Console output of commands: lines with the time, and progress.
 
 On a terminal progress is one line that changes; in a file or a pipe every change is a line.
 """
@@ -25,7 +25,7 @@ def say(message: str, style: str = "", *, console: Console = STDOUT) -> None:
 def progress(
     what: str, total: int, *, console: Console = STDOUT
 ) -> Iterator[Callable[[int], None]]:
-    """Shows `ranks ready 3/4` while the body runs. It gives a function that takes the new number.
+    """Shows `ranks ready 3/4` while the body runs. Yields a function that takes the new number.
 
     with progress("ranks ready", 4) as show:
         show(3)

@@ -1,9 +1,9 @@
-"""Turns a Hugging Face directory into a checkpoint of which any expert is read alone.
+"""Converts a Hugging Face directory into a checkpoint whose experts can be read one by one.
 
     python -m launch.convert --hf=Qwen3-30B-A3B --out=/weights/qwen3-30b [--dtype=bfloat16]
 
-It may be killed at any moment: the same command goes on where it stopped. Every piece is read back
-and compared before it counts. Tokenizer, chat template and config.json are copied along, so
+It may be killed at any time: the same command continues where it stopped. Every piece is read back
+and compared. Tokenizer, chat template and config.json are copied too, so
 
     python -m launch.local --config=qwen3_30b_a3b_h100x4 --checkpoint=/weights/qwen3-30b
 
@@ -25,16 +25,19 @@ HF = flags.DEFINE_string(
     "hf", None, "Directory with config.json and safetensors files.", required=True
 )
 OUT = flags.DEFINE_string(
-    "out", None, "Directory of the checkpoint: new, empty, or begun before.", required=True
+    "out",
+    None,
+    "Directory of the checkpoint: new, empty, or of an interrupted conversion.",
+    required=True,
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", *DTYPES], "Of the experts; empty: as they are stored, bfloat16 if quantized."
+    "dtype", "", ["", *DTYPES], "Dtype of the experts; empty: as stored, bfloat16 if quantized."
 )
 
 
 def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU may be serving meanwhile
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every piece at length
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs several lines per piece
     from eep_jax.storage.conversion import Conversion
     from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
 
@@ -42,7 +45,7 @@ def main() -> int:
     source = HuggingFaceCheckpoint(HF.value, DTYPE.value)
     conversion = Conversion(source, OUT.value)
     if conversion.is_finished:
-        say(f"{conversion.root} is that checkpoint already")
+        say(f"{conversion.root} is complete already")
         return 0
     say(
         f"{source.model.name}: {source.model.parameters / 1e9:.3g} G parameters, "

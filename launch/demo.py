@@ -1,7 +1,7 @@
-"""The demonstration: the same prompts unharmed and with a rank killed under load; what it cost.
+"""Demonstration: completions without a failure, and with a rank killed under load; its cost.
 
-1. Every prompt once, unharmed: these completions are the truth.
-2. The same prompts in a loop. A rank is killed with SIGKILL in mid-generation, and comes back.
+1. Every prompt once, without a failure: these completions are the reference.
+2. The same prompts in a loop. A rank is killed with SIGKILL in mid-generation, and returns.
 3. Every completion of 2 is compared with 1, byte by byte; rates and pauses go into a table and a
    plot.
 """
@@ -38,7 +38,7 @@ OPENINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the demonstration found; `failures` is empty if every promise was kept."""
+    """Results of the demonstration; `failures` is empty if every promise was kept."""
 
     rows: list[tuple[str, str]]
     failures: list[str]
@@ -59,7 +59,7 @@ async def run_demo(cluster: LocalCluster, config, out_dir: str) -> int:
     """Returns 0 if every promise was kept, else 1."""
     victim = min(VICTIM, config.cluster.ranks - 1)
     jobs = prompts(config.model.name)
-    say(f"{len(jobs)} prompts, unharmed")
+    say(f"{len(jobs)} prompts without a failure")
     truth = await run_once(cluster.url, jobs, CONCURRENCY)
     for result in truth[:2]:
         say("> " + " ".join((jobs[result.job]["prompt"] + result.text).split()), "italic")
@@ -93,7 +93,7 @@ async def _load_with_failure(cluster: LocalCluster, jobs: list[dict], victim: in
         say(f"killed rank {victim} (SIGKILL)", "bold red")
         evicted = lambda s: s["ranks"][victim]["state"] == "absent"
         await cluster.wait_for(evicted, RETURN_DEADLINE_S, "its eviction", poll_ms=20)
-        say("its requests go on elsewhere; waiting for it to come back")
+        say("its requests continue on other ranks; waiting for its return")
         with progress("ranks serving", len(cluster.children) - 1) as show:
 
             def whole(status: dict) -> bool:
@@ -113,7 +113,7 @@ async def _load_with_failure(cluster: LocalCluster, jobs: list[dict], victim: in
 
 
 def _marks_of(events: list[dict], victim: int) -> dict[str, float]:
-    """When the supervisor noticed, when it let the others go on, and when it let the victim in."""
+    """Times of detection, of resumption without the victim, and of the victim's admission."""
     first = lambda kind, wanted: next(
         (e["at_s"] for e in events if e["kind"] == kind and wanted(e)), None
     )
@@ -141,7 +141,7 @@ def _judge(truth, times, marks, results, status) -> Outcome:
         ("requests moved to another rank", str(status["requests"]["requeued"])),
         ("requests lost", str(len(lost))),
         ("compilations after start-up", str(compilations)),
-        ("outputs identical to the unharmed run", "no" if different else "yes"),
+        ("outputs identical to the run without failure", "no" if different else "yes"),
         ("tokens/s before the kill", rate(summary.before_tokens_per_s)),
         ("tokens/s with one rank less", rate(summary.reduced_tokens_per_s)),
         ("tokens/s after its return", rate(summary.after_tokens_per_s)),
@@ -151,5 +151,5 @@ def _judge(truth, times, marks, results, status) -> Outcome:
     if compilations:
         failures.append(f"{compilations} compilations after start-up")
     if not status["requests"]["requeued"]:
-        failures.append("the killed rank had no request: nothing was shown")
+        failures.append("the killed rank had no request: this run shows nothing")
     return Outcome(rows, failures)

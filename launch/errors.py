@@ -1,5 +1,5 @@
-"""What a person who started a command wrongly is told."""
+"""Error of usage, for flags and variables of a command."""
 
 
 class UsageError(ValueError):
-    """A flag or a variable that cannot be used; the message says what to write instead."""
+    """An unusable flag or variable; the message says what to write instead."""

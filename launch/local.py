@@ -1,4 +1,4 @@
-"""Supervisor and ranks on this machine, and with --demo a failure and a return, measured.
+"""Runs supervisor and ranks on this machine; --demo measures a failure and a return.
 
 python -m launch.local --config=tiny_cpu            # serves until Ctrl-C
 python -m launch.local --config=tiny_cpu --demo     # kills a rank under load, prints what it cost
@@ -17,9 +17,13 @@ from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
 
 RESPAWN_DELAY = absl_flags.DEFINE_integer(
-    "respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
+    "respawn_delay_ms",
+    1_000,
+    "Delay before a dead rank is restarted, in milliseconds; negative: never restarted.",
 )
-DEMO = absl_flags.DEFINE_boolean("demo", False, "Run the demonstration, then end.")
+DEMO = absl_flags.DEFINE_boolean(
+    "demo", False, "Runs the demonstration, then ends. Needs the extra `plots`."
+)
 DEMO_OUT = absl_flags.DEFINE_string("demo_out", ".", "Directory for timeline.png of --demo.")
 PROBLEMS_POLL_S = 1.0
 START_MARGIN_S = 60.0  # beyond what the first epoch waits for all ranks
@@ -47,12 +51,12 @@ def main() -> int:
 
 
 def _make_out_directory() -> None:
-    """Before anything is measured: a plot that cannot be written would be missed at the end."""
+    """Called before the measurement: the plot is written at its end."""
     try:
         pathlib.Path(DEMO_OUT.value).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise flags.UsageError(
-            f"--demo_out={DEMO_OUT.value!r} is no directory: {error.strerror}"
+            f"--demo_out={DEMO_OUT.value!r} cannot be a directory: {error.strerror}"
         ) from error
 
 
@@ -81,10 +85,10 @@ async def _work(cluster: LocalCluster, config) -> int:
         f"starting a supervisor and {config.cluster.ranks} ranks of {config.name}; "
         f"run directory {cluster.run_dir}"
     )
-    cluster.tell = lambda text: say(text, "yellow")
+    cluster.report = lambda text: say(text, "yellow")
     cluster.start()
     watch = asyncio.create_task(cluster.watch())
-    problems = asyncio.create_task(_tell_problems(cluster))
+    problems = asyncio.create_task(_show_problems(cluster))
     try:
         await _wait_until_whole(cluster, config)
         if DEMO.value:
@@ -101,20 +105,20 @@ async def _work(cluster: LocalCluster, config) -> int:
             await asyncio.gather(watch, problems, return_exceptions=True)
 
 
-async def _tell_problems(cluster: LocalCluster) -> None:
-    """Says what the status says is wrong, once each, and when it is over."""
-    told, before = set(), set()
+async def _show_problems(cluster: LocalCluster) -> None:
+    """Prints each problem of the status once, and when all are solved."""
+    shown, before = set(), set()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
         while True:
             await asyncio.sleep(PROBLEMS_POLL_S)
             if (status := await cluster.status(session)) is None:
                 continue
             found = set(status["problems"])
-            for problem in sorted(found & before - told):  # seen twice: it lasts
+            for problem in sorted(found & before - shown):  # seen twice, so it lasts
                 say(problem, "yellow")
-            if told and not found | before and is_whole(status):
-                say("all of that is over", "green")
-            told = (told | found & before) if found | before else set()
+            if shown and not found | before and is_whole(status):
+                say("all problems are solved", "green")
+            shown = (shown | found & before) if found | before else set()
             before = found
 
 
@@ -141,7 +145,7 @@ def _print_how_to_use(cluster: LocalCluster, config) -> None:
     say(f"try:  curl -N {cluster.url}/v1/completions -d '{body}'")
     say(
         f"then: kill -9 {pids['rank2'] if 'rank2' in pids else pids['rank0']}, "
-        "and watch it go on. Ctrl-C ends everything."
+        "and watch it continue. Ctrl-C ends everything."
     )
 
 

@@ -1,9 +1,9 @@
-"""Names the ranks of a SLURM job whose whole task is gone, so that its batch script starts another.
+"""Lists ranks of a SLURM job whose task was killed, so that the batch script starts another.
 
-A task brings its rank back itself. Only where the task was killed, too, nobody does: then this
-prints `RANK NODE LOCAL_RANK LOCAL_RANKS`, for as long as the rank stays away, more and more seldom.
+A task restarts its rank itself, unless the task was killed too. Then this prints `RANK NODE
+LOCAL_RANK LOCAL_RANKS`, repeatedly with growing intervals while the rank has no process.
 
-python -m launch.lost_tasks --run_dir=DIR     # in a batch script; endless
+python -m launch.lost_tasks --environment=slurm --run_dir=DIR     # in a batch script; never ends
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from launch.environments.slurm import SlurmEnvironment
 from launch.processes import end_with_parent
 
 LOST_AFTER = absl_flags.DEFINE_float(
-    "lost_after_s", 15.0, "How long a rank has no process before its task counts as lost."
+    "lost_after_s", 15.0, "Time without a process of a rank after which its task counts as lost."
 )
 POLL_S = 1.0
 ANSWER_S = 5.0
@@ -30,14 +30,14 @@ AGAIN_MAX_S = 300.0
 
 @dataclasses.dataclass
 class LostTasks:
-    """Which ranks were away for how long, and when a task was last wanted for each."""
+    """Ranks without a process: since when, and the number of tasks requested for each."""
 
     lost_after_s: float
     away_since_s: dict[int, float] = dataclasses.field(default_factory=dict)
     tries: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def lost(self, now_s: float, away: set[int]) -> list[int]:
-        """The ranks that want a new task now, given those that have no process."""
+        """Ranks that need a new task now, given those without a process."""
         for rank in set(self.away_since_s) - away:
             del self.away_since_s[rank]
             self.tries.pop(rank, None)
@@ -52,9 +52,9 @@ class LostTasks:
 
 
 def ranks_away(status: dict) -> set[int]:
-    """Ranks without a process in a supervisor's status, once the run has begun."""
+    """Ranks without a process in a supervisor's status, after the first epoch."""
     if status["epoch"] == 0:
-        return set()  # they may be starting still, and have nothing to come back to
+        return set()  # they may still be starting
     return {rank["rank"] for rank in status["ranks"] if rank["pid"] is None}
 
 
@@ -63,7 +63,7 @@ def main() -> int:
     end_with_parent(flags.PARENT_PID.value)
     environment = flags.environment()
     if not isinstance(environment, SlurmEnvironment):
-        raise flags.UsageError("only a SLURM job has tasks; add --environment=slurm")
+        raise flags.UsageError("only SLURM jobs have tasks; add --environment=slurm")
     places = {place.rank: place for place in environment.places()}
     asyncio.run(_watch(run_dir, places, LostTasks(LOST_AFTER.value)))
     return 0
@@ -82,7 +82,7 @@ async def _watch(run_dir: pathlib.Path, places: dict, tasks: LostTasks) -> None:
 
 
 async def _status(session: aiohttp.ClientSession, run_dir: pathlib.Path) -> dict | None:
-    """None while no supervisor answers: then nobody knows who is away."""
+    """The supervisor's status; None while it does not answer."""
     try:
         at = json.loads((run_dir / ENDPOINT).read_text())
         url = f"http://{at['http_host']}:{at['http_port']}/v1/fault_tolerance/status"

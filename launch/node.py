@@ -1,14 +1,14 @@
-"""Entry of a host's launcher: starts the ranks of this host, and brings dead ones back.
+"""Launcher of one host: starts its ranks, restarts dead ones, and watches their processes.
 
     python -m launch.node --config=tiny_cpu --supervisor=10.0.0.1:7777 --mirror_host=auto \\
-        --ranks=2,3 --run_dir=DIR     # DIR, of this host, holds the token; or EEP_TOKEN does
+        --ranks=2,3 --run_dir=DIR     # the token is in DIR on this host, or in EEP_TOKEN
 
-In a SLURM job every task is one, for the rank of its number: `srun python -m launch.node
+In a SLURM job every task is a launcher, of the rank of its number: `srun python -m launch.node
 --environment=slurm --config=tiny_cpu --run_dir=DIR`.
 
-It also is the supervisor's eye and hand on this host: it says when a rank's process ends, within
-milliseconds, and ends those that were evicted. The ranks of a launcher that is killed die with it.
-Several launchers of one host are fine: in a SLURM step each task may be one, for its own rank.
+It reports the end of a rank's process to the supervisor within milliseconds, and kills evicted
+processes. If a launcher is killed, its ranks die with it. A host may have several launchers: in a
+SLURM step each task may be one, for its own rank.
 """
 
 import asyncio
@@ -37,10 +37,14 @@ from launch.errors import UsageError
 from launch.processes import end_with_parent, set_up_logging
 
 RANKS = absl_flags.DEFINE_list(
-    "ranks", None, "The ranks of this host, such as 2,3. Default: --rank, or the task's in SLURM."
+    "ranks",
+    None,
+    "Ranks of this host, such as 2,3. If not given, --rank, or the task's rank in SLURM.",
 )
 RESPAWN_DELAY = absl_flags.DEFINE_integer(
-    "rank_respawn_delay_ms", 1_000, "How long a dead rank stays dead; negative: for good."
+    "rank_respawn_delay_ms",
+    1_000,
+    "Delay before a dead rank is restarted, in milliseconds; negative: never restarted.",
 )
 
 _log = logging.getLogger("launch.node")
@@ -75,7 +79,7 @@ class HostRanks(LocalCluster):
         super()._look_after(child)
 
     def let_in(self, processes) -> None:
-        """The supervisor knows these: from now on a death is nothing that restarting cannot cure"""
+        """The supervisor admitted these processes: a later death is cured by a restart."""
         pids = {child.process.pid for child in self.children.values()}
         self.was_healthy = self.was_healthy or any(p.pid in pids for p in processes)
 
@@ -90,15 +94,15 @@ def main() -> int:
     token = flags.read_token(run_dir)
     if address is None and not flags.RUN_DIR.value:
         raise UsageError(
-            "where is the supervisor? Give --supervisor=HOST:PORT, or --run_dir=DIR if this host "
-            "shares the supervisor's run directory"
+            "the supervisor's address is unknown: give --supervisor=HOST:PORT, or --run_dir=DIR if "
+            "this host shares the supervisor's run directory"
         )
-    with_addresses(config, run_dir)  # refuses what its ranks would refuse
+    with_addresses(config, run_dir)  # fails where its ranks would fail
     locks = [only_launcher(token, identity.rank) for identity in ranks]
-    os.environ[flags.TOKEN_VARIABLE] = token  # for the ranks, which have no other way to it
+    os.environ[flags.TOKEN_VARIABLE] = token  # for its ranks
     nice = config.cluster.joiner_nice
     host_ranks = HostRanks(flags.forwarded(), ranks, str(run_dir), RESPAWN_DELAY.value, nice)
-    host_ranks.tell = _log.warning
+    host_ranks.report = _log.warning
     link = LauncherClient(
         LauncherClientOptions(
             endpoint_file=run_dir / ENDPOINT,
@@ -120,7 +124,7 @@ def main() -> int:
 
 
 def own_ranks(config: RunConfig) -> tuple[Identity, ...]:
-    """--ranks as identities, else that of this process. Raises UsageError for none."""
+    """Identities of --ranks, else that of this process. Raises UsageError."""
     ranks = config.cluster.ranks
     if RANKS.value is None:
         return (flags.identity(config),)
@@ -134,9 +138,12 @@ def own_ranks(config: RunConfig) -> tuple[Identity, ...]:
 
 
 def only_launcher(token: str, rank: int) -> socket.socket:
-    """Keeps others of this run and host from starting `rank`, too, until it is closed.
+    """A lock against other launchers of `rank` on this host, until it is closed.
 
-    Raises UsageError where one does. Two launchers would start processes against each other.
+    Two launchers would keep starting processes against each other.
+
+    Raises:
+        UsageError: Another launcher holds the lock.
     """
     run = hashlib.sha256(token.encode()).hexdigest()[:16]
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -145,13 +152,13 @@ def only_launcher(token: str, rank: int) -> socket.socket:
     except OSError as error:
         lock.close()
         raise UsageError(
-            f"rank {rank} of this run has a launcher on this host already, which brings it back"
+            f"rank {rank} of this run already has a launcher on this host, which restarts it"
         ) from error
     return lock
 
 
 async def _work(host_ranks: HostRanks, link: LauncherClient) -> int:
-    """Until the run is over, a signal comes, or the ranks cannot be started."""
+    """Runs until the run is over, a signal comes, or the ranks cannot be started."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)

@@ -1,4 +1,4 @@
-"""What every process of a run does first: its log, and its bond with its parent."""
+"""Start of every process of a run: its log, and its end with its parent."""
 
 import ctypes
 import faulthandler
@@ -10,19 +10,19 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def set_up_logging(who: str) -> None:
-    """Log lines on standard error, each naming the process; libraries speak only of trouble."""
+def set_up_logging(name: str) -> None:
+    """Logs to standard error, with the process's name in each line; of libraries only warnings."""
     faulthandler.enable()  # a crash in native code leaves a trace
-    form = f"%(asctime)s {who} %(levelname).1s %(name)s: %(message)s"
+    form = f"%(asctime)s {name} %(levelname).1s %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, stream=sys.stderr, force=True)
     for package in ("eep_jax", "launch"):
         logging.getLogger(package).setLevel(logging.INFO)
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Has the kernel kill this process when its parent ends, so that nothing is left behind."""
+    """Makes the kernel kill this process when its parent ends. 0: does nothing."""
     if not parent_pid:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the bond was made
+    if os.getppid() != parent_pid:  # it had already ended
         os._exit(0)

@@ -86,7 +86,8 @@ def _usage(flag: flags.Flag) -> str:
     choices = getattr(flag.parser, "enum_values", None)
     if choices:
         return f"  --{flag.name}={'|'.join(choices)}"
-    return f"  --{flag.name}={'LIST' if 'list' in flag.flag_type() else flag.flag_type().upper()}"
+    kind = flag.flag_type()  # such as "int", "multi string", "comma separated list of strings"
+    return f"  --{flag.name}={'LIST' if 'list' in kind else kind.split()[-1].upper()}"
 
 
 def _meaning(flag: flags.Flag, columns: int) -> list[str]:

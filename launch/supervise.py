@@ -2,8 +2,8 @@
 
 python -m launch.supervise --config=tiny_cpu --run_dir=DIR     # DIR holds the token
 
-In a SLURM job, --environment=slurm has it listen at its node's address in the cluster's network, on
-ports of the job.
+In a SLURM job, --environment=slurm makes it listen at its node's address in the cluster's network,
+on ports of the job.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ def main() -> int:
     token, host = flags.read_token(run_dir), flags.HOST_ID.value
     try:
         supervisor = Supervisor(config, run_dir, token, host=host)
-    except ValueError as error:  # a tokenizer or a template
+    except ValueError as error:  # of a tokenizer or chat template
         raise flags.UsageError(str(error)) from error
     try:
         asyncio.run(_serve(supervisor))
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def with_supervisor_addresses(config: RunConfig) -> RunConfig:
-    """`config` with what flags and environment say to listen at. Raises UsageError."""
+    """`config` with the listening addresses of flags and environment. Raises UsageError."""
     control = flags.supervisor_address(config)
     http = flags.environment().http(control)
     serve = config.serve

@@ -2,8 +2,8 @@
 
     python -m launch.train_tiny --text=kjv.txt --out=configs/tiny_checkpoint
 
-The shipped checkpoint was made so, with the flags' defaults, in about 40 minutes on two cores. Its
-text is the King James Bible (public domain) as Debian packages it (bible-kjv, bible-kjv-text):
+This made the shipped checkpoint, with the default flags, in about 40 minutes on two cores. Its text
+is the King James Bible (public domain) as packaged by Debian (bible-kjv, bible-kjv-text):
 
     bible -f gen1:1-rev22:21 | cut -d' ' -f2- > kjv.txt
 """
@@ -35,9 +35,9 @@ WINDOW = flags.DEFINE_integer("window", 512, "Bytes per sequence.", lower_bound=
 RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak learning rate.", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and of batches.")
 
-HELD_OUT_EVERY = 20  # every 20th block of the text is never trained on
+HELD_OUT_EVERY = 20  # every 20th block of the text is held out
 HELD_OUT_BLOCK_BYTES = 16_384
-CAPACITY = 1.5  # rows an expert has room for in training, as a multiple of the mean
+CAPACITY = 1.5  # rows of an expert in training, as a multiple of the mean
 BALANCE_WEIGHT = 0.01  # of the Switch load-balancing loss
 
 
@@ -76,16 +76,16 @@ gather_rows.defvjp(_gather_forward, _gather_backward)
 def sparse_experts(stacked, layer: int, x, expert_ids, weights):
     """The experts' output with at most CAPACITY times the mean number of rows for each expert.
 
-    Same as DenseExperts as long as no expert overflows; a choice beyond the capacity adds nothing.
-    A quarter of the arithmetic, and no scatter in either direction.
+    Equal to DenseExperts while no expert overflows; choices beyond the capacity add nothing. Needs
+    a quarter of the arithmetic, and no scatter in either direction.
     """
     experts, choices = stacked.shape[0], expert_ids.shape[-1]
     flat_x, flat_ids = x.reshape(-1, x.shape[-1]), expert_ids.reshape(-1)
     rows = int(flat_ids.size / experts * CAPACITY)
     one_hot = jax.nn.one_hot(flat_ids, experts, dtype=jnp.int32)
-    place = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1)
+    row = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1)
     none = experts * rows
-    row_of_choice = jnp.where(place < rows, flat_ids * rows + place, none)
+    row_of_choice = jnp.where(row < rows, flat_ids * rows + row, none)
     choice_of_row = (
         jnp.full(none, flat_ids.size)
         .at[row_of_choice]
@@ -171,7 +171,7 @@ def main() -> int:
                 flush=True,
             )
 
-    # What is stored, and what the recorded loss is of, are the weights rounded to bfloat16.
+    # The weights are stored in bfloat16; the recorded loss is that of the rounded weights.
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), state)
     dense, experts = split_model(nnx.merge(graph, rounded), config)
     stored = build_dense_model(config, dense, experts)

@@ -1,4 +1,4 @@
-"""Checks this machine for a configuration, and says what to fix. Exit status 1 if anything fails.
+"""Checks this machine for a configuration, and lists what to fix. Exit status 1 on a failure.
 
 python -m launch.doctor --config=tiny_cpu [--json]
 """
@@ -16,7 +16,7 @@ from launch.doctor.checks import check
 from launch.doctor.finding import Finding, Level
 from launch.doctor.probe import look
 
-JSON = absl_flags.DEFINE_boolean("json", False, "Print findings and machine as one JSON object.")
+JSON = absl_flags.DEFINE_boolean("json", False, "Prints findings and machine as one JSON object.")
 STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
 
 
@@ -47,7 +47,7 @@ def as_json(finding: Finding) -> dict:
 
 
 def show(findings: tuple[Finding, ...], name: str) -> None:
-    """The table, and below it what to fix."""
+    """Prints the table of findings, and below it what to fix."""
     table = Table(title=f"This machine for {name}", title_justify="left")
     for column in ("", "what", "found"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""What is right, doubtful or wrong on a machine for a configuration: `(machine, config)`, pure."""
+"""Findings about a machine for a configuration: functions of `(machine, config)`, pure."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ SLURM_MIN = (21, 8)  # srun --overlap, and steps that leave the rest of a job al
 
 
 def check(machine: Machine, config: RunConfig, gpus: int = 0) -> tuple[Finding, ...]:
-    """All findings; `gpus` is how many of the machine's GPUs the ranks go around, 0: all."""
+    """All findings; `gpus` is the number of the machine's GPUs that ranks use, 0: all."""
     groups = (
         _python(machine),
         _jax(machine, config),
@@ -51,7 +51,10 @@ def _jax(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         yield Finding(Level.WARN, "jaxlib", found, "install the same version of both")
     if machine.jax_error:
         yield Finding(
-            Level.FAIL, "JAX runs", machine.jax_error, "mend what it says, or pip install . anew"
+            Level.FAIL,
+            "JAX runs",
+            machine.jax_error,
+            "fix what it says, or run pip install . again",
         )
     elif machine.jax_backend == config.platform or config.platform == "cpu":
         found = f"on {machine.jax_backend}, devices: {machine.jax_devices}"
@@ -60,7 +63,7 @@ def _jax(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             Level.FAIL,
             "JAX runs",
-            f"on {machine.jax_backend}, the configuration is for {config.platform}",
+            f"on {machine.jax_backend}, the configuration needs {config.platform}",
             "pip install '.[cuda13]' (driver 580 or newer) or '.[cuda12]', or take a "
             "configuration of platform cpu",
         )
@@ -71,7 +74,7 @@ def _system(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         machine.kernel >= KERNEL_MIN and machine.pidfds,
         "Linux",
         dotted(machine.kernel) if any(machine.kernel) else "another system",
-        f"ends of processes are seen through pidfds: Linux {dotted(KERNEL_MIN)} or newer",
+        f"deaths are detected through pidfds: Linux {dotted(KERNEL_MIN)} or newer",
     )
     yield either(
         machine.memory_files,
@@ -91,7 +94,7 @@ def _system(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         fix = "ulimit -l unlimited: the control page of the heap is registered with the driver"
         yield either(pages, "locked memory", size(machine.memlock_bytes), fix, Level.WARN)
     cores = f"{machine.cpus} for {ranks} ranks"
-    fix = "ranks take turns: good for trying it out, not for speed"
+    fix = "ranks take turns: enough to try it out, but slow"
     yield either(machine.cpus >= ranks, "CPU cores", cores, fix, Level.WARN)
 
 
@@ -101,7 +104,7 @@ def _backups(machine: Machine, config: RunConfig) -> Iterator[Finding]:
         return
     free, wanted = machine.backup_free_bytes, cluster.backup_bytes * cluster.ranks
     if free is None:
-        fix = "make it, or set cluster.backup_dir; without it ranks keep no backups"
+        fix = "create it, or set cluster.backup_dir; without it ranks keep no backups"
         yield Finding(Level.WARN, "backups", f"no directory {cluster.backup_dir}", fix)
         return
     found = f"{size(free)} free in {cluster.backup_dir}, {size(wanted)} for all ranks"
@@ -111,7 +114,7 @@ def _backups(machine: Machine, config: RunConfig) -> Iterator[Finding]:
 
 def _ports(machine: Machine) -> Iterator[Finding]:
     for address, problem in sorted(machine.ports.items()):
-        fix = "end what listens there, or choose another: --port, serve.control_port (0: any free)"
+        fix = "stop the process there, or choose another: --port, serve.control_port (0: any free)"
         yield either(not problem, f"port {address}", problem or "free", fix)
 
 

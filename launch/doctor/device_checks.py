@@ -1,4 +1,4 @@
-"""GPUs, and whether memory of GPU or host is enough for the ranks: `(machine, config)`, pure."""
+"""Findings about GPUs and memory: functions of `(machine, config)`, pure."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from eep_jax.models.memory import memory_per_rank
 from launch.doctor.finding import Finding, Level, either, size
 from launch.doctor.machine import Machine
 
-CUDA_12, CUDA_13 = 12_080, 13_000  # that cuda-bindings of the two extras need of a driver
+CUDA_12, CUDA_13 = 12_080, 13_000  # least CUDA version of the driver for the two extras
 HOPPER = (9, 0)
 PROCESS_BYTES = 400 << 20  # of host memory: Python, JAX and its compiler
 
@@ -20,14 +20,12 @@ def check_gpus(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Findi
         return
     if machine.gpu_error or not machine.gpus:
         found = machine.gpu_error or "none is visible"
-        fix = (
-            "install the driver of NVIDIA and the extra cuda13 or cuda12; see CUDA_VISIBLE_DEVICES"
-        )
+        fix = "install NVIDIA's driver, and the extra cuda13 or cuda12"
         yield Finding(Level.FAIL, "GPUs", found, fix)
         return
     names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
     found = f"{len(machine.gpus)}: {names}; {config.cluster.ranks} ranks on {gpus} of them"
-    fix = "ranks that share a GPU take turns: good for trying it out, not for speed"
+    fix = "ranks that share a GPU take turns: enough to try it out, but slow"
     yield either(config.cluster.ranks <= gpus, "GPUs", found, fix, Level.WARN)
     plugin = CUDA_13 if machine.packages.get("jax-cuda13-plugin") else CUDA_12
     found = (
@@ -43,10 +41,10 @@ def check_gpus(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Findi
     fixes = {
         "compute capability": "the kernels are for Hopper (9.0): H100, H200; choose with --gpus",
         "virtual memory": "the heap needs cuMemMap: no vGPU or MIG slice without it",
-        "file descriptors": "slabs travel as file descriptors: a Linux driver that exports them",
+        "file descriptors": "slabs are file descriptors: use a Linux driver that exports them",
     }
     for subject, which in wrong.items():
-        found = f"not on GPUs {which}" if which else "as needed on all"
+        found = f"not on GPUs {which}" if which else "available on all"
         yield either(not which, f"GPU {subject}", found, fixes[subject])
     yield from _peers(machine)
 

@@ -1,4 +1,4 @@
-"""One line of the doctor's table, and how values are written in it."""
+"""Findings: the lines of the doctor's table, and the format of values in it."""
 
 import dataclasses
 import enum
@@ -12,7 +12,7 @@ class Level(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the table. `fix` says what to do, for all that is not OK."""
+    """One line of the table. `fix` is the remedy, unless it is OK."""
 
     level: Level
     subject: str
@@ -25,7 +25,7 @@ def either(right: bool, subject: str, found: str, fix: str, wrong: Level = Level
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """`slurm-wlm 22.05.8` is (22, 5, 8); what is no number ends it."""
+    """`slurm-wlm 22.05.8` is (22, 5, 8); the first part that is not a number ends it."""
     found = []
     for part in version.split()[-1].split(".") if version.split() else []:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]

@@ -1,6 +1,6 @@
-"""Looks at this machine. Nothing that is missing or broken is an error here: it is a finding.
+"""Probe of this machine. Whatever is missing or broken is a finding, not an error.
 
-JAX and the CUDA driver are asked in processes of their own, which may crash or hang.
+JAX and the CUDA driver are queried in processes of their own, which may crash or hang.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from eep_jax.config import RunConfig
 from eep_jax.heap.cuda.libcuda import GpuFacts
 from launch.doctor.machine import OPTIONAL, UNLIMITED, Machine
 
-PACKAGES = (  # dependencies of pyproject.toml, and those of its extras for GPUs
+PACKAGES = (  # dependencies in pyproject.toml, and those of its GPU extras
     "jax",
     "jaxlib",
     "flax",
@@ -56,7 +56,7 @@ print(json.dumps([version, [dataclasses.asdict(gpu) for gpu in gpus]]))
 
 
 def look(config: RunConfig) -> Machine:
-    """This machine, as far as `config` needs it."""
+    """The facts about this machine that matter for `config`."""
     return Machine(
         python=tuple(sys.version_info[:3]),
         kernel=_kernel(),
@@ -103,12 +103,12 @@ def _slurm() -> dict:
     error = ""
     if found:
         answered = _run("scontrol", "ping")
-        error = "" if answered and answered.returncode == 0 else _said(answered)
+        error = "" if answered and answered.returncode == 0 else _message(answered)
     return {"slurm": found, "slurm_error": error, "slurm_variables": variables}
 
 
 def ask(program: str, deadline_s: float, variables: dict[str, str] | None = None):
-    """What a Python program prints as its last line of JSON, and why it did not: (answer, error).
+    """Runs a Python program: (the JSON in its last line, or None; the error, or '').
 
     >>> ask("print([1])", 10.0)
     ([1], '')
@@ -149,7 +149,7 @@ def _kernel() -> tuple[int, int]:
 
 
 def _memory(field: str) -> int:
-    """A line of /proc/meminfo; 0 where there is none."""
+    """Bytes of a line of /proc/meminfo; 0 if it is missing."""
     with contextlib.suppress(OSError):
         match = re.search(rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
         return int(match[1]) * 1024 if match else 0
@@ -157,9 +157,9 @@ def _memory(field: str) -> int:
 
 
 def _container_free(group: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
-    """What the control group (version 2) of this process leaves; `sys.maxsize` without a limit.
+    """Free memory of this process's control group (version 2); `sys.maxsize` without a limit.
 
-    Files in the page cache count as free: they make room.
+    Files in the page cache count as free, since they can be evicted.
     """
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -192,7 +192,7 @@ def _works(attempt) -> bool:
 
 
 def _ports(config: RunConfig) -> dict[str, str]:
-    """Whether the supervisor could listen where it is configured to."""
+    """For each address that the supervisor would listen on: why it cannot, or ''."""
     serve, found = config.serve, {}
     for host, port in {(serve.host, serve.port), (serve.control_host, serve.control_port)}:
         try:
@@ -212,7 +212,7 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done and done.returncode == 0 else ""
 
 
-def _said(done: subprocess.CompletedProcess | None) -> str:
+def _message(done: subprocess.CompletedProcess | None) -> str:
     if done is None:
         return "no answer"
     return (done.stderr or done.stdout).strip().rpartition("\n")[2][-ERROR_CHARS:]

@@ -1,4 +1,4 @@
-"""What a process learns from where it was started: its rank, and where the supervisor is."""
+"""Environment of a process: its rank, and the supervisor's address."""
 
 import dataclasses
 import ipaddress
@@ -14,7 +14,7 @@ Resolve = Callable[[str], str]  # a host's name to its numeric address; raises O
 
 
 class Address(NamedTuple):
-    """Where a process listens."""
+    """Address at which a process listens."""
 
     host: str
     port: int
@@ -25,9 +25,9 @@ class Address(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Which rank a process is, and its place among the ranks of its node.
+    """A process's rank, and its index among the ranks of its node.
 
-    The place says which GPU is its own, so a new process of a rank has that of the one before.
+    The index selects the GPU, so a new process of a rank has the GPU of the last one.
     """
 
     rank: int
@@ -37,33 +37,38 @@ class Identity:
     def __post_init__(self):
         if not 0 <= self.local_rank < self.local_ranks:
             raise UsageError(
-                f"local rank {self.local_rank} of {self.local_ranks} ranks of a node is none of "
+                f"local rank {self.local_rank} of {self.local_ranks} ranks of a node must be in "
                 f"0..{self.local_ranks - 1}; see --local_rank and --local_ranks"
             )
 
 
 class Environment(Protocol):
-    """One class for each way in which processes are started."""
+    """One class for each way to start processes."""
 
     def identity(
         self, ranks: int, rank: int | None, local_rank: int | None, local_ranks: int | None
     ) -> Identity:
-        """Who this process is, in a run of `ranks`. What is given wins over what was found.
+        """Identity of this process in a run of `ranks`. Given values win over the environment's.
 
-        Raises UsageError where that is not to be known, or is none of the run's ranks.
+        Raises:
+            UsageError: It is unknown, or not a rank of the run.
         """
         ...
 
     def supervisor(self, given: str, control_port: int) -> Address | None:
-        """Where the control channel listens; None: the run directory says.
+        """Address of the control channel; None: the run directory holds it.
 
-        `given` is HOST:PORT and wins, if it is not empty; `control_port` is the configuration's, 0
-        if it names none. Raises UsageError for an address that cannot be right.
+        Args:
+            given: HOST:PORT, which wins; or "".
+            control_port: Port of the configuration; 0: none.
+
+        Raises:
+            UsageError: The address is unusable.
         """
         ...
 
     def http(self, supervisor: Address | None) -> Address | None:
-        """Where that supervisor's HTTP API listens unless a flag says; None: as configured."""
+        """Default address of that supervisor's HTTP API; None: that of the configuration."""
         ...
 
 
@@ -76,18 +81,18 @@ def parse_address(text: str) -> Address:
 
 
 def check_rank(rank: int | None, ranks: int) -> int:
-    """`rank` if it is one of the run's, else UsageError."""
+    """`rank`. Raises UsageError if it is not a rank of the run."""
     if rank is None or not 0 <= rank < ranks:
         raise UsageError(f"--rank={rank} must be in 0..{ranks - 1}")
     return rank
 
 
 def resolve(host: str) -> str:
-    """The numeric address of a host, the first that the system gives. Raises OSError."""
+    """The first numeric address of a host. Raises OSError."""
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a numeric address reaches nobody but this machine, or names all of its interfaces."""
+    """Whether a numeric address is reachable only from this machine, or is a wildcard."""
     found = ipaddress.ip_address(address.partition("%")[0])
     return found.is_loopback or found.is_unspecified

@@ -1,4 +1,4 @@
-"""Processes on this machine: their environment variables, and which GPU is whose."""
+"""Processes on this machine: environment variables, and assignment of GPUs."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ import subprocess
 from launch.environments.environment import Address, Identity, check_rank, parse_address
 
 GPU_XLA_FLAGS = (
-    # A whole step becomes few graph launches; kernels of Pallas are custom calls.
+    # Few graph launches per step; Pallas kernels are custom calls.
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL",
     "--xla_gpu_graph_min_graph_size=1",
 )
@@ -16,7 +16,7 @@ NVIDIA_SMI_DEADLINE_S = 30.0
 
 
 class LocalEnvironment:
-    """Ranks that `launch.local` or a person starts by hand: flags and the run directory say all."""
+    """Ranks started by `launch.local` or by hand, identified by flags and the run directory."""
 
     def identity(
         self, ranks: int, rank: int | None, local_rank: int | None, local_ranks: int | None
@@ -36,10 +36,10 @@ class LocalEnvironment:
 
 
 def cpu_rank_environment() -> dict[str, str]:
-    """Variables a CPU rank needs before it loads JAX.
+    """Variables that a CPU rank needs before it loads JAX.
 
-    One computing thread per rank: ranks share the cores, and a rank's sums must not depend on how
-    many threads it was given.
+    One computing thread per rank: ranks share the cores, and sums must not depend on the number of
+    threads.
     """
     single = "--xla_cpu_multi_thread_eigen=false"
     flags = os.environ.get("XLA_FLAGS", "")
@@ -48,8 +48,8 @@ def cpu_rank_environment() -> dict[str, str]:
         "XLA_FLAGS": flags if single in flags else f"{flags} {single}".strip(),
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        # What XLA:CPU loaded from a cache on disk lacks functions once it is kept again: a rank
-        # that returned could not run the step that its last process kept. Steps are kept anyway.
+        # An executable that XLA:CPU loaded from its cache lacks functions when it is serialised
+        # again, and would fail in the next process. Steps have a store of their own.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
 
@@ -63,10 +63,12 @@ class GpuShare:
 
 
 def gpu_share(rank: int, ranks: int, gpus: tuple[str, ...], memory_fraction: float) -> GpuShare:
-    """Ranks go around the GPUs; those on one GPU have equal parts of `memory_fraction`.
+    """Assigns ranks to GPUs in turn; ranks of one GPU get equal parts of `memory_fraction`.
 
-    Rank 2 of 4 on two GPUs has the first GPU with rank 0, and half of the fraction. Raises
-    ValueError without a GPU.
+    Rank 2 of 4 on two GPUs shares the first GPU with rank 0, and has half of the fraction.
+
+    Raises:
+        ValueError: `gpus` is empty.
     """
     if not gpus:
         raise ValueError("no NVIDIA GPU to share")
@@ -76,11 +78,11 @@ def gpu_share(rank: int, ranks: int, gpus: tuple[str, ...], memory_fraction: flo
 
 
 def gpu_rank_environment(share: GpuShare, cache_dir: pathlib.Path) -> dict[str, str]:
-    """Variables a GPU rank needs before it loads JAX.
+    """Variables that a GPU rank needs before it loads JAX.
 
-    It sees its own GPU alone: peers' slabs are mapped by address, whichever GPU they are on. What
-    is compiled goes to `cache_dir`, so that the next process of the rank loads it. What the user
-    has set of XLA_FLAGS and of the cache stays.
+    Only its own GPU is visible: peers' slabs are mapped by address, on any GPU. Compilations go to
+    `cache_dir`, from which the rank's next process loads them. The user's XLA_FLAGS and cache
+    settings stay.
     """
     kept = {
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
@@ -93,18 +95,18 @@ def gpu_rank_environment(share: GpuShare, cache_dir: pathlib.Path) -> dict[str, 
         "CUDA_VISIBLE_DEVICES": share.gpu,
         "XLA_FLAGS": add_flags(os.environ.get("XLA_FLAGS", ""), GPU_XLA_FLAGS),
         "XLA_CLIENT_MEM_FRACTION": f"{share.memory_fraction:.4f}",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "",  # its old name; JAX refuses to have both
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "",  # its old name; JAX refuses both at once
     }
 
 
 def add_flags(user: str, wanted: tuple[str, ...]) -> str:
-    """`user` and those of `wanted` that it does not set: the user's value of a flag wins."""
+    """`user` plus those of `wanted` that it does not set."""
     known = {word.partition("=")[0] for word in user.split()}
     return " ".join([*user.split(), *(f for f in wanted if f.partition("=")[0] not in known)])
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, else all that nvidia-smi lists; may be none."""
+    """The GPUs in CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists; may be empty."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return parse_gpus(named)
@@ -119,7 +121,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def parse_gpus(text: str) -> tuple[str, ...]:
-    """`0, 2` is `("0", "2")`. As CUDA reads it, what follows a -1 is not there."""
+    """`0, 2` is `("0", "2")`. Like CUDA, ignores what follows a -1."""
     names = [name.strip() for name in text.split(",")]
     if "-1" in names:
         names = names[: names.index("-1")]

@@ -1,8 +1,7 @@
-"""Processes of a SLURM job: who they are and where the supervisor is, from SLURM's variables.
+"""Processes of a SLURM job: ranks and the supervisor's address from SLURM's variables.
 
-`sbatch` and `srun` set them; see "OUTPUT ENVIRONMENT VARIABLES" in their manuals. A process that
-replaces a lost task comes from an `srun --overlap` of its own, in which it is task 0 of 1: there
-the flags say what SLURM does not know.
+`sbatch` and `srun` set them; see "OUTPUT ENVIRONMENT VARIABLES" in their manuals. The replacement
+of a lost task runs in an `srun --overlap` of its own, as task 0 of 1: its rank comes from flags.
 """
 
 import re
@@ -20,8 +19,8 @@ from launch.environments.environment import (
 )
 from launch.errors import UsageError
 
-# Below the ephemeral ports of Linux, which begin at 32768. Two jobs that share their first node
-# meet only if their numbers are equal in the last four digits.
+# Below the ephemeral ports of Linux, which begin at 32768. Two jobs with the same first node
+# collide only if the last four digits of their numbers are equal.
 HTTP_PORTS, CONTROL_PORTS, PORTS_PER_KIND = 10_000, 20_000, 10_000
 HOSTS_MAX = 100_000
 
@@ -30,7 +29,7 @@ _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 class SlurmTask(NamedTuple):
-    """Where SLURM put a task, with tasks in blocks over the nodes."""
+    """Node of a task, with tasks in blocks over the nodes."""
 
     rank: int
     node: str
@@ -56,7 +55,7 @@ class SlurmEnvironment:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """All nodes that the job was given."""
+        """All nodes of the job."""
         return expand_hostlist(self._text("SLURM_JOB_NODELIST"))
 
     @property
@@ -66,7 +65,7 @@ class SlurmEnvironment:
         return self._number(step if step in self._variables else "SLURM_NTASKS")
 
     def places(self) -> tuple[SlurmTask, ...]:
-        """Where the tasks of a step of the whole job go; for the batch script."""
+        """Nodes of the tasks of a step of the whole job; for the batch script."""
         counts = expand_counts(self._text("SLURM_TASKS_PER_NODE"))
         nodes, found = self.nodes, []
         if len(counts) != len(nodes):
@@ -116,18 +115,18 @@ class SlurmEnvironment:
         counts = self._text(name if name in self._variables else "SLURM_TASKS_PER_NODE")
         return expand_counts(counts)[self._number("SLURM_NODEID")]
 
-    def _reachable(self, address: Address, said: str) -> Address:
-        """The address in numbers. Raises UsageError where the job's other nodes cannot reach it."""
+    def _reachable(self, address: Address, what: str) -> Address:
+        """The numeric address. Raises UsageError if the job's other nodes cannot reach it."""
         try:
             found = self._resolve(address.host)
         except OSError as error:
             raise UsageError(
-                f"the supervisor's address: {said} cannot be resolved: {error}; give an address "
+                f"the supervisor's address: {what} cannot be resolved: {error}; give an address "
                 "that all nodes know, --supervisor=HOST:PORT"
             ) from error
         if len(self.nodes) > 1 and is_loopback(found):
             raise UsageError(
-                f"the supervisor's address: {said} resolves to {found}, which none of "
+                f"the supervisor's address: {what} resolves to {found}, which none of "
                 f"the other nodes of job {self.job} can reach ({len(self.nodes)} nodes); take the "
                 "name off the loopback lines of /etc/hosts, or give an address of the first node "
                 "in the cluster's network, --supervisor=ADDRESS:PORT"
@@ -152,8 +151,8 @@ class SlurmEnvironment:
 def expand_hostlist(text: str) -> tuple[str, ...]:
     """SLURM's short form of node names: `n[0-2,07],login` is n0 n1 n2 n07 login.
 
-    As `scontrol show hostnames`, which need not be installed where a task runs. Several brackets
-    in one name multiply, the last one running fastest. Raises UsageError.
+    Like `scontrol show hostnames`, which may be missing on compute nodes. Several brackets in one
+    name multiply, the last one varying fastest. Raises UsageError.
     """
     found: list[str] = []
     for part in _outside_brackets(text):
@@ -173,7 +172,7 @@ def _outside_brackets(text: str) -> Iterator[str]:
                 yield text[start:index]
             start = index + 1
     if depth:
-        raise UsageError(f"the node list {text!r} has a bracket without its partner")
+        raise UsageError(f"the node list {text!r} has an unbalanced bracket")
 
 
 def _expand(part: str, text: str) -> Iterator[str]:

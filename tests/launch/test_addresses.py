@@ -40,7 +40,7 @@ def test_names_are_resolved_and_backups_are_served_there_too(config_with):
 
 def test_auto_is_the_address_towards_the_supervisor(config_with):
     assert config_with("auto", "127.0.0.9").mirror_host == "127.0.0.1"
-    with pytest.raises(UsageError, match="auto: the supervisor did not write its address yet"):
+    with pytest.raises(UsageError, match="auto: the supervisor has not written its address yet"):
         config_with("auto", "")
 
 
@@ -51,12 +51,12 @@ def test_loopback_is_refused_where_the_supervisor_is_not_on_it(config_with):
 
 @pytest.mark.parametrize("wrong", ["0.0.0.0", "::"])
 def test_all_interfaces_are_no_address_to_be_reached_at(config_with, wrong):
-    with pytest.raises(UsageError, match="is no address to be reached at"):
+    with pytest.raises(UsageError, match="is a wildcard; give the address of one interface"):
         config_with(wrong)
 
 
 def test_an_address_of_another_machine_is_refused(config_with):
-    with pytest.raises(UsageError, match=r"192.0.2.1\) is no address of this machine"):
+    with pytest.raises(UsageError, match=r"192.0.2.1\) is not an address of this machine"):
         config_with("192.0.2.1", "192.0.2.7")
 
 

@@ -61,7 +61,7 @@ def test_a_rank_is_told_its_place_among_those_of_its_node(tmp_path):
 
 def test_one_launcher_alone_starts_a_rank_of_a_run_on_a_host():
     first = node.only_launcher("a token of a run", 2)
-    with pytest.raises(UsageError, match="rank 2 of this run has a launcher on this host already"):
+    with pytest.raises(UsageError, match="rank 2 of this run already has a launcher on this host"):
         node.only_launcher("a token of a run", 2)
     others = [node.only_launcher("a token of a run", 1), node.only_launcher("of another", 2)]
     first.close()
@@ -117,4 +117,4 @@ def test_without_a_supervisor_or_a_run_directory_it_says_what_to_give(tmp_path):
         timeout=60,
     )
     assert done.returncode == flags_of_launch.EXIT_USAGE
-    assert "where is the supervisor? Give --supervisor=HOST:PORT" in done.stderr
+    assert "the supervisor's address is unknown: give --supervisor=HOST:PORT" in done.stderr

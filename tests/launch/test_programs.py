@@ -107,6 +107,6 @@ class TestConfigFiles:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
     def test_paths_and_names_work_beside_another_folder_of_that_name(self, folder):
-        for config in ("./mine.py", str(folder / "mine.py"), "tiny_cpu", "qwen3_30b_a3b_h100x4"):
+        for config in ("./mine.py", str(folder / "mine.py"), "tiny_gpu", "qwen3_30b_a3b_h100x4"):
             shown = self.memory(folder, config)
             assert shown.returncode == 0 and "KV cache" in shown.stdout, shown.stderr
