@@ -34,11 +34,11 @@ from benchmarks.gpu_timing import (
 from benchmarks.harness import Record, Sheet, Unfit
 from benchmarks.world import draw_experts
 from launch.errors import UsageError
-from pallas_kernels import simt
 from pallas_kernels.expert_gemm import mosaic_gpu
 from pallas_kernels.expert_gemm.config import STAGES_MIN, GemmConfig, config_for
 from pallas_kernels.expert_gemm.reference import expert_gemm_reference
 from pallas_kernels.grouping import group_rows, tile_rows_for
+from pallas_kernels.handover import InArray
 
 CHOICES = 8
 CHECKED_TOKENS = 32  # compared with the reference at once
@@ -155,17 +155,17 @@ ROUTINGS = {"balanced": balanced, "random": at_random}
 
 
 class After(typing.NamedTuple):
-    """Rows in an array, and something that has to be there first. As `handover.InArray`."""
+    """`handover.InArray`, and an array that has to be there first."""
 
     rows: jax.Array
     after: jax.Array
+    choices: int = CHOICES
 
     @property
     def operands(self):
         return (self.rows, self.after)
 
-    def start(self, refs, row):
-        return simt.address(refs[0], row.wide() * (self.rows.shape[-1] * 2))
+    start = InArray.start
 
 
 # Programs. `lists` are those of `group_rows`.
