@@ -1,4 +1,4 @@
-"""Filling of a rank's slots as a plan says: fetch, check and write, or try the next source."""
+"""Filling of a rank's slots according to a plan: fetch, check and write, or try the next source."""
 
 import dataclasses
 import logging
@@ -35,10 +35,10 @@ class FetchOptions:
 
     Attributes:
         deadline_ms: Time for one expert, after which its next source is tried.
-        at_once: Experts that come from storage and networks at a time.
-        beat: Called between experts and while the executor waits, so that a long repair is not
-            taken for a stuck engine.
-        rates: Where the speed of every fetch is noted.
+        at_once: Number of experts to fetch from storage and networks at a time.
+        beat: Called between experts and while the executor waits, so that the supervisor does not
+            take a long repair for a stuck engine.
+        rates: Collects the speed of every fetch.
     """
 
     deadline_ms: int = 30_000
@@ -48,7 +48,7 @@ class FetchOptions:
 
 
 class Executor:
-    """Fills a rank's bank as its placement says. Call from the engine thread only."""
+    """Fills a rank's bank according to its placement. Call from the engine thread only."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Executor:
 
         Args:
             bank: The rank's slots.
-            store: What holds all experts, the source of last resort.
+            store: Holds all experts; the source of last resort.
             backups: Reads backups of this and other ranks; None if there are none.
             check: Computes fingerprints of slots on the device. With it, slots are copied inside
                 the heap; without it, the host compares every expert with its digest.
@@ -102,8 +102,8 @@ class Executor:
             The bank's contents, equal to `slots`.
 
         Raises:
-            RelocationFailed: No source of some experts works. All others were brought; `lost`
-                names the missing ones with reasons.
+            RelocationFailed: No source of some experts works. All others are in their slots;
+                `lost` names the missing ones with reasons.
         """
         wanted, lost = self._missing(slots, moves)
         failed = self._settle(self._copier.fill([m for m in wanted if self._copier.can(m)]))
@@ -127,14 +127,13 @@ class Executor:
     def fill(
         self, move: Move, ahead: Prefetcher | None = None, failed: str | None = None
     ) -> Iterator[Fetch]:
-        """Fills a slot from the first source that works. A generator: it goes on once the fetch
-        that it yielded is over.
+        """Fills a slot from the first source that works. Resume it once the yielded fetch is over.
 
         Args:
             move: The slot, its expert and the sources.
-            ahead: The fetches of a repair. None while steps run: then storage is not read into the
+            ahead: Fetches of a repair. None while steps run: then storage is not read into the
                 slot itself, and every digest is computed in a thread.
-            failed: Why the first source was already tried in vain, if it was.
+            failed: Why the first source already failed, if it did.
 
         Raises:
             RelocationFailed: No source works; the message names each with its reason.
@@ -155,8 +154,8 @@ class Executor:
     def verify(self, expert: int, weights: np.ndarray, source: Source) -> None:
         """Compares weights with the manifest, whose digests are of the stored dtype.
 
-        Those of the checkpoint were compared as they were read, if it stores digests. Raises
-        RelocationFailed where they differ.
+        The store compares its own weights as it reads them, if it has stored digests. Raises
+        RelocationFailed if they differ.
         """
         require_shape(self._bank, expert, weights)
         if source.kind is SourceKind.CHECKPOINT:
@@ -175,8 +174,8 @@ class Executor:
     def measure_memory(self, peers: Sequence[int]) -> None:
         """Times one copy of an own slot and one of a peer's, for kinds without a measured rate.
 
-        Where slots can be checked, into an empty slot, if there is one; else out of the heap. Call
-        it while no step of this rank runs and nobody waits for the rank.
+        The copy goes into an empty slot if slots can be checked, else out of the heap. Call it
+        while no step of this rank runs and no rank waits for it.
         """
         for kind, ranks in ((SourceKind.LOCAL, [self._bank.rank]), (SourceKind.PEER, peers)):
             if not ranks or self.rates.known(kind):
@@ -199,7 +198,7 @@ class Executor:
     def _missing(
         self, slots: tuple[int, ...], moves: tuple[Move, ...]
     ) -> tuple[list[Move], dict[int, str]]:
-        """The moves that are necessary, and {expert: reason} of slots that cannot be filled now."""
+        """The necessary moves, and {expert: reason} for slots that cannot be filled now."""
         planned = {(move.slot, move.expert): move.sources for move in moves}
         wanted, lost = [], {}
         for slot, expert in enumerate(slots):
@@ -213,7 +212,7 @@ class Executor:
         return wanted, lost
 
     def _prefetcher(self, moves: list[Move], failed: dict[int, str]) -> Prefetcher:
-        """Fetches from storage and networks, of the source that each move will try next."""
+        """Fetches from storage and networks, by the source that each move tries next."""
         wanted = [
             (move.expert, source)
             for move in moves
@@ -226,7 +225,7 @@ class Executor:
     def _fill_all(
         self, moves: list[Move], failed: dict[int, str], ahead: Prefetcher
     ) -> dict[int, str]:
-        """Fills one slot after the other. Returns {expert: reason} of those without a source."""
+        """Fills one slot after the other. Returns {expert: reason} of failures."""
         lost = {}
         for move in moves:
             try:
@@ -238,7 +237,7 @@ class Executor:
         return lost
 
     def _fill_from_first(self, move: Move, ahead: Prefetcher | None) -> Iterator[Fetch]:
-        """`fill` from the first source alone. Raises any failure of it."""
+        """`fill` from the first source only. Raises whatever fails."""
         source, started = move.sources[0], time.monotonic()
         can_copy = self._copier.can(move)
         if can_copy or (ahead is not None and self._streams(source)):
@@ -250,7 +249,7 @@ class Executor:
             fetch = self.fetcher.start(self._make_fetch(move.expert, source, verify=ahead is None))
         else:
             fetch = ahead.begin((move.expert, source))
-        copy_s = time.monotonic() - started  # out of memory; the rest is done in a thread
+        copy_s = time.monotonic() - started  # from memory; threads do the rest
         yield fetch
         weights, is_verified = fetch.result()
         written = time.monotonic()
@@ -289,13 +288,13 @@ class Executor:
         return source.kind is SourceKind.CHECKPOINT and job_of(0, target, False) is not None
 
     def _stream(self, moves: list[Move]) -> Iterator[Filled]:
-        """Loads slots from the store, by several threads. A slot that failed holds nothing."""
+        """Loads slots from the store with several threads. A slot that failed holds nothing."""
         if not moves:
             return
         jobs, started = {}, time.monotonic()
         for move in moves:
             self._bank.begin(move.slot)
-            # A read that was given up may still write in place: not where another source follows.
+            # A read in place may still write after it was given up and the next source was used.
             in_place = len(move.sources) == 1
             job = self._store.expert_job(move.expert, self._bank.target(move.slot), in_place)
             jobs[job] = move
@@ -309,7 +308,7 @@ class Executor:
             yield move, share_s, None if job.error is None else str(job.error)
 
     def _settle(self, filled: Iterable[Filled]) -> dict[int, str]:
-        """Notes what was filled. Returns {slot: reason} of failures."""
+        """Counts what was filled. Returns {slot: reason} of failures."""
         failures = {}
         for move, seconds, failure in filled:
             if failure is None:
@@ -323,7 +322,7 @@ class Executor:
             self._check.learn(move.expert, move.slot)
 
     def _note(self, move: Move, seconds: float) -> None:
-        """Counts an expert that its first source brought in so many seconds, check included."""
+        """Counts an expert from its first source, and the seconds to fetch, check and write it."""
         source = move.sources[0]
         itemsize = (self._bank.dtype if source.kind in _IN_HEAP else self._stored_dtype).itemsize
         kind, nbytes = source.kind.value, math.prod(self._bank.layout.expert_shape) * itemsize
@@ -335,7 +334,7 @@ class Executor:
 
 
 def _failure(move: Move, reason: object) -> str:
-    """Logs why the first source failed, and returns it for the error of all of them."""
+    """Logs and returns why the first source failed."""
     failure = f"{describe(move.sources[0])}: {reason}"
     _log.warning("expert %d from %s", move.expert, failure)
     return failure

@@ -26,12 +26,12 @@ def save_shard(directory: pathlib.Path, weights: np.ndarray) -> None:
 
 
 def load_shard(directory: pathlib.Path) -> np.ndarray:
-    """The weights in `directory`. Raises whatever Orbax and TensorStore raise for another one."""
+    """The weights in `directory`. Raises whatever Orbax and TensorStore raise."""
     return restore(directory / constants.STATE_SUBDIR, [WEIGHTS])[WEIGHTS]
 
 
 def chunk_name(dimensions: int) -> str:
-    """Path, inside a shard, of the file with the bytes of an array of so many dimensions."""
+    """Path, inside a shard, of the file with the bytes of an array of `dimensions` axes."""
     return f"{constants.STATE_SUBDIR}/{WEIGHTS}/{'.'.join('0' * dimensions)}"
 
 

@@ -1,8 +1,8 @@
 """Copies of experts from this host's memory, made together and checked on the device.
 
-From slots of the own rank and of mapped peers they are copied inside the heap; from own backups
-they are uploaded. All are under way before one is waited for, and the host reads none of their
-bytes: the fingerprint of a filled slot is compared with that of its expert.
+Slots of the own rank and of mapped peers are copied inside the heap; own backups are uploaded. All
+copies are under way before one is waited for. The host reads none of their bytes: the fingerprint
+of a filled slot is compared with that of its expert.
 """
 
 import time

@@ -56,9 +56,9 @@ class BlockLoader:
         self._runs: list[_Run] = []
 
     def load(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        """Yields each job once it is done; a failure is in `Job.error`, and none is raised.
+        """Yields each job once it is done; failures are in `Job.error`, and none is raised.
 
-        Where no block comes within the deadline, all jobs that are left fail with TimeoutError, as
+        If no block arrives within the deadline, all remaining jobs fail with TimeoutError, and so
         do later ones while the read hangs.
         """
         run = _Run(jobs, self._key)
@@ -70,7 +70,7 @@ class BlockLoader:
         run.forget()
 
     def may_still_write(self, target: Target) -> bool:
-        """Whether a read in place that was given up goes on, and may end in this memory."""
+        """Whether a read in place that was given up continues, and may write this memory."""
         return any(run.fetch.is_alive and run.may_still_write(target) for run in self._runs)
 
 
@@ -92,7 +92,7 @@ class _Run:
             return self._condition.wait_for(lambda: not self.done.empty(), seconds)
 
     def forget(self) -> None:
-        """Lets the arrays go: run and fetch refer to each other."""
+        """Releases the arrays: run and fetch refer to each other."""
         if not self._gate.is_closed:
             self._jobs = ()
 
@@ -101,7 +101,7 @@ class _Run:
         return in_place and self._gate.is_closed
 
     def _ended(self, fetch: Future) -> None:
-        """All threads are through, or the fetch was given up: then no thread writes any more."""
+        """All threads ended, or the fetch was given up: then no thread may write any more."""
         if (error := fetch.exception()) is None:
             return
         self._gate.close()
@@ -152,7 +152,7 @@ class _Run:
                 return  # given up
             job._left += len(blocks)
             job._found = [b""] * len(blocks)
-            # Before the jobs after it, so that arrays are finished one after the other.
+            # In front of later jobs, so that arrays are finished one after the other.
             for number, block in reversed(list(enumerate(blocks))):
                 self._todo.appendleft((job, number, block))
             self._condition.notify_all()

@@ -1,4 +1,4 @@
-"""Contract of everything that experts are read from: checkpoints, directories, seeds, memory."""
+"""Contract of the sources of all experts: checkpoints, directories, seeds and memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -40,7 +40,7 @@ class ExpertStore(Protocol):
         """
 
     def content_name(self, expert: int) -> str:
-        """A string that only experts of the same bits share, whoever reads them; free of cost."""
+        """A string that equal experts share in all processes, and others do not; reads nothing."""
         return self.manifest["experts"][expert_name(expert)]
 
     def expert_job(self, expert: int, target: Target, in_place: bool) -> Job | None:

@@ -1,8 +1,8 @@
 """Slow reads in threads: deadlines, sources that hang, and several experts under way at once.
 
-Storage and networks may answer late, or never. A read cannot be interrupted, so one that misses
-its deadline is abandoned in its thread; until that thread ends, no other read of the same source is
-started. A source that hangs therefore costs one deadline and one thread, not one for each expert.
+Storage and networks may answer late, or never, and a read cannot be interrupted. One that misses
+its deadline is abandoned in its thread, and until that thread ends, no other read of the same
+source starts. So a source that hangs costs one deadline and one thread, not one for each expert.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, InvalidStateError, wait
 
-BEAT_S = 0.05  # between two signs of life of a thread that waits
+BEAT_S = 0.05  # between two calls of `beat`
 
 
 class Fetch(Future):
-    """A read in daemon threads of its own; its result is what the last thread returned.
+    """A read in daemon threads of its own; its result is what the last thread returns.
 
-    A ThreadPoolExecutor joins its threads at exit, so a disk that hangs would keep the process.
+    A ThreadPoolExecutor joins its threads at exit, so a disk that hangs would block the exit.
     """
 
     def __init__(self, key: Hashable, work: Callable, threads: int = 1):
-        """`key` names what hangs together, as one disk or one peer; `work()` runs in each thread,
-        and may set `progress_s` to the present, which puts off the deadline.
+        """`key` names what hangs together, such as one disk or one peer. `work()` runs in each
+        thread; to postpone the deadline, it sets `progress_s` to the monotonic time.
         """
         super().__init__()
         self.key, self.seconds, self.progress_s = key, 0.0, math.inf
@@ -41,7 +41,7 @@ class Fetch(Future):
 
     @property
     def is_alive(self) -> bool:
-        """Whether a thread still runs, though the fetch may have been given up."""
+        """Whether a thread still runs, even if the fetch was given up."""
         return any(thread.is_alive() for thread in self.threads)
 
     def _run(self) -> None:
@@ -65,7 +65,7 @@ class Fetcher:
     def __init__(self, deadline_ms: float = math.inf, beat: Callable[[], None] = lambda: None):
         """The deadline counts from the last progress. `beat` is called while `wait` waits."""
         self._deadline_ms, self._beat = deadline_ms, beat
-        # Weak: a thread keeps its fetch while it runs, and results must not stay in memory.
+        # Weak: a running thread keeps its fetch, and finished ones must not keep their results.
         self._started: weakref.WeakSet[Fetch] = weakref.WeakSet()
 
     def start(self, fetch: Fetch) -> Fetch:
@@ -78,7 +78,7 @@ class Fetcher:
         return fetch
 
     def wait(self, fetch: Fetch, poll: Callable[[float], bool] | None = None) -> None:
-        """Waits until the fetch is over, or `poll(seconds)`, which waits so long, is true."""
+        """Waits until the fetch is over, or `poll(seconds)`, which waits that long, is true."""
         poll = poll or (lambda seconds: bool(wait([fetch], seconds).done))
         while not poll(BEAT_S) and not self.is_over(fetch):
             self._beat()
@@ -86,7 +86,7 @@ class Fetcher:
     def is_over(self, fetch: Fetch) -> bool:
         """Whether the fetch is done. Gives it up with TimeoutError once its deadline has passed."""
         if not fetch.done() and self._hangs(fetch):
-            with contextlib.suppress(InvalidStateError):  # it came at the last moment
+            with contextlib.suppress(InvalidStateError):  # it ended just now
                 fetch.set_exception(TimeoutError(f"it took longer than {self._deadline_ms:.0f} ms"))
         return fetch.done()
 
@@ -95,10 +95,10 @@ class Fetcher:
 
 
 class Prefetcher[Wanted: Hashable]:
-    """Has the experts that are wanted next on their way while others are written to their slots.
+    """Fetches the experts that are wanted next while others are written to their slots.
 
-    One source alone rarely keeps a machine busy: one core serves a connection at each end, and
-    every fetch begins with questions. So several are under way, each in a thread. Not thread-safe.
+    One connection rarely saturates a machine: one core serves it at each end, and every fetch
+    begins with round trips. So several are under way, each in a thread. Not thread-safe.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Prefetcher[Wanted: Hashable]:
         make: Callable[[Wanted], Fetch],
         at_once: int,
     ):
-        """At most `at_once` fetches are under way or wait to be taken, beside the last one taken.
+        """At most `at_once` fetches, and the last one taken, are under way or hold a result.
 
-        From each source (`Fetch.key`) one expert comes alone first: a source that hangs, or is
-        gone, costs no more than if experts were fetched one by one.
+        Each source (`Fetch.key`) first supplies one expert alone: a source that hangs, or is gone,
+        costs no more than if experts were fetched one by one.
         """
         self._fetcher, self._make, self._at_once = fetcher, make, at_once
         self._waiting = {each: make(each) for each in wanted}  # not started
@@ -119,7 +119,7 @@ class Prefetcher[Wanted: Hashable]:
         self._proven: set[Hashable] = set()  # keys
 
     def begin(self, wanted: Wanted) -> Fetch:
-        """The fetch of what is wanted now, started; others are started beside it."""
+        """The started fetch of what is wanted now; starts others as well."""
         fetch = self._started.pop(wanted, None)
         if fetch is None:
             fetch = self._waiting.pop(wanted, None) or self._make(wanted)
@@ -128,7 +128,7 @@ class Prefetcher[Wanted: Hashable]:
         return fetch
 
     def take(self, fetch: Fetch) -> Fetch:
-        """Waits for what `begin` returned. After a failure its source has to prove itself again."""
+        """Waits for a fetch that `begin` returned. A failure makes its source unproven again."""
         self._fetcher.wait(fetch)
         if fetch.exception() is None:
             self._proven.add(fetch.key)

@@ -25,7 +25,7 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class PlainArray:
-    """The file of the bytes, and what the head says of them."""
+    """The file of the bytes, with shape and dtype from the head."""
 
     path: pathlib.Path
     shape: tuple[int, ...]

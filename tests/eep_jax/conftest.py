@@ -27,7 +27,7 @@ def checkpoint_dir(pristine_checkpoint, tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def heaps_are_closed():
-    """Those that the tests of a module opened: each holds files and memory."""
+    """Closes the heaps that a module's tests opened: each holds files and memory."""
     before = set(loopback._open_heaps)
     yield
     for name, heap in list(loopback._open_heaps.items()):

@@ -1,10 +1,10 @@
-"""What a slot's fingerprint should be, in integers of any size."""
+"""The definition of a slot's fingerprint, in unbounded integers."""
 
 import numpy as np
 
 
 def by_hand(weights: np.ndarray) -> tuple[int, int]:
-    """Both sums of `slot_check.fingerprint` of these bytes, word after word."""
+    """Both sums of `slot_check.fingerprint` of these bytes, word by word."""
     words = np.ascontiguousarray(weights).reshape(-1).view(np.uint32)
     first = second = 0
     for position, word in enumerate(words.tolist()):

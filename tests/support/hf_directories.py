@@ -50,7 +50,7 @@ def write_directory(root: pathlib.Path, fields: dict = QWEN3, *, dtype="bfloat16
 
 
 def write_chat_model(root: pathlib.Path) -> pathlib.Path:
-    """A directory with tokenizer and chat template, as a model for conversations has."""
+    """A directory with tokenizer and chat template, as chat models have."""
     write_directory(root)
     inner = byte_level()
     ends = [inner.token_to_id(END), inner.token_to_id(EOS)]
@@ -65,4 +65,4 @@ def _values(random, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.nda
     return (random.standard_normal(shape) * scale).astype(np.float32).astype(dtype)
 
 
-assert ml_dtypes  # numpy learns the name bfloat16 from it
+assert ml_dtypes  # importing it registers the name bfloat16 with numpy

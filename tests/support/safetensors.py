@@ -1,4 +1,4 @@
-"""Whole safetensors files in and out, for tests that damage them."""
+"""Reading and writing of whole safetensors files, for tests that damage them."""
 
 import json
 import pathlib
@@ -11,9 +11,9 @@ from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFile
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:
     data, file, found = path.read_bytes(), SafetensorsFile(path), {}
     for key in file.tensors:
-        place = file.span(key)
-        flat = np.frombuffer(data, place.dtype, place.count, place.start)
-        found[key] = flat.reshape(place.shape).copy()
+        span = file.span(key)
+        flat = np.frombuffer(data, span.dtype, span.count, span.start)
+        found[key] = flat.reshape(span.shape).copy()
     return found
 
 
@@ -22,11 +22,10 @@ def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     header, at, data = {}, 0, []
     for key, array in tensors.items():
         raw = np.ascontiguousarray(array).tobytes()
-        place = [at, at + len(raw)]
         header[key] = {
             "dtype": names[array.dtype],
             "shape": list(array.shape),
-            "data_offsets": place,
+            "data_offsets": [at, at + len(raw)],
         }
         data.append(raw)
         at += len(raw)

@@ -1,4 +1,4 @@
-"""A one-layer model of the sizes of `tiny_cpu`, saved as a checkpoint: ranks compile it soon."""
+"""A one-layer model of the sizes of `tiny_cpu`, saved as a checkpoint: it compiles fast."""
 
 import dataclasses
 import pathlib
@@ -15,9 +15,9 @@ STRONG = 16.0
 
 
 def save_small(directory: pathlib.Path, liked: tuple[int, ...] = ()) -> str:
-    """Writes it and returns the flag that serves it.
+    """Writes the checkpoint and returns the flag that serves it.
 
-    Each token chooses those of the experts `liked` that its router's logits are positive for.
+    Each token chooses those of the experts `liked` whose router logits are positive.
     """
     dense, experts = rounded_weights(MODEL)
     (router,) = [name for name in dense if name.endswith("router/kernel")]

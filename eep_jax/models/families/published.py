@@ -1,4 +1,4 @@
-"""config.json of published models, as far as it says what they are; and their published sizes."""
+"""Published models: the fields of config.json that describe them, and their parameter counts."""
 
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.registry import model_from_config_json

@@ -1,4 +1,4 @@
-"""Promises of fetching beside the steps: the first source that works, and nothing waits for it."""
+"""Promises of fetching while steps run: the first source that works, and the caller never waits."""
 
 import threading
 import time
@@ -69,7 +69,7 @@ def test_the_caller_never_waits_for_storage(world, monkeypatch):
 def test_a_move_that_was_given_up_writes_nothing(world):
     attach(world, (0, EMPTY, 3, EMPTY))
     if world.slot_check is not None:
-        return  # its copy is done at once
+        return  # the copy is complete after one call
     assert world.background.advance(bring(3, 1, (PEER, 1, 2))) is None
     assert world.done.wait(DEADLINE_S)
     assert finish(world, bring(0, 2, (PEER, 1, 0)))

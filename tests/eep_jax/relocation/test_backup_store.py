@@ -1,4 +1,4 @@
-"""Promises of backups: bounded, right to the bit, for members alone, within a deadline."""
+"""Promises of backups: bounded, equal to the bit, for members only, within a deadline."""
 
 import logging
 import os
@@ -94,7 +94,7 @@ def test_all_experts_are_kept_where_they_fit_and_come_back_to_the_bit(open_store
 
 
 class PinningHeap:
-    """What is pinned, by address; as strict as a driver."""
+    """Pinned memory by address; as strict as a driver."""
 
     def __init__(self):
         self.pinned = {}
@@ -108,7 +108,7 @@ class PinningHeap:
         del self.pinned[array.ctypes.data]
 
 
-def test_what_is_held_is_pinned_and_nothing_else(open_store):
+def test_exactly_the_held_experts_are_pinned(open_store):
     heap = PinningHeap()
     store = filled(open_store(heap=heap))
     assert len(heap.pinned) == EXPERTS
@@ -118,7 +118,7 @@ def test_what_is_held_is_pinned_and_nothing_else(open_store):
         assert not found.flags.writeable
     wait_for(lambda: len(store._rates.medians()) == 2)
     room = store._options.bytes_max - sum(store._bytes.values()) + store._expert_bytes
-    store._make_room(room, wanted=(1, 2))  # for an expert that is not among those held
+    store._make_room(room, wanted=(1, 2))  # for one more expert than is held
     assert 2 <= len(heap.pinned) == len(store.offer.experts) < EXPERTS
     store.close()
     assert heap.pinned == {}
@@ -135,7 +135,7 @@ def test_it_never_takes_more_than_its_bytes(open_store):
     assert bytes_on_disk(store.root) <= 3 * (per_expert + (64 << 10))
 
 
-def test_memory_for_no_expert_at_all_is_said_with_what_one_takes(open_store):
+def test_too_little_memory_for_one_expert_is_reported_with_its_size(open_store):
     store = open_store(bytes_max=1_000)
     store.follow((0,), PLACEMENT)
     wait_for(lambda: store.offer.problem)
@@ -145,7 +145,7 @@ def test_memory_for_no_expert_at_all_is_said_with_what_one_takes(open_store):
     assert not filled(open_store()).offer.problem
 
 
-def test_another_plan_brings_what_is_new_and_reads_nothing_twice(open_store):
+def test_another_plan_adds_new_experts_and_reads_none_twice(open_store):
     store = filled(open_store())
     wait_for(lambda: len(store._checkpoint.read) == EXPERTS + backup_store.SAMPLES)
     store.follow((0, 1), PLACEMENT)
@@ -186,7 +186,7 @@ def test_an_expert_that_a_peer_does_not_have_is_an_error(open_store):
 
 
 def test_half_an_expert_is_never_served(open_store, monkeypatch):
-    """While a shard is written, peers see nothing of it."""
+    """While a shard is written, peers cannot see it."""
     store, other = open_store(), open_store(rank=1)
     real, writing, go_on = backup_store.save_shard, threading.Event(), threading.Event()
 
@@ -206,7 +206,7 @@ def test_half_an_expert_is_never_served(open_store, monkeypatch):
 
 
 class TestSecurity:
-    """Orbax answers whoever connects; this service does not."""
+    """Orbax answers every connection; this service only members."""
 
     def connect(self, store) -> socket.socket:
         host, _, port = store.offer.address.rpartition(":")
@@ -300,7 +300,7 @@ class TestSecurity:
         ours = [f for f in listening if f[3] == "0A" and f"socket:[{f[9]}]" in inodes]
         assert {f[1] for f in ours} == {f"0100007F:{node.port:04X}"}
 
-    def test_connections_that_say_nothing_do_not_keep_members_out(self, open_store, monkeypatch):
+    def test_silent_connections_do_not_keep_members_out(self, open_store, monkeypatch):
         monkeypatch.setattr(shard_server, "HANDSHAKE_S", 0.3)
         store, other = filled(open_store()), open_store(rank=1)
         silent = [self.connect(store) for _ in range(shard_server.CONNECTIONS_MAX)]
@@ -316,7 +316,7 @@ class TestSecurity:
 
 
 class FakePeer:
-    """A member that answers as `say(connection, opcode, payload)` does."""
+    """A member that answers with `say(connection, opcode, payload)`."""
 
     def __init__(self, say):
         self.say, self.socket = say, socket.create_server(("127.0.0.1", 0))
@@ -335,7 +335,7 @@ class FakePeer:
                 try:
                     admit(connection, TOKEN, 5.0)
                     self.say(connection, *protocol.TCPMessage.recv(connection))
-                except (OSError, NotAMember):  # who asked has gone
+                except (OSError, NotAMember):  # the client has gone
                     continue
 
 
@@ -358,7 +358,7 @@ def manifest_of(*files):
         ([(f"0/state/{n}", 1) for n in range(65)], "at most 64 files"),
     ],
 )
-def test_a_manifest_that_asks_for_too_much_is_refused(open_store, files, said):
+def test_an_excessive_manifest_is_rejected(open_store, files, said):
     store = open_store()
     with pytest.raises(ValueError, match=said):
         store.fetch(0, FakePeer(manifest_of(*files)).source)
@@ -406,7 +406,7 @@ def test_a_shard_whose_bytes_are_missing_never_passes_the_digest(open_store, lef
     chunk.unlink() if left is None else os.truncate(chunk, left)
     with pytest.raises((OSError, ValueError)):
         store.fetch(0, of(store))
-    try:  # as a whole shard: Orbax takes zeros for what is missing
+    try:  # as a whole shard: Orbax reads missing chunks as zeros
         assert digest(other.fetch(0, of(store))) != digest(RIGHT[0])
     except Exception as error:
         assert not isinstance(error, AssertionError)
@@ -428,7 +428,7 @@ def test_a_shard_of_another_layout_is_fetched_whole(open_store, monkeypatch):
     assert list((other.root / "fetched").iterdir()) == []
 
 
-@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])  # of a file that is nearly all weights
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])  # position in a file of mostly weights
 def test_a_flipped_bit_of_a_shard_never_passes_the_digest(open_store, where):
     store, other = filled(open_store()), open_store(rank=1)
     data = max((store.root / "served/0").rglob("*"), key=lambda path: path.stat().st_size)
@@ -438,7 +438,7 @@ def test_a_flipped_bit_of_a_shard_never_passes_the_digest(open_store, where):
     for reader in (store, other):
         try:
             found = reader.fetch(0, of(store))
-        except Exception:  # the storage format noticed by itself
+        except Exception:  # the storage format detected it
             continue
         assert digest(found) != digest(RIGHT[0])
 

@@ -25,7 +25,7 @@ SLOTS = 4
 
 
 class CountingCheckpoint(Checkpoint):
-    """Remembers which experts were read."""
+    """Records which experts were read."""
 
     def __init__(self, directory):
         super().__init__(directory)
@@ -61,7 +61,7 @@ class World:
         )
 
     def a_check(self, directory=None) -> SlotCheck:
-        """One that has learned all experts, as ranks have once the first epoch began."""
+        """A check that knows all fingerprints, as ranks do after the first epoch."""
         name_of = self.checkpoint.content_name
         check = SlotCheck(self.heaps[0], self.bank.layout, name_of, directory)
         for expert in range(len(self.right)):
@@ -79,7 +79,7 @@ class World:
 
 @pytest.fixture(params=["float32", "bfloat16", "float32 checks", "bfloat16 checks"])
 def world(pristine_checkpoint, request):
-    """Banks wider than the checkpoint, and of its own dtype; whose slots are checked, or not."""
+    """Banks of a wider dtype or the checkpoint's, with or without checks of slots."""
     dtype, *checks = request.param.split()
     return World(pristine_checkpoint, dtype, bool(checks))
 
@@ -118,7 +118,7 @@ def nan_rows(weights, right):
 
 
 def the_lowest_bit(weights, right):
-    # Digests are of bfloat16; what rounding of float32 to it hides is damage all the same.
+    # Digests are of bfloat16; damage that rounding to it hides must be found as well.
     weights.view(np.uint8)[0, 0, 0, 0] ^= 1
 
 
@@ -137,7 +137,7 @@ def test_wrong_bytes_are_refused_and_the_next_source_is_tried(world, kind, damag
     world.check((5, EMPTY, EMPTY, EMPTY))
 
 
-def test_a_bank_that_cannot_hold_what_is_stored_is_refused_at_once(pristine_checkpoint):
+def test_a_bank_that_cannot_hold_the_stored_dtype_is_rejected_at_once(pristine_checkpoint):
     with pytest.raises(ValueError, match=r"bank of float16 cannot hold .* which are bfloat16"):
         World(pristine_checkpoint, "float16")
 
@@ -214,7 +214,7 @@ def test_when_all_sources_fail_each_is_named_with_its_reason(world):
     assert world.bank.contents[0] == EMPTY, "a slot that failed must not pass for the expert"
 
 
-def test_what_was_written_before_a_failure_stays(world):
+def test_experts_written_before_a_failure_stay(world):
     world.executor.carry_out((3, EMPTY, EMPTY, EMPTY), ())
     world.checkpoint.root = world.checkpoint.root / "gone"
     with pytest.raises(RelocationFailed):
@@ -243,7 +243,7 @@ def test_repairs_as_planned_leave_every_expert_right(world):
 
 
 class TestEverySourceFails:
-    """Each source alone, dying, lying, late: the next one is tried."""
+    """A source that is missing, dead, wrong or late: the next one is tried."""
 
     BACKUP = SourceKind.BACKUP
     MOVE = bring(5, 0, (BACKUP, 1), CHECKPOINT)
@@ -255,7 +255,7 @@ class TestEverySourceFails:
         return Executor(world.bank, world.checkpoint, backups, check, options)
 
     def backups(self, world, fetch=None):
-        """Backups that answer with what `fetch(expert)` says, the right weights if it is None."""
+        """Backups that answer with `fetch(expert)`, or the right weights without it."""
         stored = world.checkpoint.manifest["dtype"]
         right = lambda expert: rounded_weights(a_model())[1][expert].astype(stored)
         return types.SimpleNamespace(fetch=lambda expert, _: (fetch or right)(expert))
@@ -320,7 +320,7 @@ class TestEverySourceFails:
         assert executor.moved == {"backup": 1}
         world.check(self.SLOTS_WANTED)
 
-    def test_a_corrupted_chunk_with_nothing_else_is_said(self, checkpoint_dir, world):
+    def test_a_corrupted_chunk_without_another_source_is_named(self, checkpoint_dir, world):
         damage(checkpoint_dir, "e005")
         world.checkpoint.root = checkpoint_dir
         with pytest.raises(RelocationFailed, match=r"no source has expert 5.*e005"):
@@ -330,7 +330,7 @@ class TestEverySourceFails:
         late = threading.Event()
         executor = self.executor(world, self.backups(world, lambda e: late.wait(10)), 300)
         started = time.monotonic()
-        # The storage of this test may be slower than the deadline for once; a peer is not.
+        # Storage may once be slower than the deadline; a peer's memory is not.
         world.peer.write(2, 5, world.right[5])
         move = bring(5, 0, (self.BACKUP, 1), (PEER, 1, 2))
         executor.carry_out(self.SLOTS_WANTED, (move,))
@@ -354,7 +354,7 @@ class TestEverySourceFails:
         assert asked == [5] and executor.moved == {"peer": 3}
         late.set()
 
-    def test_own_backups_are_uploaded_together_and_what_is_wrong_among_them_is_not_used(
+    def test_own_backups_are_uploaded_together_and_wrong_ones_are_not_used(
         self, world, monkeypatch
     ):
         right, written = self.backups(world), []
@@ -412,6 +412,6 @@ class TestEverySourceFails:
         world.executor.measure_memory([1])
         assert world.executor.rates.medians() == before
 
-    def test_a_plan_without_sources_says_so(self, world):
+    def test_a_plan_without_sources_is_an_error_that_names_the_setting(self, world):
         with pytest.raises(RelocationFailed, match=r"names none; see cluster\.sources"):
             world.executor.carry_out(self.SLOTS_WANTED, (bring(5, 0),))

@@ -1,4 +1,4 @@
-"""A fingerprint names what is in a slot, is the same wherever it is computed, misses no damage."""
+"""Promises of fingerprints: the same on every device, shared among ranks, sensitive to damage."""
 
 import jax
 import ml_dtypes
@@ -30,7 +30,7 @@ def a_bank(seed: int, dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_it_is_what_it_says(dtype):
+def test_a_fingerprint_equals_its_definition(dtype):
     bank = a_bank(0, dtype)
     assert [of(bank, slot) for slot in range(3)] == [by_hand(bank[slot]) for slot in range(3)]
 
@@ -84,7 +84,7 @@ def test_words_that_changed_places_change_it(seed, data):
     assert (of(bank) == before) == bool(same)
 
 
-def test_what_one_rank_learned_others_know(pristine_checkpoint, tmp_path):
+def test_ranks_share_learned_fingerprints(pristine_checkpoint, tmp_path):
     first, second = World(pristine_checkpoint), World(pristine_checkpoint)
     learned = first.a_check(tmp_path / "fingerprints")
     other = World(pristine_checkpoint, "bfloat16").a_check(tmp_path / "fingerprints")
@@ -97,7 +97,7 @@ def test_what_one_rank_learned_others_know(pristine_checkpoint, tmp_path):
     assert World(pristine_checkpoint).a_check(tmp_path / "fingerprints").known(0) is not None
 
 
-def test_what_nobody_learned_is_compared_with_the_digest_once(pristine_checkpoint, monkeypatch):
+def test_an_unknown_expert_is_compared_with_its_digest_once(pristine_checkpoint, monkeypatch):
     world = World(pristine_checkpoint, checks=True)
     world.slot_check._known.clear()
     verified, real = [], world.executor.verify
@@ -122,7 +122,7 @@ def test_many_experts_are_copied_before_one_is_waited_for(pristine_checkpoint, m
     )
     for slot in range(4):
         world.peer.write(slot, slot, world.right[slot])
-    world.peer.write(2, 2, world.right[7])  # one of them is not what it should be
+    world.peer.write(2, 2, world.right[7])  # one of them is wrong
     slots = (0, 1, 2, 3)
     moves = [bring(s, s, (PEER, 1, s)) for s in slots]
     moves[2] = bring(2, 2, (PEER, 1, 2), (PEER, 1, 1), CHECKPOINT)

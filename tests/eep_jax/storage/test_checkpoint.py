@@ -1,4 +1,4 @@
-"""Promises of the checkpoint: just the named experts are read, and damage never passes."""
+"""Promises of the checkpoint: only the named experts are read, and damage is detected."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def damage(root, *names: str) -> None:
 
 
 def in_older_chunks(root, name: str) -> list:
-    """The same of a checkpoint whose chunks Orbax put into a key-value store."""
+    """`chunks_of` for a checkpoint whose chunks are in Orbax's key-value store."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{root / WEIGHTS}/"}).result()
     keys = [key for key in store.list().result() if name.encode() in key and b"zarr" not in key]
 
@@ -73,7 +73,7 @@ def test_only_the_named_experts_are_read(checkpoint_dir):
 
 
 def bytes_read() -> int:
-    """What this process has asked files for since it started."""
+    """Bytes that this process has read from files since it started."""
     lines = pathlib.Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
@@ -88,7 +88,7 @@ def test_reading_one_expert_reads_its_bytes_and_little_more(tmp_path):
     dense = {"final_norm/scale": np.ones(8, np.float32)}
     save_checkpoint(tmp_path / "large", model, dense, experts, facts={})
     checkpoint = Checkpoint(tmp_path / "large")
-    checkpoint.read_experts([0])  # what is imported and opened once is not of an expert
+    checkpoint.read_experts([0])  # imports and first opens do not count for an expert
     before = bytes_read()
     found = checkpoint.read_experts([3])[3]
     read = bytes_read() - before

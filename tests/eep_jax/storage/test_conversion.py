@@ -1,4 +1,4 @@
-"""A Hugging Face directory becomes a checkpoint: bit by bit, once, and whatever is killed when."""
+"""Promises of conversion: equal to the bit, nothing written twice, resumable after any kill."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def assert_same(out, hf, dtype: str = "") -> None:
 
 
 def contents(root: pathlib.Path) -> dict[str, tuple]:
-    """Identity of every file: a new one at the same path has another."""
+    """Identity of every file; a new file at the same path has another."""
     files = (p for p in root.rglob("*") if p.is_file())
     return {str(p.relative_to(root)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
@@ -89,7 +89,7 @@ def test_an_expert_is_one_chunk(hf, tmp_path):
     assert chunk.read_bytes() == wanted.tobytes()
 
 
-def test_orbax_restores_what_was_converted(hf, tmp_path):
+def test_orbax_restores_a_converted_checkpoint(hf, tmp_path):
     convert(hf, tmp_path)
     (expert,) = restore(tmp_path / WEIGHTS / "e003", ["e003"]).values()
     np.testing.assert_array_equal(expert, Checkpoint(tmp_path).read_experts([3])[3])
@@ -123,7 +123,7 @@ def test_wherever_it_is_interrupted_it_goes_on_and_writes_nothing_twice(hf, tmp_
         assert_same(out, hf)
 
 
-def test_what_a_killed_process_left_half_done_is_removed(hf, tmp_path):
+def test_half_done_pieces_of_a_killed_process_are_removed(hf, tmp_path):
     run = Conversion(HuggingFaceCheckpoint(hf), tmp_path).run()
     for _ in range(3):
         next(run)
@@ -208,7 +208,7 @@ class TestRefusals:
         assert "another process" in self.refusal(hf, tmp_path)
         run.close()
 
-    def test_no_room_is_said_before_anything_is_written(self, hf, tmp_path, monkeypatch):
+    def test_too_little_space_is_found_before_anything_is_written(self, hf, tmp_path, monkeypatch):
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
         assert "still to be written; make room" in self.refusal(hf, tmp_path)

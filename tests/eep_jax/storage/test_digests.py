@@ -1,4 +1,4 @@
-"""Promises of digests: of bytes, the same by blocks and threads, and older ones still count."""
+"""Promises of digests: independent of blocks and threads; older kinds stay valid."""
 
 import hashlib
 
@@ -17,7 +17,7 @@ from eep_jax.storage.digests import (
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 1, 5 * BLOCK_BYTES + 3])
-def test_threads_and_blocks_say_the_same(nbytes):
+def test_threads_and_blocks_do_not_change_the_digest(nbytes):
     data = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
     blocks = [data[at : at + BLOCK_BYTES] for at in range(0, nbytes, BLOCK_BYTES)]
     assert digest(data) == of_blocks(map(block_digest, blocks))
@@ -27,7 +27,7 @@ def test_threads_and_blocks_say_the_same(nbytes):
         assert digest(changed) != digest(data)
 
 
-def test_a_digest_says_how_it_was_made_and_older_ones_still_count():
+def test_a_digest_names_its_kind_and_older_kinds_stay_valid():
     array = np.arange(6, dtype=np.float32)
     assert digest(array).startswith(PREFIX) and is_blocked(digest(array))
     older = hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()

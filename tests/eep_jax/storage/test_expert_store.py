@@ -1,4 +1,4 @@
-"""Contract of everything that experts are read from; one class for all implementations."""
+"""Contract of all expert stores: one class of tests for four implementations."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ class TestExpertStore:
         out = np.zeros(store.model.expert_shape, store.manifest["dtype"])
         job = store.expert_job(2, ArrayTarget(out), in_place=False)
         if job is None:
-            return  # it is only read as a whole
+            return  # the store reads whole experts only
         (done,) = BlockLoader().load([job])
         assert done is job and job.error is None
         assert digest(out) == digest(store.read_experts([2])[2])

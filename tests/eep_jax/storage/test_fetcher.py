@@ -1,4 +1,4 @@
-"""Promises of fetching in threads: deadlines, sources that hang, several at once within bounds."""
+"""Promises of fetching in threads: deadlines, sources that hang, bounded concurrency."""
 
 import gc
 import threading
@@ -18,7 +18,7 @@ FIRST, SECOND = (Source(SourceKind.BACKUP, rank) for rank in (1, 2))
 
 
 class World:
-    """Sources that answer at once, and what was under way or not taken yet at each start."""
+    """Sources that answer at once, and counts of fetches under way or not taken yet."""
 
     def __init__(self, wanted, at_once, failing=()):
         self.fetcher, self.begun, self.held, self.most = Fetcher(10_000), [], 0, 0
@@ -89,7 +89,7 @@ def test_others_are_under_way_while_one_is_waited_for():
 
     make = lambda expert: Fetch(FIRST.rank, lambda: work(expert))
     ahead = Prefetcher(Fetcher(20_000), range(4), make, 3)
-    for expert in range(4):  # three meet, so three go on at the same time
+    for expert in range(4):  # three meet at the barrier, so three run at the same time
         ahead.take(ahead.begin(expert)).result()
     assert started[0] == 0 and sorted(started) == [0, 1, 2, 3]
 
@@ -102,14 +102,14 @@ def test_after_a_failure_a_source_is_asked_for_one_expert_again():
     assert len(world.begun) == 3 and world.take(2, FIRST) == (2, FIRST)
 
 
-def test_what_nobody_announced_is_fetched_all_the_same():
+def test_an_unannounced_expert_is_fetched_as_well():
     world = World([], 4)
     assert world.take(7, SECOND) == (7, SECOND)
 
 
 @pytest.fixture
 def hanging():
-    """A fetch of key "disk" that nobody waited for, past its deadline, and what ends it."""
+    """A fetcher, its fetch of key "disk" past the deadline, and the event that ends it."""
     end, fetcher = threading.Event(), Fetcher(1)
     fetch = fetcher.start(Fetch("disk", lambda: end.wait(30)))
     while not fetcher._hangs(fetch):
@@ -118,7 +118,7 @@ def hanging():
     end.set()
 
 
-def test_a_source_that_hangs_costs_one_thread_even_if_nobody_waited_for_it(hanging):
+def test_a_source_that_hangs_costs_one_thread_even_without_a_wait(hanging):
     fetcher, first, end = hanging
     for _ in range(3):
         refused = fetcher.start(Fetch("disk", lambda: 1))
@@ -132,7 +132,7 @@ def test_a_source_that_hangs_costs_one_thread_even_if_nobody_waited_for_it(hangi
     assert fetcher.start(Fetch("disk", lambda: 3)).result(30) == 3
 
 
-def test_what_comes_after_the_deadline_is_not_the_result(hanging):
+def test_an_answer_after_the_deadline_is_not_the_result(hanging):
     fetcher, fetch, end = hanging
     assert fetcher.is_over(fetch)
     end.set()
@@ -162,7 +162,7 @@ def test_results_are_freed_with_their_fetch():
         gc.enable()
 
 
-def test_progress_puts_off_the_deadline():
+def test_progress_postpones_the_deadline():
     fetcher = Fetcher(60_000)
     go_on = threading.Event()
     fetch = fetcher.start(Fetch("disk", lambda: go_on.wait(30)))

@@ -1,4 +1,4 @@
-"""Promises of reading Hugging Face directories: just what is asked for; what is wrong is named."""
+"""Promises of reading Hugging Face directories: minimal reads, and errors that name the fault."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def test_a_file_that_is_cut_off_is_named(copy_of, keep):
         HuggingFaceCheckpoint(root)
 
 
-def test_a_directory_without_weights_or_of_other_ones_says_what_is_expected(copy_of, tmp_path):
+def test_an_error_for_missing_or_other_weights_names_the_expectation(copy_of, tmp_path):
     root = copy_of("olmoe")
     (root / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no weights: expected .*index.json"):
@@ -136,7 +136,7 @@ def test_a_rope_that_is_not_implemented_is_named(copy_of):
         HuggingFaceCheckpoint(root)
 
 
-def test_older_files_say_rope_in_two_fields(copy_of):
+def test_older_files_have_rope_in_two_fields(copy_of):
     root = copy_of("deepseek_v3")
     values = json.loads((root / "config.json").read_text())
     rope = values["rope_parameters"]
@@ -155,7 +155,7 @@ def test_ends_of_the_generation_config_end_completions(copy_of):
 
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
-def test_experts_are_what_the_files_say_in_the_dtype_asked_for(dtype):
+def test_experts_equal_the_files_in_the_requested_dtype(dtype):
     checkpoint = HuggingFaceCheckpoint(ROOT / "qwen3_moe", dtype)
     tensors = load(ROOT / "qwen3_moe" / "model.safetensors")
     assert checkpoint.manifest["dtype"] == (dtype or "float32")
@@ -185,7 +185,7 @@ def test_another_model_is_refused_but_not_for_its_name():
 
 
 def as_fp8(tensors: dict, block: int = 16) -> dict:
-    """Makes the layers' matrices float8 with a scale per block; returns what they stand for."""
+    """Makes the layers' matrices float8 with a scale per block; returns the dequantized values."""
     truth = {}
     for key in [k for k in tensors if re.search(r"layers\.\d+\.(mlp|self_attn).*proj\.weight", k)]:
         weight = tensors[key]
@@ -229,13 +229,13 @@ def test_fp8_values_times_scales():
 
 def test_mxfp4_values_times_powers_of_two():
     blocks = np.zeros((1, 1, 16), np.uint8)
-    blocks[0, 0, :3] = [0x21, 0xF7, 0x08]  # the low half comes first
+    blocks[0, 0, :3] = [0x21, 0xF7, 0x08]  # the low half is first
     found = from_mxfp4(blocks, np.array([[128]], np.uint8)).astype(np.float32)
     assert found.shape == (1, 32) and found[0, :6].tolist() == [1, 2, 12, -12, 0, 0]
 
 
 def test_mxfp4_experts_are_those_of_the_values_they_stand_for(copy_of):
-    """The same model twice: in four bits, and in the float32 of just those values."""
+    """The same model twice: in four bits, and as float32 of the same values."""
     narrow = copy_of("gpt_oss")
     random, plain = np.random.default_rng(3), {}
 

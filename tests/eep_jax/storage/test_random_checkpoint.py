@@ -1,4 +1,4 @@
-"""Promises of drawn weights: the same everywhere from a seed, and one expert without the others."""
+"""Promises of random weights: determined by the seed, each expert drawn alone."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""Promises of experts that come from Hugging Face files block by block, straight into the bank."""
+"""Promises of streaming: experts of Hugging Face files, block by block, straight into the bank."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ SLOTS = 3
 
 
 class World:
-    """Two banks over loopback heaps, and an executor that reads a directory for the first."""
+    """Two banks over loopback heaps, and an executor that fills the first from a directory."""
 
     def __init__(self, root, dtype: str = "float32", **options):
         self.checkpoint = HuggingFaceCheckpoint(root, dtype)
@@ -42,8 +42,8 @@ class World:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_what_is_streamed_is_what_is_read_whole(name, dtype):
-    """A bank of bfloat16 is padded, gpt-oss' experts have biases."""
+def test_a_streamed_expert_equals_one_that_is_read_whole(name, dtype):
+    """Covers padding (banks of bfloat16) and biases (experts of gpt-oss)."""
     world = World(ROOT / name, dtype)
     world.bank.write(1, 0, np.full(world.checkpoint.model.expert_shape, np.nan))
     assert world.executor.carry_out((7, 2, EMPTY), ()) == (7, 2, EMPTY)
@@ -72,7 +72,7 @@ def test_a_peers_expert_is_compared_with_the_directory():
 
 
 def cut(world, after: int, then) -> None:
-    """Expert 5 is cut: `then(files, scratch)` makes what comes in place of block number `after`."""
+    """Cuts expert 5: `then(files, scratch)` computes the block that replaces number `after`."""
     job_of = world.checkpoint.expert_job
 
     def expert_job(expert, target, in_place):
@@ -103,7 +103,7 @@ def test_a_read_that_fails_halfway_leaves_no_expert_in_the_slot():
 FROM_TWO = (Source(SourceKind.CHECKPOINT), Source(SourceKind.PEER, 1, 0))
 
 
-def test_an_expert_of_which_parts_are_missing_is_none():
+def test_an_expert_with_missing_parts_is_an_error():
     world = World(ROOT / "olmoe")
     whole = world.checkpoint._family
     less = types.SimpleNamespace(expert=lambda *of: list(whole.expert(*of))[:-1])
@@ -142,9 +142,7 @@ def test_a_read_that_hangs_ends_with_the_deadline_and_writes_nothing_later(sourc
     hang.set()
     assert came.wait(30)
     for run in world.executor._loader._runs:
-        for (
-            thread
-        ) in run.fetch.threads:  # which `threading.enumerate` may leave out a moment too early
+        for thread in run.fetch.threads:  # `threading.enumerate` may omit them too early
             thread.join(30)
     np.testing.assert_array_equal(world.bank.read(0), before)
     assert world.executor.carry_out((EMPTY, EMPTY, 6), ()) == (EMPTY, EMPTY, 6), "it works again"
