@@ -1,4 +1,4 @@
-"""What this device, and a window of this size, can do."""
+"""Checks of what this device, and a window of this size, can do."""
 
 import importlib
 
@@ -12,10 +12,10 @@ SM_COUNT = 132  # multiprocessors of an H100 and an H200
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: "cpu" or "gpu".
+    """Platform of the program that is being traced: "cpu" or "gpu".
 
-    That is the abstract device of the mesh, where one is set (lowering for a GPU that is not here),
-    else JAX's default backend. Raises NotImplementedError for others.
+    It is the abstract device of the mesh, if set (lowering for a GPU that is not here), else JAX's
+    default backend. Raises NotImplementedError for others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
@@ -29,18 +29,22 @@ def platform() -> str:
 
 
 def prepare_loading() -> None:
-    """Call it before an executable with kernels is loaded rather than compiled.
+    """Must be called before an executable with kernels is loaded rather than compiled.
 
-    What a kernel of Mosaic GPU calls is in a library that XLA looks for in a variable of the
-    environment, and importing Mosaic GPU sets that. Without it nothing loads, until something was
-    compiled.
+    Importing Mosaic GPU sets the environment variable in which XLA looks for the library that its
+    kernels call. Without it no such executable loads before another was compiled.
     """
     if jax.default_backend() == "gpu":
         importlib.import_module("jax.experimental.mosaic.gpu")
 
 
 def check_exchange(layout: WindowLayout, tokens: int, hidden: int, choices: int) -> None:
-    """Raises where an exchange does not fit the window, or this device has no implementation."""
+    """Checks an exchange against its window and this device.
+
+    Raises:
+        ValueError: it does not fit the window.
+        NotImplementedError: this device has no implementation for it.
+    """
     if tokens > layout.tokens or hidden != layout.hidden or choices != layout.choices:
         raise ValueError(
             f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of "

@@ -1,8 +1,8 @@
-"""What is where in a rank's window: the only place that adds byte offsets.
+"""Layout of a rank's window: the only module that adds byte offsets.
 
-A window is the part of a rank's slab that peers write. All regions that a peer writes are indexed
-by the writer's rank, so a rank that was evicted but still lives can reach only regions of its own
-number, which nobody reads while that rank is inactive. Data regions exist twice, by round parity.
+A window is the part of a rank's slab that peers write. Every region that a peer writes is indexed
+by the writer's rank, so an evicted rank that still lives reaches only regions of its own number,
+which are not read while that rank is inactive. Data regions exist twice, by round parity.
 
     abort       uint32 [1]            highest epoch in preparation; steps of lower ones end waits
     doorbell    uint32 [1]            changes whenever there may be something new; sleepers watch it
@@ -62,7 +62,7 @@ class WindowLayout:
     row_dtype: str = "float32"
     dispatch_dtype: str = ""  # "float8_e4m3fn": rows travel as fp8 with a scale per SCALE_CHANNELS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("ranks", "tokens", "choices", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -1,6 +1,9 @@
 """Combine over a heap in host memory: results home, wait, weighted sum, as numpy."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from jax.experimental.buffer_callback import Buffer
 
 from pallas_kernels.exchange.host import HostExchange
 
@@ -13,16 +16,16 @@ class HostCombine(HostExchange):
     def __call__(
         self,
         _,
-        outs,
-        heap,
-        results,
-        received,
-        sent_weights,
-        slots,
-        weights,
-        active,
-        scalars,
-        suspicion,
+        outs: Sequence[Buffer],
+        heap: Buffer,
+        results: Buffer,
+        received: Buffer,
+        sent_weights: Buffer,
+        slots: Buffer,
+        weights: Buffer,
+        active: Buffer,
+        scalars: Buffer,
+        suspicion: Buffer,
     ) -> None:
         y, suspicion_out = map(np.asarray, outs)
         results, received = np.asarray(results), np.asarray(received)

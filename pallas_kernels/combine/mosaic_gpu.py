@@ -31,17 +31,18 @@ from pallas_kernels.exchange.gpu import (
     INCOMPLETE,
     ArrivalFlags,
     ExchangeScalars,
+    IsPartner,
     Turn,
     exchange_scalars,
     first_of_each,
 )
-from pallas_kernels.simt import GROUP_THREADS, Word, entry, word_at
+from pallas_kernels.simt import GROUP_THREADS, Ref, Word, entry, word_at
 
 CHANNELS = 8  # bf16 in one 16-byte access
 ONE = 0x3F800000  # float32 1.0 by its bits
 
 # (number of blocks, part of a kernel: (results, received slots, weights, turn, is_partner))
-Writer = tuple[int, Callable]
+Writer = tuple[int, Callable[[Ref, Ref, Ref, Turn, IsPartner], None]]
 
 
 @jax.named_scope("send home")
@@ -65,7 +66,7 @@ def send_home(
     else:
         blocks, write = send_sums(results.shape, config)
 
-    def body(results, received, weights, heap_ref, *rest):
+    def body(results: Ref, received: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
         refs, (done, ticket) = ExchangeScalars.split(rest)
         turn = Turn.open("returned", spec, heap_ref, refs, GROUP_THREADS, stand_in=config.stand_in)
         is_partner, _ = turn.partners()
@@ -90,7 +91,7 @@ def send_choices(shape: tuple[int, int, int, int], config: CombineConfig) -> Wri
     row_bytes, blocks = hidden * 2, min(ranks * tokens, config.send_blocks)
 
     @simt.phase("send home")
-    def write(results, received, weights, turn: Turn, is_partner) -> None:
+    def write(results: Ref, received: Ref, weights: Ref, turn: Turn, is_partner: IsPartner) -> None:
         del weights
         heap = turn.heap
 
@@ -120,7 +121,7 @@ def send_sums(shape: tuple[int, int, int, int], config: CombineConfig) -> Writer
     blocks = min(ranks * tokens * parts, config.send_blocks)
 
     @simt.phase("send home")
-    def write(results, received, weights, turn: Turn, is_partner) -> None:
+    def write(results: Ref, received: Ref, weights: Ref, turn: Turn, is_partner: IsPartner) -> None:
         heap = turn.heap
 
         def send_part(item: Word) -> None:
@@ -178,7 +179,7 @@ def receive_home(
     parts = -(-layout.hidden // CHANNELS // GROUP_THREADS)
     blocks = min(tokens * parts, config.sum_blocks)
 
-    def body(slots, weights, heap_ref, *rest):
+    def body(slots: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
         refs, (_, y, suspicion, heard, failed, news) = ExchangeScalars.split(rest)
         turn = Turn.open("returned", spec, heap_ref, refs, GROUP_THREADS, stand_in=config.stand_in)
         block, thread = simt.block(), simt.thread()
@@ -256,7 +257,7 @@ class Summing(typing.NamedTuple):
         return Item(token, chunk, owners, there, shares)
 
     @simt.phase("sum")
-    def run(self, item: Item, all_came: Word, y) -> None:
+    def run(self, item: Item, all_came: Word, y: Ref) -> None:
         """Sums and writes; skips rows of suspected ranks, and all rows of an aborted step."""
         layout, heap = self.spec.layout, self.turn.heap
         late = all_came ^ 1

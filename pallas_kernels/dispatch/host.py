@@ -1,6 +1,9 @@
 """Dispatch over a heap in host memory: the send and receive phases of one rank, as numpy."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from jax.experimental.buffer_callback import Buffer
 
 from pallas_kernels.exchange.host import HostExchange, every_or
 
@@ -10,7 +13,18 @@ class HostDispatch(HostExchange):
 
     flag = "sent"
 
-    def __call__(self, _, outs, heap, x, slots, weights, active, scalars, suspicion) -> None:
+    def __call__(
+        self,
+        _,
+        outs: Sequence[Buffer],
+        heap: Buffer,
+        x: Buffer,
+        slots: Buffer,
+        weights: Buffer,
+        active: Buffer,
+        scalars: Buffer,
+        suspicion: Buffer,
+    ) -> None:
         rows_out, slots_out, weights_out, suspicion_out, vote_out = map(np.asarray, outs)
         x, slots, weights = np.asarray(x), np.asarray(slots), np.asarray(weights)
         suspicion_out[...] = np.asarray(suspicion)

@@ -25,6 +25,7 @@ from pallas_kernels.exchange.gpu import (
     DISPATCH_DONE,
     ArrivalFlags,
     ExchangeScalars,
+    IsPartner,
     Turn,
     exchange_scalars,
     first_of_each,
@@ -32,7 +33,7 @@ from pallas_kernels.exchange.gpu import (
 from pallas_kernels.exchange.lists import RowLists
 from pallas_kernels.grouping import ExpertRows
 from pallas_kernels.handover import RowsInWindow
-from pallas_kernels.simt import GROUP_THREADS, Word, entry
+from pallas_kernels.simt import GROUP_THREADS, Ref, Word, entry
 
 Received = tuple[RowsInWindow, Choices, Int32[Array, "R"], UInt32[Array, ""]]
 
@@ -49,7 +50,7 @@ def dispatch_mosaic(
     lists = RowLists(spec, *choices.slots.shape, config.tile_rows)
     sending = Sending.of(choices.slots.shape, spec, config, config.groups or lists.groups)
 
-    def body(rows, slots, weights, heap_ref, *rest):
+    def body(rows: Ref, slots: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
         refs, rest = ExchangeScalars.split(rest)
         *outs, ticket, heard, failed, largest, counts = rest
         turn = Turn.open("sent", spec, heap_ref, refs, sending.threads, stand_in=config.stand_in)
@@ -85,7 +86,7 @@ def send(
     """
     sending = Sending.of(choices.slots.shape, spec, config, 1)
 
-    def body(rows, slots, weights, heap_ref, *rest):
+    def body(rows: Ref, slots: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
         refs, (done, ticket) = ExchangeScalars.split(rest)
         turn = Turn.open("sent", spec, heap_ref, refs, sending.threads)
         sending.write(rows, slots, weights, turn)
@@ -122,7 +123,7 @@ def receive(
     """
     lists = RowLists(spec, *shape, config.tile_rows)
 
-    def body(heap_ref, *rest):
+    def body(heap_ref: Ref, *rest: Ref) -> None:
         refs, (_, *outs, heard, failed, largest, counts) = ExchangeScalars.split(rest)
         turn = Turn.open("sent", spec, heap_ref, refs, GROUP_THREADS * lists.groups)
         _arrive(turn, lists, outs, (heard, failed, largest, counts))
@@ -218,7 +219,7 @@ class Sending:
         return rows, choices.slots.reshape(-1), choices.weights.reshape(-1)
 
     @simt.phase("send")
-    def write(self, rows, slots, weights, turn: Turn) -> None:
+    def write(self, rows: Ref, slots: Ref, weights: Ref, turn: Turn) -> None:
         """Part of a kernel, called by all threads of all blocks.
 
         No window holds this round's flag of this rank before all of it is written.
@@ -261,7 +262,9 @@ class Sending:
         last = simt.word(self.blocks - 1) - block
         simt.each(last, self.spec.ranks, self.blocks, send_metadata)
 
-    def _ranks(self, slots, token: Word, own: Word, is_partner) -> list[tuple[Word, Word]]:
+    def _ranks(
+        self, slots: Ref, token: Word, own: Word, is_partner: IsPartner
+    ) -> list[tuple[Word, Word]]:
         """For each choice the rank it sends the row to, and whether it does.
 
         A row travels once per rank, for the first of its choices there: slots `[3 19 5]` with S=8

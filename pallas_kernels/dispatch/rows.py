@@ -1,4 +1,4 @@
-"""A token's row, narrowed to fp8 on its way out of a kernel."""
+"""Sending of a token's row that is narrowed to fp8 on the way."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,13 +7,13 @@ from pallas_kernels.exchange.fp8 import E4M3_MAX, SMALLEST_PEAK
 from pallas_kernels.simt import Word
 from pallas_kernels.sizes import SCALE_CHANNELS
 
-PIECE = simt.VECTOR_BYTES  # channels of a thread: what it reads is twice as wide as what it writes
+PIECE = simt.VECTOR_BYTES  # channels of a thread, which reads 2 bytes and writes 1 for each
 PIECES_UNDER_WAY = 4  # of a thread
-LANES = SCALE_CHANNELS // PIECE  # neighbours that share a scale
+LANES = SCALE_CHANNELS // PIECE  # adjacent threads that share a scale
 
 
 def pieces(hidden: int) -> int:
-    """How many threads a row of D channels has work for."""
+    """Threads that a row of D channels has work for."""
     return hidden // PIECE
 
 
@@ -23,15 +23,15 @@ def send_narrowed(
     hidden: int,
     threads: int,
 ) -> None:
-    """A row of bf16 to every `(address, wanted)` target, in the form of `fp8.pack_rows`, bit by
-    bit.
+    """Narrows a row of bf16 and sends it to every `(address, wanted)` target.
 
-    As `simt.copy_row`: `threads`, a power of two and whole warps, share the work.
+    Bit by bit what `fp8.pack_rows` gives. Like `simt.copy_row`: `threads`, a power of two and whole
+    warps, share the work.
     """
     known = []
     for places, inside in simt.pieces_of(pieces(hidden), threads, PIECES_UNDER_WAY):
         starts = [source + (place * (2 * PIECE)).wide() for place in places]
-        # All loads are under way before the first of them is waited for.
+        # All loads are issued before the first is waited for.
         loaded = [simt.load_words(start, 4) + simt.load_words(start + PIECE, 4) for start in starts]
         if not known:
             known.extend(targets())

@@ -1,4 +1,4 @@
-"""Rows in fp8: e4m3 with one float32 scale per 128 channels, scales behind the row's bytes."""
+"""Rows in fp8: e4m3 values with one float32 scale per 128 channels, stored behind the values."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from pallas_kernels.sizes import SCALE_CHANNELS
 from pallas_kernels.window import round_up
 
 E4M3_MAX = 448.0
-SMALLEST_PEAK = 1e-12  # a row of zeros has this scale's, not a division by zero
+SMALLEST_PEAK = 1e-12  # so that the scale of zeros is not zero
 
 
 def pack_rows(x: Float[Array, "*T D"]) -> UInt8[Array, "*T B"]:
@@ -27,7 +27,9 @@ def pack_rows(x: Float[Array, "*T D"]) -> UInt8[Array, "*T B"]:
     return jnp.pad(packed, [(0, 0)] * len(lead) + [(0, missing)])
 
 
-def unpack_rows(packed: UInt8[Array, "*T B"], hidden: int, dtype) -> Float[Array, "*T D"]:
+def unpack_rows(
+    packed: UInt8[Array, "*T B"], hidden: int, dtype: jnp.dtype
+) -> Float[Array, "*T D"]:
     """The inverse of `pack_rows`, up to e4m3's rounding (relative 2**-4 of each value)."""
     *lead, _ = packed.shape
     values = jax.lax.bitcast_convert_type(packed[..., :hidden], jnp.float8_e4m3fn)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int32, UInt8, UInt32
 
 from pallas_kernels import simt
 from pallas_kernels.exchange.call import Call, ExchangeSpec
-from pallas_kernels.simt import GROUP_THREADS, Word, entry, word_at
+from pallas_kernels.simt import GROUP_THREADS, Ref, Word, entry, word_at
 from pallas_kernels.window import DOUBLE_BUFFERED, Region
 
 # Entries of the region `ticket`.
@@ -98,7 +98,7 @@ def exchange_scalars(call: Call) -> ExchangeScalars:
     )
 
 
-def open_heap(spec: ExchangeSpec, heap, current, rank) -> Heap:
+def open_heap(spec: ExchangeSpec, heap: Ref, current: Ref, rank: Ref) -> Heap:
     """Part of a kernel: the heap, of references to it, the round and the rank."""
     half, rank = word_at(current) & 1, word_at(rank)
     slab_bytes = spec.slab_bytes or heap.type.shape[1]
@@ -131,7 +131,13 @@ class Turn:
 
     @classmethod
     def open(
-        cls, flag: str, spec: ExchangeSpec, heap, refs: ExchangeScalars, threads: int, **options
+        cls,
+        flag: str,
+        spec: ExchangeSpec,
+        heap: Ref,
+        refs: ExchangeScalars,
+        threads: int,
+        **options,
     ) -> "Turn":
         """Part of a kernel: of a reference to the heap and the call's references."""
         return cls(flag, open_heap(spec, heap, refs.round, refs.rank), refs, threads, **options)
@@ -163,7 +169,7 @@ class Turn:
 
         return is_partner, ended
 
-    def is_last_block(self, ticket: int, blocks: int, shared) -> Word:
+    def is_last_block(self, ticket: int, blocks: int, shared: Ref) -> Word:
         """Part of a kernel, called by all threads of all blocks: whether this block came last.
 
         The writes of all blocks before this call are covered by what the last block posts: each
@@ -240,7 +246,9 @@ class Turn:
             simt.store(entry(out.suspicion, heap.rank), aborted.narrow())
 
     @simt.phase("vote")
-    def gather_votes(self, heard, largest, vote, meanwhile: Callable[[], None]) -> None:
+    def gather_votes(
+        self, heard: Ref, largest: Ref, vote: Ref, meanwhile: Callable[[], None]
+    ) -> None:
         """Part of a kernel, after `await_partners`: the largest vote of those heard and this rank.
 
         `meanwhile` runs while the votes are loaded; all threads must pass a barrier in it.
@@ -297,7 +305,7 @@ def read_region(
     words = math.prod(region.shape[1:]) * region.dtype.itemsize // 4
     blocks = max(1, min(1024, words // (4 * GROUP_THREADS)))
 
-    def body(heap_ref, current, number, _, out):
+    def body(heap_ref: Ref, current: Ref, number: Ref, _, out: Ref) -> None:
         heap = open_heap(spec, heap_ref, current, number)
         first = simt.block() * GROUP_THREADS + simt.thread()
 

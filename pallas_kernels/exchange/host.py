@@ -19,7 +19,7 @@ class HostExchange:
 
     flag: str
 
-    def __init__(self, spec: ExchangeSpec):
+    def __init__(self, spec: ExchangeSpec) -> None:
         self.spec = spec
         self._views = HeapViews(spec.layout)
         self._ranks = np.arange(spec.ranks)[:, None, None]
@@ -87,7 +87,7 @@ class Turn:
 class HeapViews:
     """Window regions of all ranks, rebuilt only if the heap's address changes."""
 
-    def __init__(self, layout: WindowLayout):
+    def __init__(self, layout: WindowLayout) -> None:
         self._layout = layout
         self._address, self._windows = None, None
 

@@ -9,7 +9,7 @@ from pallas_kernels import simt
 from pallas_kernels.exchange.call import ExchangeSpec
 from pallas_kernels.exchange.gpu import Heap
 from pallas_kernels.grouping import tiles_max
-from pallas_kernels.simt import GROUP_THREADS, Word, entry
+from pallas_kernels.simt import GROUP_THREADS, Ref, Word, entry
 
 UNROLLED_SLOTS = 64  # up to which a sum over slots is no loop
 
@@ -63,13 +63,15 @@ class RowLists:
         }
         return {name: ((length,), jnp.int32) for name, length in lengths.items()}
 
-    def clear(self, counts, threads: int) -> None:
+    def clear(self, counts: Ref, threads: int) -> None:
         """Part of a kernel: zeroes `counts` in shared memory; a barrier must follow."""
         zero = lambda slot: simt.store(entry(counts, slot), simt.word(0))
         simt.each(simt.thread(), self.slots, threads, zero)
 
     @simt.phase("list rows")
-    def collect(self, heap: Heap, heard, counts, outs: Sequence, threads: int) -> None:
+    def collect(
+        self, heap: Heap, heard: Ref, counts: Ref, outs: Sequence[Ref], threads: int
+    ) -> None:
         """Part of a kernel, called by all threads of the block after a barrier.
 
         Args:

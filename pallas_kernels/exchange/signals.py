@@ -1,13 +1,14 @@
-"""Round-tagged flag words: how a rank says that its rows are there, and how it waits for others'.
+"""Flags that hold rounds: a rank posts that its rows are written, and waits for others' flags.
 
-A flag holds the round itself, never a count of arrivals, so a late write of a rank that was evicted
-can satisfy no wait. A round is a uint32: 12 bits of the epoch, 20 bits that count within it.
+A flag holds the round itself, never a count of arrivals, so a late write of an evicted rank
+satisfies no wait. A round is a uint32: 12 bits of the epoch, 20 bits that count within it.
 """
 
 import ctypes
 import platform
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,11 +18,11 @@ EPOCH_MASK = (1 << (32 - ROUND_BITS)) - 1
 # Cleared flags are zero. Counting starts at two, so that no first round of an epoch is zero.
 FIRST_COUNT = 2
 
-WAIT_SLICE_NS = 1_000_000  # how often a sleeping wait looks at the abort word
+WAIT_SLICE_NS = 1_000_000  # between two polls of the abort word by a sleeping wait
 
 # The same number on all processors; since Linux 5.16.
 _FUTEX_WAITV_CALL, _FUTEX_32_BITS, _WAITV_MAX, _ENOSYS = 449, 2, 128, 38
-POLL_NS = 100_000  # where several words cannot be slept on at once
+POLL_NS = 100_000  # if the kernel cannot sleep on several words at once
 
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -43,23 +44,23 @@ class _Waiter(ctypes.Structure):
 
 
 def first_round(epoch: int) -> int:
-    """The round at which an epoch starts. Epoch 3 starts at `3 << 20 | 2`."""
+    """First round of an epoch. Epoch 3 starts at `3 << 20 | 2`."""
     return (epoch & EPOCH_MASK) << ROUND_BITS | FIRST_COUNT
 
 
-def next_round(current, steps: int = 1):
-    """`steps` rounds later in the same epoch; wraps within its 20 bits. Numpy or jax uint32."""
+def next_round[U](current: U, steps: int = 1) -> U:
+    """`steps` rounds later in the same epoch; wraps within 20 bits. NumPy or JAX uint32."""
     low, high = np.uint32(ROUND_MASK), np.uint32(EPOCH_MASK << ROUND_BITS)
     return (current & high) | (((current & low) + np.uint32(steps)) & low)
 
 
 def parity(current: int) -> int:
-    """Which half of the double-buffered regions a round uses."""
+    """Half of the double-buffered regions that a round uses."""
     return current & 1
 
 
 def post(flag: np.ndarray, value: int) -> None:
-    """Release-stores `value` in a one-element view and wakes whoever sleeps on it."""
+    """Store-release of `value` in a one-element view; wakes all sleepers."""
     # Taking and releasing a lock orders all earlier stores before the flag, on every processor.
     with _fence:
         pass
@@ -70,7 +71,7 @@ def post(flag: np.ndarray, value: int) -> None:
 
 
 def sleep_on(flag: np.ndarray, seen: int, timeout_ns: int) -> None:
-    """Sleeps until the flag is posted, holds something else than `seen`, or the time is over."""
+    """Sleeps until the flag is posted, differs from `seen`, or the timeout expires."""
     if not _FUTEX_CALL:
         time.sleep(min(timeout_ns, 100_000) / 1e9)
         return
@@ -81,12 +82,12 @@ def sleep_on(flag: np.ndarray, seen: int, timeout_ns: int) -> None:
 
 
 class AnyFlag:
-    """Sleeps on several flags at once, wherever they lie: who posts them need not know.
+    """Sleeps on several flags at once; writers post them as usual.
 
-    `flags` are at most 128 views of one uint32 each; they must outlive this.
+    `flags` are at most 128 views of one uint32 each; they must outlive this object.
     """
 
-    def __init__(self, flags: list[np.ndarray]):
+    def __init__(self, flags: list[np.ndarray]) -> None:
         if len(flags) > _WAITV_MAX:
             raise ValueError(f"{len(flags)} flags to sleep on, at most {_WAITV_MAX}")
         self._flags, self._can_wait = flags, _FUTEX_CALL is not None
@@ -96,14 +97,14 @@ class AnyFlag:
         )
 
     def values(self) -> list[int]:
-        """What the flags hold. All that was written before a flag was posted can be read after."""
+        """Load-acquire of all flags: writes before a flag's post can be read after."""
         found = [int(flag[0]) for flag in self._flags]
         with _fence:
             pass
         return found
 
     def sleep(self, seen: list[int], timeout_ns: int) -> None:
-        """Until a flag is posted or holds something else than was `seen`, or the time is over."""
+        """Sleeps until a flag is posted, differs from `seen`, or the timeout expires."""
         if not self._can_wait:
             time.sleep(min(timeout_ns, POLL_NS) / 1e9)
             return
@@ -124,12 +125,18 @@ class AnyFlag:
 
 
 def wait_round(
-    flags: np.ndarray, wanted: int, ranks, abort: np.ndarray, epoch: int, deadline_ns: int
+    flags: np.ndarray,
+    wanted: int,
+    ranks: Iterable[int],
+    abort: np.ndarray,
+    epoch: int,
+    deadline_ns: int,
 ) -> tuple[list[int], bool]:
     """Waits until `flags[r] == wanted` for all of `ranks`.
 
-    Returns (ranks that did not come before `deadline_ns` of the monotonic clock, whether the wait
-    was aborted because an epoch above `epoch` is being prepared). Never waits past the deadline.
+    Returns (ranks whose flag did not come before `deadline_ns` of the monotonic clock, whether the
+    wait was aborted because an epoch above `epoch` is being prepared). Load-acquire; never waits
+    past the deadline.
     """
     missing = []
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""How the expert GEMM is launched on a GPU; chosen by shape."""
+"""Launch configuration of the expert GEMM on a GPU, chosen by shape."""
 
 import dataclasses
 import math
@@ -12,9 +12,15 @@ STAGES_MIN = 4  # two are being gathered, one is handed over, one is multiplied
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
-    """A tile is `tile_rows` x `tile_columns`; `stages` tiles of operands are under way at once.
+    """Launch configuration.
 
-    `tile_rows` is 64 for each computing warpgroup; one more warpgroup loads.
+    Args:
+        tile_rows: rows of a tile, 64 for each multiplying warpgroup; one more warpgroup loads.
+        tile_columns: columns of a tile of gate and up.
+        stages: buffers of operands of gate and up.
+        down_columns: columns of a tile of down.
+        down_stages: buffers of operands of down.
+        blocks: of each kernel.
     """
 
     tile_rows: int = 64
@@ -24,7 +30,7 @@ class GemmConfig:
     down_stages: int = 6
     blocks: int = SM_COUNT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tile_rows not in (GROUP_ROWS, 2 * GROUP_ROWS):
             raise ValueError(f"{self.tile_rows=} must be {GROUP_ROWS} or {2 * GROUP_ROWS}")
         if self.stages < STAGES_MIN or self.down_stages < 2:
@@ -41,7 +47,7 @@ class GemmConfig:
 def config_for(
     tile_rows: int, slots: int, expert_hidden: int, hidden: int, rows_per_slot: float = math.inf
 ) -> GemmConfig:
-    """The configuration for S experts of F channels over rows of D, a slot having so many.
+    """The configuration for S experts of F channels over rows of D, of which a slot gets so many.
 
     Raises NotImplementedError unless F and D are multiples of WIDTH_MULTIPLE.
     """
@@ -54,7 +60,7 @@ def config_for(
     down_columns = [c for c in (128, 64) if hidden % c == 0]
     if tile_rows > GROUP_ROWS:
         wide = 256 if hidden % 256 == 0 else down_columns[0]
-        narrow = rows_per_slot <= tile_rows  # then the weights' bytes count
+        narrow = rows_per_slot <= tile_rows  # then the time is that of the weights' bytes
         return GemmConfig(
             tile_rows=tile_rows,
             tile_columns=64 if narrow else columns[0],
@@ -62,13 +68,13 @@ def config_for(
             down_columns=wide,
             down_stages=3 if wide == 256 else 5,
         )
-    # Few rows: the weights' bytes count, and that all multiprocessors have the same share of them.
+    # Few rows: the time is that of the weights' bytes, evenly shared by the multiprocessors.
     idle = {c: _idle_share(slots * expert_hidden // c) for c in columns}
     best = min(columns, key=lambda c: (round(idle[c], 1), -c))
     return GemmConfig(tile_columns=best, stages=5 if best > 64 else 8, down_columns=down_columns[0])
 
 
 def _idle_share(units: int) -> float:
-    """Which part of the multiprocessors' time is idle in the last of the rounds over `units`."""
+    """Share of the multiprocessors' time that is idle, over all rounds of `units`."""
     rounds = -(-units // SM_COUNT)
     return 1 - units / (rounds * SM_COUNT)

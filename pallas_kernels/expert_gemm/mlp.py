@@ -1,4 +1,4 @@
-"""What one expert computes: how gate and up become hidden channels, and where biases stand."""
+"""Function of one expert: how gate and up become hidden channels, and where biases are stored."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ ACTIVATIONS = ("swiglu", "clamped_swiglu")
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMlp:
-    """`y = down(activation(gate(x), up(x)))`, with biases where `bias_width` says so.
+    """`y = down(activation(gate(x), up(x)))`, with biases if `bias_width` is set.
 
     - `swiglu`: `silu(gate) * up`.
     - `clamped_swiglu` (gpt-oss): gate is at most `limit`, up between `-limit` and `limit`, then
@@ -27,13 +27,15 @@ class ExpertMlp:
     slope: float = 1.702
     bias_width: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"{self.activation=} must be one of {ACTIVATIONS}")
         if self.bias_width < 0:
             raise ValueError(f"{self.bias_width=} must be F, or 0 for no biases")
 
-    def activate(self, gate: Float[Array, "*N F"], up: Float[Array, "*N F"]):
+    def activate(
+        self, gate: Float[Array, "*N F"], up: Float[Array, "*N F"]
+    ) -> Float[Array, "*N F"]:
         """The hidden channels `[*N F]`."""
         if self.activation == "swiglu":
             return jax.nn.silu(gate) * up
@@ -41,10 +43,12 @@ class ExpertMlp:
         up = jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.slope * gate) * (up + 1)
 
-    def split(self, expert: Float[Array, "*N 3 G D"]):
-        """Returns weights `[*N 3 F D]`, and biases: gate, up `[*N F]`, down `[*N D]`, or None.
+    def split(
+        self, expert: Float[Array, "*N 3 G D"]
+    ) -> tuple[Float[Array, "*N 3 F D"], tuple[Array, Array, Array] | None]:
+        """Returns weights, and biases of gate, up `[*N F]` and down `[*N D]`, or None.
 
-        Raises ValueError where the rows below F do not hold a bias.
+        Raises ValueError if the rows below F have no room for a bias.
         """
         width, (rows, hidden) = self.bias_width, expert.shape[-2:]
         if not width:

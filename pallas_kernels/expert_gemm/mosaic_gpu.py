@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import simt
 from pallas_kernels.expert_gemm.config import GROUP_ROWS, GemmConfig
@@ -112,6 +112,10 @@ class Unit(typing.NamedTuple):
     first: Array  # position of the tile's first row among those of the slot
 
 
+# (this warpgroup, how many units its block computes, the i-th of them)
+Units = tuple[Array, Array, Callable[[Array], Unit]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What the warpgroups of a kernel agree on.
@@ -130,8 +134,8 @@ class Work:
     steps: int
     stages: int
 
-    def units(self, tiles: "Tiles") -> tuple[Array, Array, Callable[[Array], Unit]]:
-        """Part of a kernel: this warpgroup, how many units its block computes, the i-th of them."""
+    def units(self, tiles: Tiles) -> Units:
+        """Part of a kernel: the work of this block."""
         group, block, blocks = lax.axis_index("group"), lax.axis_index("block"), self.config.blocks
         total = tiles.count[0] * self.column_blocks
         mine = jnp.maximum((total - block + blocks - 1) // blocks, 0)
@@ -144,7 +148,9 @@ class Work:
 
         return group, mine, at
 
-    def load(self, units, free, begin: Callable, start: Callable, finish: Callable) -> None:
+    def load(
+        self, units: Units, free: jax.Ref, begin: Callable, start: Callable, finish: Callable
+    ) -> None:
         """Part of a kernel: the loop of the loading warpgroup.
 
         `begin(unit)` returns what `start(unit, begun, k, step, at)` needs to start the copies of
@@ -171,7 +177,15 @@ class Work:
 
         finish(lax.fori_loop(0, mine, load_unit, jnp.int32(0)))
 
-    def multiply(self, units, counts, barriers, product: Callable, sums: int, store: Callable):
+    def multiply(
+        self,
+        units: Units,
+        counts: jax.Ref,
+        barriers: tuple[jax.Ref, ...],
+        product: Callable,
+        sums: int,
+        store: Callable,
+    ) -> None:
         """Part of a kernel: the loop of a multiplying warpgroup; `barriers` are (there, free).
 
         `product(at, *accumulators)` starts the matrix instructions on buffer `at`, and waits until
@@ -224,7 +238,14 @@ class Work:
 
         lax.fori_loop(0, mine, multiply_unit, jnp.int32(0))
 
-    def launch(self, body: Callable, name: str, out, scratch: list, operands: tuple) -> Array:
+    def launch(
+        self,
+        body: Callable,
+        name: str,
+        out: jax.ShapeDtypeStruct,
+        scratch: list,
+        operands: tuple[Array, ...],
+    ) -> Array:
         """Runs `body` in `config.blocks` blocks of one loading and `groups` other warpgroups."""
         body.__name__ = name
         return plgpu.kernel(
@@ -255,7 +276,7 @@ def gate_up(
     rows, columns, stages = config.tile_rows, config.tile_columns, config.stages
     work = Work(config, columns, width // columns, hidden // DEPTH, stages)
 
-    def body(*refs):
+    def body(*refs: jax.Ref) -> None:
         count = len(source.operands)
         given, (layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
         tiles, (h, *scratch) = Tiles(*rest[:3]), rest[3:]
@@ -343,7 +364,10 @@ def gate_up(
     return work.launch(body, "expert_gate_up", out, scratch, operands)
 
 
-def _activate(mlp: ExpertMlp, gate, up):
+def _activate(
+    mlp: ExpertMlp, gate: Float32[Array, "N F"], up: Float32[Array, "N F"]
+) -> Float32[Array, "N F"]:
+    """As `mlp.activate`, in operations that Mosaic GPU lowers."""
     if mlp.activation == "swiglu":
         return gate * (1.0 / (1.0 + jnp.exp(-gate))) * up
     gate = jnp.minimum(gate, mlp.limit)
@@ -351,8 +375,10 @@ def _activate(mlp: ExpertMlp, gate, up):
     return gate * (1.0 / (1.0 + jnp.exp(-mlp.slope * gate))) * (up + 1.0)
 
 
-def _bias(bank, matrix: int, slot, layer, start, columns: int, width: int):
-    """Columns `start ...` of a matrix's bias, for all rows; it lies in the rows below `width`."""
+def _bias(
+    bank: jax.Ref, matrix: int, slot: Array, layer: Array, start: Array, columns: int, width: int
+) -> Float32[Array, "N C"]:
+    """Columns from `start` on of a matrix's bias, for all rows; the bank has it below `width`."""
     hidden = bank.shape[-1]
     row = bank.at[slot, layer, matrix, width + start // hidden, pl.ds(start % hidden, columns)]
     values = plgpu.load(row, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
@@ -377,7 +403,7 @@ def down(
     work = Work(config, columns, hidden // columns, width // DEPTH, stages)
     windows = homes.operands if homes else ()
 
-    def body(*refs):
+    def body(*refs: jax.Ref) -> None:
         count = len(windows)
         given, (h, layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
         tiles, (results, *scratch) = Tiles(*rest[:3]), rest[3:]
@@ -441,7 +467,14 @@ def down(
     return work.launch(body, "expert_down", out, scratch, operands)
 
 
-def _find_rows(source: InWindow | InArray, given, grouped, offsets, first, here) -> None:
+def _find_rows(
+    source: InWindow | InArray,
+    given: tuple[jax.Ref, ...],
+    grouped: jax.Ref,
+    offsets: jax.Ref,
+    first: Array,
+    here: Array,
+) -> None:
     """Part of a kernel: writes the address of each row of a tile to shared memory, two words."""
 
     @plgpu.inline_mgpu(
@@ -449,20 +482,19 @@ def _find_rows(source: InWindow | InArray, given, grouped, offsets, first, here)
     )
     def find(_, given, grouped, offsets, first, here):
         index = simt.lane()
-        # Earlier gathers of this warpgroup may still read the last tile's addresses.
-        simt.group_barrier()
+        simt.group_barrier()  # After: no thread reads the last tile's addresses any more.
         with simt.when(index < simt.splat(here)):
             pair = simt.load(entry(grouped, simt.splat(first) + index))
             start = source.start(given, pair // source.choices)
             low, high = start.narrow(), (start >> 32).narrow()
             simt.store_words(simt.address(offsets, index * 8), [low, high])
-        simt.group_barrier()
+        simt.group_barrier()  # After: all threads may read the addresses.
 
     find(tuple(given), grouped, offsets, first, here)
 
 
-def _gather(x_smem, offsets, here, k, rows: int) -> None:
-    """Starts the copies of one stage of a tile's rows, as the matrix unit's swizzle wants them."""
+def _gather(x_smem: jax.Ref, offsets: jax.Ref, here: Array, k: Array, rows: int) -> None:
+    """Part of a kernel: starts the copies of one stage of a tile's rows, swizzled."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), simt.ref, simt.scalar, simt.scalar))
     def gather(_, x_smem, offsets, here, k):
@@ -482,12 +514,12 @@ def _gather(x_smem, offsets, here, k, rows: int) -> None:
 
 
 def _swizzle(row: Word, chunk: Word) -> Word:
-    """Where the matrix unit wants a row's chunk within 8 rows of 128 bytes."""
+    """Offset of a row's chunk within 8 rows of 128 bytes, as the matrix unit reads them."""
     return row * (DEPTH * 2) + (chunk ^ row) * simt.VECTOR_BYTES
 
 
 def _await_rows(groups_left: int) -> None:
-    """All but the newest `groups_left` stages of this warpgroup's copies are there for all."""
+    """Part of a kernel: waits for this warpgroup's copies but the newest `groups_left` stages."""
 
     @plgpu.inline_mgpu()
     def wait(_):
@@ -505,7 +537,14 @@ class Target(typing.NamedTuple):
     windows: tuple  # references to the operands of `homes`
 
 
-def _store_rows(tile, out, first, here, column, target: Target | None = None) -> None:
+def _store_rows(
+    tile: jax.Ref,
+    out: jax.Ref,
+    first: Array,
+    here: Array,
+    column: Array,
+    target: Target | None = None,
+) -> None:
     """Part of a kernel: copies the first `here` rows of a warpgroup's tile in shared memory.
 
     Row i goes to row `first + i` of `out`, from `column` on; with a target, to the row of its
@@ -521,7 +560,7 @@ def _store_rows(tile, out, first, here, column, target: Target | None = None) ->
     def store(_, tile, out, lists, windows, first, here, column):
         index, here, first = simt.lane(), simt.splat(here), simt.splat(first)
         chunk = index % chunks
-        simt.group_barrier()
+        simt.group_barrier()  # After: the tile in shared memory is complete.
         for start in range(0, GROUP_ROWS, GROUP_THREADS // chunks):
             row = index // chunks + start
             with simt.when(row < here):
@@ -534,6 +573,6 @@ def _store_rows(tile, out, first, here, column, target: Target | None = None) ->
                 block = row // 8 * (width // DEPTH) + chunk // CHUNKS
                 at = simt.address(tile, block * (8 * DEPTH * 2) + _swizzle(row & 7, chunk & 7))
                 simt.store_wide(start_of_row + inside, simt.load_wide(at))
-        simt.group_barrier()
+        simt.group_barrier()  # After: the tile may be overwritten.
 
     store(tile, out, lists, tuple(windows), first, here, column)

@@ -14,8 +14,8 @@ def expert_gemm_reference(
 ) -> Float[Array, "R T K D"]:
     """`y[s, t, k] = down(silu(gate(x)) * up(x))`, x = rows[s, t], of `slots[s, t, k]`; 0 for -1.
 
-    `bank[slot]` holds gate `[F D]`, up `[F D]` and the transpose of down `[F D]`; `mlp` may say
-    that there are biases, or another activation.
+    `bank[slot]` holds gate `[F D]`, up `[F D]` and the transpose of down `[F D]`; `mlp` may add
+    biases or name another activation.
     """
     weights, biases = mlp.split(bank)
     gate_bias, up_bias, down_bias = biases or (0, 0, 0)

@@ -23,67 +23,23 @@ one thread; addresses are 64-bit Words, in shared memory 32-bit ones. Modules im
     mlir      the only module here that imports JAX-internal modules
 """
 
-# ruff: noqa: F401
+# ruff: noqa: F401, I001
 
+# fmt: off
 from pallas_kernels.simt.launch import GROUP_THREADS, kernel
 from pallas_kernels.simt.memory import (
-    VECTOR_BYTES,
-    add_shared,
-    address,
-    copy_async,
-    count_up,
-    entry,
-    load,
-    load_if,
-    load_wide,
-    load_words,
-    max_shared,
-    store,
-    store_wide,
-    store_words,
-    word_at,
+    VECTOR_BYTES, add_shared, address, copy_async, count_up, entry, load, load_if, load_wide,
+    load_words, max_shared, store, store_wide, store_words, word_at,
 )
 from pallas_kernels.simt.sync import (
-    await_async,
-    barrier,
-    commit_async,
-    group_barrier,
-    load_relaxed,
-    now_ns,
-    post,
-    post_on_gpu,
-    wait_for,
-    wait_on_gpu,
+    await_async, barrier, commit_async, group_barrier, load_relaxed, now_ns, post, post_on_gpu,
+    wait_for, wait_on_gpu,
 )
 from pallas_kernels.simt.vectors import (
-    copy_row,
-    float_word,
-    load_bf16x8,
-    load_bf16x8_if,
-    narrow_e4m3,
-    peak_bf16,
-    pieces_of,
-    scale_of,
-    scaled_add,
-    store_bf16x8,
-    store_f32x8,
-    zero_f32x8,
+    copy_row, float_word, load_bf16x8, load_bf16x8_if, narrow_e4m3, peak_bf16, pieces_of,
+    scale_of, scaled_add, store_bf16x8, store_f32x8, zero_f32x8,
 )
 from pallas_kernels.simt.word import (
-    WARP,
-    Word,
-    ballot,
-    block,
-    each,
-    fold,
-    lane,
-    phase,
-    ref,
-    scalar,
-    select,
-    splat,
-    thread,
-    update_if,
-    when,
-    word,
+    WARP, Ref, Word, ballot, block, each, fold, lane, phase, ref, scalar, select, splat, thread,
+    update_if, when, word,
 )

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from pallas_kernels.simt.mlir import ir, llvm, mgpu, scf
-from pallas_kernels.simt.word import Word, i32, i64
+from pallas_kernels.simt.word import Ref, Word, i32, i64
 
 VECTOR_BYTES = 16  # the widest access of one thread
 
 
-def address(reference: ir.Value, offset: Word | int = 0) -> Word:
+def address(reference: Ref, offset: Word | int = 0) -> Word:
     """Address of a byte of an array in GPU memory, or in shared memory (32 bits)."""
     pointer = mgpu.memref_ptr(reference)
     shared = llvm.PointerType(pointer.type).address_space == 3
@@ -18,7 +18,7 @@ def address(reference: ir.Value, offset: Word | int = 0) -> Word:
     return start + offset
 
 
-def entry(reference: ir.Value, index: Word) -> Word:
+def entry(reference: Ref, index: Word) -> Word:
     """Address of a 32-bit entry of a flat array."""
     return address(reference, index.wide() * 4)
 
@@ -33,7 +33,7 @@ def load(at: Word) -> Word:
     return Word(llvm.load(i32(), pointer(at), alignment=4))
 
 
-def word_at(reference: ir.Value, index: int = 0) -> Word:
+def word_at(reference: Ref, index: int = 0) -> Word:
     """A 32-bit entry of a flat array."""
     return load(address(reference, 4 * index))
 

@@ -2,14 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from pallas_kernels.simt.mlir import FragmentedArray, arith, ir, mgpu, plgpu, scf
 
 WARP = 32  # threads
 
+Ref = ir.Value  # of an array, inside a kernel
 ref = plgpu.RefType()
 scalar = plgpu.Layout.WG_SPLAT
+
+
+def _binary(operation: Callable) -> "Callable[[Word, Word | int], Word]":
+    return lambda self, other: Word(operation(self.value, self._other(other)))
+
+
+def _comparison(name: str) -> "Callable[[Word, Word | int], Word]":
+    return _binary(functools.partial(arith.cmpi, getattr(arith.CmpIPredicate, name)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,60 +43,14 @@ class Word:
             return other.value
         return mgpu.c(int(other), self.value.type)
 
-    def _with(self, operation: Callable, other: "Word | int") -> "Word":
-        return Word(operation(self.value, self._other(other)))
+    __add__, __sub__, __mul__ = map(_binary, (arith.addi, arith.subi, arith.muli))
+    __floordiv__, __mod__ = map(_binary, (arith.divui, arith.remui))
+    __and__, __or__, __xor__ = map(_binary, (arith.andi, arith.ori, arith.xori))
+    __lshift__, __rshift__ = map(_binary, (arith.shli, arith.shrui))
+    __eq__, __ne__, __lt__, __gt__, __ge__ = map(_comparison, ("eq", "ne", "slt", "sgt", "sge"))
+    __hash__ = None
 
-    def _compare(self, predicate: arith.CmpIPredicate, other: "Word | int") -> "Word":
-        return Word(arith.cmpi(predicate, self.value, self._other(other)))
-
-    def __add__(self, other):
-        return self._with(arith.addi, other)
-
-    def __sub__(self, other):
-        return self._with(arith.subi, other)
-
-    def __mul__(self, other):
-        return self._with(arith.muli, other)
-
-    def __floordiv__(self, other):
-        return self._with(arith.divui, other)
-
-    def __mod__(self, other):
-        return self._with(arith.remui, other)
-
-    def __and__(self, other):
-        return self._with(arith.andi, other)
-
-    def __or__(self, other):
-        return self._with(arith.ori, other)
-
-    def __xor__(self, other):
-        return self._with(arith.xori, other)
-
-    def __lshift__(self, other):
-        return self._with(arith.shli, other)
-
-    def __rshift__(self, other):
-        return self._with(arith.shrui, other)
-
-    def __eq__(self, other):
-        return self._compare(arith.CmpIPredicate.eq, other)
-
-    def __ne__(self, other):
-        return self._compare(arith.CmpIPredicate.ne, other)
-
-    def __lt__(self, other):
-        return self._compare(arith.CmpIPredicate.slt, other)
-
-    def __gt__(self, other):
-        return self._compare(arith.CmpIPredicate.sgt, other)
-
-    def __ge__(self, other):
-        return self._compare(arith.CmpIPredicate.sge, other)
-
-    def below(self, other: "Word | int") -> "Word":
-        """Unsigned `<`."""
-        return self._compare(arith.CmpIPredicate.ult, other)
+    below = _comparison("ult")  # unsigned `<`
 
     def wide(self) -> "Word":
         """Zero-extended to 64 bits."""
@@ -97,8 +61,6 @@ class Word:
         if self.bits > 32:
             return Word(arith.trunci(i32(), self.value))
         return self if self.bits == 32 else Word(arith.extui(i32(), self.value))
-
-    __hash__ = None
 
 
 def i32() -> ir.IntegerType:
