@@ -37,7 +37,7 @@ def dense_experts(
     weights: Float32[Array, "*T K"],
     mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "*T D"]:
-    """Computes all experts for all tokens and weighs them: wasteful, differentiable, plainly right.
+    """Computes all experts for all tokens and weights them: wasteful, differentiable, simple.
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`.
     """
@@ -53,7 +53,7 @@ def dense_experts(
 
 
 def expert_mlp(config: ModelConfig) -> ExpertMlp:
-    """What one routed expert of a model computes."""
+    """Function of one routed expert of a model."""
     return ExpertMlp(
         activation=config.activation,
         limit=config.activation_limit,
@@ -82,7 +82,7 @@ def elastic_experts(
     tables: Tables,
     call: Call,
 ) -> tuple[Float[Array, "T D"], Int32[Array, "T"], Call]:
-    """Runs each token through its experts, wherever they live now: assign, dispatch, GEMM, combine.
+    """Runs each token through its experts, wherever they are now: assign, dispatch, GEMM, combine.
 
     `y[t] = sum_k weights[t, k] * expert[expert_ids[t, k]](x[t])`. Returns y, how many choices of
     each token had no live replica (they add nothing, and the weights are not renormalised), and the

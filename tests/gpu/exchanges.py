@@ -86,7 +86,7 @@ def a_work(
 
 
 def some_results(seed: int, work: Exchange) -> np.ndarray:
-    """Results `[R owner, R source, T, K, D]` of bfloat16 values; NaN where nobody computed any."""
+    """Results `[R owner, R source, T, K, D]` of bfloat16 values; NaN where none was computed."""
     _, here = naive_dispatch(work)
     random = np.random.default_rng(seed)
     found = random.standard_normal((*here.shape, work.x.shape[-1]), np.float32)
@@ -102,7 +102,7 @@ def rows_of():
 
 @functools.cache
 def through_fp8(hidden: int):
-    """What fp8 leaves of rows, compiled."""
+    """Rows through fp8 and back, compiled."""
     return jax.jit(lambda x: unpack_rows(pack_rows(x), hidden, jnp.bfloat16))
 
 
@@ -130,7 +130,7 @@ class Ranks:
         return np.flatnonzero(self.active).tolist()
 
     def poison(self, ranks=None) -> None:
-        """What earlier rounds may have left in the windows (of these ranks): rows of NaN, real
+        """Fills the windows (of these ranks) like earlier rounds may have: rows of NaN, real
         slots, no flag."""
         layout, heap = self.loopback.layout, self.windows()
         for rank in range(self.ranks) if ranks is None else ranks:
@@ -203,7 +203,7 @@ class Ranks:
 
 
 def check_received(loopback: Loopback, work: Exchange, received: dict, heard=None) -> None:
-    """Whether each rank holds the rows, slots, weights and lists of all it heard (all members).
+    """Checks that each rank holds the rows, slots, weights and lists of all it heard (all members).
 
     Nothing may be left of ranks that it did not hear.
     """
@@ -231,10 +231,10 @@ def check_received(loopback: Loopback, work: Exchange, received: dict, heard=Non
 
 
 def check_sums(loopback: Loopback, work: Exchange, results, y: dict, heard=None) -> None:
-    """Whether each y is the weighted sum of what those it heard (all members) computed."""
+    """Checks that each y is the weighted sum of what the ranks heard (all members) computed."""
     summed = work if heard is None else work.among(heard)
     wanted = naive_combine(summed, results)
-    # What rounding has to do with: the sum of the sizes of what is added.
+    # Rounding errors scale with the sum of the magnitudes that are added.
     sizes = naive_combine(summed, np.abs(results))
     bound = CLOSE if loopback.layout.combine == "per_choice" else BF16
     for rank, found in y.items():

@@ -1,4 +1,4 @@
-"""What dispatch and combine promise on a GPU when ranks die, stall or come back late.
+"""Promises of dispatch and combine on a GPU when ranks die, stall or come back late.
 
 Every epoch starts in windows full of NaN rows with real slots, so one stale row in a sum shows.
 

@@ -1,4 +1,4 @@
-"""Promises of what is refused on which device: by name, with what was expected and the way out."""
+"""Each device refuses what it cannot do: by name, with the expectation and the way out."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ def test_each_device_takes_its_own_rows():
     ("tokens", "hidden", "choices"), [(9, 128, 4), (8, 64, 4), (8, 128, 3), (8, 256, 4)]
 )
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_what_does_not_fit_the_window_is_refused(device, tokens, hidden, choices):
+def test_an_exchange_that_does_not_fit_the_window_is_refused(device, tokens, hidden, choices):
     brought = f"{tokens} tokens x {hidden} channels x {choices} choices do not fit a window of "
     wanted = brought + "8 x 128 x 4; build the WindowLayout for them"
     with pytest.raises(ValueError, match=wanted):

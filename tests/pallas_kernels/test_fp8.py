@@ -1,4 +1,4 @@
-"""Promises of rows in fp8: small errors for all values, and bytes that lie where they are read."""
+"""Promises of rows in fp8: small errors for all values, and bytes at the offsets that are read."""
 
 import functools
 
@@ -21,7 +21,7 @@ LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def rows_of(seed: int, peak: float = 1.0, rows: int = 3) -> np.ndarray:
-    """Rows in bfloat16 whose largest value in each block is about `peak`; wide in their sizes."""
+    """Rows in bfloat16; the largest value of each block is about `peak`, magnitudes vary widely."""
     random = np.random.default_rng(seed)
     sizes = 2.0 ** random.uniform(-20, 0, (rows, HIDDEN))
     values = np.clip(sizes * random.choice([-1, 1], (rows, HIDDEN)) * peak, -LARGEST, LARGEST)
@@ -29,7 +29,7 @@ def rows_of(seed: int, peak: float = 1.0, rows: int = 3) -> np.ndarray:
 
 
 def bound(x: np.ndarray) -> np.ndarray:
-    """The largest error e4m3 may have: 2**-4 of a value, half a subnormal step of a small one."""
+    """Error bound of e4m3: 2**-4 of a value, or half a subnormal step."""
     blocks = np.abs(x.astype(np.float64)).reshape(*x.shape[:-1], -1, SCALE_CHANNELS)
     scale = np.maximum(blocks.max(-1, keepdims=True), SMALLEST_PEAK) / E4M3_MAX
     errors = np.maximum(2.0**-4 * blocks, 2.0**-10 * scale)
@@ -75,7 +75,7 @@ def test_one_block_does_not_narrow_another():
 
 
 @pytest.mark.parametrize("hidden", [128, 256, 384, 640, 2048])
-def test_a_packed_row_is_as_long_as_the_window_says_scales_behind_values(hidden):
+def test_a_packed_row_has_the_length_of_the_layout_and_scales_behind_values(hidden):
     layout = WindowLayout(1, 1, 1, hidden, row_dtype="bfloat16", dispatch_dtype="float8_e4m3fn")
     x = np.linspace(-5, 5, hidden).astype(ml_dtypes.bfloat16)[None]
     packed = np.asarray(pack_rows(x))
@@ -92,7 +92,7 @@ def test_a_packed_row_is_as_long_as_the_window_says_scales_behind_values(hidden)
     )
 
 
-def test_rows_come_back_in_the_dtype_asked_for():
+def test_rows_unpack_into_the_requested_dtype():
     packed = pack(rows_of(0))
     narrow = unpack_rows(packed, HIDDEN, jnp.bfloat16)
     assert narrow.dtype == jnp.bfloat16

@@ -1,4 +1,4 @@
-"""Promises of how the expert GEMM is launched: every shape that is taken has a launch that fits."""
+"""Launch configurations of the expert GEMM: each supported shape has one that fits."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ def lists_of(tile_rows: int):
 
 
 def launches(config, width: int, hidden: int) -> dict[str, list]:
-    """The scratch of both kernels, as they are launched for experts of this shape."""
+    """Scratch of both kernels for experts of this shape."""
     found = {}
 
     def launch(work, body, name, out, scratch, operands):
@@ -55,7 +55,7 @@ def launches(config, width: int, hidden: int) -> dict[str, list]:
 
 
 def shared_bytes(scratch: list) -> int:
-    """Arrays in shared memory, each at a multiple of 1024 bytes as swizzles want, and barriers."""
+    """Arrays in shared memory, each at a multiple of 1024 bytes as swizzles need, and barriers."""
     total = 0
     for part in scratch:
         if isinstance(part, plgpu.Barrier):
@@ -71,7 +71,7 @@ def test_every_shape_has_a_launch_that_divides_it_and_fits(tile_rows, slots, wid
     assert config.tile_rows == tile_rows == config.groups * GROUP_ROWS
     assert width % config.tile_columns == 0 and config.tile_columns % mosaic_gpu.DEPTH == 0
     assert hidden % config.down_columns == 0 and config.down_columns % mosaic_gpu.DEPTH == 0
-    # A stage is handed over LAG stages late and freed one later; fewer would wait for themselves.
+    # A stage is handed over LAG stages late and freed one later; fewer stages would deadlock.
     assert config.stages >= mosaic_gpu.LAG + 2 and config.down_stages >= 2
     for name, scratch in launches(config, width, hidden).items():
         needed = shared_bytes(scratch)

@@ -1,8 +1,8 @@
 """Every kernel lowers for an H100 on any machine, and membership is data in all that is lowered.
 
-What the Pallas interpreter can do for us is the last test: it follows barriers, copies and matrix
-instructions of the expert GEMM's pipelines and looks for races. It cannot run inline MLIR, of which
-the exchanges consist, nor give results of the GEMM, which stores its rows with it.
+The last test uses the Pallas interpreter: it follows barriers, copies and matrix instructions of
+the expert GEMM's pipelines and detects races. It cannot run inline MLIR, of which the exchanges
+consist, nor compute results of the GEMM, which stores its rows with it.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def test_dispatch_and_combine_lower(mode, fp8, ranks):
     for tokens, choices, hidden in SHAPES:
         layout = a_layout(ranks, tokens, choices, hidden, mode, fp8)
         text = lowered(exchange(layout), *arguments(layout))
-        # Dispatch, a copy of the rows; send, combine. Only per_rank wants the sources' weights.
+        # Dispatch, a copy of the rows; send, combine. Only per_rank reads the sources' weights.
         assert len(kernels(text)) == 4 + (mode == "per_rank")
 
 
@@ -97,7 +97,7 @@ def in_window(config):
     return experts
 
 
-# Each F with each D; tile and place of the rows take turns, so each meets each of them.
+# Each F with each D; tile size and location of the rows alternate, so that all pairs occur.
 GEMMS = [
     (width, hidden, (64, 128)[(i + j) % 2], ("window", "array")[(i // 2 + j) % 2])
     for (i, width), (j, hidden) in itertools.product(
@@ -108,7 +108,7 @@ GEMMS = [
 
 @pytest.mark.parametrize(("width", "hidden", "tile_rows", "where"), GEMMS)
 def test_the_expert_gemm_lowers(width, hidden, tile_rows, where):
-    # Dispatch lists tiles of 128 rows where each of two slots gets many.
+    # Dispatch lists tiles of 128 rows if each of two slots gets many.
     tokens, slots = (64, 2) if tile_rows == 128 else (8, 8)
     layout = a_layout(2, tokens, 4, hidden)
     config = config_for(tile_rows, slots, width, hidden)
@@ -166,7 +166,7 @@ def test_no_rank_membership_round_deadline_or_address_is_a_constant(mode, fp8):
 
 
 def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
-    """One whole step of the rank that is told in `call`; weights and heap are shapes only."""
+    """One whole step of the rank of `call`; weights and heap are shapes only."""
     call = call or a_call(config.cluster.ranks, rank=config.cluster.ranks - 1)
     cluster, model, dtype = config.cluster, config.model, jnp.dtype(config.engine.dtype)
     rank = int(call.rank)
@@ -262,9 +262,9 @@ def test_a_step_is_the_same_program_in_every_epoch_and_on_every_rank():
 
 
 def test_the_pipelines_of_the_expert_gemm_have_no_race(capfd):
-    """Reads and writes of staged weights and rows are ordered by barriers, and all arrivals pair.
+    """Barriers order reads and writes of staged weights and rows, and all arrivals are matched.
 
-    Inline parts are left out, so of the operands only what the copy engine brings is followed.
+    Inline parts are ignored, so only operands that the copy engine brings are followed.
     """
     config = GemmConfig(tile_columns=64, stages=4, down_stages=3, blocks=2)
     slots = np.random.default_rng(0).integers(0, 2, (1, 96, 2)).astype(np.int32)
@@ -283,7 +283,7 @@ def test_the_pipelines_of_the_expert_gemm_have_no_race(capfd):
             refused = str(error)
     assert "RACE" not in refused + capfd.readouterr().out
     if refused:
-        # Up to JAX 0.11 the interpreter insists that somebody waits for every last arrival, here
-        # that the stages of the last tile are free again. It says so when the kernel has ended.
+        # Up to JAX 0.11 the interpreter requires a wait for every last arrival, here at `free` of
+        # the last tile's stages, and raises when the kernel has ended.
         assert "had only observed barrier up to phase" in refused
         pytest.skip("the interpreter of JAX 0.11 refuses barriers that end with an arrival")

@@ -1,4 +1,4 @@
-"""What dispatch and combine promise when ranks die, stall or come back late.
+"""Promises of dispatch and combine when ranks die, stall or come back late.
 
 Every exchange starts in windows full of NaN rows with real slot ids, as an earlier round may have
 left them, so one stale row in a sum shows in the result.

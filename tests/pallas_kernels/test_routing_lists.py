@@ -1,4 +1,4 @@
-"""Promises of what kernels are told of a routing: where a row travels, which rows are of a slot."""
+"""Routing as kernels use it: the ranks that a row travels to, and the choices of each slot."""
 
 import jax
 import numpy as np
@@ -63,14 +63,14 @@ LISTS = [
 
 
 @given(st.sampled_from(LISTS), seeds, st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.booleans())
-def test_every_member_is_listed_once_and_in_one_tile(sizes, seed, none_share, of_few):
+def test_every_choice_is_listed_once_and_in_one_tile(sizes, seed, none_share, of_few):
     shape, num_slots, tile_rows = sizes
     slots = some_slots(seed, shape, num_slots, none_share, of_few)
     check_lists(lists_of(slots, num_slots, tile_rows), slots, num_slots, tile_rows)
 
 
 @pytest.mark.parametrize(("shape", "num_slots", "tile_rows"), LISTS)
-def test_both_ways_to_list_have_room_for_the_same(shape, num_slots, tile_rows):
+def test_the_kernel_and_the_function_have_outputs_of_the_same_shapes(shape, num_slots, tile_rows):
     ranks, tokens, choices = shape
     layout = a_layout(ranks, tokens, choices)
     lists = RowLists(ExchangeSpec(layout, num_slots), tokens, choices, tile_rows)

@@ -1,4 +1,4 @@
-"""Promises of rounds and of waits: an old flag satisfies nothing, and no wait is without an end."""
+"""Promises of rounds and waits: an old flag satisfies no wait, and every wait ends."""
 
 import threading
 import time
@@ -78,7 +78,7 @@ def test_a_flag_that_is_there_needs_no_time():
     assert wait(flags_of(7, 7), ranks=(0, 1)) == ([], False)
 
 
-def test_all_who_are_missing_are_named_and_no_other():
+def test_all_missing_ranks_are_named_and_no_other():
     assert wait(flags_of(7, 6, 7, 0), ranks=(0, 1, 2, 3)) == ([1, 3], False)
 
 
@@ -125,5 +125,5 @@ def test_posting_wakes_a_sleeper_without_its_timeout():
     assert not sleeper.is_alive()
 
 
-def test_nobody_sleeps_on_a_flag_that_has_changed():
+def test_a_wait_on_a_flag_that_has_changed_does_not_sleep():
     signals.sleep_on(flags_of(5), 4, FAR_NS)

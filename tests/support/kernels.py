@@ -1,4 +1,4 @@
-"""Random work for the kernels, and naive loops that say what each of them promises."""
+"""Random work for the kernels, and naive loops that compute what each of them promises."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What all ranks bring to one exchange: rows `[R T D]`, flat slots and weights `[R T K]`."""
+    """Input of all ranks to one exchange: rows `[R T D]`, flat slots and weights `[R T K]`."""
 
     x: np.ndarray
     slots: np.ndarray
@@ -40,7 +40,7 @@ def an_exchange(
     none_share: float = 0.2,
     only_ranks=None,
 ) -> Exchange:
-    """Random rows and routings. A share of the choices is -1, all others lie on `only_ranks`."""
+    """Random rows and routings. A share of the choices is -1, all others are on `only_ranks`."""
     random = np.random.default_rng(seed)
     shape = (ranks, tokens, choices)
     owners = random.choice(list(only_ranks or range(ranks)), shape)
@@ -56,7 +56,7 @@ def an_exchange(
 
 
 def some_results(seed: int, work: Exchange) -> np.ndarray:
-    """Results `[R owner, R source, T, K, D]`, zero where a choice lies elsewhere."""
+    """Results `[R owner, R source, T, K, D]`, zero where a choice runs elsewhere."""
     _, here = naive_dispatch(work)
     random = np.random.default_rng(seed)
     results = random.standard_normal((*here.shape, work.x.shape[-1])).astype(np.float32)
@@ -124,7 +124,7 @@ def naive_targets(slots: np.ndarray, partners, slots_per_rank: int) -> np.ndarra
 
 
 def check_lists(lists, slots: np.ndarray, num_slots: int, tile_rows: int) -> None:
-    """Whether ExpertRows list each choice of `slots [R T K]` once, by slot, and in one tile."""
+    """Checks that ExpertRows list each choice of `slots [R T K]` once, by slot, and in one tile."""
     grouped, counts, num_tiles, *tiles = (np.asarray(part) for part in lists)
     flat, rows_max = slots.reshape(-1), slots.shape[0] * slots.shape[1]
     wanted = [set(np.flatnonzero(flat == slot)) for slot in range(num_slots)]

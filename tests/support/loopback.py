@@ -63,7 +63,7 @@ def in_threads(functions: dict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the ranks of an exchange saw; those that took no part have rows and y of zeros."""
+    """Results of the ranks of an exchange; rows and y of ranks that took no part are zero."""
 
     rows: np.ndarray
     here: np.ndarray
@@ -96,7 +96,7 @@ class LoopbackRanks:
         self.round = int(next_round(np.uint32(first_round(self.epoch)), self.epoch % 2))
 
     def poison(self, value: float = np.nan) -> None:
-        """What earlier rounds may have left: every row is `value`, every slot a real one."""
+        """Leftovers of earlier rounds: every row is `value`, every slot a real one."""
         for window in self.windows:
             for name in ("rows", "returns", "weights"):
                 window[name][...] = value
@@ -223,7 +223,7 @@ def _hosts_with(name: str, replacement):
 
 @contextlib.contextmanager
 def waits_that_know(dead: set):
-    """Waits give up on ranks in `dead` at once, and on no other: a test needs no real deadline.
+    """Waits end at once for ranks in `dead`, and for no other: a test needs no real deadline.
 
     The real `wait_round` decides; only its deadline is replaced. Yields the log of the waits:
     (rank, ranks waited for, ranks missing or None where the wait was aborted).
@@ -257,7 +257,7 @@ def waits_that_know(dead: set):
 def dying_at_post(victims: dict[int, int], cluster, dead: set):
     """Each victim dies before the n-th flag it would post, `victims = {rank: n}`, and joins `dead`.
 
-    What it wrote for peers it had not yet told is torn: NaN, as if it died while writing.
+    Its writes for peers without its flag are torn: NaN, as if it died while writing.
     """
     counts = dict.fromkeys(victims, 0)
 

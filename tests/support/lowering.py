@@ -1,4 +1,4 @@
-"""Lowering for a GPU that is not here: what XLA would be given on an H100."""
+"""Lowering for a GPU that is not here: the input of XLA on an H100."""
 
 import functools
 import re
@@ -57,7 +57,7 @@ def without_kernels(text: str) -> str:
 
 
 _MODULE = re.compile(r'kernel_hash = "[^"]*", module = "([^"]*)"')
-# JAX 0.11 numbers the kernels of a process, in an attribute that nothing but its dumps reads.
+# JAX 0.11 numbers the kernels of a process, in an attribute that only its dumps use.
 _NUMBER = re.compile(r', mosaic_gpu.dump_basename = "[^"]*"')
 
 
@@ -76,7 +76,7 @@ def like(shape, dtype) -> jax.ShapeDtypeStruct:
 
 
 def a_layout(ranks=2, tokens=8, choices=4, hidden=128, mode="per_choice", fp8=False):
-    """A window of bfloat16 rows, which travel as fp8 if wanted."""
+    """A window of bfloat16 rows, which may travel as fp8."""
     dtypes = {"row_dtype": "bfloat16", "dispatch_dtype": "float8_e4m3fn" if fp8 else ""}
     return WindowLayout(ranks, tokens, choices, hidden, mode, **dtypes)
 
@@ -84,7 +84,7 @@ def a_layout(ranks=2, tokens=8, choices=4, hidden=128, mode="per_choice", fp8=Fa
 def a_call(
     ranks: int, *, rank: int = 0, active=None, epoch: int = 1, steps: int = 0, address: int = 0
 ) -> Call:
-    """What the exchange `steps` after the epoch's first is told."""
+    """The call of the exchange `steps` after the epoch's first."""
     return Call(
         rank=np.int32(rank),
         active=np.ones(ranks, np.int32) if active is None else np.asarray(active, np.int32),
