@@ -1,4 +1,4 @@
-# Makes the virtual environment of this repository: source it, then call `make_environment [extra,...]`.
+# Creates the virtual environment of this repository: source it, then call `make_environment [extra,...]`.
 # Sets PYTHON to its interpreter. Needs any Python >= 3.12 with venv; nothing else.
 
 _usable() { "$@" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
@@ -16,7 +16,7 @@ find_python() {
   fi
   cat >&2 <<'TEXT'
 No Python >= 3.12 with the venv module was found (looked for python3.13, python3.12, python3.14, python3,
-python, and through `pyenv prefix`). One of these gets you one:
+python, and through `pyenv prefix`). One of these installs it:
   Debian 13, Ubuntu 24.04 or newer:   apt-get install python3 python3-venv
   any Linux or macOS with pyenv:      pyenv install 3.13
   with uv:                            uv python install 3.13, and put it on PATH

@@ -131,12 +131,12 @@ def grow(cluster: Cluster, dice: random.Random) -> None:
     _scale(cluster, ScaleRequest(action="scale_up", count=1))
 
 
-def _scale(cluster: Cluster, wish: ScaleRequest) -> None:
+def _scale(cluster: Cluster, request: ScaleRequest) -> None:
     supervisor = cluster.supervisor
     if supervisor is None or supervisor.stopped:
         return
     try:
-        out = ranks_out(supervisor.state, wish)
+        out = ranks_out(supervisor.state, request)
     except EepError as error:
         cluster.log(f"refused: {error}")
         return

@@ -37,7 +37,7 @@ def test_ranks_go_by_name_or_from_the_highest_and_come_from_the_lowest():
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "words"),
+    ("request_", "error", "words"),
     [
         (down(9), InvalidMove, "rank 9 is not in 0..3"),
         (down(3), InvalidMove, r"rank 3 is out already.*\[0, 1, 2\]"),
@@ -47,10 +47,10 @@ def test_ranks_go_by_name_or_from_the_highest_and_come_from_the_lowest():
         (up(count=2), InvalidMove, r"count 2 is more than.*\[3\]"),
     ],
 )
-def test_what_cannot_be_is_refused(wish, error, words):
+def test_what_cannot_be_is_refused(request_, error, words):
     state = a_cluster_without(3).state
     with pytest.raises(error, match=words):
-        ranks_out(state, wish)
+        ranks_out(state, request_)
 
 
 def test_why_a_rank_cannot_leave_is_said_of_each_state_it_can_be_in():
