@@ -13,10 +13,8 @@ A placement holds an expert with all its layers, so the number of layers changes
 
 import collections
 import pathlib
-import sys
 import time
 
-from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import Record, append, cpu_device, percentile
@@ -34,7 +32,7 @@ from eep_jax.coordination.state import (
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.planner import initial_placement
 from eep_jax.runtime.control import codec
-from launch import flags
+from launch import program
 
 AIM_MS = 100.0
 BYTES_MAX = 64 << 20
@@ -210,4 +208,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    program.run(main)

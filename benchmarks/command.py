@@ -1,16 +1,14 @@
 """The command line that all benchmarks share: flags, the end of a run, and tables on a terminal."""
 
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from absl import app
 from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Record, Unfit, append
-from launch import flags
+from launch import program
 from launch.console import say
 from launch.errors import UsageError
 
@@ -56,7 +54,7 @@ def run(main: Callable[[], Sequence[Record] | int]) -> None:
             return 1
         return found if isinstance(found, int) else keep(found)
 
-    sys.exit(app.run(flags.main_with_usage(guarded)))
+    program.run(guarded)
 
 
 def keep(records: Sequence[Record]) -> int:

@@ -11,13 +11,10 @@ Beyond that the slower of kernel and link counts. **LinkSpeed rates are nominal,
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 
-from absl import app
-
 from benchmarks.harness import RESULTS, Record, read
-from launch import flags
+from launch import program
 from pallas_kernels.window import WindowLayout
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -207,4 +204,4 @@ def _one(records: Sequence[Record], metric: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(flags.main_with_usage(main)))
+    program.run(main)

@@ -14,9 +14,7 @@ an earlier call counts in the summary, whose lines say what was reached.
 
 import pathlib
 import signal
-import sys
 
-from absl import app
 from absl import flags as absl_flags
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +24,7 @@ from benchmarks.processes import machine_of
 from benchmarks.wide.parts import parts_of
 from benchmarks.wide.running import Done, chosen, run_parts
 from benchmarks.wide.targets import Target, summary
-from launch import flags
+from launch import flags, program
 from launch.console import say
 from launch.environments.local import parse_gpus
 from launch.errors import UsageError
@@ -88,4 +86,4 @@ def show(done: list[Done], lines: list[Target]) -> None:
 
 if __name__ == "__main__":
     define()
-    sys.exit(app.run(flags.main_with_usage(main)))
+    program.run(main)

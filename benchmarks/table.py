@@ -9,15 +9,13 @@ benchmarks/results/README.md gets all metrics of all shapes.
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Iterable, Mapping
 
-from absl import app
 from absl import flags as absl_flags
 
 from benchmarks.harness import RESULTS, ROOT, Record, read
 from benchmarks.serving.series import SERIES
-from launch import flags
+from launch import flags, program
 
 HEADLINES = pathlib.Path(__file__).parent / "headlines.md"
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
@@ -196,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(flags.main_with_usage(main)))
+    program.run(main)

@@ -13,7 +13,6 @@ from launch.environments.environment import Address, Environment, Identity
 from launch.environments.local import LocalEnvironment, parse_gpus, visible_gpus
 from launch.environments.slurm import SlurmEnvironment
 from launch.errors import UsageError
-from launch.program import EXIT_USAGE, main_with_usage  # noqa: F401  for benchmarks
 
 CONFIG = flags.DEFINE_string(
     "config",

@@ -1,5 +1,6 @@
 """Frame of every program: its flags, --help and --version, and errors of usage in one line."""
 
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -18,7 +19,6 @@ _OWN_PACKAGES = ("launch", "benchmarks")
 _COLUMNS_MAX = 100
 
 _groups: dict[str, str] = {}  # name of a flag -> title of its group in --help
-_described: list[Callable] = []  # the main function whose module's docstring opens --help
 
 
 def group(title: str, *holders: flags.FlagHolder) -> None:
@@ -26,15 +26,22 @@ def group(title: str, *holders: flags.FlagHolder) -> None:
     _groups.update((holder.name, title) for holder in holders)
 
 
+def run(main: Callable[[], int]) -> None:
+    """Parses sys.argv, runs `main`, and ends the process with the status that it returns.
+
+    Adds --help and --version. Errors of usage are one line and status 2.
+    """
+    _define_help(main)
+    app.run(main_with_usage(main), flags_parser=_parse)
+
+
 def runner(main: Callable[[], int]) -> Callable[[], None]:
-    """The entry point of a program: parses sys.argv, runs `main`, exits with what it returns."""
-    return lambda: app.run(main_with_usage(main), flags_parser=_parse)
+    """The entry point of a console script, which runs `main`."""
+    return functools.partial(run, main)
 
 
 def main_with_usage(main: Callable[[], int]) -> Callable[[list[str]], int]:
-    """`main` as absl runs it, with --help and --version; errors of usage are one line, status 2."""
-    _define_help()
-    _described[:] = [main]
+    """`main` as absl calls it; errors of usage are one line and status 2."""
 
     def wrapped(arguments: list[str]):
         if len(arguments) > 1:
@@ -60,8 +67,8 @@ def require_extra(package: str, extra: str, purpose: str) -> None:
         ) from None
 
 
-def help_text() -> str:
-    """The program's docstring, then all flags that it defines, by group, with their defaults."""
+def help_text(description: str) -> str:
+    """The description, then all flags that the program defines, by group, with their defaults."""
     values, columns = flags.FLAGS, min(_COLUMNS_MAX, shutil.get_terminal_size().columns)
     groups: dict[str, list[flags.Flag]] = {"Flags": []}
     for title in _groups.values():
@@ -70,7 +77,7 @@ def help_text() -> str:
         if module == sys.argv[0] or module.partition(".")[0] in _OWN_PACKAGES:
             for flag in (f for f in defined if not isinstance(f, _Printing)):
                 groups[_groups.get(flag.name, "Flags")].append(flag)
-    lines = [(sys.modules[_described[0].__module__].__doc__ or "").strip()]
+    lines = [description.strip()]
     for title, defined in groups.items():
         lines += ["", f"{title}:"] if defined else []
         for flag in defined:
@@ -103,10 +110,6 @@ def _meaning(flag: flags.Flag, columns: int) -> list[str]:
     return textwrap.wrap(text, columns, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _version() -> str:
-    return f"eep-jax {eep_jax.__version__}"
-
-
 class _Printing(flags.BooleanFlag):
     """A flag that prints a text and ends the program with status 0."""
 
@@ -120,14 +123,16 @@ class _Printing(flags.BooleanFlag):
             sys.exit(0)
 
 
-def _define_help() -> None:
+def _define_help(main: Callable[[], int]) -> None:
     """Takes the place of absl's --help, which lists the flags of one module and exits with 1."""
-    if "version" not in flags.FLAGS:
-        app.define_help_flags()
-        for name in ("help", "helpshort", "helpfull"):
-            short = "h" if name == "help" else None
-            flags.DEFINE_flag(_Printing(name, help_text, "Shows this help.", short))
-        flags.DEFINE_flag(_Printing("version", _version, "Shows the version."))
+    app.define_help_flags()
+    # A console script has no docstring; a benchmark's main is wrapped in another module.
+    described = sys.modules["__main__"].__doc__ or sys.modules[main.__module__].__doc__ or ""
+    text = lambda: help_text(described)
+    for name, short in (("help", "h"), ("helpshort", None), ("helpfull", None)):
+        flags.DEFINE_flag(_Printing(name, text, "Shows this help.", short))
+    version = lambda: f"eep-jax {eep_jax.__version__}"
+    flags.DEFINE_flag(_Printing("version", version, "Shows the version."))
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from absl import flags as absl_flags
 from configs import tiny_cpu
 from eep_jax.errors import CheckpointError
 from eep_jax.models.families.published import PUBLISHED
-from launch import flags
+from launch import flags, program
 
 CONFIG = tiny_cpu.get_config()
 GOOD_TOKEN = "sixteen letters."
@@ -284,7 +284,7 @@ class TestMain:
         def main():
             raise flags.UsageError("write this instead")
 
-        assert flags.main_with_usage(main)(["program"]) == flags.EXIT_USAGE
+        assert program.main_with_usage(main)(["program"]) == program.EXIT_USAGE
         assert capsys.readouterr().err == "error: write this instead\n"
 
     def test_other_errors_are_not_hidden(self):
@@ -292,14 +292,14 @@ class TestMain:
             raise ValueError("a mistake of ours")
 
         with pytest.raises(ValueError, match="of ours"):
-            flags.main_with_usage(main)(["program"])
+            program.main_with_usage(main)(["program"])
 
     def test_words_without_dashes_are_refused(self, capsys):
-        assert flags.main_with_usage(lambda: 0)(["program", "config=x"]) == flags.EXIT_USAGE
+        assert program.main_with_usage(lambda: 0)(["program", "config=x"]) == program.EXIT_USAGE
         assert "config=x" in capsys.readouterr().err
 
     def test_the_status_of_main_is_passed_on(self):
-        assert flags.main_with_usage(lambda: 7)(["program"]) == 7
+        assert program.main_with_usage(lambda: 7)(["program"]) == 7
 
 
 def test_every_value_of_the_configuration_can_be_overridden_with_itself():

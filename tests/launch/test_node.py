@@ -11,11 +11,11 @@ from absl.testing import flagsaver
 
 from configs import tiny_cpu
 from eep_jax.runtime.control.messages import HostProcess
-from launch import flags as flags_of_launch
 from launch import node
 from launch.cluster import QUICK_DEATH_S, Child
 from launch.environments.environment import Identity
 from launch.errors import UsageError
+from launch.program import EXIT_USAGE
 
 CONFIG = tiny_cpu.get_config()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -116,5 +116,5 @@ def test_without_a_supervisor_or_a_run_directory_it_says_what_to_give(tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == flags_of_launch.EXIT_USAGE
+    assert done.returncode == EXIT_USAGE
     assert "the supervisor's address is unknown: give --supervisor=HOST:PORT" in done.stderr
