@@ -24,7 +24,7 @@ from absl import logging as absl_logging
 
 from benchmarks import command
 from benchmarks.harness import Record, Sheet, Unfit, cpu_device, percentile
-from launch.environments.local import cpu_rank_environment
+from eep_jax.library.environment import cpu_environment
 
 BLOCK_BYTES = 4 << 20  # of plain reads
 FIELDS = {
@@ -54,7 +54,7 @@ def define() -> None:
 
 
 def main() -> list[Record]:
-    os.environ.update(cpu_rank_environment())
+    os.environ.update(cpu_environment())
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every piece
     options, sheet = absl_flags.FLAGS, Sheet("loading", cpu_device(), 1, {})
     with tempfile.TemporaryDirectory(prefix="eep-bench-") as scratch:

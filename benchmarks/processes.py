@@ -21,9 +21,9 @@ from absl import flags as absl_flags
 
 from benchmarks.harness import ROOT, Unfit, cpu_device, gpu_device
 from eep_jax.config import RunConfig
+from eep_jax.library.environment import cpu_environment
 from launch import flags
 from launch.environments.local import (
-    cpu_rank_environment,
     gpu_rank_environment,
     gpu_share,
     parse_gpus,
@@ -146,7 +146,7 @@ def fresh_directory(given: str | None) -> pathlib.Path:
 def environment_of(machine: Machine, rank: int, cache: pathlib.Path, fraction: float) -> dict:
     """Variables of a worker; `fraction` of its GPU's memory is for JAX, the rest for the heap."""
     if machine.platform == "cpu":
-        found = cpu_rank_environment()
+        found = cpu_environment()
     else:
         share = gpu_share(rank, machine.ranks, machine.gpus, fraction)
         found = gpu_rank_environment(share, cache)

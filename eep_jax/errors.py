@@ -36,5 +36,9 @@ class ProtocolError(EepError):
     """A message that is malformed, too large, or not allowed from its sender."""
 
 
+class RankEnded(EepError):
+    """This rank left its run, was evicted from it, or the supervisor ended the run."""
+
+
 class QueueFull(EepError):
     """The queue of requests is at its maximum; try again later."""

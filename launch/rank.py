@@ -11,10 +11,11 @@ import sys
 import time
 
 from eep_jax.config import RunConfig
+from eep_jax.library.environment import cpu_environment
 from launch import flags, program
 from launch.addresses import with_addresses
 from launch.environments.environment import Identity
-from launch.environments.local import cpu_rank_environment, gpu_rank_environment, gpu_share
+from launch.environments.local import gpu_rank_environment, gpu_share
 from launch.processes import end_with_parent, set_up_logging
 
 # In the run directory: what a rank compiled, for the other ranks and for processes that return.
@@ -70,7 +71,7 @@ def _end_turned_away(reason: str) -> None:
 
 def _environment(config: RunConfig, identity: Identity, run_dir: pathlib.Path) -> dict[str, str]:
     if config.platform == "cpu":
-        return cpu_rank_environment()
+        return cpu_environment()
     fraction = config.device.memory_fraction
     share = gpu_share(identity.local_rank, identity.local_ranks, flags.gpus(), fraction)
     return gpu_rank_environment(share, run_dir / COMPILE_CACHE)

@@ -36,7 +36,7 @@ class WarmUp:
 class RankEngine(typing.Protocol):
     """Steps of one rank, in lockstep with the other ranks of the epoch.
 
-    `engine.Engine` serves requests, `library.stepper.StepEngine` runs a step of the user. Not
+    `engine.Engine` serves requests, `library.step_engine.StepEngine` runs a step of the user. Not
     thread-safe: all calls come from one thread, except `lockstep.abort` and `lockstep.nudge`.
     """
 

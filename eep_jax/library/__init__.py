@@ -1,4 +1,4 @@
-"""Elastic expert layers inside a model that is not ours; see the README, "Inside your own model".
+"""Elastic expert layers inside the Flax model of a user; README.md beside it has an example.
 
-Import from the modules: `elastic_moe` (the layer), `config` and `supervise` (no JAX), `rank`.
+`eep_jax` exports its public names. `config`, `supervise` and `admin_client` load no JAX.
 """

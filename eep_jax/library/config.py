@@ -21,7 +21,7 @@ _SCORES = {
 ROUTERS = tuple(_SCORES)
 _ROW_TILE = {"cpu": 8, "gpu": 16}
 _DEADLINE_MS = {"cpu": 2_000, "gpu": 10_000}
-# A program that left the run has results to write; a new process of its rank need not wait for it.
+# A program that left the run may have results to write; its rank's next process does not wait.
 _LEFT_GRACE_MS = 60_000
 
 
@@ -29,25 +29,48 @@ _LEFT_GRACE_MS = 60_000
 class MoEConfig:
     """One expert layer: E experts of width F on D channels, K of them for each token.
 
-    `softmax_topk` is the router of Qwen and OLMoE, `sigmoid_topk` that of DeepSeek-V3 (with
-    `router_correction`, groups and scaling), `softmax_of_topk` that of Mixtral and gpt-oss (with
-    `router_bias`). Experts are SwiGLU, or with `clamped_swiglu` and `expert_biases` gpt-oss's.
-    Raises ValueError for values that contradict each other.
+    Attributes:
+        hidden: D.
+        expert_hidden: F.
+        experts: E.
+        experts_per_token: K.
+        router: `softmax_topk` (Qwen, OLMoE), `sigmoid_topk` (DeepSeek-V3, with correction, groups
+            and scaling) or `softmax_of_topk` (Mixtral, gpt-oss).
+        norm_topk_prob: Divide the K weights of a token by their sum.
+        router_bias: Add a bias to the logits.
+        router_correction: Choose, but do not weigh, by scores plus a bias; it has no gradient.
+        router_groups: Groups of experts; experts outside the best groups are not chosen.
+        router_groups_kept: Groups that are kept.
+        router_group_score: `max` scores a group by its best expert, `top2` by the sum of its two
+            best.
+        router_scaling: Factor of the weights.
+        activation: `swiglu`, or `clamped_swiglu` (gpt-oss).
+        activation_limit: Bound of clamped values.
+        activation_slope: Slope of the clamped sigmoid.
+        expert_biases: Biases of gate, up and down.
+
+    Raises:
+        ValueError: Values contradict each other.
+
+    Example:
+        >>> from eep_jax import MoEConfig
+        >>> MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2).weights_shape
+        (4, 3, 4, 8)
     """
 
-    hidden: int  # D
-    expert_hidden: int  # F
-    experts: int  # E
-    experts_per_token: int  # K
-    router: str = "softmax_topk"  # see ROUTERS
-    norm_topk_prob: bool = True  # divide the K weights of a token by their sum
-    router_bias: bool = False  # added to the logits
-    router_correction: bool = False  # a bias for choosing, not for weighing; gradients leave it
-    router_groups: int = 1  # experts outside the best groups are not chosen
+    hidden: int
+    expert_hidden: int
+    experts: int
+    experts_per_token: int
+    router: str = "softmax_topk"
+    norm_topk_prob: bool = True
+    router_bias: bool = False
+    router_correction: bool = False
+    router_groups: int = 1
     router_groups_kept: int = 1
-    router_group_score: str = "max"  # a group is as good as its best, "top2": its two best together
-    router_scaling: float = 1.0  # of the weights
-    activation: str = "swiglu"  # or "clamped_swiglu"
+    router_group_score: str = "max"
+    router_scaling: float = 1.0
+    activation: str = "swiglu"
     activation_limit: float = 7.0
     activation_slope: float = 1.702
     expert_biases: bool = False
@@ -67,14 +90,11 @@ class MoEConfig:
 
     @property
     def weights_shape(self) -> tuple[int, int, int, int]:
-        """Of all experts of the layer: [E, 3 (gate, up, down transposed), F, D].
-
-        With biases there are rows below F that hold them, see `ModelConfig.expert_shape`.
-        """
+        """[E, 3 (gate, up, down transposed), F, D], with rows below F for biases."""
         return (self.experts, *self.model().expert_shape[1:])
 
     def model(self, name: str = "library", layers: int = 1) -> ModelConfig:
-        """A model of nothing but such layers, as the runtime sees it."""
+        """A model of such layers alone, as the runtime sees it."""
         return ModelConfig(
             name=name,
             hidden=self.hidden,
@@ -96,7 +116,7 @@ class MoEConfig:
             activation_limit=self.activation_limit,
             activation_slope=self.activation_slope,
             expert_biases=self.expert_biases,
-            # What follows is the user's own affair: the runtime sees expert layers alone.
+            # The runtime sees expert layers alone.
             vocab_size=1,
             query_heads=1,
             kv_heads=1,
@@ -115,14 +135,35 @@ def run_config(
     platform: str = "cpu",
     combine: str = "per_choice",
     step_deadline_ms: int = 0,
-    **cluster,
+    **cluster: int | str | tuple[str, ...],
 ) -> RunConfig:
-    """The run that supervisor and ranks agree on, for a model with `layers` expert layers.
+    """The configuration of a run, on which its supervisor and ranks agree.
 
-    `tokens_max` is the most rows that a step gives to one layer; it is rounded up to two row tiles
-    or more. `step_deadline_ms` 0 takes 2 s on CPU, 10 s on a GPU. `cluster` are further fields of
-    ClusterConfig, such as `redundancy`; `fenced_grace_ms` is 60 s unless given. Raises ValueError
-    for values that contradict each other.
+    Args:
+        moe: The expert layers of the model.
+        layers: L, how many there are.
+        ranks: R, processes of the run.
+        slots_per_rank: S, experts that a rank has room for; R * S must be E * `redundancy` or more.
+        tokens_max: Most rows that a step gives to one layer; rounded up to row tiles, two or more.
+        name: Shown in logs and metrics.
+        platform: `cpu` or `gpu`.
+        combine: `per_choice` gives the same bits wherever experts are; `per_rank` sends less.
+        step_deadline_ms: Wait for a peer before it is suspected. 0: 2 s on a CPU, 10 s on a GPU.
+        **cluster: Fields of `eep_jax.config.ClusterConfig`, such as `redundancy`.
+            `fenced_grace_ms` is 60 s unless given.
+
+    Returns:
+        The configuration, for `start_supervisor`.
+
+    Raises:
+        ValueError: Values contradict each other.
+
+    Example:
+        >>> from eep_jax import MoEConfig, run_config
+        >>> moe = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
+        >>> config = run_config(moe, layers=2, ranks=2, slots_per_rank=2, tokens_max=20)
+        >>> config.engine.tokens_max, config.cluster.fenced_grace_ms
+        (24, 60000)
     """
     for label, value in (("layers", layers), ("tokens_max", tokens_max)):
         if value < 1:
@@ -144,7 +185,7 @@ def run_config(
         model=moe.model(name, layers),
         cluster=ClusterConfig(ranks=ranks, slots_per_rank=slots_per_rank, **cluster),
         engine=engine,
-        # The supervisor's HTTP side tells status and metrics; it has no completions to give.
+        # The supervisor's HTTP API has status and metrics, but no completions.
         serve=ServeConfig(port=0, queue_max=0),
         platform=platform,
     )

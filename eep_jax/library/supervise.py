@@ -1,4 +1,4 @@
-"""The supervisor of a run without a serving engine, and the files by which ranks find it. No JAX.
+"""Supervisor of a run without a serving engine, and the files by which ranks find it. No JAX.
 
 python -m eep_jax.library.supervise DIR     # DIR as made by write_run
 """
@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import secrets
 import signal
@@ -27,8 +28,8 @@ _PARTS = {
 }
 
 
-def write_run(run_dir, config: RunConfig) -> pathlib.Path:
-    """Writes what the processes of a run read: its configuration, and a token if there is none."""
+def write_run(run_dir: str | os.PathLike, config: RunConfig) -> pathlib.Path:
+    """Writes the configuration that processes of a run read, and a token unless there is one."""
     root = pathlib.Path(run_dir).absolute()
     root.mkdir(parents=True, exist_ok=True)
     (root / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
@@ -39,8 +40,8 @@ def write_run(run_dir, config: RunConfig) -> pathlib.Path:
     return root
 
 
-def read_run(run_dir) -> tuple[RunConfig, str]:
-    """(configuration, token) of a run. Raises ValueError naming the directory that is none."""
+def read_run(run_dir: str | os.PathLike) -> tuple[RunConfig, str]:
+    """(configuration, token) of a run. Raises ValueError if `run_dir` is not a run directory."""
     root = pathlib.Path(run_dir)
     try:
         fields = json.loads((root / CONFIG_FILE).read_text())
@@ -50,20 +51,36 @@ def read_run(run_dir) -> tuple[RunConfig, str]:
         return RunConfig(**(fields | parts)), token
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(root)!r} is no directory of a run: {error!r}; expected {CONFIG_FILE} and "
+            f"{str(root)!r} is not a run directory: {error!r}; expected {CONFIG_FILE} and "
             f"{TOKEN_FILE}, as start_supervisor or write_run writes them"
         ) from error
 
 
 def _with_tuples(fields: dict) -> dict:
-    """JSON has lists only, a configuration tuples only."""
+    """JSON has only lists, a configuration only tuples."""
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
-def start_supervisor(run_dir, config: RunConfig) -> subprocess.Popen:
-    """Writes the run's files and starts its supervisor, which ends with this process.
+def start_supervisor(run_dir: str | os.PathLike, config: RunConfig) -> subprocess.Popen:
+    """Starts the supervisor of a run, which ends with this process.
 
-    `terminate()` ends it and all its ranks. It logs to `supervisor.log` in the run directory.
+    Args:
+        run_dir: Directory for configuration, token, journal and `supervisor.log`; made if missing.
+        config: The run, from `run_config`.
+
+    Returns:
+        The process. Its `terminate()` ends all ranks, too.
+
+    Raises:
+        OSError: The directory cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from eep_jax import MoEConfig, run_config, start_supervisor
+        >>> moe = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
+        >>> config = run_config(moe, layers=1, ranks=1, slots_per_rank=4, tokens_max=4)
+        >>> with start_supervisor(tempfile.mkdtemp(), config) as supervisor:
+        ...     supervisor.terminate()
     """
     root = write_run(run_dir, config)
     command = [sys.executable, "-m", "eep_jax.library.supervise", str(root), WITH_PARENT]

@@ -35,25 +35,6 @@ class LocalEnvironment:
         return None
 
 
-def cpu_rank_environment() -> dict[str, str]:
-    """Variables that a CPU rank needs before it loads JAX.
-
-    One computing thread per rank: ranks share the cores, and sums must not depend on the number of
-    threads.
-    """
-    single = "--xla_cpu_multi_thread_eigen=false"
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags if single in flags else f"{flags} {single}".strip(),
-        "OMP_NUM_THREADS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        # An executable that XLA:CPU loaded from its cache lacks functions when it is serialised
-        # again, and would fail in the next process. Steps have a store of their own.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class GpuShare:
     """One rank's part of this machine's GPUs."""

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from eep_jax.library.environment import cpu_environment
 from launch import rank as rank_module
 from launch.environments import local
 from launch.environments.local import (
     GPU_XLA_FLAGS,
     GpuShare,
     add_flags,
-    cpu_rank_environment,
     gpu_rank_environment,
     gpu_share,
     parse_gpus,
@@ -132,7 +132,7 @@ class TestGpuEnvironment:
 def test_a_cpu_rank_computes_on_one_thread_and_uses_no_cache_of_the_user(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/d")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-    assert cpu_rank_environment() == {
+    assert cpu_environment() == {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_dump_to=/d --xla_cpu_multi_thread_eigen=false",
         "OMP_NUM_THREADS": "1",

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from launch.environments.local import cpu_rank_environment
+from eep_jax.library.environment import cpu_environment
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
 
@@ -30,7 +30,7 @@ def leave_file(rank: int) -> str:
 
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    return kept | cpu_rank_environment() | {"PYTHONPATH": str(ROOT)}
+    return kept | cpu_environment() | {"PYTHONPATH": str(ROOT)}
 
 
 def readme_program() -> str:

@@ -10,7 +10,7 @@ from flax import nnx
 from eep_jax.heap.loopback import open_all
 from eep_jax.library.config import ROUTERS, MoEConfig, run_config
 from eep_jax.library.elastic_moe import ElasticMoE, expert_arrays, without_experts
-from eep_jax.library.stepper import StepEngine
+from eep_jax.library.step_engine import StepEngine
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import expert_name
 from eep_jax.placement.placement import Placement

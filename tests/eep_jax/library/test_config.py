@@ -12,7 +12,7 @@ import pytest
 
 from eep_jax.errors import CheckpointError
 from eep_jax.library.config import MoEConfig, run_config
-from eep_jax.library.given_experts import open_experts
+from eep_jax.library.in_memory_experts import open_experts
 from eep_jax.library.rank import join
 from eep_jax.library.supervise import read_run, write_run
 from eep_jax.placement.sources import SourceKind
@@ -75,7 +75,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path, platform):
 
 
 def test_a_directory_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"'{tmp_path}' is no directory of a run.*run.json"):
+    with pytest.raises(ValueError, match=f"'{tmp_path}' is not a run directory.*run.json"):
         join(tmp_path, 0, None, (), {})
     write_run(tmp_path, run_config(a_moe(), **RUN))
     with pytest.raises(ValueError, match=r"rank=2 must be in 0\.\.1"):
@@ -130,7 +130,7 @@ def test_the_supervisor_of_a_library_loads_no_jax():
 def test_the_supervisor_says_what_directory_it_needs(tmp_path):
     command = [sys.executable, "-m", "eep_jax.library.supervise"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for arguments, text in (([], "usage"), ([str(tmp_path)], "is no directory of a run")):
+    for arguments, text in (([], "usage"), ([str(tmp_path)], "is not a run directory")):
         done = subprocess.run(
             command + arguments, cwd=ROOT, env=environment, capture_output=True, timeout=60
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eep_jax.errors import CheckpointError
-from eep_jax.library.given_experts import InMemoryExperts
+from eep_jax.library.in_memory_experts import InMemoryExperts
 from eep_jax.models.weights import expert_name
 from eep_jax.storage.block_loader import BlockLoader
 from eep_jax.storage.blocks import ArrayTarget

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eep_jax.engine.compilations import CompileCounter
-from eep_jax.library.stepper import CALLS_MAX
+from eep_jax.library.step_engine import CALLS_MAX
 from eep_jax.placement.planner import plan_admission, plan_repair
 from tests.eep_jax.library.factories import KINDS, StepperCluster, a_model, some_rows
 from tests.support.loopback import in_threads, waits_that_know

@@ -1,11 +1,14 @@
-"""What a rank asks of its supervisor's HTTP API: to be let out before it leaves, and back in."""
+"""Client of the supervisor's admin API that drains one rank before it leaves, and undoes that."""
 
 import json
 import logging
+import os
 import pathlib
 import time
 import urllib.error
 import urllib.request
+
+from eep_jax.runtime.control.endpoint import ENDPOINT
 
 _log = logging.getLogger(__name__)
 
@@ -14,37 +17,51 @@ POLL_S = 0.05
 
 
 class AdminClient:
-    """Speaks for one rank of the run whose supervisor wrote `endpoint_file`."""
+    """Drains one rank of a run, and takes it back.
 
-    def __init__(self, endpoint_file: pathlib.Path, rank: int):
-        self._endpoint_file, self._rank = endpoint_file, rank
+    Args:
+        run_dir: Directory given to `start_supervisor`.
+        rank: The rank.
+
+    Example:
+        >>> from eep_jax import AdminClient
+        >>> AdminClient(run_dir, rank=0).drain(timeout_s=1.0)  # the only rank cannot be spared
+        False
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, rank: int):
+        self._endpoint_file, self._rank = pathlib.Path(run_dir) / ENDPOINT, rank
 
     def drain(self, timeout_s: float) -> bool:
-        """Has the rank taken out between two steps, with what only it has brought to others.
+        """Takes the rank out between two steps, after others have the experts that only it has.
 
-        False, with the reason in the log, where the others have too few slots, where the supervisor
-        cannot be reached, and after `timeout_s`.
+        Args:
+            timeout_s: Time for the drain.
+
+        Returns:
+            False, with the reason in the log, where the others have too few slots, the supervisor
+            is out of reach, or time ran out.
         """
         ends_s = time.monotonic() + timeout_s
         try:
             self._call("apply", {"action": "scale_down", "ranks": [self._rank]})
             while not self._is_drained():
                 if time.monotonic() > ends_s:
-                    _log.warning("rank %d was not let out in %g s", self._rank, timeout_s)
+                    _log.warning("rank %d was not drained within %g s", self._rank, timeout_s)
                     return False
                 time.sleep(POLL_S)
             return True
         except (OSError, ValueError) as error:
-            _log.warning("rank %d leaves without being let out: %s", self._rank, _reason(error))
+            _log.warning("rank %d cannot be drained: %s", self._rank, _reason(error))
             return False
 
     def come_back(self) -> None:
-        """Takes back a drain of this rank, if there was one; harmless, and never raises."""
+        """Ends a drain of the rank, if there was one. Never raises."""
         try:
             if self._is_drained():
                 self._call("apply", {"action": "scale_up", "ranks": [self._rank]})
         except (OSError, ValueError) as error:
-            _log.debug("rank %d cannot ask: %s", self._rank, _reason(error))
+            _log.debug("rank %d cannot ask to come back: %s", self._rank, _reason(error))
 
     def _is_drained(self) -> bool:
         return self._rank in self._call("status")["background"]["drained"]
