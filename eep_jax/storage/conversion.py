@@ -68,11 +68,7 @@ class Step:
 
 
 class Conversion:
-    """Converts `source` into a directory, one process at a time.
-
-    >>> for step in Conversion(HuggingFaceCheckpoint(model_dir), out).run():  # doctest: +SKIP
-    ...     print(f"{step.done} of {step.total}: {step.piece}")
-    """
+    """Converts `source` into a directory, one process at a time."""
 
     def __init__(self, source: SourceOfWeights, out):
         """Reads the headers of the source; writes nothing yet.

@@ -60,7 +60,7 @@ class Fetch(Future):
 
 
 class Fetcher:
-    """Starts fetches, and waits for them up to a deadline. Call from the engine thread only."""
+    """Starts fetches, and waits for them up to a deadline. Not thread-safe."""
 
     def __init__(self, deadline_ms: float = math.inf, beat: Callable[[], None] = lambda: None):
         """The deadline counts from the last progress. `beat` is called while `wait` waits."""
