@@ -44,8 +44,10 @@ def test_every_rank_of_an_idle_cluster_wakes_for_one_request(cluster):
 
 
 def test_nothing_is_left_behind_even_if_the_launcher_is_killed(tmp_path):
-    shared_before = set(os.listdir("/dev/shm"))
+    memory = tmp_path / "memory"
+    memory.mkdir()
     command = [sys.executable, "-m", "launch.local", "--config=tiny_cpu", "--port=0"]
+    command.append(f"--override=cluster.backup_dir={memory}")
     launcher = subprocess.Popen(
         [*command, f"--run_dir={tmp_path}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -54,15 +56,17 @@ def test_nothing_is_left_behind_even_if_the_launcher_is_killed(tmp_path):
         while len(mentioning(tmp_path)) < RANKS + 2 and time.monotonic() - started < 30:
             time.sleep(0.1)
         assert len(mentioning(tmp_path)) >= RANKS + 2
+        while len(os.listdir(memory)) < RANKS and time.monotonic() - started < 30:
+            time.sleep(0.1)
+        assert len(os.listdir(memory)) == RANKS
     finally:
         launcher.kill()
         launcher.wait(10)
-    left = lambda: set(os.listdir("/dev/shm")) - shared_before
     started = time.monotonic()
-    while (mentioning(tmp_path) or left()) and time.monotonic() - started < 20:
+    while (mentioning(tmp_path) or os.listdir(memory)) and time.monotonic() - started < 20:
         time.sleep(0.1)
     assert mentioning(tmp_path) == []
-    assert left() == set(), "what its process kept in memory goes with it"
+    assert os.listdir(memory) == [], "what a process kept in memory goes with it"
 
 
 def test_per_rank_combine_serves_too(tmp_path):

@@ -89,6 +89,12 @@ def fd_servers() -> int:
     return sum(thread.name == "fd-server" for thread in threading.enumerate())
 
 
+def named_files(heap) -> list[str]:
+    """Files of a file system that the heap maps; those of `memfd_create` are in none."""
+    paths = [line.split(maxsplit=5)[5] for line in mappings_of(heap) if line.count("/")]
+    return [path for path in paths if not path.startswith("/memfd:")]
+
+
 def mappings_of(heap) -> list[str]:
     """The lines of /proc/self/maps inside the heap's range."""
     end, found = heap.base + heap.ranks * heap.slab_bytes, []
@@ -301,12 +307,10 @@ class TestSymmetricHeap:
         assert len(mappings_of(peer)) <= max(mappings, peer.ranks)
         assert soon(lambda: open_files() == files) and fd_servers() == threads
 
-    def test_nothing_is_left_in_shared_memory(self, open_heap):
+    def test_its_memory_has_no_name_that_could_be_left_behind(self, open_heap):
         owner, peer = open_heap(0), open_heap(1)
         peer.attach(0, owner.export())
-        assert not [
-            name for name in os.listdir("/dev/shm") if "eep" in name and "-backup-" not in name
-        ]
+        assert named_files(peer) == []
 
     def test_closing_ends_all_threads_and_closes_all_files(self, open_heap):
         heap = type(open_heap())(0, 3, SLAB_BYTES)

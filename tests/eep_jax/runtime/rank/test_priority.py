@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -49,15 +50,20 @@ def ask(process) -> str:
     return process.stdout.readline().strip()
 
 
+def lowered(pid: int, nice: int) -> bool:
+    """`priority.lower`, again: the kernel lets users, but for root, change one group in 100 ms."""
+    tries = (priority.lower(pid, nice) or time.sleep(0.1) for _ in range(50 if AUTOGROUPS else 1))
+    return any(tries)
+
+
 @pytest.mark.timeout(60)
 def test_a_process_is_lowered_and_takes_it_back(started):
     process = started(**{priority.LOWERED: "1"})
-    assert priority.lower(process.pid, 7) is AUTOGROUPS
+    assert lowered(process.pid, 7) is AUTOGROUPS
     if AUTOGROUPS:
         assert priority.nice_of(process.pid) == 7
         assert ask(process) == "True" and priority.nice_of(process.pid) == 0
-        priority.lower(process.pid, 3)
-        assert ask(process) == "True"
+        assert lowered(process.pid, 3) and ask(process) == "True"
         assert priority.nice_of(process.pid) == 3, "it was taken back once; this is another's doing"
 
 
