@@ -1,4 +1,4 @@
-"""Addresses for several hosts: what cannot work is refused before anything starts."""
+"""Addresses for several hosts: unusable ones are refused before any process starts."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_an_address_of_another_machine_is_refused(config_with):
         config_with("192.0.2.1", "192.0.2.7")
 
 
-def test_a_name_that_nobody_knows_is_refused(config_with, monkeypatch):
+def test_an_unknown_host_name_is_refused(config_with, monkeypatch):
     def unknown(host):
         raise socket.gaierror("Name or service not known")
 

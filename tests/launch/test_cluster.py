@@ -1,4 +1,4 @@
-"""The launcher brings processes back, gives up with a reason, and leaves nothing behind."""
+"""The launcher restarts processes, gives up with a reason, and leaves no process behind."""
 
 import asyncio
 import contextlib
@@ -215,7 +215,7 @@ class TestGivingUp:
         assert "use --port" in cluster.failure
         assert len(cluster.exits) == 1
 
-    def test_every_end_is_told_with_its_reason_and_what_follows(self, scripted):
+    def test_every_end_is_reported_with_its_reason_and_consequence(self, scripted):
         said = "import sys; print('3 W eep_jax: ending: the disk is full'); sys.exit(75)"
         cluster, told = scripted(rank0=said, respawn_delay_ms=1), []
         cluster.tell, cluster.was_healthy = told.append, True
@@ -240,7 +240,7 @@ class TestGivingUp:
 
 
 class TestWaitFor:
-    def test_what_was_wrong_at_the_end_is_told(self, scripted):
+    def test_a_timeout_reports_the_last_problems(self, scripted):
         cluster = scripted()
 
         async def status(session):

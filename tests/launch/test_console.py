@@ -1,4 +1,4 @@
-"""What a person sees is one line per change in a file, and one line that changes on a terminal."""
+"""Console output: one line per change in a file, one changing line on a terminal."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong with a machine and how to mend it, and survives what is broken."""
+"""The doctor names each fault of a machine with its remedy, and survives broken parts."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every rank gets its GPU, its part of the memory, and variables that leave the user's alone."""
+"""Environment of ranks: their GPU, their part of its memory, and the user's variables untouched."""
 
 import pathlib
 import subprocess

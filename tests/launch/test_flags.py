@@ -128,7 +128,7 @@ class TestOverride:
             ("engine.dispatch_dtype=float8_e4m3fn", "set engine.dtype=bfloat16"),
         ],
     )
-    def test_what_cannot_be_used_is_named_with_the_way_out(self, text, says):
+    def test_an_unusable_value_is_named_with_the_way_out(self, text, says):
         with pytest.raises(flags.UsageError) as caught:
             flags.override(CONFIG, text)
         assert says in str(caught.value)
@@ -172,9 +172,7 @@ class TestRunConfig:
             flags.run_config()
         assert f"--config='{path}'" in str(caught.value) and "\n" not in str(caught.value)
 
-    def test_a_file_is_named_to_other_processes_by_its_whole_path(
-        self, parse, tmp_path, monkeypatch
-    ):
+    def test_other_processes_get_the_absolute_path_of_a_file(self, parse, tmp_path, monkeypatch):
         source = pathlib.Path(tiny_cpu.__file__).read_text()
         (tmp_path / "mine.py").write_text(source.replace('"tiny_cpu"', '"mine"'))
         monkeypatch.chdir(tmp_path)
@@ -213,7 +211,7 @@ class TestGpus:
     def two_gpus(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
 
-    def test_other_processes_are_told_which_there_are(self, parse):
+    def test_other_processes_get_the_list_of_gpus(self, parse):
         parse("--config=tiny_gpu")
         assert "--gpus=4,6" in flags.forwarded()
         parse("--config=tiny_gpu", "--gpus=6")

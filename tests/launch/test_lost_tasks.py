@@ -1,4 +1,4 @@
-"""A rank that stays without a process wants a new task, and again if that does not help."""
+"""Lost tasks: a rank without a process gets a new task, and another if that does not help."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def test_only_ranks_that_are_away_are_wanted_and_no_two_tasks_soon_after_each_ot
             last[rank] = now_s
 
 
-def test_before_the_first_epoch_nobody_is_away():
+def test_before_the_first_epoch_no_rank_is_away():
     ranks = [{"rank": 0, "pid": None}, {"rank": 1, "pid": 17}]
     assert ranks_away({"epoch": 0, "ranks": ranks}) == set()
     assert ranks_away({"epoch": 1, "ranks": ranks}) == {0}

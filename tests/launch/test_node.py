@@ -1,4 +1,4 @@
-"""A host's launcher: which ranks are its own, and that no other one starts them, too."""
+"""A host's launcher: its own ranks, and the lock against other launchers of them."""
 
 import dataclasses
 import pathlib
@@ -52,7 +52,7 @@ class TestOwnRanks:
         assert node.own_ranks(CONFIG) == (identity(2, 0, 2),)
 
 
-def test_a_rank_is_told_its_place_among_those_of_its_node(tmp_path):
+def test_a_rank_gets_its_index_among_those_of_its_node(tmp_path):
     ranks = node.HostRanks(["--config=tiny_cpu"], (identity(6, 2, 4),), str(tmp_path), 0)
     command = ranks._command("rank6")
     assert command[:3] == [sys.executable, "-m", "launch.rank"]

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,9 +17,10 @@ CONFIG_FLAGS = {"config", "override", "checkpoint", "run_dir", "gpus", "supervis
 
 
 def entry_points(folder: str) -> list[str]:
+    """Modules of programs with flags; workers that a benchmark starts have none."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        if "\nif __name__ ==" in path.read_text():
+        if re.search(r'\nif __name__ == "__main__":(\n .*)*(\.run|cli)\(', path.read_text()):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found.append(".".join(parts[:-1] if parts[-1] == "__main__" else parts))
     return found

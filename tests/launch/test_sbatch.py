@@ -1,4 +1,4 @@
-"""The job scripts parse, explain each option, and say what is wrong before they start anything."""
+"""The job scripts parse, explain each option, and report errors before they start anything."""
 
 import os
 import pathlib

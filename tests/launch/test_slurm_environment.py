@@ -117,7 +117,7 @@ class TestSupervisor:
         one = STEP | {"SLURM_JOB_NODELIST": "loop"}
         assert environment(one).supervisor("", 0) == Address("127.0.1.1", 20017)
 
-    def test_a_name_that_nobody_knows_is_refused(self):
+    def test_an_unknown_host_name_is_refused(self):
         with pytest.raises(UsageError, match="cannot be resolved: Name or service not known"):
             environment().supervisor("elsewhere:77", 0)
 

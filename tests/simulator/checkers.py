@@ -1,4 +1,4 @@
-"""What must be true after every event of a simulation, whatever fails; and when all is well."""
+"""Invariants after every event of a simulation, whatever fails; and the test for recovery."""
 
 from eep_jax.coordination import background
 from eep_jax.coordination.protocol import Mode

@@ -1,4 +1,4 @@
-"""Three hundred seeds of faults, and planted bugs that the checkers must object to."""
+"""Three hundred seeds of faults, and planted bugs that the checkers must find."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Promises of what is done while serving: small, beside the steps, and second to everything."""
+"""Promises of background work: small, beside the steps, and second to everything else."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ class TestRedundancy:
         assert len(prepares) == 3
         assert all(p.message.planned and not p.message.moves for p in prepares)
 
-    def test_a_lost_fetch_is_told_again(self):
+    def test_a_lost_fetch_is_sent_again(self):
         cluster = a_serving_cluster(**ROOMY)
         kill(cluster, 2)
         until_fetching(cluster)
@@ -161,7 +161,7 @@ class TestDrain:
         assert cluster.ranks[3].mode is Mode.SERVING
         assert cluster.state.view.members[3].incarnation == 1
 
-    def test_a_lost_stand_by_is_told_again(self):
+    def test_a_lost_stand_by_is_sent_again(self):
         cluster = a_serving_cluster()
         cluster.feed(ScaleTo(frozenset({3})))
         while not sent(cluster, StandBy):
@@ -210,7 +210,7 @@ class TestDrain:
             note.kind for note in cluster.notes
         ]
 
-    def test_a_restart_remembers_who_is_out(self):
+    def test_a_restart_keeps_the_ranks_that_are_out(self):
         cluster = a_serving_cluster()
         cluster.feed(ScaleTo(frozenset({3})))
         cluster.settle(rounds=20)

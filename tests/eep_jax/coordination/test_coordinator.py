@@ -1,4 +1,4 @@
-"""Promises of the supervisor's side, message by message; whole courses are stories."""
+"""Promises of the supervisor's side, message by message; tests/scenarios has whole courses."""
 
 import dataclasses
 
@@ -166,7 +166,7 @@ class TestArrival:
                 cluster.say(rank)
         assert found == [(1, 1)]
 
-    def test_an_incarnation_is_recorded_before_it_is_told(self):
+    def test_an_incarnation_is_recorded_before_it_is_sent(self):
         commands = ByHand().feed(Arrived(0))
         assert [type(c) for c in commands] == [Note, Answer]
 
@@ -178,7 +178,7 @@ class TestArrival:
 
 
 class TestDeath:
-    def test_an_evicted_incarnation_is_told_so_whatever_it_says(self):
+    def test_an_evicted_incarnation_is_fenced_whatever_it_sends(self):
         cluster = a_serving_cluster()
         cluster.pass_time(3_400, silent=[1])
         cluster.settle(without=[1])
@@ -250,7 +250,7 @@ class TestDeath:
             )
         assert cluster.state.records[2].is_current
 
-    def test_a_sleep_of_the_supervisor_is_nobodys_silence(self):
+    def test_a_sleep_of_the_supervisor_does_not_count_as_silence(self):
         cluster = a_serving_cluster()
         cluster.now_ms += 60_000
         cluster.feed(Tick())
@@ -405,7 +405,7 @@ class TestAbandonedChanges:
 
 
 class TestLoads:
-    def test_a_joiner_is_told_again_until_it_holds_what_is_wanted(self):
+    def test_a_joiner_gets_a_load_again_until_it_holds_the_wanted_experts(self):
         cluster = a_serving_cluster(slots_per_rank=4, redundancy=2)
         cluster.feed(Ended(2, 1))
         del cluster.ranks[2]
@@ -417,7 +417,7 @@ class TestLoads:
         assert sent(cluster.say(2), Load)[2] == load
         assert sent(cluster.say(2, contents=load.slots), Load) == {}
 
-    def test_it_is_told_what_it_lacks_now_not_what_it_lacked_once(self):
+    def test_a_repeated_load_lists_the_experts_that_are_missing_now(self):
         cluster = a_serving_cluster(slots_per_rank=4, redundancy=2)
         cluster.feed(Ended(2, 1))
         del cluster.ranks[2]
@@ -511,7 +511,7 @@ class TestRestart:
         assert cluster.state.view.members[3] == Member(RankState.ACTIVE, 2)
         assert not missing_experts(cluster.state.placement, range(4))
 
-    def test_who_was_judged_dead_stays_dead(self):
+    def test_a_rank_judged_dead_stays_dead(self):
         cluster = a_serving_cluster()
         old = cluster.state
         cluster.pass_time(3_400, silent=[1])

@@ -1,4 +1,4 @@
-"""Promises of a rank's side: it follows the newest Prepare; late or repeated words are harmless."""
+"""Promises of a rank's side: it follows the newest Prepare; late or repeated ones are harmless."""
 
 import dataclasses
 
@@ -179,7 +179,7 @@ def test_an_abandoned_prepare_that_ends_late_is_ignored():
     assert follow(Prepared(2, HELD), state=newer).mode is Mode.READY
 
 
-def test_a_step_of_an_older_epoch_accuses_nobody():
+def test_a_step_of_an_older_epoch_accuses_no_rank():
     assert participant.advance(SERVING, StepAccused(0, (3,))) == (SERVING, ())
 
 
@@ -198,7 +198,7 @@ def test_a_load_is_carried_out_once():
 
 
 @pytest.mark.parametrize("state", [PREPARING, READY], ids=["preparing", "ready"])
-def test_a_rank_that_never_served_can_be_told_to_load_again(state):
+def test_a_rank_that_never_served_accepts_another_load(state):
     other = a_load((4, EMPTY, EMPTY))
     offered, actions = participant.advance(state, other)
     assert offered.mode is Mode.OFFERED and actions == (FillBank(other),)
@@ -208,7 +208,7 @@ def test_a_rank_that_never_served_can_be_told_to_load_again(state):
     assert follow(Commit(epoch=1), state=offered) == offered
 
 
-def test_a_member_is_never_told_to_load():
+def test_a_member_ignores_a_load():
     for state in (SERVING, HOLDING, follow(a_prepare(2), state=SERVING)):
         assert participant.advance(state, a_load((4, EMPTY, EMPTY))) == (state, ())
 

@@ -1,4 +1,4 @@
-"""Reports that are taken quietly lead to what looking at all ranks would have led to."""
+"""Promises of quiet reports: the same decisions as with a look at all ranks."""
 
 import dataclasses
 

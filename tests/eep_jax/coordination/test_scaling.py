@@ -1,4 +1,4 @@
-"""Promises to the operator: what cannot be is refused, with the values and the way out."""
+"""Promises to the operator: impossible requests are refused, with values and a way out."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_ranks_go_by_name_or_from_the_highest_and_come_from_the_lowest():
         (up(count=2), InvalidMove, r"count 2 is more than.*\[3\]"),
     ],
 )
-def test_what_cannot_be_is_refused(request_, error, words):
+def test_an_impossible_request_is_refused(request_, error, words):
     state = a_cluster_without(3).state
     with pytest.raises(error, match=words):
         ranks_out(state, request_)

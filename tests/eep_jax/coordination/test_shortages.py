@@ -1,4 +1,4 @@
-"""Experts that no source supplies: who is asked next, when it is tried again, and what is told."""
+"""Promises of shortages: the next rank to try, the time of the next try, and the reasons given."""
 
 import dataclasses
 
@@ -80,7 +80,7 @@ def test_it_is_tried_again_after_longer_and_longer_but_not_for_ever(times):
     assert waited == [min(RETRY_MS << n, RETRY_MAX_MS) for n in range(times)]
 
 
-def test_many_reasons_are_told_in_short():
+def test_many_reasons_are_shortened():
     state = a_joining_cluster(0, 1, 2)
     for first in (0, 3):
         slots = (first, first + 1, first + 2)

@@ -67,7 +67,7 @@ def test_the_first_experts_come_from_the_checkpoint_whatever_is_allowed_later():
     assert cluster.state.view.epoch == 1
 
 
-def test_a_joining_rank_is_told_of_backups_too():
+def test_a_joining_rank_may_load_from_backups():
     cluster = with_backups(1)
     cluster.feed(Ended(3, 1))
     del cluster.ranks[3]

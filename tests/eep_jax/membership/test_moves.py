@@ -65,7 +65,7 @@ def test_any_sequence_of_moves_keeps_a_view_valid(drawn):
 
 
 @given(attempts())
-def test_who_is_in_changes_only_with_the_epoch(drawn):
+def test_members_change_only_with_the_epoch(drawn):
     ranks, tried = drawn
     view = empty_view(ranks)
     for name, rank, incarnation in tried:

@@ -1,4 +1,4 @@
-"""Promises of the backup plan: bounded, even, deterministic, and never only where it is no help."""
+"""Promises of the backup plan: bounded, even, deterministic, and never only on the rank at risk."""
 
 import random
 

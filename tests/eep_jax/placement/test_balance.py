@@ -1,4 +1,4 @@
-"""Promises of the steps that are taken while serving: each is valid, and together they arrive."""
+"""Promises of rebalancing: every step is valid, and the steps reach the aim."""
 
 import itertools
 

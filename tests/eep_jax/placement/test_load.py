@@ -1,4 +1,4 @@
-"""Promises of the load estimate: it adds, it fades, and it waits until it knows enough."""
+"""Promises of the load estimate: it adds, decays, and is unused until it has enough choices."""
 
 import pytest
 

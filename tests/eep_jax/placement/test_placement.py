@@ -1,4 +1,4 @@
-"""Promises of `Placement` and of what is asked about it."""
+"""Promises of `Placement` and of its queries."""
 
 import dataclasses
 import doctest
