@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Continue `prompt` with at most `max_tokens`. `produced` came from a rank that died since."""
+    """Continue `prompt` with at most `max_tokens`, of which `produced` are known already."""
 
     id: str
     prompt: tuple[int, ...]

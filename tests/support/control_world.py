@@ -92,7 +92,7 @@ class ControlWorld:
         await self.until(self.is_whole)
 
     def is_whole(self) -> bool:
-        status = self.supervisor.status()
+        status = self.supervisor.service.status()
         return status["state"] == "serving" and all(r["mode"] == "serving" for r in status["ranks"])
 
     async def until(self, condition) -> None:

@@ -51,7 +51,7 @@ class FakeService:
         self.streams: list[FakeStream] = []
         self.submitting = asyncio.Event()
         self.healthy = True
-        self.wishes: list[ScaleRequest] = []
+        self.scale_requests: list[ScaleRequest] = []
         self._by_key: dict[str, CompletionRequest] = {}
 
     def submit(self, request: CompletionRequest, key: str | None) -> FakeStream:
@@ -64,10 +64,10 @@ class FakeService:
         self.submitting.set()
         return self.streams[-1]
 
-    def apply(self, wish: ScaleRequest) -> dict:
+    def apply(self, request: ScaleRequest) -> dict:
         if self.refusal is not None:
             raise self.refusal
-        self.wishes.append(wish)
+        self.scale_requests.append(request)
         return {"epoch_planned": 8}
 
     def health(self) -> tuple[bool, dict]:

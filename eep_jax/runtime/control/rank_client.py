@@ -34,8 +34,8 @@ class Connected:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinkOptions:
-    """Where the supervisor is found, and who calls."""
+class ControlClientOptions:
+    """Address of the supervisor and identity of this rank."""
 
     endpoint_file: pathlib.Path  # JSON {"host", "port"}, rewritten by every supervisor
     token: str
@@ -51,7 +51,7 @@ class LinkOptions:
 class ControlClient:
     """Connects, reconnects, sends a Status with every heartbeat, hands incoming messages over.
 
-    `on_arrival` is called in the link's thread after a message was queued, `on_prepare` with the
+    `on_arrival` is called in the client's thread after a message was queued, `on_prepare` with the
     epoch at once when a Prepare comes in that was not planned: a step in flight should end now, not
     after its deadline; `on_turned_away`, which may be set, with the reason why this process can be
     no rank of this run, as it was started.
@@ -59,7 +59,7 @@ class ControlClient:
 
     def __init__(
         self,
-        options: LinkOptions,
+        options: ControlClientOptions,
         on_arrival: Callable[[], None] = lambda: None,
         on_prepare: Callable[[int], None] = lambda epoch: None,
     ):
@@ -74,7 +74,7 @@ class ControlClient:
         self._loop = asyncio.new_event_loop()
         self._outgoing: asyncio.Queue | None = None  # of the connection that stands, if one does
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -262,9 +262,9 @@ class ControlClient:
 def client_of(
     config: RunConfig, rank: int, run_dir: pathlib.Path, token: str, **others
 ) -> ControlClient:
-    """The client of a rank of the run in `run_dir`; `others` are further fields of LinkOptions."""
+    """Makes the client of a rank; `others` are further fields of ControlClientOptions."""
     return ControlClient(
-        LinkOptions(
+        ControlClientOptions(
             endpoint_file=run_dir / ENDPOINT,
             token=token,
             rank=rank,

@@ -39,7 +39,7 @@ class _Pending:
         return self.settled >= self.members
 
 
-class RepairLog:
+class ChangeCosts:
     """Collects what becomes a record. Times are milliseconds of the supervisor's clock."""
 
     def __init__(self, members=()):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from eep_jax.runtime.control.messages import ChangeTimes
-from eep_jax.runtime.history.change_costs import ChangeTotals, RepairLog
+from eep_jax.runtime.history.change_costs import ChangeCosts, ChangeTotals
 from eep_jax.runtime.history.journal import Journal
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class EventLog:
         members: Iterable[int] = (),
     ):
         self._journal, self._now_ms = journal, now_ms
-        self._repairs = RepairLog(members)
+        self._costs = ChangeCosts(members)
         before = list(before)
         self.commit = next((e for e in reversed(before) if e["kind"] == "commit"), None)
         self.events: collections.deque[dict] = collections.deque(before, maxlen=EVENTS_MAX)
@@ -47,20 +47,20 @@ class EventLog:
         now_ms = self._now_ms()
         match kind:
             case "prepare":
-                self._repairs.prepared(facts["epoch"], now_ms)
+                self._costs.prepared(facts["epoch"], now_ms)
             case "dead":
-                self._repairs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
+                self._costs.dead(facts["rank"], facts["reason"], silent_ms, now_ms)
             case "commit":
                 self.commit = record
-                self._repairs.committed(facts, now_ms)
+                self._costs.committed(facts, now_ms)
 
     def told(self, rank: int, times: ChangeTimes) -> None:
         """A rank says how its last change went."""
-        self._repairs.told(rank, times)
-        self.note_repairs()
+        self._costs.told(rank, times)
+        self.note_costs()
 
-    def note_repairs(self) -> None:
+    def note_costs(self) -> None:
         """Notes what each change cost of which nothing more will be heard."""
-        for facts in self._repairs.take(self._now_ms()):
+        for facts in self._costs.take(self._now_ms()):
             self.totals.add(facts)
             self.note("repair", facts)

@@ -40,9 +40,9 @@ class Metrics:
     """A collector over what a supervisor's parts know; counts begin with the process."""
 
     def __init__(
-        self, state: Callable[[], CoordinatorState], book: RequestTable, chronicle: EventLog
+        self, state: Callable[[], CoordinatorState], requests: RequestTable, event_log: EventLog
     ):
-        self._state, self._book, self._chronicle = state, book, chronicle
+        self._state, self._requests, self._event_log = state, requests, event_log
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -64,17 +64,17 @@ class Metrics:
                 len(state.out - set(state.view.in_epoch)),
             ),
             "eep_missing_experts": ("Experts without a live replica.", len(missing(state))),
-            "eep_requests_waiting": ("Accepted requests on no rank.", self._book.waiting),
-            "eep_requests_running": ("Requests on a rank.", self._book.running),
+            "eep_requests_waiting": ("Accepted requests on no rank.", self._requests.waiting),
+            "eep_requests_running": ("Requests on a rank.", self._requests.running),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
             text = f"Since this supervisor started: {name.replace('_', ' ')}."
-            yield CounterMetricFamily(f"eep_{name}", text, value=self._book.counts[name])
+            yield CounterMetricFamily(f"eep_{name}", text, value=self._requests.counts[name])
         text = "Events since this supervisor started, by kind."
         family = CounterMetricFamily("eep_events", text, labels=["kind"])
-        for kind, number in sorted(self._chronicle.counts.items()):
+        for kind, number in sorted(self._event_log.counts.items()):
             family.add_metric([kind], number)
         yield family
         yield from self._collect_changes()
@@ -82,7 +82,7 @@ class Metrics:
 
     def _collect_changes(self):
         """Repairs, admissions, drains and background work: how many, what moved, and how long."""
-        totals = self._chronicle.totals
+        totals = self._event_log.totals
         for name, text, labels, counts in (
             ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
             (

@@ -91,7 +91,7 @@ def read_back(records: list[dict], config: RunConfig) -> Restored:
                 entries[entry.request.id] = entry
             case "finished" if record["id"] in entries:
                 entry = entries[record["id"]]
-                entry.tokens, entry.finish = list(record["tokens"]), record["finish"]
+                entry.produced, entry.finish = list(record["tokens"]), record["finish"]
     return Restored(
         is_first=not records,
         view=view,

@@ -27,16 +27,16 @@ class StatusReporter:
         self,
         config: RunConfig,
         state: Callable[[], CoordinatorState],
-        book: RequestTable,
-        chronicle: EventLog,
+        requests: RequestTable,
+        event_log: EventLog,
         telemetry: dict[int, Telemetry],
         processes: RankProcesses,
         channels: Channels,
     ):
-        self._config, self._state, self._book = config, state, book
-        self._chronicle, self._telemetry = chronicle, telemetry
+        self._config, self._state, self._requests = config, state, requests
+        self._event_log, self._telemetry = event_log, telemetry
         self._processes, self._channels = processes, channels
-        self.metrics = Metrics(state, book, chronicle).text
+        self.metrics = Metrics(state, requests, event_log).text
 
     def phase(self) -> str:
         """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
@@ -60,12 +60,12 @@ class StatusReporter:
         return phase in ("serving", "changing"), facts
 
     def _problems(self) -> list[str]:
-        return problems(self._state(), self._chronicle.events)
+        return problems(self._state(), self._event_log.events)
 
     def status(self) -> dict:
         """Everything a person or a test may want to know of the cluster."""
         state = self._state()
-        counts = self._book.counts
+        counts = self._requests.counts
         return {
             "state": self.phase(),
             "blocked": state.blocked,
@@ -83,8 +83,8 @@ class StatusReporter:
                 "imbalance": imbalance(state),
             },
             "requests": {
-                "waiting": self._book.waiting,
-                "running": self._book.running,
+                "waiting": self._requests.waiting,
+                "running": self._requests.running,
                 "accepted": counts["accepted"],
                 "finished": counts["finished"],
                 "cancelled": counts["cancelled"],
@@ -93,7 +93,7 @@ class StatusReporter:
                 "dropped_choices": counts["dropped_choices"],
             },
             "background": self.scale(),
-            "events": list(self._chronicle.events),
+            "events": list(self._event_log.events),
         }
 
     def scale(self) -> dict:
@@ -134,7 +134,7 @@ class StatusReporter:
             "host": self._channels.host_of(rank),
             "mode": status.mode.value if status is not None and record.is_current else None,
             "epoch": status.epoch if status is not None else 0,
-            "requests": len(self._book.of_rank(rank)),
+            "requests": len(self._requests.of_rank(rank)),
             "compilations_after_start": telemetry.compilations if telemetry else 0,
             "steps": telemetry.steps if telemetry else 0,
             "steps_discarded": telemetry.discarded if telemetry else 0,

@@ -23,7 +23,7 @@ from eep_jax.runtime.http.completion import (
     parse_request,
 )
 from eep_jax.runtime.http.response import Answer, Failed
-from eep_jax.runtime.http.scale_request import parse_wish
+from eep_jax.runtime.http.scale_request import parse_scale_request
 from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, ServiceUnavailable
 from eep_jax.runtime.text.chat_template import ChatTemplate
 
@@ -142,7 +142,7 @@ class _Api:
         return web.json_response(self._service.status())
 
     async def apply(self, http: web.Request) -> web.Response:
-        return web.json_response(self._service.apply(parse_wish(await _read_json(http))))
+        return web.json_response(self._service.apply(parse_scale_request(await _read_json(http))))
 
     async def metrics(self, http: web.Request) -> web.Response:
         headers = {"Content-Type": PROMETHEUS_TEXT}

@@ -3,6 +3,7 @@
 import json
 
 from eep_jax.runtime.http.completion import (
+    SHARED_ONLY,
     CompletionLimits,
     CompletionRequest,
     RequestError,
@@ -23,13 +24,9 @@ EFFORTS = ("minimal", "low", "medium", "high")
 _no_tools = "send no tools: this service parses no calls out of answers"
 _text_only = "leave it out: answers are text"
 # Fields of OpenAI's API with values that this service can honour: (test, value, way out).
-_ONLY = {
-    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per answer"),
+_ONLY = SHARED_ONLY | {
     "logprobs": (lambda x: x is False, "false", "leave it out"),
     "top_logprobs": (lambda x: type(x) is int and x == 0, "0", "leave it out"),
-    "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
-    "frequency_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
-    "logit_bias": (lambda x: x == {}, "null or {}", "leave it out"),
     "response_format": (lambda x: x == {"type": "text"}, '{"type": "text"}', _text_only),
     "modalities": (lambda x: x == ["text"], '["text"]', _text_only),
     "tools": (lambda x: x == [], "null or []", _no_tools),
@@ -37,8 +34,7 @@ _ONLY = {
     "tool_choice": (lambda x: x == "none", '"none"', _no_tools),
     "function_call": (lambda x: x == "none", '"none"', _no_tools),
     "parallel_tool_calls": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
-    # These change no answer.
-    "user": (lambda x: isinstance(x, str), "a string", "leave it out"),
+    # These do not change an answer.
     "metadata": (lambda x: isinstance(x, dict), "an object", "leave it out"),
     "store": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
     "safety_identifier": (lambda x: isinstance(x, str), "a string", "leave it out"),

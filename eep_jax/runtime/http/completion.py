@@ -36,17 +36,19 @@ class CompletionLimits:
     tokenizer: Tokenizer = BYTES
 
 
-# Fields of OpenAI's API with one value that this service can honour: (test, value, way out).
-_ONLY = {
-    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per completion"),
-    "best_of": (lambda x: type(x) is int and x == 1, "1", "send one request per candidate"),
-    "echo": (lambda x: x is False, "false", "put the prompt in front of the answer yourself"),
-    "logprobs": (lambda x: False, "null", "leave it out"),
-    "suffix": (lambda x: False, "null", "leave it out"),
+# Fields of both APIs with one value that this service can honour: (test, value, way out).
+SHARED_ONLY = {
+    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per answer"),
     "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
     "frequency_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
     "logit_bias": (lambda x: x == {}, "null or {}", "leave it out"),
     "user": (lambda x: isinstance(x, str), "a string", "leave it out"),
+}
+_ONLY = SHARED_ONLY | {
+    "best_of": (lambda x: type(x) is int and x == 1, "1", "send one request per candidate"),
+    "echo": (lambda x: x is False, "false", "put the prompt in front of the answer yourself"),
+    "logprobs": (lambda x: False, "null", "leave it out"),
+    "suffix": (lambda x: False, "null", "leave it out"),
 }
 _OWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream")
 FIELDS = (*_OWN, "stream_options", *_ONLY)

@@ -1,4 +1,4 @@
-"""What an operator may ask for over HTTP: `{"action": "scale_down", "ranks": [5]}`, checked."""
+"""Scale requests of an operator: `{"action": "scale_down", "ranks": [5]}`, checked."""
 
 from eep_jax.coordination.scaling import ACTIONS, ScaleRequest
 from eep_jax.runtime.http.completion import RequestError
@@ -6,8 +6,8 @@ from eep_jax.runtime.http.completion import RequestError
 FIELDS = ("action", "ranks", "count")
 
 
-def parse_wish(body: object) -> ScaleRequest:
-    """The wish in a JSON body. Raises RequestError naming the field, its value and a way out."""
+def parse_scale_request(body: object) -> ScaleRequest:
+    """Reads a JSON body. Raises RequestError naming the field, its value and the way out."""
     if not isinstance(body, dict):
         raise RequestError(400, None, f"the body is {type(body).__name__}; send one JSON object")
     if unknown := sorted(set(body) - set(FIELDS)):

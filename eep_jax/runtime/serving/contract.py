@@ -66,7 +66,7 @@ class CompletionService(Protocol):
         Raises QueueFull, ServiceUnavailable, or KeyConflict.
         """
 
-    def apply(self, wish: ScaleRequest) -> dict:
+    def apply(self, request: ScaleRequest) -> dict:
         """Takes ranks out or back. Raises InvalidMove or CoverageLost where that cannot be."""
 
     def health(self) -> tuple[bool, dict]: ...

@@ -22,13 +22,13 @@ class RequestDispatcher:
 
     def __init__(
         self,
-        book: RequestTable,
+        table: RequestTable,
         channels: Channels,
         record: Callable[[str, dict], object],
         changed: Callable[[str], None],
         awaited: Iterable[int] = (),
     ):
-        self._book, self._channels = book, channels
+        self._table, self._channels = table, channels
         self._record, self._changed = record, changed
         self._awaited = set(awaited)
 
@@ -49,7 +49,7 @@ class RequestDispatcher:
         """
         if self._awaited.intersection(ranks):
             return
-        for rank, request in self._book.assign(self._channels.settled(ranks)):
+        for rank, request in self._table.assign(self._channels.settled(ranks)):
             self._channels.send(rank, Generate(request=request))
 
     def produced(self, rank: int, progress: Progress, dropped: Iterable[int] = ()) -> None:
@@ -57,12 +57,12 @@ class RequestDispatcher:
 
         Raises ProtocolError for tokens that do not go on where the known ones end.
         """
-        entry = self._book.produced(rank, progress)
+        entry = self._table.produced(rank, progress)
         if entry is None:
             return
         if progress.dropped:
             entry.degraded.update(dropped)
-            self._book.counts["dropped_choices"] += progress.dropped
+            self._table.counts["dropped_choices"] += progress.dropped
         if entry.finish:
             self._record("finished", finished_facts(entry))
             self._channels.send(rank, Forget(id=entry.request.id))
@@ -73,11 +73,11 @@ class RequestDispatcher:
     ) -> None:
         """A rank is back: both learn what the other has. It may know more than the journal."""
         for progress in held:
-            self._book.adopt(rank, progress.id)
+            self._table.adopt(rank, progress.id)
             self.produced(rank, progress, dropped)
         if not is_member:
-            self._book.release(rank)  # it was drained before it, or this supervisor, heard so
-        forget, resend = self._book.reconcile(rank, {progress.id for progress in held})
+            self._table.release(rank)  # it was drained before it, or this supervisor, heard so
+        forget, resend = self._table.reconcile(rank, {progress.id for progress in held})
         for request_id in forget:
             self._channels.send(rank, Forget(id=request_id))
         for request in resend:
@@ -86,7 +86,7 @@ class RequestDispatcher:
 
     def release(self, rank: int) -> None:
         """Requests of a rank that is out go to others, with the tokens it said before."""
-        for entry in self._book.release(rank):
+        for entry in self._table.release(rank):
             self._channels.send(rank, Forget(id=entry.request.id))
             _log.info("request %s waits for another rank", entry.request.id)
 
@@ -99,4 +99,4 @@ def accepted_facts(entry: Entry) -> dict:
 
 def finished_facts(entry: Entry) -> dict:
     """What the journal keeps of a request that is over, for a client that asks again."""
-    return {"id": entry.request.id, "finish": entry.finish, "tokens": entry.tokens}
+    return {"id": entry.request.id, "finish": entry.finish, "tokens": entry.produced}

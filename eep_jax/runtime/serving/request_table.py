@@ -14,20 +14,20 @@ from eep_jax.errors import ProtocolError, QueueFull
 
 @dataclasses.dataclass
 class Entry:
-    """One request's life. `request.produced` stays empty; what was produced is in `tokens`."""
+    """One request's life. `request` is as accepted: nothing was produced before."""
 
     request: Request
     key: str | None = None  # the client's Idempotency-Key
     body: str = ""  # what the client asked, to compare a repeated key with
     created: float = 0.0
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    produced: list[int] = dataclasses.field(default_factory=list)  # all tokens so far
     rank: int | None = None
     finish: str = ""
     degraded: set[int] = dataclasses.field(default_factory=set)
 
-    def remaining(self) -> Request:
-        """The request as the next rank should get it."""
-        return dataclasses.replace(self.request, produced=tuple(self.tokens))
+    def continuation(self) -> Request:
+        """The request for the next rank: it goes on behind the tokens produced so far."""
+        return dataclasses.replace(self.request, produced=tuple(self.produced))
 
 
 class RequestTable:
@@ -71,7 +71,7 @@ class RequestTable:
             entry = self.entries[self._queue.popleft()]
             entry.rank = rank
             load[rank] += 1
-            given.append((rank, entry.remaining()))
+            given.append((rank, entry.continuation()))
         return given
 
     def of_rank(self, rank: int) -> list[Entry]:
@@ -86,13 +86,13 @@ class RequestTable:
         entry = self.entries.get(progress.id)
         if entry is None or entry.rank != rank or entry.finish:
             return None  # finished, or taken from this rank
-        have = len(entry.tokens)
+        have = len(entry.produced)
         if progress.start < 0 or progress.start > have:
             raise ProtocolError(
                 f"rank {rank} sends tokens of {progress.id} from {progress.start}, "
                 f"but only {have} are known"
             )
-        known = entry.tokens[progress.start :]
+        known = entry.produced[progress.start :]
         again = list(progress.tokens[: len(known)])
         if again != known[: len(again)]:
             raise ProtocolError(
@@ -105,7 +105,7 @@ class RequestTable:
             raise ProtocolError(
                 f"rank {rank} produced {len(new)} tokens for {progress.id}, room for {room}"
             )
-        entry.tokens.extend(new)
+        entry.produced.extend(new)
         self.counts["tokens"] += len(new)
         if progress.finish:
             self._end(entry, progress.finish)
@@ -124,7 +124,7 @@ class RequestTable:
         """After a reconnect: (ids the rank should forget, requests it should have but has not)."""
         mine = {e.request.id: e for e in self.of_rank(rank)}
         forget = sorted(held - set(mine))
-        return forget, [e.remaining() for i, e in mine.items() if i not in held]
+        return forget, [e.continuation() for i, e in mine.items() if i not in held]
 
     def adopt(self, rank: int, request_id: str) -> None:
         """A restarted supervisor learns that `rank` has this request."""

@@ -1,4 +1,4 @@
-"""The completions service on top of the request book: what HTTP clients talk to."""
+"""The completions service on top of the request table: what HTTP clients talk to."""
 
 import asyncio
 import dataclasses
@@ -18,28 +18,33 @@ from eep_jax.runtime.serving.request_table import Entry, RequestTable
 
 
 class CompletionFrontend:
-    """Turns completion requests into book entries, and entries into streams of progress."""
+    """Turns completion requests into entries of the table, and entries into streams of progress."""
 
     def __init__(
         self,
-        book: RequestTable,
+        table: RequestTable,
         end_tokens: frozenset[int],
         unavailable: Callable[[], str],
         accepted: Callable[[Entry], None],
         cancelled: Callable[[Entry], None],
     ):
-        """`unavailable()` says why no request can be taken now, or ''.
+        """Wires the frontend.
 
-        `accepted` and `cancelled` are called after the book has changed.
+        Args:
+          table: holds the requests.
+          end_tokens: tokens that end a text, and are no part of it.
+          unavailable: returns why no request can be accepted now, or ''.
+          accepted: called with an entry after it was added to the table.
+          cancelled: called with an entry after it was cancelled in the table.
         """
-        self._book, self._end_tokens, self._unavailable = book, end_tokens, unavailable
+        self._table, self._end_tokens, self._unavailable = table, end_tokens, unavailable
         self._accepted, self._cancelled = accepted, cancelled
         self._readers: dict[str, set[asyncio.Event]] = {}
 
     def submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
         """Raises QueueFull, ServiceUnavailable or KeyConflict; see contract.CompletionService."""
         body = _asked(request)
-        if key is not None and (known := self._book.by_key(key)) is not None:
+        if key is not None and (known := self._table.by_key(key)) is not None:
             if known.body != body:
                 raise KeyConflict(
                     f"Idempotency-Key {key!r} was used for another request; "
@@ -57,7 +62,7 @@ class CompletionFrontend:
             top_p=request.top_p,
             seed=seed,
         )
-        entry = self._book.submit(Entry(rank_request, key=key, body=body, created=time.time()))
+        entry = self._table.submit(Entry(rank_request, key=key, body=body, created=time.time()))
         self._accepted(entry)
         return EntryStream(self, entry)
 
@@ -74,7 +79,7 @@ class CompletionFrontend:
         try:
             while True:
                 event.clear()
-                new, finish = entry.tokens[sent:], entry.finish
+                new, finish = entry.produced[sent:], entry.finish
                 sent += len(new)
                 degraded = tuple(sorted(entry.degraded))
                 if finish == "stop" and new and new[-1] in self._end_tokens:
@@ -87,7 +92,7 @@ class CompletionFrontend:
                     yield StreamProgress(tokens=tuple(new), finish_reason=reason, degraded=degraded)
                 if finish:
                     return
-                if len(entry.tokens) == sent and not entry.finish:
+                if len(entry.produced) == sent and not entry.finish:
                     await event.wait()
         finally:
             readers = self._readers.get(entry.request.id, set())
@@ -96,7 +101,7 @@ class CompletionFrontend:
                 self._readers.pop(entry.request.id, None)
 
     def cancel(self, entry: Entry) -> None:
-        if self._book.cancel(entry.request.id) is not None:
+        if self._table.cancel(entry.request.id) is not None:
             self._cancelled(entry)
             self.changed(entry.request.id)
 
@@ -104,15 +109,15 @@ class CompletionFrontend:
 class EntryStream:
     """One client's reading of an entry."""
 
-    def __init__(self, serving: CompletionFrontend, entry: Entry):
-        self._serving, self._entry = serving, entry
+    def __init__(self, frontend: CompletionFrontend, entry: Entry):
+        self._frontend, self._entry = frontend, entry
         self.id, self.created = entry.request.id, int(entry.created)
 
     def __aiter__(self) -> AsyncIterator[StreamProgress]:
-        return self._serving.read(self._entry)
+        return self._frontend.read(self._entry)
 
     def cancel(self) -> None:
-        self._serving.cancel(self._entry)
+        self._frontend.cancel(self._entry)
 
 
 def _asked(request: CompletionRequest) -> str:

@@ -41,7 +41,7 @@ class DriverDeps:
     channels: Channels
     processes: RankProcesses
     journal: Journal
-    chronicle: EventLog
+    event_log: EventLog
     released: Callable[[int], None]
     settled: Callable[[], None]
 
@@ -49,26 +49,26 @@ class DriverDeps:
 class Driver:
     """Has the coordinator's state, and is the only one to change it."""
 
-    def __init__(self, state: CoordinatorState, hands: DriverDeps):
-        self.state, self._hands = state, hands
+    def __init__(self, state: CoordinatorState, deps: DriverDeps):
+        self.state, self._deps = state, deps
 
     def feed(self, event, connection: Connection | None = None) -> None:
         """`connection` is of the process that caused the event, if one did; it gets the answer."""
-        hands = self._hands
-        self.state, commands = coordinator.advance(self.state, event, hands.now_ms())
+        deps = self._deps
+        self.state, commands = coordinator.advance(self.state, event, deps.now_ms())
         for command in commands:
             match command:
                 case Send(rank=rank, incarnation=incarnation, message=message):
-                    hands.channels.send(rank, message, incarnation)
+                    deps.channels.send(rank, message, incarnation)
                 case Answer(message=message):
                     if connection is not None:
                         self.answer(connection, message)
                 case Kill(rank=rank, incarnation=incarnation, reason=reason):
                     _log.warning("killing incarnation %d of rank %d: %s", incarnation, rank, reason)
-                    hands.processes.kill(rank, incarnation)
+                    deps.processes.kill(rank, incarnation)
                 case Note(kind=kind, facts=facts):
                     self._note(kind, facts)
-        hands.settled()
+        deps.settled()
 
     def answer(self, connection: Connection, message) -> None:
         """Tells a process that said Hello how it stands; who is welcome is watched from now on."""
@@ -93,30 +93,30 @@ class Driver:
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.is_current}
 
     def _let_in(self, connection: Connection, incarnation: int) -> None:
-        hands, hello = self._hands, connection.hello
+        deps, hello = self._deps, connection.hello
         connection.incarnation = incarnation
-        hands.channels.register(connection)
-        process, host = process_of(hello, incarnation), hands.processes.named(hello.host)
+        deps.channels.register(connection)
+        process, host = process_of(hello, incarnation), deps.processes.named(hello.host)
         # In the journal before the process hears of it: no later supervisor misses one that lives.
-        hands.journal.append("process", process_facts(host, process))
-        hands.processes.watch(host, process)
+        deps.journal.append("process", process_facts(host, process))
+        deps.processes.watch(host, process)
 
     def _note(self, kind: str, facts: dict) -> None:
         silent_ms = self._silent_ms(facts["rank"]) if kind == "dead" else 0
-        self._hands.chronicle.note(kind, facts, silent_ms)
+        self._deps.event_log.note(kind, facts, silent_ms)
         match kind:
             case "dead":
-                self._hands.released(facts["rank"])
+                self._deps.released(facts["rank"])
             case "commit":
                 for rank in facts["drained"]:
-                    self._hands.released(rank)
+                    self._deps.released(rank)
 
     def _silent_ms(self, rank: int) -> int:
         """How long ago a rank that was judged dead last gave a sign of life."""
         record = self.state.records[rank]
-        alive_ms = self._hands.processes.alive_ms(rank, record.incarnation)
+        alive_ms = self._deps.processes.alive_ms(rank, record.incarnation)
         ending = alive_ms is not None and (record.ending or record.ended)
-        return max(0, self._hands.now_ms() - (alive_ms if ending else record.heard_ms))
+        return max(0, self._deps.now_ms() - (alive_ms if ending else record.heard_ms))
 
 
 def process_of(hello: Hello, incarnation: int) -> HostProcess:

@@ -1,7 +1,6 @@
-"""What ranks and launchers say: checked, and passed on to whom it concerns."""
+"""Handlers of the control channel: messages of ranks and launchers are checked and routed."""
 
 import logging
-from collections.abc import Callable
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination.protocol import Fenced, Status
@@ -9,14 +8,11 @@ from eep_jax.coordination.state import Arrived, Disconnected, Measured
 from eep_jax.engine.request import Progress
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
-from eep_jax.runtime.control.channels import Channels
 from eep_jax.runtime.control.server import Connection
-from eep_jax.runtime.history.event_log import EventLog
-from eep_jax.runtime.processes.registry import RankProcesses
 from eep_jax.runtime.processes.remote import HostWatch
 from eep_jax.runtime.serving.dispatcher import RequestDispatcher
 from eep_jax.runtime.supervisor.admission import Returns, Seen, admit
-from eep_jax.runtime.supervisor.driver import Driver, process_of
+from eep_jax.runtime.supervisor.driver import Driver, DriverDeps, process_of
 from eep_jax.runtime.supervisor.message_checks import (
     check_hello,
     check_progress,
@@ -28,29 +24,24 @@ _log = logging.getLogger(__name__)
 
 
 class MessageHandler:
-    """The handlers of a `ControlServer`. `telemetry` is what each rank said last.
-
-    `assign` gives out requests: a rank that spoke may have room.
-    """
+    """The handlers of a `ControlServer`. `telemetry` is the last Telemetry of each rank."""
 
     def __init__(
         self,
         config: RunConfig,
+        deps: DriverDeps,
         driver: Driver,
-        channels: Channels,
-        processes: RankProcesses,
         hosts: HostWatch,
-        flow: RequestDispatcher,
-        chronicle: EventLog,
-        assign: Callable[[], None],
+        dispatcher: RequestDispatcher,
     ):
-        self._config, self._driver, self._channels = config, driver, channels
-        self._processes, self._hosts = processes, hosts
-        self._flow, self._chronicle, self._assign = flow, chronicle, assign
+        self._config, self._driver = config, driver
+        self._channels, self._processes, self._hosts = deps.channels, deps.processes, hosts
+        self._dispatcher, self._event_log = dispatcher, deps.event_log
+        self._assign = deps.settled  # a rank that reported may have room for requests
         self.telemetry: dict[int, messages.Telemetry] = {}
 
     def on_message(self, connection: Connection, message) -> None:
-        """Raises ProtocolError for what this sender cannot say, or not now."""
+        """Routes one message. Raises ProtocolError if this sender may not send it now."""
         if isinstance(connection.hello, messages.HostHello):
             return self._hosts.on_message(connection, message)
         if isinstance(message, messages.Hello):
@@ -108,10 +99,10 @@ class MessageHandler:
         match message:
             case messages.Produced(progress=progress) if connection.settled:
                 for part in self._checked(rank, progress):
-                    self._flow.produced(rank, part, state.dropped)
+                    self._dispatcher.produced(rank, part, state.dropped)
             case messages.Held(progress=progress):
                 is_member = rank in state.view.in_epoch
-                self._flow.held(rank, self._checked(rank, progress), is_member, state.dropped)
+                self._dispatcher.held(rank, self._checked(rank, progress), is_member, state.dropped)
                 connection.settled = True
             case messages.Telemetry():
                 self._on_telemetry(rank, message)
@@ -126,6 +117,6 @@ class MessageHandler:
         check_telemetry(telemetry, rank, self._config)
         self.telemetry[rank] = telemetry
         if telemetry.change is not None:
-            self._chronicle.told(rank, telemetry.change)
+            self._event_log.told(rank, telemetry.change)
         if any(telemetry.chosen):
             self._driver.feed(Measured(telemetry.chosen))

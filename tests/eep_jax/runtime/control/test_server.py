@@ -41,7 +41,7 @@ class Door:
         async with a_world(self.tmp_path, serve={"message_bytes_max": BYTES_MAX}) as world:
             await world.form()
             await world.ranks[1].close()
-            await world.until(lambda: world.supervisor.status()["epoch"] == 2)
+            await world.until(lambda: world.supervisor.service.status()["epoch"] == 2)
             async with connection_to(self.tmp_path, TOKEN) as socket:
                 for frame in frames:
                     if isinstance(frame, str):
@@ -149,7 +149,7 @@ class TestSending:
         async with a_world(tmp_path) as world:
             await world.form()
             await world.ranks[1].close()
-            await world.until(lambda: world.supervisor.status()["epoch"] == 2)
+            await world.until(lambda: world.supervisor.service.status()["epoch"] == 2)
             async with connection_to(tmp_path, TOKEN) as socket:
                 await socket.send_bytes(hello(body))
                 await receive(socket)

@@ -7,7 +7,7 @@ import pytest
 
 from eep_jax.config import RunConfig
 from eep_jax.runtime.control.messages import ChangeTimes, StartTimes
-from eep_jax.runtime.history.change_costs import PAUSE_PHASES, REPORT_MS, RepairLog
+from eep_jax.runtime.history.change_costs import PAUSE_PHASES, REPORT_MS, ChangeCosts
 from eep_jax.runtime.history.journal import Journal, replay
 from eep_jax.runtime.history.recovery import read_back
 from eep_jax.runtime.rank.change_timer import ChangeTimer
@@ -31,9 +31,9 @@ def times(epoch=5, detach_s=0.001, fetch_s=0.010, first_step_s=0.004, **changes)
     )
 
 
-def a_log_after_a_death(silent_ms=8) -> RepairLog:
+def a_log_after_a_death(silent_ms=8) -> ChangeCosts:
     """Rank 3 of four is judged dead at 1000 ms, Prepare at 1002, committed at 1052."""
-    log = RepairLog(range(4))
+    log = ChangeCosts(range(4))
     log.dead(3, "rank 3 is ending: its process was killed", silent_ms, 1_000)
     log.prepared(5, 1_002)
     log.committed(commit(), 1_052)
@@ -101,7 +101,7 @@ def test_what_belongs_to_another_epoch_or_to_no_member_does_not_count():
 
 
 def test_two_deaths_of_one_change_are_one_record_with_both_reasons():
-    log = RepairLog(range(4))
+    log = ChangeCosts(range(4))
     log.dead(3, "rank 3 was silent", 3_000, 1_000)
     log.prepared(5, 1_001)
     log.dead(2, "rank 2 is ending", 5, 1_010)
@@ -149,7 +149,7 @@ def test_a_change_that_comes_later_is_recorded_for_itself():
 
 
 def test_the_first_epoch_is_no_repair_and_a_joining_ranks_death_no_part_of_one():
-    log = RepairLog()
+    log = ChangeCosts()
     log.dead(2, "rank 2 died while it was starting", 5, 900)
     log.committed(commit(epoch=1, change="formation", members=(0, 1)), 1_000)
     assert log.take(99_999) == []

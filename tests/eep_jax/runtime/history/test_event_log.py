@@ -69,7 +69,7 @@ def test_a_change_is_summed_up_once_its_ranks_have_told(journal):
     told.note("dead", {"rank": 1, "reason": "its process ended"}, silent_ms=30)
     told.note("prepare", {"epoch": 2})
     told.note("commit", COMMIT)
-    told.note_repairs()
+    told.note_costs()
     assert "repair" not in kinds(told.events), "rank 0 may still tell"
     told.told(0, TIMES)
     repair = told.events[-1]
@@ -85,5 +85,5 @@ def test_a_change_of_which_nobody_tells_is_summed_up_after_a_while(journal):
     told = EventLog(journal, lambda: now[0], members=(0, 1))
     told.note("commit", COMMIT)
     now[0] += 60_000
-    told.note_repairs()
+    told.note_costs()
     assert told.events[-1]["silent_ranks"] == [0]

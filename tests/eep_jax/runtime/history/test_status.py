@@ -32,25 +32,25 @@ def cluster():
 
 
 class Reported:
-    """What a supervisor's parts know, changed by hand, and the reports on it."""
+    """What a supervisor's parts know, changed by hand, and the reporter on it."""
 
     def __init__(self, journal: Journal):
         config = a_config(slots_per_rank=2)
         self.state = initial_state(config.cluster, config.model.experts)
-        self.book = RequestTable(queue_max=8, finished_max=8, per_rank_max=8)
-        self.chronicle = EventLog(journal, lambda: 0)
+        self.requests = RequestTable(queue_max=8, finished_max=8, per_rank_max=8)
+        self.event_log = EventLog(journal, lambda: 0)
         here = LocalProcesses(lambda: 0, print, print)
         elsewhere = HostWatch(config.name, lambda: 0, print, print)
-        reports = StatusReporter(
+        reporter = StatusReporter(
             config,
             lambda: self.state,
-            self.book,
-            self.chronicle,
+            self.requests,
+            self.event_log,
             {},
             RankProcesses("a", here, elsewhere),
             Channels(),
         )
-        self.status, self.health, self.metrics = reports.status, reports.health, reports.metrics
+        self.status, self.health, self.metrics = reporter.status, reporter.health, reporter.metrics
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_a_dead_rank_has_no_mode_and_no_pid(supervisor, cluster):
 
 def test_every_count_is_in_the_status_and_in_the_metrics(supervisor):
     for value, name in enumerate(COUNTS, 1):
-        supervisor.book.counts[name] = value
-    supervisor.chronicle.counts["dead"] = 3
+        supervisor.requests.counts[name] = value
+    supervisor.event_log.counts["dead"] = 3
     status, metrics = supervisor.status(), supervisor.metrics().decode().splitlines()
     for value, name in enumerate(COUNTS, 1):
         assert status["requests"][name] == value
@@ -145,7 +145,7 @@ def test_what_changes_moved_and_took_is_counted_by_source_and_phase(supervisor):
         "seconds": {"detect": 0.5, "fetch": 0.25, "first_step": None, "total": 0.75},
     }
     for _ in range(2):
-        supervisor.chronicle.totals.add(record)
+        supervisor.event_log.totals.add(record)
     metrics = supervisor.metrics().decode().splitlines()
     assert {
         'eep_changes_total{change="repair"} 2.0',

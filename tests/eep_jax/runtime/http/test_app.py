@@ -451,10 +451,10 @@ class TestOtherRoutes:
 
     @story
     async def test_a_wish_that_cannot_be_granted_says_why(self):
-        path, wish = "/v1/fault_tolerance/apply", {"action": "scale_up", "count": 1}
+        path, sent = "/v1/fault_tolerance/apply", {"action": "scale_up", "count": 1}
         for error, code in ((InvalidMove, "invalid_move"), (CoverageLost, "coverage_lost")):
             async with serving(FakeService(refusal=error("rank 3 is in"))) as client:
-                await refusal(await client.post(path, json=wish), 409, code)
+                await refusal(await client.post(path, json=sent), 409, code)
                 await refusal(await client.post(path, json={"action": "melt"}), 400, None)
 
     @story
@@ -467,10 +467,10 @@ class TestOtherRoutes:
             assert (await client.get("/health")).status == 503
             response = await client.get("/v1/fault_tolerance/status")
             assert await response.json() == {"epoch": 7}
-            wish = {"action": "scale_down", "ranks": [1]}
-            response = await client.post("/v1/fault_tolerance/apply", json=wish)
+            sent = {"action": "scale_down", "ranks": [1]}
+            response = await client.post("/v1/fault_tolerance/apply", json=sent)
             assert (response.status, await response.json()) == (200, {"epoch_planned": 8})
-            assert service.wishes == [ScaleRequest(action="scale_down", ranks=(1,))]
+            assert service.scale_requests == [ScaleRequest(action="scale_down", ranks=(1,))]
             response = await client.get("/metrics")
             assert response.content_type == "text/plain"
             assert b"eep_epoch 7.0" in await response.read()

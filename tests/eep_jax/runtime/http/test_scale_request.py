@@ -4,13 +4,13 @@ import pytest
 
 from eep_jax.coordination.scaling import ScaleRequest
 from eep_jax.runtime.http.completion import RequestError
-from eep_jax.runtime.http.scale_request import parse_wish
+from eep_jax.runtime.http.scale_request import parse_scale_request
 
 
 def test_ranks_or_a_count():
-    down = parse_wish({"action": "scale_down", "ranks": [5, 2]})
+    down = parse_scale_request({"action": "scale_down", "ranks": [5, 2]})
     assert down == ScaleRequest(action="scale_down", ranks=(2, 5))
-    assert parse_wish({"action": "scale_up", "count": 2}) == ScaleRequest(
+    assert parse_scale_request({"action": "scale_up", "count": 2}) == ScaleRequest(
         action="scale_up", count=2
     )
 
@@ -34,5 +34,5 @@ def test_ranks_or_a_count():
 )
 def test_anything_else_is_refused_by_name(body, field, words):
     with pytest.raises(RequestError, match=words) as raised:
-        parse_wish(body)
+        parse_scale_request(body)
     assert (raised.value.status, raised.value.field) == (400, field)

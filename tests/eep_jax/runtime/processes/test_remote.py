@@ -46,7 +46,7 @@ async def a_launcher(world, host: str = "elsewhere", run: str = "tiny"):
 
 
 def state_of(world, rank: int) -> str:
-    return world.supervisor.status()["ranks"][rank]["state"]
+    return world.supervisor.service.status()["ranks"][rank]["state"]
 
 
 def record(world, rank: int):
@@ -62,12 +62,12 @@ class TestRanksOfAnotherHost:
                 world.start_rank(0, **HOME)
                 away = world.start_rank(1, **AWAY)
                 await world.until(world.is_whole)
-                ranks = world.supervisor.status()["ranks"]
+                ranks = world.supervisor.service.status()["ranks"]
                 assert [r["host"] for r in ranks] == [host_id(), "elsewhere"]
                 assert ranks[1]["pid"] == away.body.pid
                 away.body.kill()  # the channel of the fake stays: only its launcher can know
                 await world.until(lambda: record(world, 1).fenced == 1)
-                dead = [e for e in world.supervisor.chronicle.events if e["kind"] == "dead"]
+                dead = [e for e in world.supervisor.event_log.events if e["kind"] == "dead"]
                 assert "its process" in dead[-1]["reason"]
                 await world.until(lambda: record(world, 1).ended)
 
@@ -138,7 +138,7 @@ class TestRanksOfAnotherHost:
                 task.cancel()
             await world.until(lambda: record(world, 1).ended)
             assert old.body.poll() is None, "its host is lost: nobody could end it"
-            ended = [e for e in world.supervisor.chronicle.events if e["kind"] == "ended"]
+            ended = [e for e in world.supervisor.event_log.events if e["kind"] == "ended"]
             assert "elsewhere was silent" in ended[-1]["reason"]
             async with a_launcher(world, "a third host"):
                 world.start_rank(1, host="a third host", mirrored=True)

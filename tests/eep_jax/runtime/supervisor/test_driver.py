@@ -31,18 +31,18 @@ class World:
         )
         elsewhere = HostWatch(config.name, lambda: self.now_ms, print, print)
         self.journal = Journal(run_dir / "journal.jsonl")
-        self.chronicle = EventLog(self.journal, lambda: self.now_ms)
+        self.event_log = EventLog(self.journal, lambda: self.now_ms)
         self.channels = Channels()
-        hands = DriverDeps(
+        deps = DriverDeps(
             now_ms=lambda: self.now_ms,
             channels=self.channels,
             processes=RankProcesses("a", self.local, elsewhere),
             journal=self.journal,
-            chronicle=self.chronicle,
+            event_log=self.event_log,
             released=self.released.append,
             settled=self._settle,
         )
-        self.driver = Driver(initial_state(config.cluster, config.model.experts), hands)
+        self.driver = Driver(initial_state(config.cluster, config.model.experts), deps)
 
     def _settle(self) -> None:
         self.settled += 1

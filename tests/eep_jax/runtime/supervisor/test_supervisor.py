@@ -27,7 +27,7 @@ class TestServing:
     async def test_all_ranks_form_the_first_epoch_and_serve(self, tmp_path):
         async with a_world(tmp_path) as world:
             await world.form()
-            status = world.supervisor.status()
+            status = world.supervisor.service.status()
             assert status["epoch"] == 1
             assert status["experts"]["missing"] == []
             assert [r["incarnation"] for r in status["ranks"]] == [1, 1]
@@ -40,7 +40,7 @@ class TestServing:
             world.start_rank(0)
             status, message = await world.complete()
             assert (status, "starting" in message) == (503, True)
-            healthy, facts = world.supervisor.health()
+            healthy, facts = world.supervisor.service.health()
             assert (healthy, facts["status"]) == (False, "forming")
 
     @story
@@ -62,7 +62,7 @@ class TestServing:
             for rank in world.ranks.values():
                 rank.pace.clear()
             waiting = [asyncio.create_task(world.complete(seed=n)) for n in range(2)]
-            await world.until(lambda: world.supervisor.book.counts["accepted"] == 2)
+            await world.until(lambda: world.supervisor.requests.counts["accepted"] == 2)
             status, message = await world.complete()
             assert (status, "the maximum" in message) == (429, True)
             for rank in world.ranks.values():
@@ -76,7 +76,7 @@ class TestServing:
             async with world.completion(max_tokens=500, stream=True) as response:
                 await anext(texts(response))
             await world.until(lambda: not any(r.requests for r in world.ranks.values()))
-            assert world.supervisor.book.counts["cancelled"] == 1
+            assert world.supervisor.requests.counts["cancelled"] == 1
 
 
 class TestDeathOfARank:
@@ -97,17 +97,17 @@ class TestDeathOfARank:
             (moved,) = survivor.given
             assert 20 <= len(moved.produced) < 200
             assert bytes(moved.produced).decode() == seen[: len(moved.produced)]
-            assert world.supervisor.status()["requests"]["requeued"] == 1
+            assert world.supervisor.service.status()["requests"]["requeued"] == 1
 
     @story
     async def test_it_returns_as_a_new_incarnation(self, tmp_path):
         async with a_world(tmp_path) as world:
             await world.form()
             await world.ranks[1].close()
-            await world.until(lambda: world.supervisor.status()["epoch"] == 2)
+            await world.until(lambda: world.supervisor.service.status()["epoch"] == 2)
             world.start_rank(1)
             await world.until(world.is_whole)
-            status = world.supervisor.status()
+            status = world.supervisor.service.status()
             assert (status["epoch"], status["ranks"][1]["incarnation"]) == (3, 2)
             kinds = [event["kind"] for event in status["events"]]
             story = ["dead", "prepare", "commit", "incarnation", "offered", "prepare", "commit"]
@@ -125,7 +125,7 @@ class TestDeathOfARank:
             await world.ranks[2].break_channel()
             others = [asyncio.create_task(world.complete(seed=n, max_tokens=30)) for n in range(12)]
             await world.until(lambda: sum(t.done() for t in others) >= 8)
-            deaf = len(world.supervisor.book.of_rank(2))
+            deaf = len(world.supervisor.requests.of_rank(2))
             assert deaf == 12 - sum(t.done() for t in others)
             await world.ranks[2].close()  # and what it was given is done by others in the end
             answers = await asyncio.gather(*others)
@@ -143,19 +143,19 @@ class TestDrain:
                     seen += await anext(stream)
                 leaving = next(r for r in world.ranks.values() if r.requests)
                 stays = next(r for r in world.ranks.values() if r is not leaving)
-                wish = ScaleRequest(action="scale_down", ranks=(leaving.rank,))
-                assert world.supervisor.apply(wish)["draining"] == [leaving.rank]
+                request = ScaleRequest(action="scale_down", ranks=(leaving.rank,))
+                assert world.supervisor.service.apply(request)["draining"] == [leaving.rank]
                 async for text in stream:
                     seen += text
             assert seen == expected_text("Hi", 200)
             assert len(stays.given[0].produced) >= 20 and not leaving.requests
             await world.until(lambda: leaving.state.mode is Mode.STANDBY)
-            status = world.supervisor.status()
+            status = world.supervisor.service.status()
             assert status["background"]["drained"] == [leaving.rank]
             assert status["ranks"][leaving.rank]["drained"]
             with pytest.raises(InvalidMove, match="is out already"):
-                world.supervisor.apply(wish)
-            world.supervisor.apply(ScaleRequest(action="scale_up", count=1))
+                world.supervisor.service.apply(request)
+            world.supervisor.service.apply(ScaleRequest(action="scale_up", count=1))
             await world.until(world.is_whole)
             assert leaving.incarnation == 1
 
@@ -167,7 +167,7 @@ class TestDrain:
             await world.until(lambda: any(r.requests for r in world.ranks.values()))
             leaving = next(r for r in world.ranks.values() if r.requests)
             stays = next(r for r in world.ranks.values() if r is not leaving)
-            world.supervisor.apply(ScaleRequest(action="scale_down", ranks=(leaving.rank,)))
+            world.supervisor.service.apply(ScaleRequest(action="scale_down", ranks=(leaving.rank,)))
             await world.until(lambda: world.supervisor.state.view.in_epoch == (stays.rank,))
             await world.stop_supervisor()
             await asyncio.gather(request, return_exceptions=True)
@@ -176,8 +176,8 @@ class TestDrain:
             assert supervisor.state.out == {leaving.rank}
             answer = await world.complete(max_tokens=40, key="one")
             assert answer == (200, expected_text("Hi", 40))
-            await world.until(lambda: supervisor.status()["ranks"][leaving.rank]["drained"])
-            supervisor.apply(ScaleRequest(action="scale_up", ranks=(leaving.rank,)))
+            await world.until(lambda: supervisor.service.status()["ranks"][leaving.rank]["drained"])
+            supervisor.service.apply(ScaleRequest(action="scale_up", ranks=(leaving.rank,)))
             await world.until(world.is_whole)
 
 
@@ -197,7 +197,7 @@ class TestABrokenChannel:
                 async for text in stream:
                     seen += text
             assert seen == expected_text("Hi", 300)
-            assert world.supervisor.status()["requests"]["requeued"] == 0
+            assert world.supervisor.service.status()["requests"]["requeued"] == 0
 
     @story
     async def test_tokens_before_the_rank_said_what_it_has_are_not_held_against_it(self, tmp_path):
@@ -260,7 +260,7 @@ class TestRestart:
             await asyncio.gather(*asking, return_exceptions=True)
             await world.start_supervisor()
             await world.until(world.is_whole)
-            await world.until(lambda: world.supervisor.book.running == 9)
+            await world.until(lambda: world.supervisor.requests.running == 9)
             assert held() == before
             assert [len(rank.given) for rank in world.ranks.values()] == [3, 3, 3]
             for rank in world.ranks.values():
@@ -275,8 +275,12 @@ class TestRestart:
             await world.stop_supervisor()
             await world.ranks[0].close()
             await world.start_supervisor()
-            await world.until(lambda: world.supervisor.status()["epoch"] == 2)
-            assert [r["state"] for r in world.supervisor.status()["ranks"]] == ["absent", "active"]
+            await world.until(lambda: world.supervisor.service.status()["epoch"] == 2)
+            ranks = world.supervisor.service.status()["ranks"]
+            assert [r["state"] for r in ranks] == [
+                "absent",
+                "active",
+            ]
             assert await world.complete(max_tokens=4) == (200, expected_text("Hi", 4))
 
     @story
@@ -291,7 +295,7 @@ class TestRestart:
             for rank in range(2):
                 world.start_rank(rank)
             await world.until(world.is_whole)
-            assert [r["incarnation"] for r in world.supervisor.status()["ranks"]] == [2, 2]
+            assert [r["incarnation"] for r in world.supervisor.service.status()["ranks"]] == [2, 2]
             assert await world.complete(key="k", max_tokens=6) == (200, expected_text("Hi", 6))
             assert not any(rank.given for rank in world.ranks.values()), "a finished one ran again"
 
@@ -303,7 +307,7 @@ class TestRestart:
             for rank in world.ranks.values():
                 rank.pace.clear()
             waiting = asyncio.create_task(world.complete(key="open", max_tokens=3))
-            await world.until(lambda: world.supervisor.book.running == 1)
+            await world.until(lambda: world.supervisor.requests.running == 1)
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             supervisor = world.supervisor
@@ -315,12 +319,12 @@ class TestRestart:
                 supervisor.state.placement,
             )
             assert after.state.epoch_tried == supervisor.state.epoch_tried
-            strip = lambda book: {
-                i: (e.request, e.key, e.body, e.finish, e.tokens if e.finish else [])
-                for i, e in book.entries.items()
+            strip = lambda table: {
+                i: (e.request, e.key, e.body, e.finish, e.produced if e.finish else [])
+                for i, e in table.entries.items()
             }
-            assert strip(after.book) == strip(supervisor.book)
-            assert all("time" in event for event in after.status()["events"])
+            assert strip(after.requests) == strip(supervisor.requests)
+            assert all("time" in event for event in after.service.status()["events"])
 
     @story
     async def test_it_takes_its_old_ports_if_they_are_free_and_others_if_not(self, tmp_path):
@@ -367,7 +371,7 @@ class TestProcesses:
             world.start_rank(0)
             gone = world.start_rank(1, ticks=1)  # its body started at another time
             await world.until(lambda: world.supervisor.state.records[1].ended)
-            assert world.supervisor.status()["ranks"][1]["pid"] is None
+            assert world.supervisor.service.status()["ranks"][1]["pid"] is None
             assert gone.body.poll() is None, "an innocent process was killed"
 
     @story
@@ -387,7 +391,7 @@ class TestProcesses:
         async with a_world(tmp_path) as world:
             await world.form()
             await world.ranks[0].close()
-            await world.until(lambda: world.supervisor.status()["epoch"] == 2)
+            await world.until(lambda: world.supervisor.service.status()["epoch"] == 2)
             fresh = world.start_rank(0)
             await world.until(world.is_whole)
             async with connection_to(tmp_path, TOKEN) as socket:
@@ -417,7 +421,7 @@ class TestProcesses:
                     encode(messages.Telemetry(compilations=0, steps=1, discarded=0, moved={}))
                 )
                 await asyncio.sleep(0.1)
-            assert world.supervisor.book.waiting == 1
+            assert world.supervisor.requests.waiting == 1
             await rank.close()
             world.start_rank(0)
             assert await answer == (200, expected_text("Hi", 3))
