@@ -122,7 +122,10 @@ class TestDeathOfARank:
         async with a_world(tmp_path, ranks=3) as world:
             await world.form()
             world.ranks[2].reads = False
+            channels = world.supervisor.channels
+            before = channels.of(2)
             await world.ranks[2].break_channel()
+            await world.until(lambda: channels.of(2) is not before and channels.settled([2]))
             others = [asyncio.create_task(world.complete(seed=n, max_tokens=30)) for n in range(12)]
             await world.until(lambda: sum(t.done() for t in others) >= 8)
             deaf = len(world.supervisor.requests.of_rank(2))
