@@ -217,12 +217,12 @@ class TestGivingUp:
 
     def test_every_end_is_reported_with_its_reason_and_consequence(self, scripted):
         said = "import sys; print('3 W eep_jax: ending: the disk is full'); sys.exit(75)"
-        cluster, told = scripted(rank0=said, respawn_delay_ms=1), []
-        cluster.tell, cluster.was_healthy = told.append, True
+        cluster, reported = scripted(rank0=said, respawn_delay_ms=1), []
+        cluster.report, cluster.was_healthy = reported.append, True
         cluster.start()
-        asyncio.run(watched(cluster, lambda: len(told) >= 2))
+        asyncio.run(watched(cluster, lambda: len(reported) >= 2))
         ended = "rank0 ended with status 75: the disk is full; it starts again in "
-        assert told[:2] == [ended + "0.001 s", ended + "0.002 s"]
+        assert reported[:2] == [ended + "0.001 s", ended + "0.002 s"]
 
     def test_once_healthy_it_never_gives_up(self, scripted):
         cluster = scripted(rank0="import sys; sys.exit(2)", respawn_delay_ms=1)
