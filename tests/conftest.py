@@ -23,6 +23,7 @@ import pytest
 # Shapes and dtypes in the signatures of what is traced are checked at every call.
 SHAPES_CHECKED = (
     *(f"pallas_kernels.{m}" for m in ("dispatch.api", "combine.api", "expert_gemm.host")),
+    "pallas_kernels.grouping",
     *(f"eep_jax.models.{m}" for m in ("router", "kv_cache", "decoder")),
     *(f"eep_jax.engine.{m}" for m in ("sampler", "step")),
 )
