@@ -25,7 +25,7 @@ def get_config() -> RunConfig:
             ranks=4,
             slots_per_rank=8,
             redundancy=2,
-            backup_bytes=8 << 20,  # all experts, 288 KiB each and what a shard needs besides
+            backup_bytes=8 << 20,  # all experts, 288 KiB each plus overhead of a shard
         ),
         engine=EngineConfig(batch_rows=8, prefill_tokens=32, context_tokens=512),
         checkpoint=str(pathlib.Path(__file__).parent / "tiny_checkpoint"),

@@ -146,7 +146,7 @@ def run_config() -> RunConfig:
 
 
 def forwarded() -> list[str]:
-    """Flags for another process of the same run. GPUs are looked for once, here."""
+    """Flags for another process of the same run, which does not look for GPUs again."""
     arguments = [f"--config={_config_word()}", *(f"--override={text}" for text in OVERRIDE.value)]
     if CHECKPOINT.value is not None:
         arguments.append(f"--checkpoint={pathlib.Path(CHECKPOINT.value).absolute()}")
@@ -161,7 +161,7 @@ def forwarded() -> list[str]:
 
 
 def environment() -> Environment:
-    """What the flag says. Raises UsageError for --task_ranks that are none."""
+    """The environment that --environment names. Raises UsageError for a wrong --task_ranks."""
     if ENVIRONMENT.value == "local":
         return LocalEnvironment()
     if not all(text.isdecimal() for text in TASK_RANKS.value):
@@ -170,18 +170,18 @@ def environment() -> Environment:
 
 
 def identity(config: RunConfig) -> Identity:
-    """Which rank of the run this process is. Raises UsageError."""
+    """Rank and node-local index of this process. Raises UsageError."""
     given = (RANK.value, LOCAL_RANK.value, LOCAL_RANKS.value)
     return environment().identity(config.cluster.ranks, *given)
 
 
 def supervisor_address(config: RunConfig) -> Address | None:
-    """Where the control channel is; None: the run directory says. Raises UsageError."""
+    """Address of the control channel; None: the run directory has it. Raises UsageError."""
     return environment().supervisor(SUPERVISOR.value, config.serve.control_port)
 
 
 def gpus() -> tuple[str, ...]:
-    """The GPUs that ranks go around. Raises UsageError where there is none."""
+    """The GPUs that ranks are assigned to in turn. Raises UsageError if there is none."""
     found = visible_gpus() if GPUS.value is None else parse_gpus(GPUS.value)
     if not found:
         raise UsageError(

@@ -74,7 +74,7 @@ def _disagreement(state: CoordinatorState, rank: int) -> str:
         wrong = {e for held, e in zip(status.contents, expected, strict=True) if held != e}
         if wrong <= {EMPTY, *status.lost}:
             return ""  # its Status names the experts that it could not get: see shortages
-    return f"rank {rank} holds experts {status.contents}, its placement says {expected}"
+    return f"rank {rank} holds experts {status.contents}, expected {expected}"
 
 
 def _fence(state: CoordinatorState, rank: int, now_ms: int) -> CoordinatorState:

@@ -8,8 +8,8 @@
 A serving rank may receive a Fetch of experts beside its steps. A drained rank goes from any mode to
 STANDBY, which is equivalent to OFFERED. An expert that no source supplies is listed in the Status
 as `lost` and ends nothing: the supervisor decides what follows. Fenced, or a peer that cannot be
-mapped, ends the process in any mode. A rank that is no member goes back from PREPARING
-or READY to OFFERED where a Load asks for other experts: its change was given up.
+mapped, ends the process in any mode. A rank outside of the epoch goes back from PREPARING or READY
+to OFFERED on a Load of other experts: its change was abandoned.
 """
 
 import dataclasses

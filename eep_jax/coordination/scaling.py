@@ -63,4 +63,4 @@ def _chosen(
 def _why_not_inside(state: CoordinatorState, rank: int) -> str:
     if rank in state.out:
         return "is on its way out" if state.view.includes(rank) else "is out already"
-    return "is no member now: its process died, or has not come yet; ask again once it is back"
+    return "is not a member now: its process died, or has not come yet; ask again once it is back"

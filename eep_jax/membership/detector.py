@@ -60,6 +60,6 @@ def judge(now_ms: int, signs: Signs, limits: ClusterConfig) -> Verdict:
             f"{limits.stall_ms} ms{accusers}"
         )
     if signs.accused_by:
-        reason = f"rank {signs.rank} was heard {silent_ms} ms ago{accusers}"
+        reason = f"rank {signs.rank} sent its last message {silent_ms} ms ago{accusers}"
         return Verdict(signs.rank, False, reason)
     return Verdict(signs.rank, False, f"rank {signs.rank} is well")

@@ -105,9 +105,9 @@ def plan_repair(
         moves.append((*place, expert))
     if dropped and not degrade:
         raise CoverageLost(
-            f"experts {dropped} have no live replica, and no source supplied them; mend what is "
-            "named here, which is tried again by itself, bring a rank back that holds them, or "
-            "choose cluster.policy=degrade"
+            f"experts {dropped} have no live replica, and no source supplied them; repair the "
+            "sources named here, which are retried automatically, bring a rank back that holds "
+            "these experts, or choose cluster.policy=degrade"
         )
     return _with_sources(kept, target, moves, tuple(dropped), supply)
 

@@ -61,7 +61,7 @@ def test_why_a_rank_cannot_leave_is_said_of_each_state_it_can_be_in():
     members = list(state.view.members)
     members[1] = dataclasses.replace(members[1], state=RankState.ABSENT)
     view = dataclasses.replace(state.view, members=tuple(members))
-    with pytest.raises(InvalidMove, match=r"rank 1 is no member now: its process died"):
+    with pytest.raises(InvalidMove, match=r"rank 1 is not a member now: its process died"):
         ranks_out(dataclasses.replace(state, view=view), down(1))
 
 
