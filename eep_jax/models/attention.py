@@ -1,11 +1,12 @@
-"""Grouped-query attention: projections, norms, RoPE, and the two ways to attend."""
+"""Grouped-query attention: projections, norms, RoPE, causal and cached attention."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
@@ -14,10 +15,10 @@ from eep_jax.models.rope import rope as rope  # re-exported
 
 
 class Attention(nnx.Module):
-    """The weights of one attention layer, what is done before and after attending, and how.
+    """One attention layer: its weights, projections, and options of attention.
 
-    Queries and keys are normed per head, all channels at once, or not at all; there may be biases,
-    a window of positions, and sinks: see ModelConfig.
+    Queries and keys are normed per head, over all channels, or not at all; biases, a window of
+    positions and sinks are optional: see ModelConfig.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -37,8 +38,10 @@ class Attention(nnx.Module):
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros(config.query_heads, dtype))
 
-    def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
-        """Returns q `[*T Hq C]`, k and v `[*T Hkv C]`; q and k are normed and rotated."""
+    def project(
+        self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]
+    ) -> tuple[Float[Array, "*T Hq C"], Float[Array, "*T Hkv C"], Float[Array, "*T Hkv C"]]:
+        """Returns q, k and v; q and k are normed and rotated."""
         config, q, k = self.config, self.q_proj(x), self.k_proj(x)
         heads = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
         if config.qk_norm == "full":
@@ -49,11 +52,23 @@ class Attention(nnx.Module):
         turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
         return turn(q), turn(k), heads(self.v_proj(x))
 
-    def attend(self, q, keys, values, positions, batch_rows=None):
+    def attend(
+        self,
+        q: Float[Array, "T Hq C"],
+        keys: Float[Array, "B Hkv P C"],
+        values: Float[Array, "B Hkv P C"],
+        positions: Int32[Array, "T"],
+        batch_rows: Int32[Array, "T"] | None = None,
+    ) -> Float[Array, "T Hq C"]:
         """`attend_cached` with the scale, window and sinks of this layer."""
         return attend_cached(q, keys, values, positions, batch_rows, **self._options())
 
-    def attend_whole(self, q, k, v):
+    def attend_whole(
+        self,
+        q: Float[Array, "N T Hq C"],
+        k: Float[Array, "N T Hkv C"],
+        v: Float[Array, "N T Hkv C"],
+    ) -> Float[Array, "N T Hq C"]:
         """`attend_causal` with the scale, window and sinks of this layer."""
         return attend_causal(q, k, v, **self._options())
 
@@ -77,19 +92,24 @@ def attend_causal(
     v: Float[Array, "N T Hkv C"],
     **options,
 ) -> Float[Array, "N T Hq C"]:
-    """Attention of N whole sequences to themselves; for training and for the reference.
+    """Causal attention of N whole sequences; for training and for the reference.
 
-    `options` are those of `attend_xla`, which computes it then, one sequence after the other.
+    With `options` it is computed by `attend_xla`, one sequence after the other.
     """
     if not options:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     return each_sequence(lambda *parts: attend_xla(*parts, **options), q, k, v)
 
 
-def each_sequence(attend, q, k, v):
-    """`attend(q, keys, values, positions)` of N whole sequences: each token sees its sequence."""
+def each_sequence(
+    attend: Callable[..., jax.Array],
+    q: Float[Array, "N T Hq Cq"],
+    k: Float[Array, "N T Hk Ck"],
+    v: Float[Array, "N T Hv Cv"],
+) -> Float[Array, "N T Hq _"]:
+    """`attend(q, keys, values, positions)` of N sequences, each with one cache for its tokens."""
 
-    def one(parts):
+    def one(parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = parts
         beside_all = lambda y: jnp.broadcast_to(y.swapaxes(0, 1), (len(q), *y.swapaxes(0, 1).shape))
         return attend(q, beside_all(k), beside_all(v), jnp.arange(len(q)))
@@ -108,16 +128,16 @@ def attend_cached(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
-    """Attention of T tokens, each to P cached positions, of which it sees those `<= positions[t]`.
+    """Attention of T tokens to P cached positions each, restricted to those `<= positions[t]`.
 
     Token t looks into cache `batch_rows[t]`; without `batch_rows`, and with B = T, into cache t.
 
-    Every token is an own batch entry of the matrix products, so its result has the same bits
-    whichever other tokens stand beside it. Scores and softmax are float32, the result is of q's
-    dtype. On a GPU cuDNN does it where it can, XLA elsewhere.
+    Each token is a separate batch entry of the matrix products, so its result has the same bits
+    whatever the other tokens are. Scores and softmax are float32, the result has q's dtype. Uses
+    cuDNN on a GPU where `fits_cudnn`, else XLA.
 
-    `scale` of the scores is `C ** -0.5` unless given. With a `window` only the last so many
-    positions are seen. `sinks` are scores that take part in the softmax and have no value.
+    `scale` of the scores defaults to `C ** -0.5`. A `window` restricts attention to so many last
+    positions. `sinks` are scores in the softmax without a value.
     """
     options = {"scale": scale, "window": window, "sinks": sinks}
     if fits_cudnn(q, k):
@@ -137,7 +157,7 @@ def attend_xla(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
-    """As `attend_cached`, by XLA alone: it reads all of the caches, and writes down all scores."""
+    """Like `attend_cached`, by XLA alone: it reads whole caches and materializes all scores."""
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)
@@ -154,14 +174,16 @@ def attend_xla(
     return context.reshape(tokens, query_heads, channels)
 
 
-def seen(length: int, positions: Int32[Array, "T"], window: int = 0):
-    """bool `[T P]`: which of P positions each token sees."""
-    places = jnp.arange(length)[None, :]
-    visible = places <= positions[:, None]
-    return visible & (places > positions[:, None] - window) if window else visible
+def seen(length: int, positions: Int32[Array, "T"], window: int = 0) -> Bool[Array, "T P"]:
+    """Mask of the `length` positions P that each token attends to."""
+    cached = jnp.arange(length)[None, :]
+    visible = cached <= positions[:, None]
+    return visible & (cached > positions[:, None] - window) if window else visible
 
 
-def softmax_with_sinks(scores, sinks):
+def softmax_with_sinks(
+    scores: Float32[Array, "*T P"], sinks: Float32[Array, "..."]
+) -> Float32[Array, "*T P"]:
     """`exp(score) / (exp(sink) + sum of exp(scores))` over the last axis."""
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     shares = jnp.exp(scores - top)

@@ -1,7 +1,7 @@
-"""Attention to a cache by cuDNN: it reads each sequence as far as it goes, not the whole cache.
+"""Cached attention by cuDNN, which reads the used part of each sequence, not the whole cache.
 
-`jax.nn.dot_product_attention` is the way to it, but passes on neither tables of pages nor, in
-float32, the logarithm that sinks need; so its own entry into cuDNN is called here.
+`jax.nn.dot_product_attention` exposes neither page tables nor, in float32, the log-sum-exp that
+sinks need; so this module calls the internal entry into cuDNN beneath it.
 """
 
 import math
@@ -13,14 +13,14 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from eep_jax.jax_internals import cudnn_attention as fused
 
-CHANNELS_MAX, CHANNELS_MULTIPLE = 128, 8  # of a head, for cuDNN's fused kernels
-PAGE_TOKENS, PAGE_TOKENS_MIN = 128, 64  # of a cache that is looked up, as measured
+CHANNELS_MAX, CHANNELS_MULTIPLE = 128, 8  # per head, of cuDNN's fused kernels
+PAGE_TOKENS, PAGE_TOKENS_MIN = 128, 64  # of a paged cache; fastest as measured
 
 
 def fits_cudnn(q: jax.Array, k: jax.Array) -> bool:
-    """Whether `attend_cudnn` takes these: on a GPU, in bfloat16, heads of up to 128 channels.
+    """Whether `attend_cudnn` supports these: on a GPU, in bfloat16, heads of up to 128 channels.
 
-    A program that is lowered for a GPU that is not here cannot use it: JAX asks the library.
+    Lowering for a GPU that this machine lacks cannot use it: JAX queries the library.
     """
     channels = q.shape[-1]
     fits = channels <= CHANNELS_MAX and channels % CHANNELS_MULTIPLE == 0
@@ -38,14 +38,14 @@ def attend_cudnn(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> BFloat16[Array, "T Hq C"]:
-    """As `attention.attend_cached`, which says what is computed.
+    """Same result as `attention.attend_cached`.
 
-    The query heads that share a key head see the same keys, so they are given to cuDNN as the
-    queries of one sequence: a cache is read once for all of them, and is not transposed. With
+    Query heads that share a key head become the queries of one sequence for cuDNN, so that a cache
+    is read once for all of them, without a transpose. With
     `batch_rows`, its pages are found through a table, and nothing is gathered.
 
-    cuDNN has windows of whole sequences, not of a query that stands for one position: the last
-    `window` positions are copied out and attended to without one.
+    cuDNN has windows over whole sequences, not for a query at one position: the last `window`
+    positions are copied out and attended to without one.
 
     On an H100, 64 tokens of two prompts with 1,000 positions before them took 39 us; 204 us with
     caches gathered, and 266 us by XLA. A window of 128 with sinks took 29 us, by XLA 304 us.
@@ -70,11 +70,11 @@ def attend_cudnn(
 
 def page_table(
     batch_rows: Int32[Array, "T"], shape: tuple[int, int, int], page: int
-) -> Int32[Array, "T*Hkv 1 _ 1"]:
-    """The pages of each token and key head, in caches of `shape` (B, Hkv, P) one after the other.
+) -> Int32[Array, "N 1 _ 1"]:
+    """Pages of N tokens times key heads, for contiguous caches of `shape` (B, Hkv, P).
 
-    B must be a multiple of T, since JAX wants as many entries as there are pages; those beyond a
-    cache's last page are not looked up. Batch rows [1 0], shape (2, 1, 256) and pages of 128 give
+    B must be a multiple of T, because JAX requires as many entries as pages; those beyond a
+    cache's last page are not read. Batch rows [1 0], shape (2, 1, 256) and pages of 128 give
     `[2 3] [0 1]`.
     """
     sequences, kv_heads, length = shape
@@ -92,8 +92,16 @@ def _part(cache, batch_rows, first, count: int):
     return jax.vmap(take)(batch_rows, first)
 
 
-def _attend(q, keys, values, lengths, table, scale, sinks):
-    """Attention of T * Hkv sequences, each with the query heads of one key head as its queries.
+def _attend(
+    q: BFloat16[Array, "T Hq C"],
+    keys: BFloat16[Array, "_ P 1 C"],
+    values: BFloat16[Array, "_ P 1 C"],
+    lengths: Int32[Array, "N"],
+    table: Int32[Array, "N 1 _ 1"] | None,
+    scale: float | None,
+    sinks: Float[Array, "Hq"] | None,
+) -> BFloat16[Array, "T Hq C"]:
+    """Attention of N = T * Hkv sequences, whose queries are the query heads of one key head.
 
     With sinks the softmax has one term more: `out * sigmoid(log of the sum of the others - sink)`.
     """

@@ -1,10 +1,11 @@
 """The stack of decoder layers: tokens in, logits out.
 
-Where attention looks and where experts run is given. `dtype` is that of weights and activations;
-statistics of norms, rotations, softmax, the router's logits and the tokens' are float32.
+Callers provide the attention context and run the experts. Weights and activations have `dtype`;
+norm statistics, rotations, softmax, router logits and token logits are float32.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from eep_jax.models.router import choose
 
 
 class Mlp(nnx.Module):
-    """SwiGLU that every token takes: a layer without experts, or the shared expert."""
+    """SwiGLU of all tokens: the MLP of a layer without experts, or the shared expert."""
 
     def __init__(self, hidden: int, width: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         project = lambda i, o: linear(i, o, use_bias=False, param_dtype=dtype, rngs=rngs)
@@ -35,10 +36,10 @@ class Mlp(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer, cut where other tokens (attention) or other ranks (experts) come in.
+    """One layer, split where it needs other tokens (attention) or other ranks (experts).
 
-    `routed` says whether it has experts: `after_attention` is for layers that have, `finish` for
-    those that have not. `index` is its number among the layers with experts.
+    `routed` layers have experts and use `after_attention`, the others `finish`. `index` counts the
+    layers with experts.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -55,21 +56,27 @@ class DecoderLayer(nnx.Module):
         bias = config.router.bias
         self.router = _to_float32(config.hidden, config.experts, use_bias=bias, **options)
         if config.router.correction:
-            # Scores differ by less than a bfloat16 can tell.
+            # Scores differ by less than bfloat16 resolves.
             self.router_correction = nnx.Param(jnp.zeros(config.experts, jnp.float32))
         if config.shared_hidden:
             self.shared = Mlp(config.hidden, config.shared_hidden, dtype=dtype, rngs=rngs)
         if config.shared_gate:
             self.shared_gate = linear(config.hidden, 1, use_bias=False, **options)
 
-    def before_attention(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
+    def before_attention(
+        self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns q, k, v of these tokens."""
         return self.attention.project(self.attention_norm(x), positions)
 
-    def after_attention(self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]):
-        """Returns residual and experts' input `[*T D]`, expert ids and weights `[*T K]`.
+    def after_attention(
+        self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]
+    ) -> tuple[
+        Float[Array, "*T D"], Float[Array, "*T D"], Int32[Array, "*T K"], Float32[Array, "*T K"]
+    ]:
+        """Returns residual, experts' input, expert ids and weights.
 
-        The residual has the shared expert's output in it already.
+        The residual includes the shared expert's output.
         """
         x = x + self.attention.output(context)
         normed, config = self.moe_norm(x), self.config
@@ -82,8 +89,10 @@ class DecoderLayer(nnx.Module):
             x = x + shared
         return x, normed, ids, weights
 
-    def finish(self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]):
-        """The layer's output `[*T D]`, where it has no experts."""
+    def finish(
+        self, x: Float[Array, "*T D"], context: Float[Array, "*T Hq C"]
+    ) -> Float[Array, "*T D"]:
+        """Output of a layer without experts."""
         x = x + self.attention.output(context)
         return x + self.mlp(self.moe_norm(x))
 
@@ -110,19 +119,21 @@ class Decoder(nnx.Module):
 
 
 class DenseModel(nnx.Module):
-    """The decoder with all experts in one process: what is trained, and the tests' oracle.
+    """The decoder with all experts in one process: for training, and the tests' oracle.
 
-    `dtype` is the decoder's; `build_dense_model` gives the experts the same.
+    `dtype` is the decoder's; `build_dense_model` casts the experts to it as well.
     """
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
         self.experts = DenseExperts(config, rngs=rngs)
 
-    def __call__(self, tokens: Int32[Array, "N T"], experts=None):
-        """Returns logits `[N T V]`; per layer the expert ids `[N T K]`, router logits `[N T E]`.
+    def __call__(
+        self, tokens: Int32[Array, "N T"], experts: Callable[..., jax.Array] | None = None
+    ) -> tuple[Float32[Array, "N T V"], list[tuple[jax.Array, jax.Array]]]:
+        """Returns logits; per layer the expert ids `[N T K]` and router logits `[N T E]`.
 
-        `experts` replaces `dense_experts`, same arguments, where training wants a cheaper one.
+        `experts` replaces `dense_experts`, with its arguments, by a cheaper one for training.
         """
         decoder, routes = self.decoder, []
         run = experts or functools.partial(dense_experts, mlp=expert_mlp(decoder.config))
@@ -141,10 +152,10 @@ class DenseModel(nnx.Module):
 
 
 def add(x: Float[Array, "*T D"], y: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-    """`x + y` in the dtype of x, rounded once: the experts' sum y may be float32."""
+    """`x + y` rounded once to the dtype of x: the experts' sum y may be float32."""
     return (x + y).astype(x.dtype)
 
 
 def _to_float32(inputs: int, outputs: int, **options) -> nnx.Linear:
-    """A projection that keeps the float32 in which its products are summed."""
+    """A projection whose output is the float32 of its accumulator."""
     return linear(inputs, outputs, preferred_element_type=jnp.float32, **options)

@@ -1,4 +1,4 @@
-"""The expert weights of a rank: slots in its slab of the heap, written in place, read by peers."""
+"""Expert weights of a rank: slots in its slab of the heap, written in place, read by peers."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ PAGE_BYTES = 4096
 class SlabLayout:
     """One rank's slab: the window that peers write, then the bank that peers read, from a new page.
 
-    On a GPU the F channels of an expert are padded with zeros to `width_multiple`, what its kernels
-    compute at once; padded channels add nothing to any result.
+    On a GPU the F channels of an expert are padded with zeros to `width_multiple`, the tile of its
+    kernels; they do not change results.
     """
 
     window: WindowLayout
@@ -48,19 +48,19 @@ class SlabLayout:
 
     @property
     def words(self) -> Region:
-        """The bank as plain words, `[S W]`, for who checks slots: of 32 bits where these fit."""
+        """The bank as words `[S W]`, for slot checks: 32 bits if a slot is a multiple, else 16."""
         dtype = np.dtype("uint16" if self.slot_bytes % 4 else "uint32")
         shape = (self.slots, self.slot_bytes // dtype.itemsize)
         return Region("words", self.bank.offset, dtype, shape)
 
     def slot_offset(self, slot: int) -> int:
-        """Where a slot begins in the slab. Raises ValueError unless there is such a slot."""
+        """Offset of a slot in the slab. Raises ValueError if `slot` is out of range."""
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} is not in 0..{self.slots - 1}")
         return self.bank.offset + slot * self.slot_bytes
 
     def slot(self, slot: int) -> Region:
-        """One slot of the bank. Raises ValueError unless there is such a slot."""
+        """One slot of the bank. Raises ValueError if `slot` is out of range."""
         return Region("slot", self.slot_offset(slot), self.bank.dtype, self.padded_shape)
 
     @property
@@ -77,7 +77,7 @@ def slab_layout(
     row_dtype: str = "",
     bank_dtype: str = "",
 ) -> SlabLayout:
-    """Where a rank's window and bank lie. Rows and experts are of the engine's dtype, or these."""
+    """Layout of a rank's window and bank. Both dtypes default to the engine's."""
     dtype = bank_dtype or engine.dtype
     window = WindowLayout(
         ranks=ranks,
@@ -93,7 +93,7 @@ def slab_layout(
 
 
 class ExpertBank:
-    """The slots of one rank. `contents[slot]` names a slot's expert once it is written whole."""
+    """The slots of one rank. `contents[slot]` is the expert of a completely written slot."""
 
     def __init__(self, layout: SlabLayout, heap: SymmetricHeap):
         self.layout, self._heap = layout, heap
@@ -117,14 +117,14 @@ class ExpertBank:
         return math.prod(self.layout.expert_shape) * self.dtype.itemsize
 
     def write(self, slot: int, expert: int, weights: np.ndarray) -> None:
-        """Fills a slot, converting to the bank's dtype; while it is written it holds no expert.
+        """Fills a slot, converting to the bank's dtype; it is empty until it is complete.
 
-        Raises ValueError for weights of another shape than `[L 3 F D]`.
+        Raises ValueError unless the weights have shape `[L 3 F D]`.
         """
         self.write_all([(slot, expert, weights)])
 
     def write_all(self, experts: Iterable[tuple[int, int, np.ndarray]]) -> None:
-        """`write` of each (slot, expert, weights), taken one by one; all are waited for at once."""
+        """`write` of each (slot, expert, weights), consumed one by one, with one wait for all."""
         begun = []
 
         def converted() -> Iterator[tuple[int, np.ndarray]]:
@@ -141,7 +141,7 @@ class ExpertBank:
     def _as_stored(self, expert: int, weights: np.ndarray) -> np.ndarray:
         region, shape = self.layout.slot(0), self.layout.expert_shape
         if np.shape(weights) != shape:
-            raise ValueError(f"expert {expert} has shape {np.shape(weights)}, not {shape}")
+            raise ValueError(f"expert {expert} has shape {np.shape(weights)}, expected {shape}")
         values = np.asarray(weights).astype(region.dtype, copy=False)
         if region.shape != shape:
             missing = [(0, full - own) for full, own in zip(region.shape, shape, strict=True)]
@@ -151,7 +151,7 @@ class ExpertBank:
     def copy_all(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copies whole slots inside the heap, each (own slot, rank, slot of that rank).
 
-        The own slots hold no expert until `holds` says what they were found to hold.
+        The own slots are empty until `holds` names their verified experts.
         """
         layout, nbytes, moves = self.layout, self.layout.slot_bytes, []
         for slot, rank, source in copies:
@@ -160,15 +160,15 @@ class ExpertBank:
         self._heap.copy_in_all(_joined(moves, self.rank))
 
     def holds(self, slot: int, expert: int) -> None:
-        """The slot was written by `copy_all` or since `begin`, and holds this expert whole."""
+        """Marks a slot, written by `copy_all` or since `begin`, as holding this expert."""
         self._contents[slot] = expert
 
     def target(self, slot: int) -> "SlotTarget":
-        """The slot's memory, to be filled block by block after `begin`."""
+        """Memory of a slot, to fill block by block after `begin`."""
         return SlotTarget(self.layout, self._heap, slot)
 
     def begin(self, slot: int) -> None:
-        """The slot is being written, and holds no expert until `holds`; padding becomes zeros."""
+        """Marks a slot as empty until `holds`, and zeroes its padding."""
         self._contents[slot] = EMPTY
         region, shape = self.layout.slot(slot), self.layout.expert_shape
         if region.shape != shape:
@@ -180,15 +180,15 @@ class ExpertBank:
         self._contents[slot] = EMPTY
 
     def read(self, slot: int) -> np.ndarray:
-        """A copy of what an own slot holds, `[L 3 F D]` in the bank's dtype."""
+        """Copy of an own slot, `[L 3 F D]` in the bank's dtype."""
         return self.read_peer(self._heap.rank, slot)
 
     def is_mapped(self, rank: int) -> bool:
-        """Whether the bank of `rank` is memory of this host, or read over a network."""
+        """Whether the bank of `rank` is memory of this host, not read over a network."""
         return self._heap.is_mapped(rank)
 
     def read_peer(self, rank: int, slot: int) -> np.ndarray:
-        """A copy of a slot of an attached peer, `[L 3 F D]`; of a detached one, bytes of no use."""
+        """Copy of a slot of an attached peer, `[L 3 F D]`; undefined for a detached one."""
         region = self.layout.slot(slot)
         found = self._heap.read(rank, region.offset, region.bytes)
         whole = found.view(region.dtype).reshape(region.shape)
@@ -196,9 +196,9 @@ class ExpertBank:
 
 
 def _joined(copies: list[tuple[int, int, int, int]], own: int) -> list[tuple[int, int, int, int]]:
-    """(offset, rank, source offset, bytes) of copies, those that go on where one ends made one.
+    """Merges adjacent copies (offset, rank, source offset, bytes) from the same peer.
 
-    Copies within the own slab stay as they are: slots that do not overlap might, once joined.
+    Copies within the own slab are not merged: disjoint slots could overlap once merged.
     """
     joined: list[tuple[int, int, int, int]] = []
     for offset, rank, source, nbytes in copies:
@@ -213,7 +213,7 @@ def _joined(copies: list[tuple[int, int, int, int]], own: int) -> list[tuple[int
 
 @dataclasses.dataclass(frozen=True)
 class SlotTarget:
-    """A slot that is written in any order, from several threads; see storage/blocks.py.
+    """Memory of a slot, written in any order by several threads; see storage/blocks.py.
 
     `at` counts values of `[L 3 F D]` in C order, without padding.
     """
@@ -227,7 +227,7 @@ class SlotTarget:
         return self.layout.bank.dtype
 
     def memory(self, at: int, count: int) -> np.ndarray | None:
-        """`[count]` values in the slab; None on a device, and where padding lies between them."""
+        """`[count]` values in the slab; None on a device, or if padding lies between them."""
         parts = list(self._parts(at, count))
         if self.heap.device != "cpu" or len(parts) != 1:
             return None
@@ -236,7 +236,7 @@ class SlotTarget:
         return own[offset : offset + count * self.dtype.itemsize].view(self.dtype)
 
     def put(self, at: int, values: np.ndarray) -> None:
-        """Stores values, converted; a matrix that is turned must lie between paddings."""
+        """Stores converted values; a transposed matrix must lie between paddings."""
         memory = self.memory(at, values.size)
         if memory is not None:
             copy_values(memory.reshape(values.shape), values)
@@ -246,8 +246,8 @@ class SlotTarget:
             self.heap.write(offset, flat[:count])
             flat = flat[count:]
 
-    def _parts(self, at: int, count: int):
-        """(offset in the slab, values) of each run without padding in it."""
+    def _parts(self, at: int, count: int) -> Iterator[tuple[int, int]]:
+        """(offset in the slab, number of values) of each run without padding."""
         own, full = (math.prod(s[2:]) for s in (self.layout.expert_shape, self.layout.padded_shape))
         base, itemsize = self.layout.slot(self.slot).offset, self.dtype.itemsize
         if own == full:

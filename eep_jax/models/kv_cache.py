@@ -1,7 +1,8 @@
-"""The keys and values of all sequences of a rank, written by position."""
+"""KV cache: keys and values of all sequences of a rank, written by position."""
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from eep_jax.config import EngineConfig, ModelConfig
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """One array per layer. Latent attention keeps its rotated key and its latent, one head of each.
+    """One array per layer. Latent attention stores its rotated key and its latent, one head each.
 
-    A step that is discarded and run again writes the same rows again.
+    Writes are idempotent: a discarded step that runs again writes the same rows.
     """
 
     keys: tuple[Float[Array, "B Hk P Ck"], ...]
@@ -32,7 +33,7 @@ class KVCache:
         v: Float[Array, "T Hv Cv"],
     ) -> "KVCache":
         """Writes token t at `[batch_rows[t], :, positions[t]]`; a position of -1 writes nothing."""
-        # Out of range rather than negative, which would count from the end.
+        # Negative indices count from the end; out-of-range ones are dropped.
         length = self.keys[layer].shape[2]
         at = (batch_rows, slice(None), jnp.where(positions < 0, length, positions))
         put = lambda old, new: old.at[at].set(new, mode="drop")
@@ -42,9 +43,9 @@ class KVCache:
 
 
 def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
-    """Zeros for B sequences of P positions, in the engine's dtype; compiles nothing.
+    """Zeros for B sequences of P positions, in the engine's dtype, without a compilation.
 
-    Zeros travel to the device for it: a program of `zeros_of_cache` spares that.
+    Zeros are uploaded to the device: a program of `zeros_of_cache` avoids that.
     """
     # A copy, since the cache is donated.
     put = lambda zeros: jax.device_put(zeros, may_alias=False)
@@ -52,7 +53,7 @@ def empty_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
 
 
 def zeros_of_cache(model: ModelConfig, engine: EngineConfig) -> KVCache:
-    """`empty_cache` to be compiled."""
+    """Traceable `empty_cache`."""
     return _cache(model, lambda heads, channels: jnp.zeros(*_shape(engine, heads, channels)))
 
 
@@ -60,7 +61,7 @@ def _shape(engine: EngineConfig, heads: int, channels: int) -> tuple[tuple[int, 
     return (engine.batch_rows, heads, engine.context_tokens, channels), engine.dtype
 
 
-def _cache(model: ModelConfig, make) -> KVCache:
+def _cache(model: ModelConfig, make: Callable[[int, int], jax.Array]) -> KVCache:
     keys, values = model.cache_channels
     of_layers = lambda sizes: tuple(make(*sizes) for _ in range(model.layers))
     return KVCache(of_layers(keys), of_layers(values))

@@ -1,12 +1,12 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), computed on what is cached.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in its absorbed form.
 
 A head's key is `key_up[h] @ latent` beside one rotated key of all heads, its value is
-`latent @ value_up[h]`. Instead of making keys and values of every position, the query is taken
-through `key_up` once, and the weighed latent through `value_up`: the products are the same.
+`latent @ value_up[h]`. Instead of keys and values of every position, `key_up` is applied once to
+the query and `value_up` to the weighted latent, with the same products.
 
-XLA computes it on GPUs, too: cuDNN's fused kernels, as JAX has them, take heads of up to 256
-channels, and a latent with its key has more (576 in DeepSeek-V3). How far from what it must read
-that is, `benchmarks.bench_attention --cases=latents` measures; no GPU has run it yet.
+XLA computes it on GPUs as well: cuDNN's fused kernels, as exposed by JAX, support heads of up to
+256 channels, and a latent with its key has more (576 in DeepSeek-V3).
+`benchmarks.bench_attention --cases=latents` compares it with its bound; no GPU has run it yet.
 """
 
 import functools
@@ -21,13 +21,13 @@ from eep_jax.models.attention import each_sequence, seen
 from eep_jax.models.linear import linear
 from eep_jax.models.rope import rope
 
-NORM_EPS = 1e-6  # of the latents' norms, whatever that of the layers is
+NORM_EPS = 1e-6  # of the latents' norms, independent of the layers'
 
 
 class LatentAttention(nnx.Module):
-    """The weights of one latent attention layer, with the verbs of Attention.
+    """One latent attention layer, with the methods of Attention.
 
-    What `project` calls k is the rotated key `[*T 1 Cr]`, what it calls v the latent `[*T 1 Ckv]`.
+    Its k is the rotated key `[*T 1 Cr]`, its v the latent `[*T 1 Ckv]`.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -50,8 +50,10 @@ class LatentAttention(nnx.Module):
         self.value_up = nnx.Param(draw(heads, latent.kv_rank, latent.value_channels))
         self.o_proj = project(heads * latent.value_channels, config.hidden)
 
-    def project(self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]):
-        """Returns q `[*T Hq Ckv+Cr]` (as the latent sees it, then the rotated part), k and v."""
+    def project(
+        self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]
+    ) -> tuple[Float[Array, "*T Hq Q"], Float[Array, "*T 1 Cr"], Float[Array, "*T 1 Ckv"]]:
+        """Returns q (absorbed, then rotated channels: Q = Ckv + Cr), k and v."""
         config, latent = self.config, self.config.latent
         q = self.q_up(self.q_norm(self.q_down(x))) if latent.q_rank else self.q_proj(x)
         q = q.reshape(*q.shape[:-1], config.query_heads, -1)
@@ -66,7 +68,14 @@ class LatentAttention(nnx.Module):
             self.kv_norm(kept[..., : latent.kv_rank])[..., None, :],
         )
 
-    def attend(self, q, keys, values, positions, batch_rows=None):
+    def attend(
+        self,
+        q: Float[Array, "T Hq Q"],
+        keys: Float[Array, "B 1 P Cr"],
+        values: Float[Array, "B 1 P Ckv"],
+        positions: Int32[Array, "T"],
+        batch_rows: Int32[Array, "T"] | None = None,
+    ) -> Float[Array, "T Hq Ckv"]:
         """`attend_latent` with the scale of this model; for `batch_rows` see `attend_cached`."""
         if batch_rows is not None:
             keys, values = keys[batch_rows], values[batch_rows]
@@ -74,8 +83,13 @@ class LatentAttention(nnx.Module):
         scale = (latent.plain_channels + latent.rope_channels) ** -0.5 * config.rope.score_factor
         return attend_latent(q, keys[:, 0], values[:, 0], positions, scale=scale)
 
-    def attend_whole(self, q, k, v):
-        """N whole sequences, each to itself."""
+    def attend_whole(
+        self,
+        q: Float[Array, "N T Hq Q"],
+        k: Float[Array, "N T 1 Cr"],
+        v: Float[Array, "N T 1 Ckv"],
+    ) -> Float[Array, "N T Hq Ckv"]:
+        """Causal attention of N whole sequences."""
         return each_sequence(self.attend, q, k, v)
 
     def output(self, context: Float[Array, "*T Hq Ckv"]) -> Float[Array, "*T D"]:
@@ -84,9 +98,9 @@ class LatentAttention(nnx.Module):
 
 
 def by_head(x: Float[Array, "*T Hq C"], weights: Float[Array, "Hq C N"]) -> Float[Array, "*T Hq N"]:
-    """Each head through its own matrix, summed in float32, in x's dtype.
+    """Multiplies each head by its own matrix; accumulated in float32, returned in x's dtype.
 
-    Heads come first in the product: XLA:CPU of JAX 0.12 has no bfloat16 one where they do not.
+    Heads are the leading axis: XLA:CPU of JAX 0.12 has no other batched bfloat16 product.
     """
     first = jnp.moveaxis(x, -2, 0)
     product = jnp.einsum("h...c,hcn->h...n", first, weights, preferred_element_type=jnp.float32)
@@ -101,10 +115,10 @@ def attend_latent(
     *,
     scale: float,
 ) -> Float[Array, "T Hq Ckv"]:
-    """Attention of T tokens, each to its own P cached latents; it sees those `<= positions[t]`.
+    """Attention of T tokens, each to its own P cached latents up to `positions[t]`.
 
-    Q is Ckv + Cr. As in `attend_cached` every token is an own batch entry, scores and softmax are
-    float32, and the result is of q's dtype.
+    Q is Ckv + Cr. As in `attend_cached` each token is a separate batch entry, scores and softmax
+    are float32, and the result has q's dtype.
     """
     rank = latents.shape[-1]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

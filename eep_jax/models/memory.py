@@ -1,7 +1,7 @@
-"""What a rank of a run needs of its GPU, byte by byte, before anything is allocated. No JAX.
+"""Memory of a rank on its GPU, in bytes, computed before any allocation. Without JAX.
 
 heap   window and bank of experts, and a dummy for absent peers: CUDA virtual memory
-JAX    dense weights, KV cache and what a step computes: taken at once, as a part of the GPU
+JAX    dense weights, KV cache and a step's temporaries: reserved at start, as a fraction of the GPU
 CUDA   a context, with its compiled code
 """
 
@@ -11,22 +11,22 @@ import math
 from eep_jax.config import ModelConfig, RunConfig
 from pallas_kernels.window import WindowLayout, round_up
 
-# As nvidia-smi shows it; a process can have nearly all.
+# As nvidia-smi reports; nearly all is available to a process.
 GPU_BYTES = {"h100": 81_559 << 20, "h200": 143_771 << 20}
 CONTEXT_BYTES = 600 << 20  # measured on an H100: 0.5 to 0.6 GiB
-MAPPED_BYTES = 32 << 20  # the heap grows by so much
-RESERVE_BYTES = 512 << 20  # of a GPU that no plan should count on
+MAPPED_BYTES = 32 << 20  # granularity of the heap
+RESERVE_BYTES = 512 << 20  # of a GPU, left free by every plan
 _BANK_MULTIPLE = 64  # channels of an expert on a GPU are padded to it
 _BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank, by what they are for."""
+    """Bytes of one rank, by purpose."""
 
     experts: int  # the bank: slots x one expert over all layers
-    window: int  # rows and results under way between ranks
-    dummy: int  # stands in for every absent peer
+    window: int  # rows and results in transit between ranks
+    dummy: int  # mapped over the slab of every absent peer
     embeddings: int  # with the head
     attention: int  # with norms
     routers: int
@@ -46,7 +46,7 @@ class RankMemory:
 
     @property
     def jax(self) -> int:
-        """What `device.memory_fraction` must leave a rank."""
+        """Bytes that `device.memory_fraction` must leave to a rank."""
         return self.dense + self.cache + self.step
 
     @property
@@ -55,7 +55,7 @@ class RankMemory:
 
 
 def memory_per_rank(config: RunConfig) -> RankMemory:
-    """What each rank of this run needs, by the shapes that it will allocate.
+    """Memory of each rank of this run, from the shapes that it will allocate.
 
     `experts`, `window`, `cache` and the weights are exact. Qwen3-30B-A3B in bfloat16 has experts of
     432 MiB over all its 48 layers: 64 slots are 27 GiB.
@@ -85,7 +85,7 @@ def memory_per_rank(config: RunConfig) -> RankMemory:
 
 
 def expert_bytes(config: RunConfig) -> int:
-    """One expert over all layers, as it lies in a slot: on a GPU F is padded."""
+    """Bytes of one expert over all layers in its slot: on a GPU F is padded."""
     layers, matrices, width, hidden = config.model.expert_shape
     dtype = config.engine.dtype
     padded = round_up(width, _BANK_MULTIPLE if dtype == "bfloat16" else 1)
@@ -93,7 +93,7 @@ def expert_bytes(config: RunConfig) -> int:
 
 
 def dense_elements(model: ModelConfig) -> dict[str, int]:
-    """Weights outside the routed experts by kind; together `model.dense_parameters`."""
+    """Number of weights outside the routed experts by kind; in total `model.dense_parameters`."""
     hidden = model.hidden
     router = model.router.bias + model.router.correction
     kinds = {
@@ -106,7 +106,7 @@ def dense_elements(model: ModelConfig) -> dict[str, int]:
 
 
 def _step_bytes(config: RunConfig, tokens: int, item: int) -> int:
-    """An estimate from above of what a step holds beside its arguments."""
+    """Upper estimate of a step's temporaries, without its arguments."""
     model, engine = config.model, config.engine
     # One tile of rows gathers the keys and values of its sequences, a layer at a time.
     gathered = engine.row_tile * engine.context_tokens * model.cache_elements // model.layers * item
@@ -114,23 +114,23 @@ def _step_bytes(config: RunConfig, tokens: int, item: int) -> int:
     logits = 6 * engine.batch_rows * model.vocab_size * 4
     channels = 8 * model.hidden + 4 * model.query_heads * model.head_dim + 3 * model.dense_hidden
     routed = model.experts_per_token * (3 * model.expert_hidden + model.hidden)
-    # Rows of all ranks may meet here; half of them is far more than routing gives.
+    # Rows of all ranks may arrive here; half of them far exceeds real routing.
     received = config.cluster.ranks * tokens * routed // 2
     return 2 * gathered + logits + (tokens * (channels + 3 * model.shared_hidden) + received) * 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How the ranks of a run share GPUs of one kind; bytes of the fullest GPU."""
+    """Placement of the ranks of a run on GPUs of one kind; bytes of the fullest GPU."""
 
     gpu_bytes: int
     ranks_per_gpu: int
-    jax_share: int  # what JAX takes in one rank
+    jax_share: int  # reserved by JAX in one rank
     needed: RankMemory
 
     @property
     def used(self) -> int:
-        """What is taken of a GPU once all its ranks serve."""
+        """Bytes in use once all ranks of the GPU serve."""
         each = self.needed.heap + self.jax_share + self.needed.context
         return self.ranks_per_gpu * each
 
@@ -140,12 +140,12 @@ class Fit:
 
 
 def check_fit(config: RunConfig, gpu: str, gpus: int) -> Fit:
-    """How the run fits `gpus` GPUs of a kind of GPU_BYTES, with RESERVE_BYTES left on each.
+    """Fit of the run on `gpus` GPUs of a kind in GPU_BYTES, with RESERVE_BYTES free on each.
 
-    Raises ValueError saying what is too large and which value to lower.
+    Raises ValueError naming what is too large and which value to change.
     """
     if gpu not in GPU_BYTES or gpus < 1:
-        raise ValueError(f"{gpu=} must be one of {sorted(GPU_BYTES)}, and {gpus=} 1 or more")
+        raise ValueError(f"{gpu=} must be one of {sorted(GPU_BYTES)}, and {gpus=} at least 1")
     needed, sharing = memory_per_rank(config), -(-config.cluster.ranks // gpus)
     share = int(GPU_BYTES[gpu] * config.device.memory_fraction / sharing)
     fit = Fit(gpu_bytes=GPU_BYTES[gpu], ranks_per_gpu=sharing, jax_share=share, needed=needed)
@@ -164,7 +164,7 @@ def check_fit(config: RunConfig, gpu: str, gpus: int) -> Fit:
 
 
 def describe(config: RunConfig, gpu: str, gpus: int) -> str:
-    """The memory of a rank as a table, and what losses the run survives. Raises as check_fit."""
+    """Table of a rank's memory, and the losses that the run survives. Raises like check_fit."""
     fit, model, cluster = check_fit(config, gpu, gpus), config.model, config.cluster
     n, one = fit.needed, _gib(expert_bytes(config))
     without_loading, at_all = losses_covered(config)

@@ -31,7 +31,7 @@ class DenseExperts(nnx.Module):
 
 def dense_experts(
     stacked: Float[Array, "E L 3 F D"],
-    layer: int,
+    layer: int | Int32[Array, ""],
     x: Float[Array, "*T D"],
     expert_ids: Int32[Array, "*T K"],
     weights: Float32[Array, "*T K"],

@@ -1,10 +1,10 @@
-"""Rotary position embedding: which angle each pair of channels turns by, and the rotation."""
+"""Rotary position embedding: the angle of each pair of channels, and the rotation."""
 
 import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from eep_jax.model_config import RopeConfig
 
@@ -19,9 +19,9 @@ def rope(
 ) -> Float[Array, "*T H C"]:
     """Rotates channel pairs (c, c + C/2) by `position * theta ** (-2c / C)`, in float32.
 
-    This is RoFormer's, in NeoX order. `config` may say that fewer channels are rotated, that pairs
-    stand side by side (they come out in NeoX order: queries and keys alike, so products are the
-    same), and that frequencies are stretched. Returns the dtype of x.
+    RoFormer's rotation, in NeoX order. `config` can restrict it to fewer channels, read adjacent
+    pairs (returned in NeoX order, which changes no product of queries and keys), and stretch the
+    frequencies. Returns the dtype of x.
     """
     channels = config.rotated_channels or x.shape[-1]
     angle = positions[..., None, None].astype(jnp.float32) * frequencies(channels, theta, config)
@@ -38,12 +38,12 @@ def rope(
     return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
-def frequencies(channels: int, theta: float, config: RopeConfig = DEFAULT):
-    """float32 `[channels / 2]`, radians per position, fastest first.
+def frequencies(channels: int, theta: float, config: RopeConfig = DEFAULT) -> Float32[Array, "_"]:
+    """Radians per position of each of `channels / 2` pairs, fastest first.
 
-    YaRN (arXiv 2309.00071): those that turn more often than `beta_fast` times in
-    `original_positions` stay, those that turn less than `beta_slow` times are divided by `factor`,
-    and between the two it is a linear ramp over the pairs.
+    YaRN (arXiv 2309.00071): frequencies of more than `beta_fast` turns in `original_positions` are
+    kept, those of fewer than `beta_slow` divided by `factor`, with a linear ramp over the pairs in
+    between.
     """
     half = channels // 2
     if config.kind == "default":
@@ -56,6 +56,6 @@ def frequencies(channels: int, theta: float, config: RopeConfig = DEFAULT):
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, channels - 1)
-    # A ramp of no length is a step.
+    # A ramp of zero length is a step.
     ramp = np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0, 1)
     return jnp.asarray(plain / config.factor * ramp + plain * (1 - ramp), jnp.float32)

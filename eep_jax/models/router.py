@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight."""
+"""Router: the experts of each token, and their weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from eep_jax.model_config import ModelConfig, RouterConfig
 def route(
     logits: Float[Array, "*T E"], experts_per_token: int, norm_topk_prob: bool
 ) -> tuple[Int32[Array, "*T K"], Float32[Array, "*T K"]]:
-    """Softmax over all experts, then the best K: `p = softmax(logits)`, `weights = top_k(p)`.
+    """Softmax over all experts, then the top K: `p = softmax(logits)`, `weights = top_k(p)`.
 
     With `norm_topk_prob` the K weights are divided by their sum; `[.4 .2 | .3 .1]` and K=2
     gives ids `[0 2]` and weights `[.57 .43]`, without it `[.4 .3]`. Ties go to the lower id.
@@ -28,16 +28,15 @@ def choose(
     model: ModelConfig,
     correction: Float32[Array, "E"] | None = None,
 ) -> tuple[Int32[Array, "*T K"], Float32[Array, "*T K"]]:
-    """Experts and weights as `model.router` says, in float32; ties go to the lower id.
+    """Experts and weights according to `model.router`, in float32; ties go to the lower id.
 
     - score `softmax`: see `route`. Qwen, OLMoE; with groups DeepSeek-V2.
     - `softmax_of_chosen`: the best K logits, `weights = softmax` of these K. Mixtral, gpt-oss.
     - `sigmoid`: `s = sigmoid(logits)`; the best K of `s + correction`, `weights = s` of these,
       divided by their sum with `norm_topk_prob`. DeepSeek-V3.
 
-    With groups, scores of experts outside the best groups do not count: a group is as good as its
-    best expert (`max`), or as its two best together (`top2`). At last weights are multiplied by
-    `scaling`.
+    With groups, only experts of the best groups are eligible; a group is ranked by its best expert
+    (`max`) or the sum of its two best (`top2`). Finally weights are multiplied by `scaling`.
     """
     router, count = model.router, model.experts_per_token
     logits = logits.astype(jnp.float32)
