@@ -103,5 +103,5 @@ def number(value: float | None, form: str = ".4g") -> str:
 
 
 def verdict(reached: bool) -> str:
-    """The word for an aim that was reached, or missed."""
+    """How a line says whether an aim was reached."""
     return "reached" if reached else "MISSED"

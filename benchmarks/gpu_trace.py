@@ -1,4 +1,4 @@
-"""Times of a GPU's kernels, from JAX's profiler (CUPTI)."""
+"""Which kernels of a GPU take how long, as JAX's profiler (CUPTI) sees them."""
 
 import collections
 import gzip

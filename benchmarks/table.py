@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 
 from absl import flags as absl_flags
 
-from benchmarks import command
 from benchmarks.harness import RESULTS, ROOT, Record, read
 from benchmarks.serving.series import SERIES
-from launch import flags
+from launch import flags, program
 
 HEADLINES = pathlib.Path(__file__).parent / "headlines.md"
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
@@ -195,4 +194,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    program.run(main)

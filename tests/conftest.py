@@ -17,17 +17,11 @@ os.environ["NPROC"] = "16"
 import resource
 
 import hypothesis
-import jaxtyping
 import pytest
 
-# Shapes and dtypes in the signatures of what is traced are checked at every call.
-SHAPES_CHECKED = (
-    *(f"pallas_kernels.{m}" for m in ("dispatch.api", "combine.api", "expert_gemm.host")),
-    "pallas_kernels.grouping",
-    *(f"eep_jax.models.{m}" for m in ("router", "kv_cache", "decoder")),
-    *(f"eep_jax.engine.{m}" for m in ("sampler", "step")),
-)
-jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
+from tests.support import typecheck
+
+typecheck.install()
 
 hypothesis.settings.register_profile(
     "project",

@@ -1,1 +1,1 @@
-"""Baselines of elastic serving: the same model on a fixed mesh, by XLA collectives."""
+"""What elastic serving is compared with: the same model on a fixed mesh, by XLA collectives."""

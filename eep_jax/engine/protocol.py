@@ -33,6 +33,7 @@ class WarmUp:
     compilations: int  # by XLA, of anything, since the engine was made; cache hits excluded
 
 
+@typing.runtime_checkable
 class RankEngine(typing.Protocol):
     """Steps of one rank, in lockstep with the other ranks of the epoch.
 

@@ -130,6 +130,8 @@ def test_a_server_of_something_else_is_named(ends):
 class Recorder:
     """A socket that remembers what was sent."""
 
+    __class__ = property(lambda self: socket.socket)  # what annotations ask for
+
     def __init__(self, connection):
         self._connection, self.sent = connection, b""
 

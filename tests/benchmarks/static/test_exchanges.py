@@ -41,7 +41,8 @@ def on_every_rank(name: str, world, layer: int):
 def expected(world, layer: int):
     x, ids, weights, experts, _ = world
     real = np.where(ids >= 0, weights, 0)
-    return dense_experts(jnp.asarray(experts), layer, x, np.maximum(ids, 0), real)
+    arrays = map(jnp.asarray, (x, np.maximum(ids, 0), real))
+    return dense_experts(jnp.asarray(experts), layer, *arrays)
 
 
 def ragged_by_gathering(operand, output, starts, sizes, starts_there, sizes_here, *, axis_name):

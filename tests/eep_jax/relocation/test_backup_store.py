@@ -15,6 +15,7 @@ import pytest
 from orbax.checkpoint.experimental.emergency.p2p import protocol
 
 from eep_jax.handshake import NotAMember, admit, enter
+from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.placement.placement import Placement
 from eep_jax.placement.planner import initial_placement
 from eep_jax.placement.sources import Source, SourceKind
@@ -25,6 +26,7 @@ from eep_jax.relocation.shard_server import fetch_shard
 from eep_jax.relocation.shards import chunk_name, load_shard
 from eep_jax.storage.digests import digest
 from tests.eep_jax.relocation.test_executor import CountingCheckpoint
+from tests.eep_jax.test_handshake import Recorder
 from tests.support.models import a_model, rounded_weights
 
 TOKEN = "a token of enough letters"
@@ -93,10 +95,11 @@ def test_all_experts_are_kept_where_they_fit_and_come_back_to_the_bit(open_store
     assert list((other.root / "fetched").iterdir()) == [], "copies stay only while they are read"
 
 
-class PinningHeap:
+class PinningHeap(LoopbackHeap):
     """Pinned memory by address; as strict as a driver."""
 
     def __init__(self):
+        super().__init__(0, 1, 4096)
         self.pinned = {}
 
     def pin(self, array):
@@ -256,21 +259,12 @@ class TestSecurity:
     def test_a_replayed_connection_gets_nothing(self, open_store):
         store = filled(open_store())
         with self.connect(store) as connection:
-            sent = []
-            real = connection.sendall
-            recorder = type(
-                "Recorder",
-                (),
-                {
-                    "sendall": lambda _, data: (sent.append(data), real(data)),
-                    "__getattr__": lambda _, name: getattr(connection, name),
-                },
-            )()
+            recorder = Recorder(connection)
             enter(recorder, TOKEN, 5.0)
             self.ask(connection)
             assert protocol.TCPMessage.recv(connection)[0] == protocol.OP_RESPONSE_JSON
         with self.connect(store) as connection:
-            connection.sendall(b"".join(sent))
+            connection.sendall(recorder.sent)
             self.ask(connection)
             assert len(self.everything_from(connection)) == 44
 

@@ -327,8 +327,9 @@ class TestEverySourceFails:
             world.executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, CHECKPOINT),))
 
     def test_a_slow_source_is_left_at_its_deadline_and_the_rank_shows_life(self, world):
-        late = threading.Event()
-        executor = self.executor(world, self.backups(world, lambda e: late.wait(10)), 300)
+        late, right = threading.Event(), self.backups(world)
+        slow = lambda expert: late.wait(10) and right.fetch(expert, None)
+        executor = self.executor(world, self.backups(world, slow), 300)
         started = time.monotonic()
         # Storage may once be slower than the deadline; a peer's memory is not.
         world.peer.write(2, 5, world.right[5])
@@ -340,11 +341,12 @@ class TestEverySourceFails:
         late.set()
 
     def test_a_source_that_hangs_costs_one_deadline_for_all_experts(self, world):
-        late, asked = threading.Event(), []
+        late, asked, right = threading.Event(), [], self.backups(world)
 
         def hangs(expert):
             asked.append(expert)
             late.wait(10)
+            return right.fetch(expert, None)
 
         executor = self.executor(world, self.backups(world, hangs), 300)
         for slot in range(3):
@@ -395,9 +397,8 @@ class TestEverySourceFails:
 
     def test_another_rank_s_backup_is_tried_though_one_hangs(self, world):
         late, right = threading.Event(), self.backups(world)
-        backups = types.SimpleNamespace(
-            fetch=lambda e, s: late.wait(10) if s.rank == 1 else right.fetch(e, s)
-        )
+        hangs = lambda source: source.rank == 1 and not late.wait(10)
+        backups = types.SimpleNamespace(fetch=lambda e, s: hangs(s) or right.fetch(e, s))
         executor = self.executor(world, backups, 300)
         executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, (self.BACKUP, 1), (self.BACKUP, 2)),))
         assert executor.moved == {"backup": 1}

@@ -1,11 +1,12 @@
 """Promises of repair records: one for each change, soon, with every second in one phase."""
 
 import json
-import types
+from unittest import mock
 
 import pytest
 
 from eep_jax.config import RunConfig
+from eep_jax.relocation.executor import Executor
 from eep_jax.runtime.control.messages import ChangeTimes, StartTimes
 from eep_jax.runtime.history.change_costs import PAUSE_PHASES, REPORT_MS, ChangeCosts
 from eep_jax.runtime.history.journal import Journal, replay
@@ -175,7 +176,8 @@ def test_records_are_read_back_and_journals_without_them_too(tmp_path):
 
 
 def test_a_rank_reports_what_moved_since_the_change_before():
-    executor = types.SimpleNamespace(moved={"checkpoint": 4}, bytes_moved={"checkpoint": 40})
+    moved = {"moved": {"checkpoint": 4}, "bytes_moved": {"checkpoint": 40}}
+    executor = mock.NonCallableMock(spec=Executor, **moved)
     watch = ChangeTimer(executor)
     with watch.loading():
         pass

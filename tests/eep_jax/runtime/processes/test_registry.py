@@ -4,6 +4,7 @@ import signal
 
 from eep_jax.runtime.control import messages
 from eep_jax.runtime.control.identity import start_ticks
+from eep_jax.runtime.control.server import Connection
 from eep_jax.runtime.processes.local import LocalProcesses
 from eep_jax.runtime.processes.registry import OWN_HOST, RankProcesses
 from eep_jax.runtime.processes.remote import HostWatch
@@ -11,7 +12,7 @@ from tests.support.control_world import story
 from tests.support.fake_rank import start_body
 
 
-class Launcher:
+class Launcher(Connection):
     """One that called from host `b`, and what it was told."""
 
     hello = messages.HostHello(host="b", run="tiny")

@@ -17,6 +17,7 @@ from eep_jax.runtime.control.launcher_client import (
     LauncherClientOptions,
     ProcessWatch,
 )
+from eep_jax.runtime.control.server import Connection
 from eep_jax.runtime.processes.remote import HostWatch
 from tests.support.control_world import TOKEN, a_world, story
 from tests.support.fake_rank import start_body
@@ -220,7 +221,7 @@ class TestHostWatch:
         watch.watch("b", process)
         other = messages.HostProcess(rank=1, incarnation=2, pid=9, ticks=8)
 
-        class Caller:
+        class Caller(Connection):
             def __init__(self, host):
                 self.hello = messages.HostHello(host=host, run="tiny")
 
@@ -239,7 +240,7 @@ class TestHostWatch:
         watch = HostWatch("tiny", lambda: now[0], print, lambda *what: ended.append(what))
         process = messages.HostProcess(rank=1, incarnation=2, pid=7, ticks=8)
 
-        class Caller:
+        class Caller(Connection):
             def __init__(self, host, run="tiny"):
                 self.hello = messages.HostHello(host=host, run=run)
 
@@ -267,8 +268,10 @@ class TestHostWatch:
     def test_a_launcher_of_another_run_is_refused(self):
         watch = HostWatch("tiny", lambda: 0, lambda *_: None, lambda *_: None)
 
-        class Caller:
+        class Caller(Connection):
             hello = messages.HostHello(host="b", run="other")
+
+            def __init__(self): ...
 
         with pytest.raises(ProtocolError, match="'other', this is 'tiny'"):
             watch.on_message(Caller(), Caller.hello)
