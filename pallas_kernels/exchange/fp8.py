@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.sizes import SCALE_CHANNELS
@@ -28,7 +29,7 @@ def pack_rows(x: Float[Array, "*T D"]) -> UInt8[Array, "*T B"]:
 
 
 def unpack_rows(
-    packed: UInt8[Array, "*T B"], hidden: int, dtype: jnp.dtype
+    packed: UInt8[Array, "*T B"], hidden: int, dtype: DTypeLike
 ) -> Float[Array, "*T D"]:
     """The inverse of `pack_rows`, up to e4m3's rounding (relative 2**-4 of each value)."""
     *lead, _ = packed.shape
