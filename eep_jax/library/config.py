@@ -75,7 +75,7 @@ class MoEConfig:
     activation_slope: float = 1.702
     expert_biases: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hidden", "expert_hidden", "experts", "experts_per_token"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"MoEConfig.{name}={value} must be positive")

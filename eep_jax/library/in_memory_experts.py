@@ -41,7 +41,9 @@ class InMemoryExperts(ExpertStore):
         return {e: self._experts[expert_name(e)] for e in experts}
 
 
-def open_experts(experts, model: ModelConfig, dtype: np.dtype) -> InMemoryExperts | Checkpoint:
+def open_experts(
+    experts: dict[str, np.ndarray] | str | os.PathLike, model: ModelConfig, dtype: np.dtype
+) -> InMemoryExperts | Checkpoint:
     """Experts by name in memory, or those of a checkpoint directory written by save_checkpoint.
 
     Raises CheckpointError where they are not `model.experts` of `model.expert_shape`.

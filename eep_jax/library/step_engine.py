@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from eep_jax.config import RunConfig
@@ -25,6 +26,9 @@ from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.library.elastic_moe import ExpertRouting
 from eep_jax.models.expert_bank import SlabLayout
 from eep_jax.tables import Tables
+from pallas_kernels.exchange.call import Call
+
+Array = jax.Array | np.ndarray
 
 # A rank whose last step had a call gives the next call this time to come, before it runs the
 # example: ranks that call together then step together. One that does not call delays nobody.
@@ -105,7 +109,7 @@ class StepEngine(LockstepEngine):
             raise self._closed
 
     def warm_up(self) -> WarmUp:
-        def only_the_call(place, *arguments):
+        def only_the_call(place: ExpertRouting, *arguments: PyTree) -> tuple[PyTree, Call, Array]:
             # The heap and the bank must not be outputs: they would be copied.
             result, after = self._step(place, *arguments)
             if not isinstance(after, ExpertRouting):
@@ -173,7 +177,7 @@ class StepEngine(LockstepEngine):
             self._had_call = bool(self._calls)
             return self._calls[0] if self._calls else None
 
-    def _run(self, arguments: tuple, vote: StepKind):
+    def _run(self, arguments: tuple, vote: StepKind) -> tuple[PyTree, Call, Array]:
         with self._compilations:
             return self._executable(self._place(vote), *arguments)
 
@@ -188,14 +192,14 @@ class StepEngine(LockstepEngine):
         )
 
 
-def _as_array(leaf):
+def _as_array(leaf: ArrayLike) -> Array:
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
-def _shape_of(leaf) -> jax.ShapeDtypeStruct:
+def _shape_of(leaf: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
-def _brief(shapes) -> str:
+def _brief(shapes: PyTree) -> str:
     leaves = [f"{s.dtype}{list(s.shape)}" for s in jax.tree.leaves(shapes)]
     return f"{len(leaves)} arrays {', '.join(leaves[:6])}{', ...' if len(leaves) > 6 else ''}"
