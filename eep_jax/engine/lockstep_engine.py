@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import SupportsInt
 
 import jax
 import numpy as np
@@ -85,7 +86,9 @@ class LockstepEngine(abc.ABC):
         vote = StepKind.HOLD if self._votes_hold else vote
         return dataclasses.replace(self._epoch_call, round=self._round, vote=np.uint32(vote))
 
-    def _settle(self, suspicion: np.ndarray, next_round: int, agreed: int) -> StepOutcome:
+    def _settle(
+        self, suspicion: np.ndarray, next_round: SupportsInt, agreed: SupportsInt
+    ) -> StepOutcome:
         """Moves on to the round after a step and its kind; or discards the step."""
         if suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
             self.discarded += 1
