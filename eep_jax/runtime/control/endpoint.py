@@ -10,8 +10,8 @@ import aiohttp
 
 from eep_jax.config import ServeConfig
 
-# Names of files in a run directory that several processes know.
-ENDPOINT = "endpoint.json"  # where the control channel and HTTP listen
+# Names of files in a run directory.
+ENDPOINT = "endpoint.json"  # addresses of the control channel and of HTTP
 JOURNAL = "journal.jsonl"
 
 RETRY_MS = 150
@@ -19,10 +19,10 @@ CONNECT_TIMEOUT_MS = 3_000
 
 
 def find_supervisor(endpoint_file: pathlib.Path, address: str = "") -> str:
-    """The URL of the control channel: at `address` (host:port) if given, else as the file says.
+    """The URL of the control channel: at `address` (host:port) if given, else from the file.
 
-    The file is read anew each time: every supervisor rewrites it. Raises OSError, ValueError or
-    LookupError while there is none, or none that is whole.
+    Read the file before each connection: every supervisor rewrites it. Raises OSError, ValueError
+    or LookupError while the file is missing or incomplete.
     """
     if not address:
         endpoint = json.loads(endpoint_file.read_text())
@@ -34,7 +34,7 @@ def find_supervisor(endpoint_file: pathlib.Path, address: str = "") -> str:
 def write_endpoint(
     endpoint_file: pathlib.Path, serve: ServeConfig, control_port: int, http_port: int
 ) -> None:
-    """Says where this process listens, in one step: who reads the file reads all of it."""
+    """Writes the addresses of this process atomically."""
     endpoint = {
         "host": serve.control_host,
         "port": control_port,
@@ -48,7 +48,7 @@ def write_endpoint(
 
 
 def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:
-    """(control, HTTP) ports of the supervisor that wrote the file last; 0 where none is known."""
+    """(control, HTTP) ports of the previous supervisor; 0 if unknown."""
     try:
         endpoint = json.loads(endpoint_file.read_text())
         return int(endpoint["port"]), int(endpoint["http_port"])
@@ -60,10 +60,10 @@ def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:
 async def connect(
     endpoint_file: pathlib.Path, address: str, token: str, message_bytes_max: int
 ) -> AsyncIterator[tuple[aiohttp.ClientWebSocketResponse, str]]:
-    """One connection to the control channel: its socket, and the URL. Whoever has the token may.
+    """Opens one connection to the control channel; yields its socket and the URL.
 
-    Raises what `find_supervisor` does, and aiohttp.ClientError where nobody answers in
-    CONNECT_TIMEOUT_MS.
+    Raises what `find_supervisor` does, and aiohttp.ClientError if the connection fails or takes
+    longer than CONNECT_TIMEOUT_MS.
     """
     url = find_supervisor(endpoint_file, address)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_MS / 1000)

@@ -1,4 +1,4 @@
-"""Which process is which: what survives a restart of the supervisor and the reuse of a pid."""
+"""Identities of hosts and processes that hold across supervisor restarts and reused pids."""
 
 import contextlib
 import os
@@ -9,47 +9,46 @@ _PF_EXITING = 0x4  # of the flags in /proc/PID/stat, since Linux 2.2
 
 
 def boot_id() -> str:
-    """Same for all processes whose pids mean the same: one boot, one pid namespace."""
+    """Equal for processes that share a pid namespace of one boot."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def host_id(override: str = "") -> str:
-    """Same for all processes that can map each other's memory and watch each other's pids.
+    """Equal for processes that can map each other's memory and watch each other's pids.
 
-    That takes one boot, one pid namespace and one network namespace, since memory is handed over
-    through sockets of the latter. `override` is what an operator says instead, to have parts of
-    one machine count as several hosts.
+    They share a boot, a pid namespace, and a network namespace, whose sockets hand memory over.
+    `override` is returned instead if given: parts of one machine then count as several hosts.
     """
     return override or f"{boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def start_ticks(pid: int) -> int:
-    """When the process started, in ticks since boot; 0 if there is none. Tells reused pids.
+    """Start time of a process in ticks since boot, which identifies reused pids; 0 if it is gone.
 
-    Raises OSError where that cannot be seen: most likely too many files are open here.
+    Raises OSError if /proc cannot be read, most likely for lack of file descriptors.
     """
     fields = _stat(pid)
     return 0 if fields is None else int(fields[19])
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is seen to have begun to exit: it will run no more code of its own.
+    """Whether a process has begun to exit, and runs no more user code.
 
-    The kernel says so at once. Until it has taken the process apart, and a pidfd tells, a GPU's
-    driver may need a fifth of a second.
+    /proc shows this at once. A pidfd becomes readable only after the teardown, for which a GPU
+    driver may take 0.2 s.
     """
     try:
         fields = _stat(pid)
     except OSError:
-        return False  # what this process cannot look at, for want of descriptors, is not gone
+        return False  # unreadable for lack of file descriptors: not known to be gone
     return fields is None or fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 def open_process(pid: int, ticks: int) -> int | None:
-    """A pidfd of the process that started at `ticks`, or None if it has ended.
+    """Opens a pidfd of the process that started at `ticks`; None if it has ended.
 
-    Raises OSError where that cannot be seen, as start_ticks does.
+    Raises OSError as start_ticks does.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -65,13 +64,13 @@ def open_process(pid: int, ticks: int) -> int | None:
 
 
 def kill_process(pidfd: int) -> None:
-    """SIGKILL to exactly that process; nothing if it has ended."""
+    """Sends SIGKILL to exactly this process; does nothing if it has ended."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third one, the state, on; None without a process."""
+    """The fields of /proc/PID/stat from the third one (state) on; None if the process is gone."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

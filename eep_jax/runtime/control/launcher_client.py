@@ -1,4 +1,4 @@
-"""A launcher's end of the control channel: it watches processes of its host for the supervisor."""
+"""A launcher's end of the control channel: process watching on behalf of the supervisor."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ WATCHED_MAX = 4_096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LauncherClientOptions:
-    """Where the supervisor is found, and whose processes these are."""
+    """Address of the supervisor and identity of this host."""
 
     endpoint_file: pathlib.Path
     address: str  # of the supervisor, host:port; '' reads the file
@@ -38,13 +38,13 @@ class LauncherClientOptions:
 
 
 class ProcessWatch:
-    """Processes of this host, and what became of them."""
+    """The watched processes of this host, and whether they have ended."""
 
     def __init__(self):
         self._pidfds: dict[messages.HostProcess, int | None] = {}  # None: it has ended
 
     def follow(self, processes: tuple[messages.HostProcess, ...]) -> None:
-        """Watches these and forgets all others. Raises ProtocolError for too many."""
+        """Watches exactly these processes. Raises ProtocolError for more than WATCHED_MAX."""
         if len(processes) > WATCHED_MAX:
             raise ProtocolError(f"{len(processes)} processes to watch, at most {WATCHED_MAX}")
         for process in [p for p in self._pidfds if p not in processes]:
@@ -54,7 +54,7 @@ class ProcessWatch:
                 self._pidfds[process] = open_process(process.pid, process.ticks)
 
     def end(self, process: messages.HostProcess) -> None:
-        """SIGKILL to exactly that process; nothing if it has ended."""
+        """Sends SIGKILL to exactly this process; does nothing if it has ended."""
         pidfd = open_process(process.pid, process.ticks)
         if pidfd is not None:
             try:
@@ -89,9 +89,9 @@ def _has_ended(pidfd: int) -> bool:
 
 
 class LauncherClient:
-    """Keeps the connection until the supervisor says that the run is over.
+    """Keeps the connection until the supervisor ends the run.
 
-    `on_watched` is called with what the supervisor wants watched, whenever it says so.
+    `on_watched` is called with the processes of every Watch that arrives.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class LauncherClient:
     ):
         self._options, self._on_watched = options, on_watched
         self._watch = ProcessWatch()
-        self.refused = ""  # why the supervisor will have nothing to do with this launcher
+        self.refused = ""  # why the supervisor rejects this launcher for good
 
     async def run(self) -> None:
-        """Returns when the run is over, or when `refused` says why it never was this host's."""
+        """Returns when the run is over, or when this launcher was `refused`."""
         complained = ""
         try:
             while True:
@@ -121,7 +121,7 @@ class LauncherClient:
             self._watch.close()
 
     async def _connect_once(self) -> bool:
-        """One connection from its begin to its end; whether the run is over."""
+        """Serves one connection to its end. Returns whether the run is over."""
         options = self._options
         at = (options.endpoint_file, options.address, options.token, options.message_bytes_max)
         async with connect(*at) as (socket, url):

@@ -13,15 +13,15 @@ class Hello:
     rank: int
     incarnation: int
     pid: int
-    ticks: int  # when the process started, as its host counts: tells reused pids
-    host: str  # same id, same host: memory can be mapped, pids can be watched
+    ticks: int  # start time of the process in its host's ticks: identifies reused pids
+    host: str  # processes of one id can map each other's memory and watch pids
     run: str  # name of the configuration
     mirrored: bool = False  # whether ranks of other hosts can reach its memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostHello:
-    """First message of a launcher: it can see processes of its host end, and end them."""
+    """First message of a launcher, which can watch and kill the processes of its host."""
 
     host: str
     run: str
@@ -29,7 +29,7 @@ class HostHello:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostProcess:
-    """A rank's process, as its own host and the supervisor know it."""
+    """A rank's process as its own host identifies it."""
 
     rank: int
     incarnation: int
@@ -39,9 +39,9 @@ class HostProcess:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostReport:
-    """What a launcher sees of the processes that it watches; on every change and heartbeat."""
+    """State of the processes that a launcher watches; on every change and with every heartbeat."""
 
-    ending: tuple[HostProcess, ...] = ()  # they run no more code of their own
+    ending: tuple[HostProcess, ...] = ()  # they run no more user code
     ended: tuple[HostProcess, ...] = ()
 
 
@@ -54,7 +54,7 @@ class Watch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EndProcess:
-    """To a launcher: SIGKILL to this process, whoever started it."""
+    """To a launcher: send SIGKILL to this process, whoever started it."""
 
     process: HostProcess
 
@@ -75,7 +75,7 @@ class Held:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartTimes:
-    """How a process spent its start, before it offered itself; see `start_watch`."""
+    """Seconds of a process's start, before it offered itself; see rank.start_timer."""
 
     seconds: dict[str, float]  # by phase
     executables: dict[str, str]  # by step: `loaded`, or `compiled: ` and why
@@ -84,49 +84,49 @@ class StartTimes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChangeTimes:
-    """How a rank spent its last change of epoch, and what it moved since the one before."""
+    """Seconds of a rank's last change of epoch, and experts moved since the previous one."""
 
     epoch: int
     load_s: float  # a joining rank's experts, before the change
     detach_s: float
     fetch_s: float
     commit_s: float
-    first_step_s: float | None  # after the commit; None until one counted
+    first_step_s: float | None  # from the commit to the first committed step; None before it
     moved: dict[str, int]  # experts, by kind of source
     bytes_moved: dict[str, int]
-    start: StartTimes | None = None  # of a process for which it was the first change
+    start: StartTimes | None = None  # if it was the first change of this process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """Numbers for reports, and which experts are chosen: load is spread by that."""
+    """Counts for reports, and how often each expert was chosen, which balancing needs."""
 
-    compilations: int  # since the rank was ready; promised to stay 0
+    compilations: int  # since the rank was ready; must stay 0
     steps: int
     discarded: int
     moved: dict[str, int]  # experts written, by kind of source
     change: ChangeTimes | None = None  # the last one, repeated
-    chosen: tuple[int, ...] = ()  # how often each expert was, since the last one
+    chosen: tuple[int, ...] = ()  # choices of each expert since the last Telemetry
     bytes_moved: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind of source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Begin, or go on with, a request."""
+    """To a rank: start or continue a request."""
 
     request: Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forget:
-    """A request is over for the supervisor: finished, cancelled, or moved to another rank."""
+    """To a rank: drop a request that was finished, cancelled or moved to another rank."""
 
     id: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shutdown:
-    """End in order; the run is over."""
+    """To a rank or launcher: the run is over; exit in an orderly way."""
 
 
 def _by_name(*kinds: type) -> dict[str, type]:

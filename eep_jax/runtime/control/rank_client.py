@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 OUTGOING_MAX = 10_000
 INCOMING_MAX = 10_000
-REASON_CHARACTERS_MAX = 1_000  # of a failure that is told to the supervisor
+REASON_CHARACTERS_MAX = 1_000  # of a failure in a Status
 
 
 @dataclasses.dataclass(frozen=True)
 class Connected:
-    """Local event: the channel stands (again); what was sent before may be lost."""
+    """Local event: the channel is connected; messages sent before may be lost."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ class ControlClientOptions:
     heartbeat_ms: int
     message_bytes_max: int
     address: str = ""  # of the supervisor, host:port, where the run directory is not shared
-    host: str = ""  # instead of this host's own id
+    host: str = ""  # overrides this host's id
     mirrored: bool = False  # whether ranks of other hosts can reach this rank's memory
 
 
 class ControlClient:
-    """Connects, reconnects, sends a Status with every heartbeat, hands incoming messages over.
+    """Keeps the connection, sends a Status with every heartbeat, and queues incoming messages.
 
     `on_arrival` is called in the client's thread after a message was queued, `on_prepare` with the
     epoch at once when a Prepare comes in that was not planned: a step in flight should end now, not
@@ -91,20 +91,20 @@ class ControlClient:
         return self._incarnation
 
     def beat(self) -> None:
-        """The engine loop says that it moves."""
+        """Called by the engine loop to show progress."""
         self._beat_ns = time.monotonic_ns()
 
     def publish(self, status: Status) -> None:
-        """Sets what heartbeats say from now on, and says it at once."""
+        """Sets the Status of future heartbeats, and sends it at once."""
         with self._lock:
             self._status = dataclasses.replace(status, sequence=self._status.sequence)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._send_status)
 
     def fail(self, reason: str, wait_ms: int = 2_000) -> None:
-        """Says that this process cannot go on, and ends the connection.
+        """Reports that this process cannot go on, and closes the connection.
 
-        Waits for so long until it is let in, or else says nothing.
+        Waits up to `wait_ms` to be admitted; if it is not, nothing is sent.
         """
         ends_s = time.monotonic() + wait_ms / 1000
         while self._outgoing is None and time.monotonic() < ends_s:
@@ -118,7 +118,7 @@ class ControlClient:
             self._loop.call_soon_threadsafe(self._enqueue, message)
 
     def receive(self) -> list:
-        """All messages that came in since the last call, oldest first."""
+        """Returns all messages since the last call, oldest first."""
         found = []
         while True:
             try:

@@ -16,15 +16,15 @@ _log = logging.getLogger(__name__)
 
 OUTGOING_MAX = 4_096
 HELLO_TIMEOUT_S = 10.0
-WRITE_DEADLINE_S = 5.0  # for a rank to take what it was sent
+WRITE_DEADLINE_S = 5.0  # for the other end to read one message
 
 
 @dataclasses.dataclass(eq=False)
 class Connection:
-    """A rank process at the other end, or a launcher. `incarnation` is 0 until a rank has one.
+    """Connection of a rank process or a launcher. `incarnation` is 0 until the rank has one.
 
-    What a rank sent while it had no connection is lost, so its tokens count and requests are given
-    to it only once it is `settled`: it has said in a Held which requests and tokens it has.
+    Messages that a rank sent without a connection are lost. So its tokens count, and it is assigned
+    requests, only once it is `settled`: its Held listed the requests and tokens that it has.
     """
 
     hello: messages.Hello | messages.HostHello
@@ -39,7 +39,7 @@ class Connection:
         return f"rank {self.hello.rank}"
 
     def send(self, message) -> None:
-        """Queues a message; closes the connection of a rank that does not read."""
+        """Queues a message; closes the connection if the other end does not read."""
         try:
             self.outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -53,7 +53,7 @@ class Connection:
 
 
 class ControlServer:
-    """Accepts ranks with the right token; hands over their messages, checked and in order."""
+    """Accepts connections with the token; passes their messages on, decoded and in order."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ControlServer:
         on_message: Callable[[Connection, object], None],
         on_closed: Callable[[Connection], None],
     ):
-        """`on_message` may raise ProtocolError to refuse what was said and close the connection."""
+        """`on_message` may raise ProtocolError to refuse a message and close its connection."""
         self._token, self._bytes_max, self._encoder = token, message_bytes_max, Encoder()
         self._on_message, self._on_closed = on_message, on_closed
 
@@ -110,14 +110,14 @@ class ControlServer:
                     await socket.send_bytes(self._encoder.encode(message))
             await socket.close()
         except ConnectionError:
-            pass  # the reader sees the same end, and says so
+            pass  # _serve sees the same end, and logs it
         except (TimeoutError, ProtocolError) as error:
             reason = error if str(error) else f"it took nothing for {WRITE_DEADLINE_S:g} s"
             _log.error("closing the channel of %s: %s", connection.who, reason)
-            abort()  # a close in order would wait behind what the rank does not take
+            abort()  # an orderly close would wait behind the unread data
 
     def _decode(self, frame):
-        if frame.type is WSMsgType.ERROR:  # too large, or no proper WebSocket frame
+        if frame.type is WSMsgType.ERROR:  # too large, or a malformed WebSocket frame
             raise ProtocolError(f"cannot read it: {frame.data}")
         if frame.type is not WSMsgType.BINARY:
             raise ProtocolError(f"a {frame.type.name} frame, expected a binary one")

@@ -1,15 +1,15 @@
-"""One record for each change of members: why it was, what moved, and where its seconds went.
+"""Costs of each change of members: its reason, the experts moved, and its seconds by phase.
 
-detect      from the last sign of life of who died to the verdict; no death, no detection
-agree       from the verdict to Prepare, and what the agreement took beyond the work of its ranks
-detach      mapping and unmapping of peers, on the rank that was slowest in all
+detect      from the dead rank's last sign of life to the verdict; 0 without a death
+agree       from the verdict to Prepare, and the agreement's time beyond the work of its ranks
+detach      mapping and unmapping of peers, on the rank with the most work
 fetch       bringing experts, on that rank
 commit      swapping the tables
-first_step  from there to the first step that counted; unknown where nobody had work
-load        of a rank that came in, before the change; the others served meanwhile
+first_step  from there to the first committed step; unknown if no rank had work
+load        of a joining rank, before the change; the others serve meanwhile
 
-`starts` are those of processes that came in, by rank: their seconds by phase, and where their
-executables are from (`start_watch`).
+`starts` has, for each new process by rank, the seconds of its start by phase and the origin of its
+executables (`rank.start_timer`).
 """
 
 import collections
@@ -17,7 +17,7 @@ import dataclasses
 
 from eep_jax.runtime.control.messages import ChangeTimes
 
-REPORT_MS = 3_000  # after the commit, for ranks to say how it went
+REPORT_MS = 3_000  # after the commit, for the ranks' reports
 PAUSE_PHASES = ("detect", "agree", "detach", "fetch", "commit", "first_step")
 
 
@@ -32,7 +32,9 @@ class _Pending:
     prepare_s: float  # from Prepare until all were ready
     ends_ms: int
     times: dict[int, ChangeTimes] = dataclasses.field(default_factory=dict)
-    settled: set[int] = dataclasses.field(default_factory=set)  # ranks that will say no more of it
+    settled: set[int] = dataclasses.field(
+        default_factory=set
+    )  # ranks from which no further report is due
 
     @property
     def is_complete(self) -> bool:
@@ -40,7 +42,7 @@ class _Pending:
 
 
 class ChangeCosts:
-    """Collects what becomes a record. Times are milliseconds of the supervisor's clock."""
+    """Collects the reports of pending changes. Times are of the supervisor's clock, in ms."""
 
     def __init__(self, members=()):
         self._members = frozenset(members)
@@ -83,11 +85,11 @@ class ChangeCosts:
                 pending.times[rank] = times
                 if times.first_step_s is not None:
                     pending.settled.add(rank)
-            elif pending.epoch < times.epoch:  # a rank tells of its changes one after the other
+            elif pending.epoch < times.epoch:  # ranks report their changes in order
                 pending.settled.add(rank)
 
     def take(self, now_ms: int) -> list[dict]:
-        """The records that are due, by epoch: all members have told, or the time is over."""
+        """The records that are due, by epoch: all members reported, or REPORT_MS passed."""
         due = []
         while self._pending and (
             self._pending[0].is_complete or now_ms >= self._pending[0].ends_ms

@@ -1,6 +1,6 @@
-"""What happened, told once to each who asks: the journal, people, monitors, and the log.
+"""Event log: journal, status, metrics and log from one call.
 
-Each change of members also leaves a `repair` record of what it cost; see `repairs`.
+Each change of members also leaves a `repair` record of its costs; see `change_costs`.
 """
 
 import collections
@@ -20,7 +20,7 @@ UNLOGGED = ("slots", "moves")  # long, and in the journal
 class EventLog:
     """The last `EVENTS_MAX` events, the last commit, and counts since this supervisor started.
 
-    `before` are the events of before a restart, `members` the ranks of the epoch it found.
+    `before` are the events from before a restart, `members` the ranks of the restored epoch.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class EventLog:
         self.counts, self.totals = collections.Counter(), ChangeTotals()
 
     def note(self, kind: str, facts: dict, silent_ms: int = 0) -> None:
-        """Something happened. `silent_ms`: how long a rank that is `dead` gave no sign of life."""
-        # First of all, so that what follows from it is never known to others alone.
+        """Records an event. `silent_ms`: of `dead`, the time since the rank's last sign of life."""
+        # First, so that no consequence of the event precedes it on disk.
         record = self._journal.append(kind, facts)
         self.events.append(record)
         self.counts[kind] += 1
@@ -55,12 +55,12 @@ class EventLog:
                 self._costs.committed(facts, now_ms)
 
     def told(self, rank: int, times: ChangeTimes) -> None:
-        """A rank says how its last change went."""
+        """Adds a rank's report on its last change."""
         self._costs.told(rank, times)
         self.note_costs()
 
     def note_costs(self) -> None:
-        """Notes what each change cost of which nothing more will be heard."""
+        """Records the costs of each change whose reports are complete or overdue."""
         for facts in self._costs.take(self._now_ms()):
             self.totals.add(facts)
             self.note("repair", facts)

@@ -1,8 +1,7 @@
-"""The supervisor's memory on disk: one JSON object per line, appended before it is acted upon.
+"""Write-ahead journal of the supervisor: one JSON object per line.
 
-A line says what happened (`kind`), when (`time`, Unix seconds), and the facts. A supervisor that
-was killed reads it back; a last line that was cut off is dropped. The process may die at any time;
-the machine may not, so lines are flushed and not synced.
+A record has `kind`, `time` (Unix seconds) and facts. The next supervisor replays it; a truncated
+last line is dropped. Lines are flushed but not synced: they survive the process, not the machine.
 """
 
 import json
@@ -12,10 +11,10 @@ import time
 
 
 class Journal:
-    """Appends to `path`. The owner compacts it when it `is_full`: grown past `bytes_max`.
+    """Appends to `path`. The owner compacts it when it `is_full`, that is, above `bytes_max`.
 
-    What is still so large when it was compacted is left alone until it has doubled, so writing it
-    anew costs no more than what was appended.
+    If it is still above `bytes_max` after compaction, the next one waits until its size doubles
+    (amortised cost).
     """
 
     def __init__(self, path: pathlib.Path, bytes_max: int = 16 << 20):
@@ -35,7 +34,7 @@ class Journal:
         return self._file.tell() > self._full_at
 
     def compact(self, records: list[dict]) -> None:
-        """Puts `records` in place of everything, in one step: all of it happens or nothing."""
+        """Replaces the whole journal by `records`, atomically."""
         fresh = self.path.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as file:
             for record in records:
@@ -50,13 +49,13 @@ class Journal:
 
 
 def replay(path: pathlib.Path) -> list[dict]:
-    """All whole records of a journal, oldest first; empty where there is none."""
+    """All complete records of a journal, oldest first; empty if there is no journal."""
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     records = []
-    for line in lines[:-1]:  # what follows the last newline was cut off
+    for line in lines[:-1]:  # the part behind the last newline is truncated
         try:
             record = json.loads(line)
         except ValueError:

@@ -1,4 +1,4 @@
-"""What the supervisor counts and measures, in Prometheus' text format."""
+"""Counts and gauges of the supervisor, in Prometheus' text format."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ from eep_jax.runtime.serving.request_table import RequestTable
 
 
 def load_shares(state: CoordinatorState) -> tuple[float, ...]:
-    """Of all choices of late, those of each expert; empty while too few were counted."""
+    """Each expert's share of recent choices; empty while too few were counted."""
     loads = settled(state.load.measured)
     return tuple(load / sum(loads) for load in loads)
 
 
 def imbalance(state: CoordinatorState) -> float | None:
-    """The measured load of the busiest rank to the mean; None while too little is known."""
+    """Load of the busiest rank divided by the mean; None while it is unknown."""
     shares = load_shares(state)
     if not shares or not state.view.in_epoch:
         return None
@@ -31,13 +31,13 @@ def imbalance(state: CoordinatorState) -> float | None:
 
 
 def replicas_min(state: CoordinatorState) -> int:
-    """Replicas of the expert that has fewest."""
+    """The smallest number of replicas that any expert has."""
     replicas = state.placement.replicas()
     return min(len(replicas.get(e, ())) for e in range(state.placement.experts))
 
 
 class Metrics:
-    """A collector over what a supervisor's parts know; counts begin with the process."""
+    """A Prometheus collector over the supervisor's parts; counts start with the process."""
 
     def __init__(
         self, state: Callable[[], CoordinatorState], requests: RequestTable, event_log: EventLog
@@ -81,7 +81,7 @@ class Metrics:
         yield from self._collect_sources()
 
     def _collect_changes(self):
-        """Repairs, admissions, drains and background work: how many, what moved, and how long."""
+        """Number, moves, bytes and seconds of changes, by kind."""
         totals = self._event_log.totals
         for name, text, labels, counts in (
             ("eep_changes", "Changes of members or placement.", ("change",), totals.changes),
@@ -112,7 +112,7 @@ class Metrics:
             yield family
 
     def _collect_sources(self):
-        """What could supply experts now, and what is being brought in the background."""
+        """Current sources of experts, and moves in the background."""
         state = self._state()
         statuses = {
             rank: r.status for rank, r in enumerate(state.records) if r.status and r.is_current

@@ -1,16 +1,16 @@
-"""What keeps a cluster from being whole, in sentences for the person who looks after it. Pure."""
+"""Problems that keep a cluster from being whole, as sentences for its operator. Pure."""
 
 from eep_jax.coordination.protocol import Mode
 from eep_jax.coordination.shortages import explain
 from eep_jax.coordination.state import CoordinatorState
 
-SHOWN_MAX = 8  # ranks whose troubles are told one by one
+SHOWN_MAX = 8  # ranks that are listed one by one
 
 
 def problems(state: CoordinatorState, events) -> list[str]:
-    """Empty while all is well. `events` are those of the status, oldest first.
+    """Ranks that are out and why, experts that no source supplies, and missing backups.
 
-    Ranks that are out and why, experts that no source supplies, backups that are not kept.
+    `events` are those of the status, oldest first. Empty if the cluster is whole.
     """
     found = [f"no expert coverage: {state.blocked}"] if state.blocked else []
     if not state.blocked and (why := explain(state)):
@@ -28,7 +28,7 @@ def problems(state: CoordinatorState, events) -> list[str]:
 
 
 def waiting_for(state: CoordinatorState) -> str:
-    """What a cluster that never served yet waits for."""
+    """What a cluster before its first epoch waits for."""
     inside = [r for r in _awaited(state) if state.records[r].is_current]
     absent = [r for r in _awaited(state) if r not in inside]
     alone = [r for r in inside if _mode(state, r) in (None, Mode.ALONE)]
@@ -44,7 +44,7 @@ def waiting_for(state: CoordinatorState) -> str:
 
 
 def _awaited(state: CoordinatorState) -> list[int]:
-    """Ranks that are not in, and are not out on the operator's wish."""
+    """Ranks that are out, except those that the operator took out."""
     inside = state.view.in_epoch
     return [rank for rank in state.view.ranks if rank not in inside and rank not in state.out]
 
@@ -55,9 +55,9 @@ def _mode(state: CoordinatorState, rank: int) -> Mode | None:
 
 
 def _trouble(state: CoordinatorState, rank: int, events) -> str:
-    """Why a rank is not in: what its processes died of since it last was; '' if nothing is known.
+    """Why a rank is out: the last death of its processes since it was a member; '' if unknown.
 
-    One that was killed, and comes back, is no trouble unless it dies again and again.
+    A single death is reported only if the process failed: a killed process usually returns.
     """
     deaths: list[str] = []
     for event in events:

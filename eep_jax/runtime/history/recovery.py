@@ -1,4 +1,4 @@
-"""From journal records back to what a killed supervisor knew, and from that to a short journal."""
+"""Recovery: journal records to the previous supervisor's state, and a state to a short journal."""
 
 import dataclasses
 
@@ -18,12 +18,12 @@ EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What the journal says. Lists are by rank; `processes` holds the newest of each rank.
+    """The state that the journal holds. Lists are by rank; `processes` has the newest of each rank.
 
-    Where that of an incarnation which was issued is not there, it has ended, or never began.
+    An issued incarnation without a process has ended, or never started.
     """
 
-    is_first: bool  # there is no journal: nothing was ever started
+    is_first: bool  # there is no journal
     view: View
     placement: Placement
     epoch_tried: int
@@ -36,7 +36,7 @@ class Restored:
 
     @property
     def ended(self) -> list[tuple[int, int]]:
-        """(rank, incarnation) of the newest processes that are known to be no more."""
+        """(rank, incarnation) of the newest processes that have ended."""
         there = {(process.rank, process.incarnation) for _, process in self.processes}
         newest = [(rank, number) for rank, number in enumerate(self.issued) if number]
         return [one for one in newest if one not in there]
@@ -57,7 +57,7 @@ class Restored:
 
 
 def read_back(records: list[dict], config: RunConfig) -> Restored:
-    """The state after `records`, oldest first; that of a first start where there are none."""
+    """The state after `records`, oldest first; without records that of a first start."""
     model, cluster = config.model, config.cluster
     view = empty_view(cluster.ranks)
     placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
@@ -112,14 +112,14 @@ def snapshot(
     processes: list[tuple[str, HostProcess]],
     entries,
 ) -> list[dict]:
-    """Records from which `read_back` makes the same; `commit` is the last one's."""
+    """Records that `read_back` turns into this state; `commit` is the last commit's record."""
     records = [{"kind": "tried", "epoch": state.epoch_tried}, *([commit] if commit else [])]
     if state.out:
         records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
     for host, process in processes:
         records.append({"kind": "process", **process_facts(host, process)})
     for rank, record in enumerate(state.records):
-        if record.incarnation:  # `processes` may not have it any more, and it is never given twice
+        if record.incarnation:  # `processes` may lack it, and no incarnation is issued twice
             facts = {"rank": rank, "incarnation": record.incarnation}
             records.append({"kind": "incarnation", **facts})
         if record.fenced:
@@ -133,12 +133,12 @@ def snapshot(
 
 
 def process_facts(host: str, process: HostProcess) -> dict:
-    """What the journal keeps of a process that was let in."""
+    """Journal record of an admitted process."""
     return dataclasses.asdict(process) | ({} if host == OWN_HOST else {"host": host})
 
 
 def _view_of(commit: dict) -> View:
-    """JSON made the ranks of `members` strings."""
+    """The View of a commit record, whose ranks JSON turned into strings."""
     active = {int(rank) for rank in commit["members"]}
     members = tuple(
         Member(RankState.ACTIVE if rank in active else RankState.ABSENT, incarnation)

@@ -1,4 +1,4 @@
-"""What the supervisor tells people: health and status. Decides nothing."""
+"""Health and status of the cluster, for people and monitors. Decides nothing."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,7 @@ from eep_jax.runtime.serving.request_table import RequestTable
 
 
 class StatusReporter:
-    """Reads what a supervisor's parts know. `telemetry` is what each rank said last.
-
-    `metrics()` is the text that monitors read.
-    """
+    """Reports on the supervisor's parts. `telemetry` is the last Telemetry of each rank."""
 
     def __init__(
         self,
@@ -48,7 +45,7 @@ class StatusReporter:
         return "changing" if state.change is not None else "serving"
 
     def health(self) -> tuple[bool, dict]:
-        """Healthy while requests are taken; a change of members is no illness."""
+        """(healthy, facts): healthy while requests are accepted, also during membership changes."""
         state, phase = self._state(), self.phase()
         facts = {
             "status": phase,
@@ -63,7 +60,7 @@ class StatusReporter:
         return problems(self._state(), self._event_log.events)
 
     def status(self) -> dict:
-        """Everything a person or a test may want to know of the cluster."""
+        """The whole state of the cluster as JSON values."""
         state = self._state()
         counts = self._requests.counts
         return {
@@ -97,7 +94,7 @@ class StatusReporter:
         }
 
     def scale(self) -> dict:
-        """Who is out or on its way out, and what is done for it in the background."""
+        """Ranks that are out or leaving, and the background work for it."""
         state = self._state()
         inside = state.view.in_epoch
         leaving = [rank for rank in inside if rank in state.out]
@@ -110,7 +107,7 @@ class StatusReporter:
         return {
             "state": self.phase(),
             "epoch": state.view.epoch,
-            # Experts may have to be fetched before, in epochs of their own.
+            # Background epochs that fetch experts may come first.
             "epoch_planned": change.view.epoch if change is not None else state.epoch_tried + 1,
             "draining": leaving,
             "drained": sorted(state.out - set(inside)),

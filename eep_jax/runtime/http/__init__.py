@@ -1,0 +1,8 @@
+"""OpenAI's HTTP API, membership and metrics. No JAX.
+
+`app`            routes and handlers
+`completion`     checks of a completion request
+`chat`           checks of a chat request, and its prompt
+`scale_request`  checks of a change of membership
+`response`       answers and streams in OpenAI's forms
+"""

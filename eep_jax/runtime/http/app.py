@@ -1,9 +1,8 @@
-"""The HTTP face of the service: OpenAI completions, models, health, membership and metrics.
+"""HTTP API of the service: OpenAI completions, models, health, membership and metrics.
 
-Membership is changed here too: `apply` takes ranks out for maintenance, and back in.
-
-The life of a completion: `complete` reads and checks the body, submits it, and turns the
-StreamProgress of its Stream into one JSON answer or into server-sent events. Every error is JSON.
+`complete` reads and checks a body, submits it, and turns the StreamProgress of its Stream into one
+JSON answer or into server-sent events. `apply` takes ranks out for maintenance, and back in. Every
+error is JSON.
 """
 
 import asyncio
@@ -28,15 +27,15 @@ from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, Ser
 from eep_jax.runtime.text.chat_template import ChatTemplate
 
 BODY_DEADLINE_S = 30.0  # for a body to arrive
-WRITE_DEADLINE_S = 30.0  # for a client to take what it was sent; then it counts as gone
-RETRY_AFTER_S = 1  # what a refused client is told to wait
+WRITE_DEADLINE_S = 30.0  # for a client to read one write; then it is disconnected
+RETRY_AFTER_S = 1  # Retry-After of a refused request
 KEY_CHARS_MAX = 128
 KEY_HEADER = "Idempotency-Key"
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # a proxy must pass each event on at once
+    "X-Accel-Buffering": "no",  # proxies must not buffer events
 }
 CLIENT_GONE_STATUS = 499
 
@@ -76,11 +75,11 @@ def build_app(
 
 
 class _ClientGone(Exception):
-    """The client takes nothing of what it is sent."""
+    """The client has not read its answer within the deadline, or has disconnected."""
 
 
 class _Api:
-    """The handlers. `http` is the HTTP request, `request` what it asks for."""
+    """The handlers. `http` is the HTTP request, `request` the checked content of its body."""
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class _Api:
                 http.transport.abort()
             return web.Response(status=CLIENT_GONE_STATUS)
         finally:
-            # With a key the client may come back for the answer, so the request goes on.
+            # With a key the client may return for the answer, so the request goes on.
             if key is None and answer.finish_reason is None:
                 answer.stream.cancel()
 
@@ -149,7 +148,7 @@ class _Api:
         return web.Response(body=self._service.metrics(), headers=headers)
 
     async def _send_events(self, http: web.Request, answer: "Answer") -> web.StreamResponse:
-        """Sends every increment as it comes; reads no further while the client takes nothing."""
+        """Sends each increment at once; stops reading the stream while the client reads nothing."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         usage = {"usage": None} if answer.request.include_usage else {}
         await response.prepare(http)
@@ -166,7 +165,7 @@ class _Api:
         except _ClientGone:
             raise
         except Exception as error:
-            # The status line is out, so the error can only travel as an event.
+            # The status line has been sent, so the error can only be an event.
             _, body = _describe(error, http, self._body_bytes_max)
             await self._send(response, json.dumps(body))
         await self._bounded(response.write_eof())
@@ -176,7 +175,7 @@ class _Api:
         await self._bounded(response.write(f"data: {data}\n\n".encode()))
 
     async def _bounded(self, write) -> None:
-        """Waits for a write, which waits for a slow client to empty the buffer in front of it."""
+        """Awaits a write, which blocks while the client's buffer is full. Raises _ClientGone."""
         try:
             async with asyncio.timeout(self._write_deadline_s):
                 await write
@@ -202,7 +201,7 @@ class _Api:
 
 
 async def _deltas(answer: Answer) -> AsyncIterator[str]:
-    """The text of each increment until the answer is complete. Raises Failed."""
+    """Yields the text of each increment until the answer is complete. Raises Failed."""
     async for progress in answer.stream:
         yield answer.advance(progress)
         if answer.finish_reason is not None:

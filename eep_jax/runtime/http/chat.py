@@ -1,4 +1,4 @@
-"""What a client may ask of a conversation: the body of `POST /v1/chat/completions`, checked."""
+"""Checks of a chat request, the body of `POST /v1/chat/completions`, and its prompt."""
 
 import json
 
@@ -23,7 +23,7 @@ EFFORTS = ("minimal", "low", "medium", "high")
 
 _no_tools = "send no tools: this service parses no calls out of answers"
 _text_only = "leave it out: answers are text"
-# Fields of OpenAI's API with values that this service can honour: (test, value, way out).
+# Fields of this API with limited support: (test, supported values, way out).
 _ONLY = SHARED_ONLY | {
     "logprobs": (lambda x: x is False, "false", "leave it out"),
     "top_logprobs": (lambda x: type(x) is int and x == 0, "0", "leave it out"),
@@ -41,11 +41,11 @@ _ONLY = SHARED_ONLY | {
     "prompt_cache_key": (lambda x: isinstance(x, str), "a string", "leave it out"),
     "service_tier": (lambda x: x in ("auto", "default"), '"auto" or "default"', "leave it out"),
 }
-_LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is what it was called before
+_LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is the former name
 _OWN = ("model", "messages", *_LENGTHS, "temperature", "top_p", "seed", "stop", "stream")
 _OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
 FIELDS = (*_OWN, "stream_options", *_OF_TEMPLATE, *_ONLY)
-# What an answer has that a client sends back with the conversation, empty.
+# Fields of an answer that a client may send back with the conversation, if empty.
 _EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "tool_calls", "function_call")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 
@@ -55,11 +55,13 @@ def parse_chat(
 ) -> CompletionRequest:
     """Reads the body, and renders the conversation with the model's template.
 
-    `{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}` may have an answer as long
-    as the context allows. Raises RequestError, naming the field: of a message as
-    `messages[0].content`. Follows OpenAI's "Create chat completion" reference; what this service
-    does not do is refused, never ignored. `chat_template_kwargs` are arguments of the template,
-    such as `{"enable_thinking": false}`.
+    Follows OpenAI's "Create chat completion" reference; unsupported values are refused, never
+    ignored. `{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}` may have an answer
+    as long as the context allows. `chat_template_kwargs` are arguments of the template, such as
+    `{"enable_thinking": false}`.
+
+    Raises:
+      RequestError: names the field, within a message as `messages[0].content`.
     """
     fields = known_fields(body, FIELDS, _ONLY, limits)
     if template is None:
@@ -93,10 +95,10 @@ def parse_chat(
 
 
 def _length(fields: dict) -> str:
-    """Which of the two names the length of the answer has."""
+    """The name under which the request has the length of the answer."""
     new, old = _LENGTHS
     if new in fields and fields.get(old, fields[new]) != fields[new]:
-        raise wrong(old, fields[old], f"{new} says something else; send one of them")
+        raise wrong(old, fields[old], f"{new} is {fields[new]!r:.40}; send one of them")
     return old if old in fields and new not in fields else new
 
 
@@ -126,12 +128,12 @@ def _message(message: object, where: str, template: ChatTemplate) -> dict:
     if "name" in fields and not template.mentions("name"):
         raise refusal(f"{where}.name", "has no place in this model's template; leave it out")
     if role == "developer" and not template.mentions("developer"):
-        fields["role"] = "system"  # what that role was called before
+        fields["role"] = "system"  # the former name of the role
     return fields | {"content": _content(fields.get("content"), f"{where}.content")}
 
 
 def _content(content: object, where: str) -> str:
-    """The text of a message, which may come in parts."""
+    """The text of a message: a string, or a list of text parts."""
     if isinstance(content, str):
         check_unicode(where, content)
         return content

@@ -1,7 +1,6 @@
-"""What a client may ask for, checked field by field. No socket, no clock.
+"""Checks of a completion request, field by field. No socket, no clock.
 
-`parse_request` is of plain completions; `chat.py` has that of conversations, and uses the parts of
-this one that both have.
+`parse_request` reads plain completions; `chat.parse_chat` reads conversations with the same parts.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ _SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40)
 
 
 class RequestError(ValueError):
-    """A request that is refused. `field` is the part at fault, `code` is OpenAI's word for it."""
+    """A refused request. `field` is the part at fault, `code` is OpenAI's error code."""
 
     def __init__(self, status: int, field: str | None, message: str, code: str | None = None):
         super().__init__(message)
@@ -27,7 +26,7 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionLimits:
-    """What this service can answer."""
+    """Limits of the requests that this service accepts."""
 
     model: str
     context_tokens: int  # prompt with its BOS, and completion
@@ -36,7 +35,7 @@ class CompletionLimits:
     tokenizer: Tokenizer = BYTES
 
 
-# Fields of both APIs with one value that this service can honour: (test, value, way out).
+# Fields of both APIs with one supported value: (test, value, way out).
 SHARED_ONLY = {
     "n": (lambda x: type(x) is int and x == 1, "1", "send one request per answer"),
     "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
@@ -72,9 +71,9 @@ def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
 
 
 def known_fields(body: object, known, only: dict, limits: CompletionLimits) -> dict:
-    """The fields of a body that are not null, of the right model and with no unknown one.
+    """The fields of a body that are not null. Raises RequestError for an unknown field or model.
 
-    `only[name]` is (test, value, way out) of a field of which one value alone can be honoured.
+    `only[name]` is (test, value, way out) of a field with one supported value.
     """
     if not isinstance(body, dict):
         raise RequestError(400, None, f"the body is {_SHORT.repr(body)}; send a JSON object")
@@ -91,7 +90,7 @@ def known_fields(body: object, known, only: dict, limits: CompletionLimits) -> d
 
 
 def sampling_fields(fields: dict, limits: CompletionLimits) -> dict:
-    """What both kinds of request have beside prompt and length, checked."""
+    """The checked fields that both kinds of request share, besides prompt and length."""
     stream = _boolean(fields, "stream")
     return {
         "temperature": _number(fields, "temperature", lambda x: 0 <= x <= 2, "from 0 to 2"),
@@ -105,12 +104,12 @@ def sampling_fields(fields: dict, limits: CompletionLimits) -> dict:
 
 
 def refusal(field: str, problem: str) -> RequestError:
-    """A 400 that names the field."""
+    """An error 400 that names the field."""
     return RequestError(400, field[:80], f"{field[:80]} {problem}")
 
 
 def wrong(field: str, value: object, expectation: str) -> RequestError:
-    """A 400 that names the field, its value, and what it should be."""
+    """An error 400 that names the field, its value and the expectation."""
     return refusal(field, f"is {_SHORT.repr(value)}; {expectation}")
 
 
@@ -173,7 +172,7 @@ def _with_bos(limits: CompletionLimits) -> str:
 def answer_length(
     fields: dict, name: str, prompt_tokens: int, default: int, limits: CompletionLimits
 ) -> int:
-    """How many tokens the answer may have; field `name`, which must fit behind the prompt."""
+    """Most tokens of the answer: the field `name`, which must fit behind the prompt."""
     room = limits.context_tokens - prompt_tokens
     wanted = integer(fields, name, default, 1, None)
     if wanted > room:
@@ -196,7 +195,7 @@ def integer(fields: dict, name: str, default: int | None, low: int, high: int | 
 
 
 def _number(fields: dict, name: str, allowed, limits: str) -> float:
-    """A number, 1 where absent. NaN and infinities pass no comparison that `allowed` makes."""
+    """A number, by default 1. NaN and infinities fail every comparison in `allowed`."""
     value = fields.get(name, 1.0)
     if type(value) not in (int, float) or not allowed(value):
         raise wrong(name, value, f"send a number {limits}")

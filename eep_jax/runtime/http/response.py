@@ -1,4 +1,4 @@
-"""What a client is told of its request, in OpenAI's forms: completions and chat completions."""
+"""Answers in OpenAI's forms: completions and chat completions, whole or streamed."""
 
 from eep_jax.runtime.http.completion import CompletionRequest
 from eep_jax.runtime.text.detokenizer import TextAssembler
@@ -10,12 +10,12 @@ class Failed(Exception):
 
 
 class Answer:
-    """What the client of one request has been told so far, and how it ended."""
+    """State of one answer: its text so far, and its end."""
 
     def __init__(self, request: CompletionRequest, stream, tokenizer: Tokenizer):
         self.request, self.stream = request, stream
         self.finish_reason: str | None = None
-        # A message stands by itself; a completion goes on from its prompt.
+        # A message has a text of its own; a completion continues its prompt.
         decoder = tokenizer.decoder(() if request.chat else request.prompt)
         self._assembler = TextAssembler(request.stop, decoder)
         self._degraded: set[int] = set()
@@ -27,7 +27,7 @@ class Answer:
         if progress.finish_reason is not None:
             text += self._assembler.finish()
         if self._assembler.stopped:
-            # An earlier reader of this key cancelled it here, so an error after this is expected.
+            # An earlier reader of this key cancelled it here: an error behind it is expected.
             self.stream.cancel()
         elif progress.error is not None:
             raise Failed(progress.error)
@@ -35,19 +35,19 @@ class Answer:
         return text
 
     def opening(self) -> list[dict]:
-        """What a stream begins with, before any text."""
+        """The chunks of a stream before any text."""
         return (
             [self._envelope("chat.completion.chunk", delta=_SPEAKER)] if self.request.chat else []
         )
 
     def chunk(self, text: str) -> dict:
-        """One increment of a stream; the last one has the reason why it ends."""
+        """One increment of a stream; the last one has the finish reason."""
         if not self.request.chat:
             return self._envelope("text_completion", text=text)
         return self._envelope("chat.completion.chunk", delta={"content": text} if text else {})
 
     def whole(self, text: str) -> dict:
-        """The one answer to a client that did not ask for a stream."""
+        """The answer to a request without `stream`."""
         if not self.request.chat:
             found = self._envelope("text_completion", text=text)
         else:

@@ -1,7 +1,7 @@
-"""Ranks' processes on this host: seen to begin to end, seen gone, and killed.
+"""Ranks' processes on this host, watched by pidfd and killed.
 
-A process is a pid and when it started, and is held by a pidfd from then on: whoever gets the pid
-after it is neither watched nor killed.
+A process is identified by its pid and start time, and then held by a pidfd, so a later process with
+the same pid is neither watched nor killed.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class _Watched:
     """`pidfd` is None while it cannot be opened, and once the process is known to have ended."""
 
     process: HostProcess
-    alive_ms: int  # when it was last seen not to be ending
+    alive_ms: int  # when it was last seen running
     pidfd: int | None = None
     ending: bool = False
     ended: bool = False
@@ -32,7 +32,7 @@ class _Watched:
 
 
 class LocalProcesses:
-    """The processes that were let in, each until a newer one of its rank is.
+    """The admitted processes, each until a newer one of its rank is admitted.
 
     `on_ending` and `on_ended` are called by the event loop, at most once for a process, and never
     from within a method of this class.
@@ -48,9 +48,9 @@ class LocalProcesses:
         self._watched: dict[tuple[int, int], _Watched] = {}
 
     def watch(self, process: HostProcess) -> None:
-        """Reports its end as soon as it is gone, by whatever cause; that it is gone already, too.
+        """Watches a process; its end is reported even if it has ended already.
 
-        It is called in the event loop.
+        Call it in the event loop.
         """
         key = (process.rank, process.incarnation)
         if key in self._watched:
@@ -62,12 +62,12 @@ class LocalProcesses:
         try:
             self._open(watched)
         except OSError as error:
-            # Tried again at every look: nobody else would see it end, and so nobody could ever
+            # Retried at every look: only this sees the process end, and only then can another one
             # take its place.
             _log.error("the process of rank %d cannot be watched yet: %s", process.rank, error)
 
     def kill(self, rank: int, incarnation: int) -> None:
-        """SIGKILL to exactly that process; nothing if it has ended, or is not one of these."""
+        """Sends SIGKILL to exactly this process; does nothing if it has ended or is unknown."""
         watched = self._watched.get((rank, incarnation))
         if watched is not None:
             watched.to_kill = True
@@ -76,21 +76,21 @@ class LocalProcesses:
 
     @property
     def known(self) -> list[HostProcess]:
-        """The newest process of each rank that has or had one here, ended or not."""
+        """The newest process of each rank on this host, ended or not."""
         return [watched.process for watched in self._watched.values()]
 
     def pid_of(self, rank: int, incarnation: int) -> int | None:
-        """None once the process is known to have ended, or where it is not known at all."""
+        """The pid of a process; None if it has ended or is unknown."""
         watched = self._watched.get((rank, incarnation))
         return watched.process.pid if watched is not None and not watched.ended else None
 
     def alive_ms(self, rank: int, incarnation: int) -> int | None:
-        """When the process was last seen not to be ending; None if it is not one of these."""
+        """Time when the process was last seen running; None if it is unknown."""
         watched = self._watched.get((rank, incarnation))
         return None if watched is None else watched.alive_ms
 
     async def keep_looking(self) -> None:
-        """Reports who begins to exit, which is well before it is gone. Runs until cancelled."""
+        """Reports processes that begin to exit, well before they are gone. Runs until cancelled."""
         while True:
             for watched in list(self._watched.values()):
                 if not watched.ended:
@@ -99,14 +99,14 @@ class LocalProcesses:
             await asyncio.sleep(max(LOOK_MS, len(self._watched)) / 1000)
 
     def close(self) -> None:
-        """Watches nobody any more; who lives lives on."""
+        """Stops watching; the processes go on."""
         for watched in self._watched.values():
             self._let_go(watched)
             watched.ended = True
         self._watched.clear()
 
     def _open(self, watched: _Watched) -> None:
-        """Takes hold of the process, or finds it gone. Raises OSError if it cannot be seen."""
+        """Opens the pidfd, or schedules the end. Raises OSError if /proc cannot be read."""
         loop = asyncio.get_running_loop()
         watched.pidfd = open_process(watched.process.pid, watched.process.ticks)
         if watched.pidfd is None:

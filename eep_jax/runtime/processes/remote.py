@@ -1,7 +1,7 @@
-"""What the supervisor knows of processes on other hosts: what the launchers there see.
+"""Processes of ranks on other hosts, watched and killed by the launchers there.
 
-The supervisor can watch pids of its own host only. On every other host a launcher connects; it is
-told which processes to watch, says when they end, and ends those that must.
+The supervisor can watch pids of its own host only. A launcher of each other host connects, receives
+the processes to watch, reports their ends, and kills them on request.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ class RemoteProcess:
 
 
 class HostWatch:
-    """The launchers that are connected, and the processes that they watch for this supervisor.
+    """The connected launchers, and the processes that they watch for this supervisor.
 
-    `on_ending` and `on_ended` are called once for a process; the latter also with why it is taken
-    for ended though nobody saw it end, or ''.
+    `on_ending` and `on_ended` are called once per process; the second argument of `on_ended` is why
+    the process counts as ended although its end was not seen, or ''.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HostWatch:
         return any(launcher.hello.host == host for launcher in self._launchers)
 
     def on_message(self, connection: Connection, message) -> None:
-        """Takes what a launcher says. Raises ProtocolError for what is not a launcher's to say."""
+        """Handles one message. Raises ProtocolError if a launcher may not send it."""
         hello = connection.hello
         self._heard_ms[hello.host] = self._now_ms()
         match message:
@@ -63,7 +63,9 @@ class HostWatch:
                 for process in ended:
                     self._ended(hello.host, process)
             case _:
-                raise ProtocolError(f"{type(message).__name__} of a launcher")
+                raise ProtocolError(
+                    f"{type(message).__name__} from a launcher, expected HostReport"
+                )
 
     def on_closed(self, connection: Connection) -> None:
         if connection in self._launchers:
@@ -71,26 +73,25 @@ class HostWatch:
             _log.info("the launcher of host %s is gone", connection.hello.host)
 
     def watch(self, host: str, process: messages.HostProcess) -> None:
-        """Has the launchers of `host` report the end of this process."""
+        """Asks the launchers of `host` to report the end of this process."""
         key = (process.rank, process.incarnation)
         if key not in self.processes:
             self.processes[key] = RemoteProcess(host, process)
             self._tell(host)
 
     def kill(self, rank: int, incarnation: int) -> None:
-        """Has this process killed, if it is on another host and lives."""
+        """Asks for the process to be killed, if it is on another host and has not ended."""
         found = self.processes.get((rank, incarnation))
         if found is not None:
             for launcher in self._of(found.host):
                 launcher.send(messages.EndProcess(process=found.process))
 
     def give_up_lost(self, lost_ms: int, current: set[tuple[int, int]]) -> None:
-        """Takes the processes of a lost host for ended.
+        """Reports the processes of lost hosts as ended.
 
         A host is lost when its launchers were silent for `lost_ms` and none of its processes is in
-        `current`: (rank, incarnation) pairs that may be members. What may
-        still run there shares memory with no member, and mirrors take
-        nothing from a process that was evicted.
+        `current`: (rank, incarnation) pairs that may be members. A process that still runs there
+        shares memory with no member, and mirrors drop the frames of an evicted process.
         """
         in_use = {found.host for key, found in self.processes.items() if key in current}
         for key, found in list(self.processes.items()):
@@ -100,7 +101,7 @@ class HostWatch:
                 why = f"its host {found.host} was silent for {silent_ms} ms, and has no member"
                 self._on_ended(found.process, why)
 
-        # A host without launcher and process may never call again; if it does, it is new.
+        # A host without launcher and process may never return; if it does, it counts as new.
         known = {found.host for found in self.processes.values()}
         known.update(launcher.hello.host for launcher in self._launchers)
         for host in self.hosts_heard - known:
@@ -108,11 +109,11 @@ class HostWatch:
 
     @property
     def hosts_heard(self) -> set[str]:
-        """The hosts of which it is kept when a launcher was last heard."""
+        """The hosts whose last message is on record."""
         return set(self._heard_ms)
 
     def shut_down(self) -> None:
-        """Tells all launchers that the run is over."""
+        """Sends Shutdown to all launchers and closes their connections."""
         for launcher in self._launchers:
             launcher.send(messages.Shutdown())
             launcher.close()
@@ -129,7 +130,7 @@ class HostWatch:
         self._tell(connection.hello.host)
 
     def _tell(self, host: str) -> None:
-        """All of them each time: what was sent before may be lost, and nothing is repeated."""
+        """Sends the full list: earlier messages may be lost, and none is repeated."""
         of_host = tuple(p.process for p in self.processes.values() if p.host == host)
         for launcher in self._of(host):
             launcher.send(messages.Watch(processes=of_host))

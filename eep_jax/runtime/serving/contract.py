@@ -10,7 +10,7 @@ from eep_jax.errors import EepError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A request that was checked: every value is within its limits."""
+    """A checked request: every value is within its limits."""
 
     prompt: tuple[int, ...]  # begins with BOS if the model has one
     max_tokens: int
@@ -21,53 +21,55 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     model: str
-    chat: bool = False  # the answer is a message; else it goes on from the prompt
-    conversation: str = ""  # of a chat: what `prompt` was made from, as JSON
+    chat: bool = False  # the answer is a message of its own; else it continues the prompt
+    conversation: str = (
+        ""  # of a chat: the messages and template arguments behind `prompt`, as JSON
+    )
 
 
 class ServiceUnavailable(EepError):
-    """No rank can take the request now; the message says why. Trying again later may help."""
+    """No rank can take the request now, for the reason given. A later retry may succeed."""
 
 
 class KeyConflict(EepError):
-    """This Idempotency-Key was used with another body."""
+    """The Idempotency-Key was used with another body."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamProgress:
-    """What is new in a request. The last one has a `finish_reason` or an `error`."""
+    """New tokens of a request. The last increment has a `finish_reason` or an `error`."""
 
     tokens: tuple[int, ...] = ()  # without the end-of-text token
     finish_reason: str | None = None  # "length", or "stop" at the end of text
     error: str | None = None
-    degraded: tuple[int, ...] = ()  # experts that were dropped from these tokens
+    degraded: tuple[int, ...] = ()  # experts without a replica when these tokens were computed
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """One reading of a request, from its first token."""
+    """One reader of a request, from its first token on."""
 
-    id: str  # "cmpl-" and what tells requests apart
+    id: str  # "cmpl-" and a unique part
     created: int  # seconds since 1970
 
     def __aiter__(self) -> AsyncIterator[StreamProgress]: ...
 
     def cancel(self) -> None:
-        """No further tokens are wanted. Harmless when repeated or after the end."""
+        """Ends the request. Idempotent, and without effect after its end."""
 
 
 @runtime_checkable
 class CompletionService(Protocol):
-    """What stands behind the API. No method blocks."""
+    """The service behind the HTTP API. No method blocks."""
 
     def submit(self, request: CompletionRequest, key: str | None) -> Stream:
-        """Starts a request, or reads the one that has this key again, from its first token.
+        """Starts a request, or reads the request with this key again from its first token.
 
         Raises QueueFull, ServiceUnavailable, or KeyConflict.
         """
 
     def apply(self, request: ScaleRequest) -> dict:
-        """Takes ranks out or back. Raises InvalidMove or CoverageLost where that cannot be."""
+        """Takes ranks out or back in. Raises InvalidMove or CoverageLost if that is impossible."""
 
     def health(self) -> tuple[bool, dict]: ...
 

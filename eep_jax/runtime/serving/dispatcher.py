@@ -1,4 +1,4 @@
-"""Requests go out to ranks, tokens come back; the journal has the begin and the end of each."""
+"""Dispatch of requests to ranks and of their tokens back, with begin and end in the journal."""
 
 import dataclasses
 import logging
@@ -13,11 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 class RequestDispatcher:
-    """The ranks' side of the request book; `CompletionFrontend` is that of the clients.
+    """The ranks' side of the request table; `CompletionFrontend` is the clients' side.
 
-    `record` writes a line of the journal, `changed` wakes who reads a request. `awaited` are the
-    members of before a restart: most requests are on one of them already, so none is given out
-    while one of them may still say so.
+    `record` appends to the journal, `changed` wakes the readers of a request. `awaited` are the
+    members from before a restart: most requests are on one of them already, so none is assigned
+    until each has reported its requests or left.
     """
 
     def __init__(
@@ -33,29 +33,26 @@ class RequestDispatcher:
         self._awaited = set(awaited)
 
     def accepted(self, entry: Entry) -> None:
-        """A client's request is in the book; the next `assign` gives it to a rank."""
+        """Journals a client's request that was added to the table; `assign` gives it to a rank."""
         self._record("accepted", accepted_facts(entry))
 
     def cancelled(self, entry: Entry) -> None:
-        """Its client is gone, so its rank need not go on."""
+        """Journals the end of a cancelled request, and has its rank drop it."""
         self._record("finished", finished_facts(entry))
         if entry.rank is not None:
             self._channels.send(entry.rank, Forget(id=entry.request.id))
 
     def assign(self, ranks: list[int]) -> None:
-        """Gives waiting requests to those of `ranks` that said which they have.
-
-        `ranks` are the members that take requests.
-        """
+        """Gives waiting requests to the settled ones of `ranks`, the members that take requests."""
         if self._awaited.intersection(ranks):
             return
         for rank, request in self._table.assign(self._channels.settled(ranks)):
             self._channels.send(rank, Generate(request=request))
 
     def produced(self, rank: int, progress: Progress, dropped: Iterable[int] = ()) -> None:
-        """A rank's tokens. `dropped` are experts without a replica, which they may be without.
+        """Adds a rank's tokens to the table. `dropped` are the experts without a replica.
 
-        Raises ProtocolError for tokens that do not go on where the known ones end.
+        Raises ProtocolError if the tokens leave a gap or contradict the known ones.
         """
         entry = self._table.produced(rank, progress)
         if entry is None:
@@ -71,12 +68,12 @@ class RequestDispatcher:
     def held(
         self, rank: int, held: tuple[Progress, ...], is_member: bool, dropped: Iterable[int] = ()
     ) -> None:
-        """A rank is back: both learn what the other has. It may know more than the journal."""
+        """Reconciles a reconnected rank with the table; it may have more tokens."""
         for progress in held:
             self._table.adopt(rank, progress.id)
             self.produced(rank, progress, dropped)
         if not is_member:
-            self._table.release(rank)  # it was drained before it, or this supervisor, heard so
+            self._table.release(rank)  # drained before the rank or this supervisor knew
         forget, resend = self._table.reconcile(rank, {progress.id for progress in held})
         for request_id in forget:
             self._channels.send(rank, Forget(id=request_id))
@@ -85,18 +82,18 @@ class RequestDispatcher:
         self._awaited.discard(rank)
 
     def release(self, rank: int) -> None:
-        """Requests of a rank that is out go to others, with the tokens it said before."""
+        """Queues the requests of a rank that left, to continue elsewhere behind its tokens."""
         for entry in self._table.release(rank):
             self._channels.send(rank, Forget(id=entry.request.id))
             _log.info("request %s waits for another rank", entry.request.id)
 
 
 def accepted_facts(entry: Entry) -> dict:
-    """What the journal keeps of a request, to go on with it after a restart."""
+    """Journal record of a request, enough to continue it after a restart."""
     facts = {"key": entry.key, "body": entry.body, "created": entry.created}
     return facts | {"request": dataclasses.asdict(entry.request)}
 
 
 def finished_facts(entry: Entry) -> dict:
-    """What the journal keeps of a request that is over, for a client that asks again."""
+    """Journal record of a request's end, for a client that repeats its key."""
     return {"id": entry.request.id, "finish": entry.finish, "tokens": entry.produced}

@@ -1,7 +1,7 @@
-"""All requests of the cluster: which wait, which rank has which, and what they produced so far.
+"""Table of all requests: which wait, which rank has which, and the tokens produced so far.
 
-Pure: no clock, no sockets. Tokens are a function of the request alone, so a request may be taken
-from a dead rank and given to another, or be produced twice, and still has one result.
+Pure: no clock, no sockets. Tokens are a function of the request alone, so a request that moves
+from a dead rank to another, or runs twice, still has one result.
 """
 
 import collections
@@ -18,7 +18,7 @@ class Entry:
 
     request: Request
     key: str | None = None  # the client's Idempotency-Key
-    body: str = ""  # what the client asked, to compare a repeated key with
+    body: str = ""  # the client's request, compared when its key is repeated
     created: float = 0.0
     produced: list[int] = dataclasses.field(default_factory=list)  # all tokens so far
     rank: int | None = None
@@ -43,7 +43,7 @@ class RequestTable:
         self.counts = collections.Counter()
 
     def submit(self, entry: Entry) -> Entry:
-        """Takes a new request. Raises QueueFull, and then keeps nothing of it."""
+        """Adds a new request. Raises QueueFull, and then the table is unchanged."""
         unfinished = len(self.entries) - len(self._finished)
         if unfinished >= self._queue_max:
             raise QueueFull(f"{unfinished} requests are being served, the maximum; try again later")
@@ -58,9 +58,9 @@ class RequestTable:
         return self.entries.get(self._by_key.get(key, ""))
 
     def assign(self, ranks) -> list[tuple[int, Request]]:
-        """Gives waiting requests to the least loaded of `ranks`, lowest number first on a tie."""
+        """Assigns waiting requests to the least loaded of `ranks`, the lowest on a tie."""
         given = []
-        if not self._queue:  # most often, and this is asked after every event
+        if not self._queue:  # the usual case, after every event
             return given
         taken = collections.Counter(e.rank for e in self.entries.values() if not e.finish)
         load = {rank: taken[rank] for rank in ranks}
@@ -78,10 +78,10 @@ class RequestTable:
         return [e for e in self.entries.values() if e.rank == rank and not e.finish]
 
     def produced(self, rank: int, progress: Progress) -> Entry | None:
-        """Takes over a rank's tokens; returns the entry if it changed.
+        """Appends a rank's tokens; returns the entry if it changed.
 
-        Tokens of a request that this rank does not have (it was taken from it) are ignored. Raises
-        ProtocolError where they leave a gap, or differ from what was already produced.
+        Tokens of a request that was taken from this rank are ignored. Raises ProtocolError if the
+        tokens leave a gap, or differ from those already produced.
         """
         entry = self.entries.get(progress.id)
         if entry is None or entry.rank != rank or entry.finish:
@@ -112,7 +112,7 @@ class RequestTable:
         return entry if new or progress.finish else None
 
     def release(self, rank: int) -> list[Entry]:
-        """Takes all requests from a dead rank; they wait again, before all others."""
+        """Takes all requests from a rank; they wait again, ahead of all others."""
         lost = self.of_rank(rank)
         for entry in reversed(lost):
             entry.rank = None
@@ -121,20 +121,20 @@ class RequestTable:
         return lost
 
     def reconcile(self, rank: int, held: set[str]) -> tuple[list[str], list[Request]]:
-        """After a reconnect: (ids the rank should forget, requests it should have but has not)."""
+        """After a reconnect: (ids that the rank should drop, requests that it lacks)."""
         mine = {e.request.id: e for e in self.of_rank(rank)}
         forget = sorted(held - set(mine))
         return forget, [e.continuation() for i, e in mine.items() if i not in held]
 
     def adopt(self, rank: int, request_id: str) -> None:
-        """A restarted supervisor learns that `rank` has this request."""
+        """Records, after a restart, that `rank` has this request."""
         entry = self.entries.get(request_id)
         if entry is not None and entry.rank is None and not entry.finish:
             entry.rank = rank
             self._queue.remove(request_id)
 
     def cancel(self, request_id: str) -> Entry | None:
-        """Ends a request; returns it if it was still going on."""
+        """Ends a request; returns its entry if it was unfinished."""
         entry = self.entries.get(request_id)
         if entry is None or entry.finish:
             return None
@@ -144,7 +144,7 @@ class RequestTable:
         return entry
 
     def restore(self, entries: Iterable[Entry]) -> None:
-        """Puts back the requests of before a restart, oldest first; unfinished ones wait again."""
+        """Adds the requests from before a restart, oldest first; unfinished ones wait again."""
         for entry in entries:
             self.entries[entry.request.id] = entry
             if entry.key is not None:

@@ -67,12 +67,12 @@ class CompletionFrontend:
         return EntryStream(self, entry)
 
     def changed(self, request_id: str) -> None:
-        """Wakes all who read this request."""
+        """Wakes all readers of a request."""
         for event in self._readers.get(request_id, ()):
             event.set()
 
     async def read(self, entry: Entry) -> AsyncIterator[StreamProgress]:
-        """The entry's tokens from the first, as they come. Buffers nothing beyond the entry."""
+        """Yields the entry's tokens from the first on. Buffers nothing beyond the entry."""
         event = asyncio.Event()
         self._readers.setdefault(entry.request.id, set()).add(event)
         sent = 0
@@ -107,7 +107,7 @@ class CompletionFrontend:
 
 
 class EntryStream:
-    """One client's reading of an entry."""
+    """One client's stream of an entry."""
 
     def __init__(self, frontend: CompletionFrontend, entry: Entry):
         self._frontend, self._entry = frontend, entry
@@ -121,7 +121,7 @@ class EntryStream:
 
 
 def _asked(request: CompletionRequest) -> str:
-    """What a repeated key must ask for again: all that changes the tokens, however it is sent."""
+    """The fields that a repeated key must equal: all that affect the tokens, as JSON."""
     fields = dataclasses.asdict(request) | {"stream": None, "include_usage": None}
     if request.conversation:
         fields["prompt"] = None  # a template may have written today's date into it

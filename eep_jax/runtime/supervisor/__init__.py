@@ -1,0 +1,10 @@
+"""The supervisor: decisions of the coordinator, carried out. No JAX.
+
+`supervisor`       wiring, and the loop that ticks
+`service`          what HTTP calls
+`message_handler`  messages of ranks and launchers, routed
+`message_checks`   whether a message fits the run
+`admission`        the answer to a Hello, as a pure decision
+`driver`           feeds the coordinator and carries its commands out
+`listeners`        the ports
+"""

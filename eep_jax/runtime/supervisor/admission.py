@@ -1,4 +1,4 @@
-"""Who may come in: what follows from a Hello. Pure; the supervisor carries it out."""
+"""Admission of processes: the answer to a Hello, as a pure decision."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from eep_jax.runtime.control.messages import Hello
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What is known when a rank's process says Hello.
+    """The facts that the answer to a Hello depends on.
 
-    `newest` is the newest incarnation of its rank, 0 if there was none; `is_newest` whether the
-    caller is the very process that has it, and is current. `peers` are the Hellos of the other
-    ranks that are current. `watchable`: whether the end of a process on its host would be seen.
+    `newest` is the newest incarnation of the rank, 0 if there was none; `is_newest` whether the
+    caller is the process that has it, and is current. `peers` are the Hellos of the other current
+    ranks. `watchable`: whether the end of a process on the caller's host would be seen.
     """
 
     newest: int
@@ -24,13 +24,13 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Returns:
-    """A process that has its incarnation calls again: this is its channel now."""
+    """A process with an incarnation reconnects: this connection is its channel now."""
 
 
 def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | Fenced:
-    """The answer, or Arrived: then the coordinator knows whether the rank's place is free.
+    """The answer, or Arrived: the coordinator then decides whether the rank is free.
 
-    Refused is asked again after a while, Fenced is for good.
+    A Refused process asks again later; Fenced is final.
     """
     if hello.incarnation:
         if hello.incarnation == seen.newest:
@@ -40,7 +40,7 @@ def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | F
             f"{seen.newest}"
         )
     if seen.is_newest:
-        # It was let in before, and the channel broke before it heard so.
+        # It was admitted before, and the channel broke before the answer arrived.
         return Welcome(incarnation=seen.newest)
     if reason := out_of_reach(hello, seen.peers):
         return Fenced(reason=reason)
@@ -53,7 +53,7 @@ def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | F
 
 
 def out_of_reach(hello: Hello, peers: tuple[Hello, ...]) -> str:
-    """Why this process and the ranks there are could not reach each other's memory, or ''."""
+    """Why this process and the current ranks cannot reach each other's memory, or ''."""
     hosts = sorted({peer.host for peer in (*peers, hello)})
     apart = sorted(peer.rank for peer in (*peers, hello) if not peer.mirrored)
     if len(hosts) == 1 or not apart:

@@ -1,6 +1,6 @@
-"""Feeds the coordinator with what happens, and carries out what it decides.
+"""Driver of the coordinator: feeds it events, and carries its commands out.
 
-Every command is carried out before the next event is fed: nothing that is called here calls back.
+Every command is carried out before the next event is fed: nothing called here calls back.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DriverDeps:
-    """What commands are carried out with.
+    """Dependencies of the driver.
 
-    `released` is called for a rank whose requests others must take over, `settled` after every
-    event, when all that it led to has been carried out.
+    `released` is called with a rank whose requests must move to others, `settled` after every
+    event, once its commands have been carried out.
     """
 
     now_ms: Callable[[], int]
@@ -47,13 +47,13 @@ class DriverDeps:
 
 
 class Driver:
-    """Has the coordinator's state, and is the only one to change it."""
+    """Sole owner of the coordinator's state."""
 
     def __init__(self, state: CoordinatorState, deps: DriverDeps):
         self.state, self._deps = state, deps
 
     def feed(self, event, connection: Connection | None = None) -> None:
-        """`connection` is of the process that caused the event, if one did; it gets the answer."""
+        """Feeds one event. `connection`, of the process that caused it, receives the answer."""
         deps = self._deps
         self.state, commands = coordinator.advance(self.state, event, deps.now_ms())
         for command in commands:
@@ -71,7 +71,7 @@ class Driver:
         deps.settled()
 
     def answer(self, connection: Connection, message) -> None:
-        """Tells a process that said Hello how it stands; who is welcome is watched from now on."""
+        """Answers the Hello of a process; an admitted one is watched from now on."""
         if isinstance(message, Welcome):
             self._let_in(connection, message.incarnation)
         elif isinstance(message, Refused):
@@ -79,17 +79,17 @@ class Driver:
         connection.send(message)
 
     def ending(self, process: HostProcess) -> None:
-        """A process of a rank has begun to exit."""
+        """Feeds that a process has begun to exit."""
         self.feed(Ending(process.rank, process.incarnation))
 
     def ended(self, process: HostProcess, why: str = "") -> None:
-        """A process of a rank is known to have ended, or is lost with its host: `why`."""
+        """Feeds that a process has ended; `why` it counts as ended if its host is lost."""
         facts = {"rank": process.rank, "incarnation": process.incarnation, "pid": process.pid}
         self._note("ended", facts | ({"reason": why} if why else {}))
         self.feed(Ended(process.rank, process.incarnation))
 
     def current_processes(self) -> set[tuple[int, int]]:
-        """(rank, incarnation) of all that may be members."""
+        """(rank, incarnation) of all processes that may be members."""
         return {(r, x.incarnation) for r, x in enumerate(self.state.records) if x.is_current}
 
     def _let_in(self, connection: Connection, incarnation: int) -> None:
@@ -97,7 +97,7 @@ class Driver:
         connection.incarnation = incarnation
         deps.channels.register(connection)
         process, host = process_of(hello, incarnation), deps.processes.named(hello.host)
-        # In the journal before the process hears of it: no later supervisor misses one that lives.
+        # Journalled before the answer: no later supervisor misses a process that runs.
         deps.journal.append("process", process_facts(host, process))
         deps.processes.watch(host, process)
 
@@ -112,7 +112,7 @@ class Driver:
                     self._deps.released(rank)
 
     def _silent_ms(self, rank: int) -> int:
-        """How long ago a rank that was judged dead last gave a sign of life."""
+        """Time since the last sign of life of a rank that was judged dead."""
         record = self.state.records[rank]
         alive_ms = self._deps.processes.alive_ms(rank, record.incarnation)
         ending = alive_ms is not None and (record.ending or record.ended)
@@ -120,5 +120,5 @@ class Driver:
 
 
 def process_of(hello: Hello, incarnation: int) -> HostProcess:
-    """The process that says Hello, as it is known on its host."""
+    """The process behind a Hello, as its host identifies it."""
     return HostProcess(rank=hello.rank, incarnation=incarnation, pid=hello.pid, ticks=hello.ticks)

@@ -1,4 +1,4 @@
-"""The ports that the supervisor listens on: those of before a restart wherever they are free."""
+"""Ports of the supervisor: after a restart the previous ones, if they are free."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ from aiohttp import web
 
 
 class Listeners:
-    """Opens one after the other; `stop` takes no more calls, `close` ends those there are."""
+    """Open ports. `stop` accepts no more connections, `close` ends the open ones."""
 
     def __init__(self):
         self._runners: list[web.AppRunner] = []

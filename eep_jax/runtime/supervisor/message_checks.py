@@ -1,6 +1,6 @@
-"""What a rank can say of itself: each check refuses, by a ProtocolError, what cannot be.
+"""Checks of messages against the run, beyond the types that the codec checks.
 
-The codec has seen to it that a message has the right types; these see to it that it fits the run.
+Each raises ProtocolError for an impossible value.
 """
 
 from eep_jax.config import SOURCES, RunConfig
@@ -14,17 +14,17 @@ FINISHES = ("", "length", "stop")
 
 
 def check_hello(hello: Hello, config: RunConfig) -> None:
-    """It is a rank that there is, of this run, with a pid that can be."""
+    """Rank in range, run name equal, pid plausible."""
     if not 0 <= hello.rank < config.cluster.ranks:
         raise ProtocolError(f"rank {hello.rank} is not in 0..{config.cluster.ranks - 1}")
     if hello.run != config.name:
         raise ProtocolError(f"rank {hello.rank} runs {hello.run!r}, this is {config.name!r}")
     if not 0 < hello.pid < PIDS_MAX:
-        raise ProtocolError(f"rank {hello.rank} says its pid is {hello.pid}")
+        raise ProtocolError(f"rank {hello.rank} has pid {hello.pid}, expected 1..{PIDS_MAX - 1}")
 
 
 def check_status(status: Status, rank: int, incarnation: int, config: RunConfig) -> None:
-    """It is of this process, on whose channel it came, and names only what the cluster has."""
+    """Sent by the process of this channel; ranks, experts and sources exist."""
     if (status.rank, status.incarnation) != (rank, incarnation):
         raise ProtocolError(
             f"a Status of rank {status.rank} incarnation {status.incarnation} on the channel "
@@ -42,14 +42,14 @@ def check_status(status: Status, rank: int, incarnation: int, config: RunConfig)
 
 
 def check_telemetry(telemetry: Telemetry, rank: int, config: RunConfig) -> None:
-    """It counts all experts or none."""
+    """Counts for all experts or for none."""
     experts, chosen = config.model.experts, telemetry.chosen
     if len(chosen) not in (0, experts) or any(count < 0 for count in chosen):
         raise ProtocolError(f"rank {rank} counted {chosen!r:.80}, expected {experts} counts")
 
 
 def check_progress(progress: Progress, rank: int, config: RunConfig) -> None:
-    """Its tokens are tokens, and its end is one that a rank may see."""
+    """Tokens in the vocabulary, and a finish that a rank may report."""
     if progress.finish not in FINISHES:
         raise ProtocolError(f"rank {rank} ends {progress.id} with {progress.finish!r:.40}")
     if any(not 0 <= token < config.model.vocab_size for token in progress.tokens):

@@ -90,7 +90,7 @@ class MessageHandler:
         )
 
     def _is_heard(self, connection: Connection) -> bool:
-        """Whether this is the channel of its rank's process, and that was not evicted."""
+        """Whether this is the channel of a rank's current process."""
         is_current = self._driver.state.records[connection.hello.rank].is_current
         return is_current and self._channels.is_current(connection)
 

@@ -1,4 +1,4 @@
-"""Conversation to prompt, by the Jinja template that comes with a model. No JAX.
+"""Chat templates: a conversation becomes a prompt by the Jinja template of the model. No JAX.
 
 Templates are written for `transformers.PreTrainedTokenizer.apply_chat_template` (Hugging Face,
 "Chat templates"); they run in Jinja's sandbox, with the same names: `messages`,
@@ -22,7 +22,7 @@ RENDERED_CHARS_MAX = 4 << 20
 
 
 class TemplateRefused(ValueError):
-    """The template does not take this conversation; the message is its own."""
+    """The template refuses this conversation, for the reason that it gives."""
 
 
 class ChatTemplate:
@@ -39,14 +39,14 @@ class ChatTemplate:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
     def mentions(self, word: str) -> bool:
-        """Whether the template has a use for `word`: a role, or one of its own arguments."""
+        """Whether the template uses `word`, a role or an argument."""
         return word in self._source
 
     def render(self, messages: list[dict], **arguments) -> str:
         """The prompt, up to where the assistant's answer begins.
 
         `[{"role": "user", "content": "Hi"}]` may give "<|user|>Hi<|end|><|assistant|>". Raises
-        TemplateRefused, which says what the template says.
+        TemplateRefused with the template's own reason.
         """
         names = self._named | {"tools": None, "documents": None} | arguments
         try:
@@ -64,11 +64,11 @@ class ChatTemplate:
 
 
 def open_chat_template(directory: pathlib.Path | None) -> ChatTemplate | None:
-    """The template of a model's directory, None if it has none.
+    """Opens the template of a model's directory; None if it has none.
 
-    Looked for as Hugging Face does: chat_template.jinja, then `chat_template` of
-    tokenizer_config.json, a string or a list of `{"name": ..., "template": ...}` of which "default"
-    counts. Raises ValueError, naming the file, for what is neither.
+    Searched in Hugging Face's order: chat_template.jinja, then `chat_template` of
+    tokenizer_config.json, a string or a list of `{"name": ..., "template": ...}` with a "default".
+    Raises ValueError, naming the file, for anything else.
     """
     from eep_jax.runtime.text.hf_tokenizer import CONFIG_FILE, named_tokens, read_tokenizer_config
 
@@ -106,7 +106,7 @@ def _default_of(templates: list, where: pathlib.Path) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what is trained on; here it says nothing."""
+    """`{% generation %}...{% endgeneration %}` marks trained text; it has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 

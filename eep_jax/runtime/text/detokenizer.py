@@ -1,4 +1,4 @@
-"""Tokens that become text which can be sent at once and never taken back."""
+"""Assembly of an answer's text, increment by increment, cut at its first stop string."""
 
 from collections.abc import Iterable
 
@@ -33,7 +33,7 @@ class TextAssembler:
         return "".join(parts)
 
     def finish(self) -> str:
-        """Returns what was held back: no more tokens come."""
+        """Returns the held text after the last token."""
         if self.stopped:
             return ""
         text = self._advance(self._decoder.finish())

@@ -18,7 +18,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class HFTokenizer:
-    """A `tokenizers.Tokenizer` behind the verbs of `tokenizer.Tokenizer`.
+    """A `tokenizers.Tokenizer` as a `tokenizer.Tokenizer`.
 
     `named` has the texts of its special tokens: `{"bos_token": "<s>", ...}`.
     """
@@ -63,12 +63,12 @@ class HFTokenizer:
         return _Stripped(self._bytes, self._strips if begins else 0)
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
-        # Of a batch, so that other threads run meanwhile.
+        # encode_batch releases the GIL, unlike encode.
         (encoding,) = self._inner.encode_batch([text], add_special_tokens=special)
         return tuple(encoding.ids)
 
     def _bos_to_add(self) -> int | None:
-        """The id that `add_bos_token` asks for; without that field tokenizer.json itself says."""
+        """The id of the BOS that `add_bos_token` asks for; None leaves it to tokenizer.json."""
         if not self.config.get("add_bos_token"):
             return None
         token = self._inner.token_to_id(self.named.get("bos_token", ""))
@@ -85,7 +85,7 @@ class HFTokenizer:
 
 
 class _Stripped(PieceDecoder):
-    """A PieceDecoder of a text that begins here: up to `strips` leading spaces are not its own."""
+    """A PieceDecoder that drops up to `strips` leading spaces of a text."""
 
     def __init__(self, piece, strips: int):
         super().__init__(piece)
@@ -102,7 +102,7 @@ class _Stripped(PieceDecoder):
 
 
 def read_tokenizer_config(directory: pathlib.Path) -> dict:
-    """tokenizer_config.json, {} if there is none. Raises ValueError where it is no JSON object."""
+    """tokenizer_config.json; {} if missing. Raises ValueError if it is not a JSON object."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         return {}
@@ -116,7 +116,7 @@ def read_tokenizer_config(directory: pathlib.Path) -> dict:
 
 
 def named_tokens(directory: pathlib.Path, config: dict) -> dict[str, str]:
-    """Texts of the tokens that a chat template may name."""
+    """Texts of the special tokens that a chat template may name."""
     path = directory / "special_tokens_map.json"
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
@@ -164,7 +164,7 @@ def _byte_level(text: str) -> bytes:
     letters = _byte_letters()
     if all(char in letters for char in text):
         return bytes(letters[char] for char in text)
-    return text.encode()  # an added token that is spelt as it reads
+    return text.encode()  # an added token, spelt literally
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from eep_jax.runtime.text.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokeni
 
 
 def tokenizer_directory(config: RunConfig) -> pathlib.Path | None:
-    """Where the run's tokenizer.json and chat template are; None for a model of bytes.
+    """The directory of the run's tokenizer.json and chat template; None for a model of bytes.
 
     Raises ValueError where the configured directory has no tokenizer.json.
     """
@@ -26,7 +26,7 @@ def tokenizer_directory(config: RunConfig) -> pathlib.Path | None:
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """The run's tokenizer. Raises ValueError where it cannot be used, naming the file."""
+    """Opens the run's tokenizer. Raises ValueError, naming the file, if it cannot be used."""
     directory = tokenizer_directory(config)
     if directory is None:
         return ByteTokenizer(config.model.vocab_size, config.model.bos_token)

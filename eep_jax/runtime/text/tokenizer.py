@@ -11,13 +11,13 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @runtime_checkable
 class TokenDecoder(Protocol):
-    """One answer's tokens, in order. What `feed` and `finish` return joins to its text."""
+    """Decoder of one answer. The results of `feed` and `finish`, joined, are its text."""
 
     def feed(self, token: int) -> str:
-        """The text that became certain; half a character is held back."""
+        """Adds a token and returns the text that became certain; half a character is held back."""
 
     def finish(self) -> str:
-        """What was held back, in which each invalid byte sequence is U+FFFD: no more tokens."""
+        """Returns the rest after the last token; each invalid byte sequence becomes U+FFFD."""
 
 
 @runtime_checkable
@@ -28,23 +28,23 @@ class Tokenizer(Protocol):
     has_bos: bool  # whether prompts begin with a token that the client did not send
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """A prompt as the model was trained to see it, with BOS if it has one.
+        """The tokens of a prompt in the model's training format, with BOS if it has one.
 
-        Raises ValueError, saying why, for a text that has no tokens of its own.
+        Raises ValueError with the reason for a text that has no tokens.
         """
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
-        """What a chat template gave: special tokens are spelt out in it, none is added."""
+        """Encodes rendered chat text; special tokens are literal and none is added."""
 
     def complete(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """A prompt that the client sent as ids."""
+        """The prompt for ids that a client sent: with BOS if it lacks one."""
 
     def decoder(self, after: tuple[int, ...] = ()) -> TokenDecoder:
-        """A decoder of what follows the prompt `after`; () where the answer stands by itself."""
+        """A decoder of the text behind the prompt `after`; () for a text of its own."""
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, after a BOS that no text may hold; a negative `bos_token`: none.
+    """One token per byte of UTF-8, after a BOS that no text may contain; negative for no BOS.
 
     For models without a tokenizer. One with a larger vocabulary, such as random weights in the
     shape of a real model, may answer with ids above 255, which become U+FFFD.
