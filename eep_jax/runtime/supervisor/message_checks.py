@@ -20,7 +20,7 @@ def check_hello(hello: Hello, config: RunConfig) -> None:
     if hello.run != config.name:
         raise ProtocolError(f"rank {hello.rank} runs {hello.run!r}, this is {config.name!r}")
     if not 0 < hello.pid < PIDS_MAX:
-        raise ProtocolError(f"rank {hello.rank} has pid {hello.pid}, expected 1..{PIDS_MAX - 1}")
+        raise ProtocolError(f"rank {hello.rank}: its pid is {hello.pid}, not in 1..{PIDS_MAX - 1}")
 
 
 def check_status(status: Status, rank: int, incarnation: int, config: RunConfig) -> None:
