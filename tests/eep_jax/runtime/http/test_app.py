@@ -19,7 +19,7 @@ from eep_jax.runtime.http.app import build_app
 from eep_jax.runtime.http.completion import CompletionLimits
 from eep_jax.runtime.serving.contract import StreamProgress
 from eep_jax.runtime.text.chat_template import ChatTemplate
-from eep_jax.runtime.text.tokenizer import ByteTokenizer
+from eep_jax.runtime.text.tokenizer import ByteTokenizer, PieceDecoder
 from tests.support.fake_service import CREATED_S, FakeService, down_service, full_service, spell
 
 LIMITS = CompletionLimits(model="org/tiny", context_tokens=1024)
@@ -206,10 +206,11 @@ class TestEvents:
 
     @story
     async def test_a_client_that_does_not_read_stops_the_reading_and_is_dropped(self):
-        # Each of these tokens is an invalid byte, which JSON spells in six: "\\ufffd".
-        endless = (StreamProgress(tokens=(255,) * 10_000) for _ in itertools.count())
+        # Each of these tokens is many invalid bytes, of which JSON spells each in six: "\\ufffd".
+        endless = (StreamProgress(tokens=(255,)) for _ in itertools.count())
         service = FakeService(endless)
-        async with serving(service, write_deadline_s=0.5) as client:
+        limits = dataclasses.replace(LIMITS, tokenizer=LongTokenizer())
+        async with serving(service, limits, write_deadline_s=0.5) as client:
             with raw_request(client, body(stream=True)):
                 await service.submitting.wait()
                 await service.streams[0].cancelled.wait()
@@ -287,6 +288,13 @@ class TestChat:
             error = await refusal(await client.post(CHAT, json=chat(tools=[1])), 400, None)
             assert error["param"] == "tools"
             await refusal(await client.post(CHAT, data=b"{"), 400, None)
+
+
+class LongTokenizer(ByteTokenizer):
+    """A tokenizer each token of which stands for 10,000 bytes."""
+
+    def decoder(self, after: tuple[int, ...] = ()) -> PieceDecoder:
+        return PieceDecoder(lambda token: bytes((token,)) * 10_000)
 
 
 class HeldTokenizer(ByteTokenizer):
