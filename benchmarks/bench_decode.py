@@ -29,7 +29,6 @@ from benchmarks.gpu_timing import (
 from benchmarks.gpu_trace import longest, run_kernels, shares
 from benchmarks.harness import Sheet, Unfit
 from benchmarks.world import World, bytes_of, shape_of, touched_slots, with_layers
-from launch import flags
 
 CONFIG = "qwen3_30b_a3b_h100x1"
 BATCHES, FEW = (1, 16, 64, 256), (4,)
@@ -42,10 +41,7 @@ MEMORY_FRACTION = "0.96"  # of the GPU, for JAX: there is no other process
 
 def world_of(layers: int, batch: int) -> World:
     """The configuration with one rank that holds all experts, and sequences that fit beside it."""
-    name = flags.CONFIG.value if absl_flags.FLAGS["config"].present else CONFIG
-    config = flags.load_config(name)
-    for text in flags.OVERRIDE.value:
-        config = flags.override(config, text)
+    config = command.config(CONFIG)
     config, experts = with_layers(config, layers), config.model.experts
     cluster = dataclasses.replace(config.cluster, ranks=1, slots_per_rank=experts, redundancy=1)
     engine = dataclasses.replace(

@@ -38,7 +38,6 @@ from benchmarks.world import (
 from eep_jax.engine.compilations import CompileCounter
 from eep_jax.engine.step import Batch
 from eep_jax.tables import Tables
-from launch import flags
 from pallas_kernels.exchange.call import Call
 
 CONFIG = "small_moe_h100x1"
@@ -51,10 +50,7 @@ STEPS = 10  # of one run
 
 def world_of(layers: int) -> World:
     """The configuration with so many layers; 0 are all of them."""
-    name = flags.CONFIG.value if absl_flags.FLAGS["config"].present else CONFIG
-    config = flags.load_config(name)
-    for text in flags.OVERRIDE.value:
-        config = flags.override(config, text)
+    config = command.config(CONFIG)
     return World(with_layers(config, layers))
 
 
@@ -109,42 +105,39 @@ def check(live: Live, reference, batch: Batch) -> list[int]:
     return touched_slots(tables, expected.chosen)
 
 
-def live_steps(live: Live, batch: Batch):
-    """STEPS steps, `state -> state`: (cache, tokens, round, suspicion)."""
-    tables = jax.device_put(live.world.alone(0))
-    call = jax.device_put(live.world.call(live.world.alone(0), live.abort_address))
-    batch = jax.device_put(batch)
+def steps_of(one):
+    """STEPS steps of `one(cache, tokens, round, suspicion)`, as a run of such states."""
 
     def run(state):
         for _ in range(STEPS):
-            cache, tokens, round_, suspicion = state
-            result = live.executable(
-                *live.arguments(
-                    cache,
-                    tables,
-                    dataclasses.replace(batch, tokens=tokens),
-                    dataclasses.replace(call, round=round_, suspicion=suspicion),
-                )
-            )
+            result = one(*state)
             state = result.cache, result.tokens, result.round, result.suspicion
         return state
 
     return run
+
+
+def live_steps(live: Live, batch: Batch):
+    tables, world = live.world.alone(0), live.world
+    call = jax.device_put(world.call(tables, live.abort_address))
+    tables, batch = jax.device_put((tables, batch))
+
+    def one(cache, tokens, round_, suspicion):
+        following = dataclasses.replace(batch, tokens=tokens)
+        dynamic = dataclasses.replace(call, round=round_, suspicion=suspicion)
+        return live.executable(*live.arguments(cache, tables, following, dynamic))
+
+    return steps_of(one)
 
 
 def fixed_steps(live: Live, executable, batch: Batch):
     batch = jax.device_put(batch)
 
-    def run(state):
-        for _ in range(STEPS):
-            cache, tokens, round_, suspicion = state
-            following = dataclasses.replace(batch, tokens=tokens)
-            given = (live.dense, live.bank, cache, live.heap, following, round_, suspicion)
-            result = executable(*given)
-            state = result.cache, result.tokens, result.round, result.suspicion
-        return state
+    def one(cache, tokens, round_, suspicion):
+        following = dataclasses.replace(batch, tokens=tokens)
+        return executable(live.dense, live.bank, cache, live.heap, following, round_, suspicion)
 
-    return run
+    return steps_of(one)
 
 
 def start_of(world: World, batch: Batch, seed: int):

@@ -31,7 +31,6 @@ from benchmarks.wide.decode_report import add_records
 from benchmarks.wide.decode_sizes import layers_that_fit, share_of, systems_of, with_sizes
 from benchmarks.wide.exchange_report import finish, read_found
 from eep_jax.config import RunConfig
-from launch import flags
 from launch.console import say
 from launch.errors import UsageError
 
@@ -78,16 +77,11 @@ def main() -> int:
     return finish(sheet.records, problems + found.failures, temporary)
 
 
-def _config_word() -> str:
-    values = absl_flags.FLAGS
-    return flags.CONFIG.value if values["config"].present else CONFIG[values.platform]
-
-
 def _config() -> RunConfig:
-    name, platform = _config_word(), absl_flags.FLAGS.platform
-    config = flags.override(flags.load_config(name), *flags.OVERRIDE.value)
+    platform = absl_flags.FLAGS.platform
+    config = command.config(CONFIG[platform])
     if config.platform != platform:
-        raise UsageError(f"--config={name} is for {config.platform}, --platform={platform}")
+        raise UsageError(f"--config={config.name} is for {config.platform}, --platform={platform}")
     return config
 
 
@@ -133,7 +127,7 @@ def _run(machine, config, configs, sizes, systems, directory: pathlib.Path) -> l
         sharing = _sharing(machine)
         fraction = sharing * min(share_of(c, gpu_bytes(), sharing) for c in configs)
     job = {
-        "flags": [f"--config={_config_word()}", *(f"--override={t}" for t in flags.OVERRIDE.value)],
+        "flags": command.config_flags(CONFIG[machine.platform]),
         "sizes": sizes,
         "systems": systems,
         "samples": values.samples,

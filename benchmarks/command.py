@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Record, Unfit, append
-from launch import program
+from eep_jax.config import RunConfig
+from launch import flags, program
 from launch.console import say
 from launch.errors import UsageError
 
@@ -64,6 +65,18 @@ def keep(records: Sequence[Record]) -> int:
         append(pathlib.Path(out), records)
         say(f"appended {len(records)} records to {out}")
     return 0
+
+
+def config_flags(default: str) -> list[str]:
+    """--config, `default` if it is not given, and --override, for another process."""
+    name = flags.CONFIG.value if absl_flags.FLAGS["config"].present else default
+    return [f"--config={name}", *(f"--override={text}" for text in flags.OVERRIDE.value)]
+
+
+def config(default: str) -> RunConfig:
+    """The configuration of --config, `default` if it is not given, with --override."""
+    name = config_flags(default)[0].partition("=")[2]
+    return flags.override(flags.load_config(name), *flags.OVERRIDE.value)
 
 
 def numbers(flag: str, every: tuple[int, ...]) -> tuple[int, ...]:
