@@ -6,6 +6,7 @@ recompile; failure, repair and return only change the values they are called wit
 
 import functools
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ class Engine(LockstepEngine):
         rank: int,
         heap: SymmetricHeap,
         layout: SlabLayout,
-        dense: dict[str, np.ndarray],
+        dense: Mapping[str, np.ndarray],
         store: ExecutableStore | None = None,
     ):
         """`dense` are the weights outside the experts by name, as the checkpoint has them.
