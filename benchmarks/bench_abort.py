@@ -2,10 +2,10 @@
 
 python -m benchmarks.bench_abort --out=benchmarks/results/abort.jsonl
 
-One rank on a GPU, with its control page as a process has it. Each sample starts an exchange whose
-peer never sends, sets the word from another thread, and takes the time from that store until the
-host sees the kernel's output. The answer is checked: the step says that it was aborted and blames
-nobody, and without the word it ends by its deadline and blames the silent rank.
+One rank on a GPU, with its control page as in a process. Each sample starts an exchange whose peer
+never sends, sets the word from another thread, and takes the time from that store until the host
+sees the kernel's output. The answer is checked: the step reports the abort and suspects no
+rank; without the word it ends by its deadline and suspects the silent rank.
 """
 
 import os

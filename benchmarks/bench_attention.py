@@ -1,4 +1,4 @@
-"""Attention to caches of real sizes, one layer, by each kernel that can do it.
+"""Benchmark of one layer's attention to caches of real sizes, by each kernel that can do it.
 
     python -m benchmarks.bench_attention --out=benchmarks/results/attention.jsonl
 
@@ -33,7 +33,7 @@ TOLERANCE = 0.02  # of the largest value: bfloat16 products of some thousand pos
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What T tokens attend to: B sequences with room for P positions each, half of them in use.
+    """One case: T tokens, and B sequences with room for P positions each, half of them in use.
 
     `prompts` > 0: the tokens are so many runs of successive positions of as many sequences, as in
     prefill; else each is the last one of a sequence of its own.
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        """How many caches take turns."""
+        """Number of caches that take turns."""
         return min(LAYERS_MAX, -(-CACHED_BYTES // self.seen_bytes))
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What an epoch change costs the supervisor with hundreds of ranks: its own code, simulated ranks.
+"""Cost of an epoch change for the supervisor of hundreds of ranks: its own code, simulated ranks.
 
     python -m benchmarks.bench_control --ranks=512 --out=benchmarks/results/control.jsonl
 
@@ -12,12 +12,12 @@ A placement holds an expert with all its layers, so the number of layers changes
 """
 
 import collections
-import pathlib
 import time
 
 from absl import flags as absl_flags
 
-from benchmarks.harness import Record, append, cpu_device, percentile
+from benchmarks import command
+from benchmarks.harness import Record, Sheet, cpu_device, percentile
 from eep_jax.config import ClusterConfig
 from eep_jax.coordination import coordinator
 from eep_jax.coordination.protocol import Commit, Load, Mode, Prepare, Status
@@ -32,7 +32,6 @@ from eep_jax.coordination.state import (
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.placement.planner import initial_placement
 from eep_jax.runtime.control import codec
-from launch import program
 
 AIM_MS = 100.0
 BYTES_MAX = 64 << 20
@@ -40,12 +39,12 @@ SPARE = 1  # slots of a rank beyond what its experts need: where orphans go
 
 
 def define() -> None:
+    command.define()
     absl_flags.DEFINE_integer("ranks", 512, "Simulated ranks.", 2)
     absl_flags.DEFINE_integer("experts", 256, "Experts of the model.", 1)
     absl_flags.DEFINE_integer("layers", 61, "Layers of each expert.", 1)
     absl_flags.DEFINE_integer("redundancy", 2, "Replicas of each expert.", 1)
     absl_flags.DEFINE_integer("samples", 5, "Changes that are measured.", 1)
-    absl_flags.DEFINE_string("out", None, "File of records to append to; none: only the report.")
 
 
 class Simulation:
@@ -95,7 +94,7 @@ class Simulation:
         return self.cpu_s * 1e3
 
     def _settle(self, sends: list[Send]) -> None:
-        """Answers every message as a rank would that does at once what it is told."""
+        """Answers every message as a rank would that carries it out at once."""
         while sends:
             answers = [status for send in sends if (status := self._answer(send)) is not None]
             sends = self._hear(*answers)
@@ -130,12 +129,12 @@ class Simulation:
         )
 
     def _hear(self, *statuses: Status) -> list[Send]:
-        """Takes what the ranks say, one after the other. The clock is read once: it costs, too."""
+        """Takes the ranks' messages in turn. The clock is read once: reading it costs, too."""
         said = [codec.encode(status) for status in statuses]  # the ranks' work
         begin_s, sends = time.process_time(), []
         for data in said:
-            heard = codec.decode(data, {"Status": Status}, BYTES_MAX)
-            sends += self._advance(heard)
+            status = codec.decode(data, {"Status": Status}, BYTES_MAX)
+            sends += self._advance(status)
         self.cpu_s += time.process_time() - begin_s
         return sends
 
@@ -176,7 +175,7 @@ def prepare_ms(state: CoordinatorState) -> dict[str, float]:
     }
 
 
-def main() -> int:
+def main() -> list[Record]:
     values = absl_flags.FLAGS
     simulation = Simulation(values.ranks, values.experts, values.redundancy)
     times: dict[str, list[float]] = collections.defaultdict(list)
@@ -188,24 +187,17 @@ def main() -> int:
             times[kind].append(ms)
     shape = {"experts": values.experts, "layers": values.layers, "redundancy": values.redundancy}
     shape |= {"slots": simulation.state.config.slots_per_rank, "samples": values.samples}
-    common = {"bench": "control", "device": cpu_device(), "ranks": values.ranks, "shape": shape}
-    records = []
+    sheet = Sheet("control", cpu_device(), values.ranks, shape)
     for kind, ms in times.items():
-        for statistic, value in (("p50", percentile(ms, 50)), ("max", max(ms))):
-            metric = f"{kind}_cpu_ms {statistic}"
-            records.append(Record(metric=metric, value=value, unit="ms", bound=None, **common))
+        p50 = sheet.add(f"{kind}_cpu_ms p50", percentile(ms, 50), "ms").value
+        most = sheet.add(f"{kind}_cpu_ms max", max(ms), "ms").value
         aim = ""
         if kind in ("repair", "admission"):
-            aim = f"; at most {AIM_MS:.0f} ms: {'reached' if max(ms) <= AIM_MS else 'MISSED'}"
-        print(
-            f"{kind}: p50 {percentile(ms, 50):.2f} ms, max {max(ms):.2f} ms of CPU, "
-            f"{values.ranks} ranks{aim}"
-        )
-    if values.out:
-        append(pathlib.Path(values.out), records)
-    return 0
+            aim = f"; at most {AIM_MS:.0f} ms: {command.verdict(most <= AIM_MS)}"
+        print(f"{kind}: p50 {p50:.2f} ms, max {most:.2f} ms of CPU, {values.ranks} ranks{aim}")
+    return sheet.records
 
 
 if __name__ == "__main__":
     define()
-    program.run(main)
+    command.run(main)

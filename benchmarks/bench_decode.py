@@ -36,7 +36,7 @@ CACHED_TOKENS = 65536  # of all sequences together, at most
 CONTEXT_TOKENS = 1024  # room of a sequence, at most; half of it is used
 CHECKED_LAYERS = 2
 AIM, AIM_BATCH = 0.7, 64  # of the bound
-MEMORY_FRACTION = "0.96"  # of the GPU, for JAX: there is no other process
+MEMORY_FRACTION = "0.96"  # of the GPU, for JAX: no other process uses it
 
 
 def world_of(layers: int, batch: int) -> World:
@@ -66,7 +66,7 @@ def check(batches, executables, abort) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What one batch size gave."""
+    """The result of one batch size."""
 
     world: World
     timing: Timing

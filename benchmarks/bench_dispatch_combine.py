@@ -1,4 +1,4 @@
-"""Dispatch and combine on one GPU that plays all eight ranks: time per rank and exchange.
+"""Benchmark of dispatch and combine on one GPU that plays all eight ranks, per rank.
 
     python -m benchmarks.bench_dispatch_combine --out=benchmarks/results/dispatch_combine.jsonl
 
@@ -33,6 +33,7 @@ from benchmarks.gpu_timing import (
 )
 from benchmarks.harness import Record, Sheet, Unfit
 from benchmarks.loopback import Loopback, random_routing
+from benchmarks.wide.exchange import FP8, Family, at_carry, carry_of, is_near
 from pallas_kernels.combine.reference import combine_reference
 from pallas_kernels.dispatch.reference import dispatch_reference
 from pallas_kernels.exchange.call import Call
@@ -41,47 +42,33 @@ from pallas_kernels.exchange.gpu import read_region
 from pallas_kernels.window import WindowLayout
 
 RANKS, CHOICES, EXPERTS, SLOTS = 8, 8, 256, 32
-FP8 = "float8_e4m3fn"
 SLACK, SLACK_US = 1.3, 5.0  # the aim: within 1.3 x the bound + 5 us
 FIXED_TOKENS = 128  # at which membership as a constant is compared
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Windows of one kind, and how many tokens each rank sends through them."""
+def family_of(
+    hidden: int, tokens: tuple[int, ...], dispatch_dtype: str = "", combine: str = "per_choice"
+) -> Family:
+    """Windows of one kind between RANKS ranks, and how many tokens each sends through them."""
+    sizes = {"ranks": RANKS, "choices": CHOICES, "experts": EXPERTS, "hidden": hidden}
+    return Family(tokens=tokens, dispatch_dtype=dispatch_dtype, combine=combine, **sizes)
 
-    hidden: int
-    tokens: tuple[int, ...]
-    dispatch_dtype: str = ""
-    combine: str = "per_choice"
 
-    @property
-    def layout(self) -> WindowLayout:
-        return WindowLayout(
-            ranks=RANKS,
-            tokens=max(self.tokens),
-            choices=CHOICES,
-            hidden=self.hidden,
-            combine=self.combine,
-            row_dtype="bfloat16",
-            dispatch_dtype=self.dispatch_dtype,
-        )
-
-    def loopback(self, tokens: int) -> Loopback:
-        return Loopback(self.layout, SLOTS, tokens=tokens)
+def loopback_of(family: Family, tokens: int) -> Loopback:
+    return Loopback(family.layout, SLOTS, tokens=tokens)
 
 
 FAMILIES = (
-    Family(7168, (1, 16, 32, 64, 128, 256, 512)),
-    Family(7168, (16, 128, 512), FP8, "per_rank"),
-    Family(2048, (16, 128)),
+    family_of(7168, (1, 16, 32, 64, 128, 256, 512)),
+    family_of(7168, (16, 128, 512), FP8, "per_rank"),
+    family_of(2048, (16, 128)),
 )
-QUICK = (Family(7168, (16, 128)), Family(7168, (16, 128), FP8, "per_rank"))
+QUICK = (family_of(7168, (16, 128)), family_of(7168, (16, 128), FP8, "per_rank"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """What one rank sends in an exchange, on average: rows, without slots, weights and flags."""
+    """Bytes that one rank sends in an exchange on average: rows, without slots, weights, flags."""
 
     dispatch: float
     combine: float
@@ -111,13 +98,13 @@ def reached(time_us: float, bound_us: float) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What the ranks exchange; entries of tuples are of one rank."""
+    """Data that the ranks exchange; entries of tuples are of one rank."""
 
     x: tuple  # [T D] each
     slots: tuple  # [T K]
     weights: tuple  # [T K]
     shares: jax.Array  # [R T K], the weights of all ranks
-    results: jax.Array  # [R T K D], whoever computes them
+    results: jax.Array  # [R T K D] of all ranks' experts
     received: tuple  # [R T K]
     heap: jax.Array
 
@@ -193,7 +180,7 @@ def _at(rank: int, call: Call) -> Call:
 
 
 def _after(call: Call, sent: list) -> Call:
-    """The call, once all that was sent is there: each output is a 1, which only kernels know."""
+    """The call, dependent on all that was sent: each output is a 1 that only a kernel makes."""
     if not sent:
         return call
     zero = jnp.sum(jnp.concatenate(sent)) - len(sent)
@@ -201,7 +188,7 @@ def _after(call: Call, sent: list) -> Call:
 
 
 def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
-    """What is timed. A rank is given the suspicion of the one before, so they take turns."""
+    """The timed dispatch. A rank gets the suspicion of the one before, so that they take turns."""
     for rank in range(RANKS):
         mine = (data.x[rank], data.slots[rank], data.weights[rank], data.heap)
         received = loop.dispatch_alone(*mine, _at(rank, call))
@@ -210,7 +197,7 @@ def dispatch_alone(loop: Loopback, call: Call, data: Data) -> Call:
 
 
 def combine_alone(loop: Loopback, call: Call, data: Data) -> Call:
-    """What is timed: sending, posting, waiting and summing."""
+    """The timed combine: sending, posting, waiting and summing."""
     for rank in range(RANKS):
         at = (data.heap, _at(rank, call))
         outgoing = (data.results, data.received[rank], data.shares)
@@ -222,7 +209,7 @@ def combine_alone(loop: Loopback, call: Call, data: Data) -> Call:
 
 
 def combine_home(loop: Loopback, call: Call, data: Data) -> Call:
-    """What is timed: combine as serving has it, whose results the expert GEMM wrote home."""
+    """The timed combine of serving, whose results the expert GEMM wrote home."""
     sent = jnp.zeros(1, jnp.int32)
     for rank in range(RANKS):
         own = (data.slots[rank], data.weights[rank], data.heap)
@@ -234,12 +221,6 @@ def combine_home(loop: Loopback, call: Call, data: Data) -> Call:
 TIMED = {"dispatch": dispatch_alone, "combine": combine_alone, "combine_home": combine_home}
 
 
-def timed_of(family: "Family") -> tuple[str, ...]:
-    """Partial sums of `per_rank` are made by the kernel that sends them."""
-    per_choice = family.combine == "per_choice"
-    return tuple(TIMED) if per_choice else ("dispatch", "combine")
-
-
 # Programs.
 
 
@@ -247,36 +228,25 @@ def live_step(name: str, loop: Loopback):
     """One repetition: `((round, suspicion, vote), call, data)`; membership is an argument."""
 
     def step(carry, call: Call, data: Data):
-        round_, suspicion, vote = carry
-        call = dataclasses.replace(call, round=round_, suspicion=suspicion, vote=vote)
-        call = TIMED[name](loop, call, data)
-        return call.round, call.suspicion, call.vote
+        return carry_of(TIMED[name](loop, at_carry(call, carry), data))
 
     return step
 
 
 def timed_program(name: str, loop: Loopback, call: Call, data, repetitions: int) -> Program:
     run = chain(live_step(name, loop), repetitions)
-    return Program(run, (_carry(shapes_of(call)), shapes_of(call), shapes_of(data)))
+    return Program(run, (carry_of(shapes_of(call)), shapes_of(call), shapes_of(data)))
 
 
 def fixed_program(name: str, loop: Loopback, call: Call, data, repetitions: int) -> Program:
     """The same with members, epoch, deadline and the abort word's address compiled in."""
     step = live_step(name, loop)
     run = chain(lambda carry, data: step(carry, call, data), repetitions)
-    return Program(run, (_carry(shapes_of(call)), shapes_of(data)))
-
-
-def _carry(call: Call):
-    return call.round, call.suspicion, call.vote
+    return Program(run, (carry_of(shapes_of(call)), shapes_of(data)))
 
 
 def dispatch_check(loop: Loopback):
     """`(call, data) -> (wrong rows, wrong slots, wrong lists, suspicion)`; all are to be zero."""
-    layout = loop.layout
-    # e4m3 keeps 3 bits of a value; below its normal numbers it is this far off at most, for
-    # channels of up to 8: 2**-10 * 8 / 448. Then the row is rounded to bfloat16.
-    relative, absolute = (2**-4 + 2**-8, 2e-5) if layout.dispatch_dtype else (0.0, 0.0)
 
     def check(call: Call, data: Data):
         received, following = dispatch_all(loop, call, data)
@@ -285,9 +255,7 @@ def dispatch_check(loop: Loopback):
         wrong_rows = wrong_slots = wrong_lists = 0
         for rank, (source, here, _, suspicion, _) in enumerate(received):
             arrived = read_window(loop, source, suspicion)
-            expected = rows[rank].astype(jnp.float32)
-            error = jnp.abs(arrived["rows"].astype(jnp.float32) - expected)
-            near = error <= relative * jnp.abs(expected) + absolute  # NaN is not near
+            near = is_near(arrived["rows"], rows[rank], loop.layout.dispatch_dtype)
             wanted = local[rank] >= 0
             wrong_rows += jnp.sum(~near & wanted.any(-1)[..., None])
             wrong_slots += jnp.sum(here != local[rank])
@@ -394,22 +362,22 @@ class Line:
 
 
 def repetitions_of(sent_bytes: float) -> int:
-    """Of one run: enough to last some milliseconds, few enough to be done in one second."""
+    """Repetitions of one run, which then takes some milliseconds and at most a second."""
     return max(10, min(40, math.ceil(40e6 / max(sent_bytes, 1))))
 
 
 def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[Line]:
     """Checks and times all sizes of a family. Raises Unfit for a wrong answer."""
-    memory, lines = family.loopback(max(family.tokens)), []
+    memory, lines = loopback_of(family, max(family.tokens)), []
     programs, worlds = {}, {}
     for index, tokens in enumerate(family.tokens):
-        loop = family.loopback(tokens)
+        loop = loopback_of(family, tokens)
         # An epoch of its own: no flag of the size before is ever right.
         call = jax.tree.map(jnp.asarray, memory.call(rank=0, epoch=index + 1))
         shapes = abstract_data(tokens, family.layout)
         slots = random_routing(np.random.default_rng(seed), RANKS, tokens, CHOICES, EXPERTS)
         worlds[tokens] = call, bytes_of(slots, family.layout)
-        for name in timed_of(family):
+        for name in family.exchanges:
             count = repetitions_of(getattr(worlds[tokens][1], name))
             key = f"{name} {tokens}"
             if name in CHECKS:
@@ -423,7 +391,7 @@ def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[
     for tokens in family.tokens:
         call, sent = worlds[tokens]
         _, data = make_data(seed, tokens, family.layout, memory.heap)
-        for name in timed_of(family):
+        for name in family.exchanges:
             key, sent_bytes = f"{name} {tokens}", getattr(sent, name)
             if name in CHECKS:
                 _require_right(f"{family} {key}", executables[f"check {key}"](call, data))
@@ -431,7 +399,7 @@ def run_family(family: Family, copies: Copies, samples: int, seed: int) -> list[
             runs = {"live": calling(executables[f"time {key}"], call, data)}
             if f"fixed {key}" in executables:
                 runs["fixed"] = calling(executables[f"fixed {key}"], data)
-            chains = {kind: Chained(run, _carry(call), count) for kind, run in runs.items()}
+            chains = {kind: Chained(run, carry_of(call), count) for kind, run in runs.items()}
             found = measure(chains, samples)
             for run in chains.values():
                 _require_right(f"{family} {key}, timed", (run.carry[1].sum(),))

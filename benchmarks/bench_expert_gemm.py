@@ -1,4 +1,4 @@
-"""The experts of one rank at given rows per expert: time, bytes of weights per second, operations.
+"""Benchmark of the experts of one rank at given rows per expert: time, bytes and operations.
 
     python -m benchmarks.bench_expert_gemm --out=benchmarks/results/expert_gemm.jsonl
     python -m benchmarks.bench_expert_gemm --tune --shapes=8,64,512   # a table of configurations
@@ -78,7 +78,7 @@ QUICK = (Experts(32, 2048, 768, (8, 64)), Experts(16, 7168, 2048, (512,)))
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """So many rows for each expert: T tokens of one source, with 8 choices each, all here."""
+    """One size: `rows` for each expert, from T tokens of one source with 8 choices each."""
 
     experts: Experts
     rows: int
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def config(self) -> GemmConfig:
-        """What serving takes."""
+        """The configuration that serving uses."""
         experts = self.experts
         rows = self.pairs / experts.slots
         return config_for(
@@ -109,7 +109,7 @@ class Case:
         return 2 * 3 * self.pairs * self.experts.width * self.experts.hidden
 
     def weight_bytes(self, slots: np.ndarray) -> int:
-        """Of the experts that have a row, each once."""
+        """Bytes of the experts that have a row, each once."""
         return len(np.unique(slots)) * self.experts.expert_bytes
 
     def bound_us(self, slots: np.ndarray, read_per_s: float, flop_per_s: float) -> float:
@@ -172,7 +172,7 @@ class After(typing.NamedTuple):
 
 
 def gemm_step(case: Case, config: GemmConfig):
-    """`(y, rows, lists, bank) -> y`; the y before is only waited for."""
+    """`(y, rows, lists, bank) -> y`; the earlier y is a dependency only."""
 
     def step(y, rows, lists, bank):
         source, experts = After(rows, y), mosaic_gpu.Experts(bank, layer=0)
@@ -190,7 +190,7 @@ def gate_up_step(case: Case, config: GemmConfig):
 
 
 def down_step(case: Case, config: GemmConfig):
-    """Counts as they are, plus a number that is zero, which only the kernel before knows."""
+    """The counts, plus a zero that depends on the kernel's result: repetitions form a chain."""
 
     def step(counts, h, lists, bank):
         lists = lists._replace(counts=counts)
@@ -374,7 +374,7 @@ def make_rows(case: Case):
 
 
 def repetitions_of(case: Case) -> int:
-    """Of one run: some milliseconds."""
+    """Repetitions of one run, which then takes some milliseconds."""
     seconds = max(case.experts.slots * case.experts.expert_bytes / 3e12, case.flop / 6e14)
     return max(4, min(30, math.ceil(5e-3 / seconds)))
 

@@ -1,4 +1,4 @@
-"""What one SIGKILL costs: elastic ranks, JAX's own shrink-and-re-jit, and a full restart.
+"""Cost of one SIGKILL: elastic ranks, JAX's own shrink-and-re-jit, and a full restart.
 
     python -m benchmarks.bench_faults --config=tiny_cpu --out=benchmarks/results/faults.jsonl
 
@@ -175,7 +175,7 @@ async def _elastic(config: RunConfig, victim: int) -> AsyncIterator[Harmed]:
 
 
 def backed_up(victim: int):
-    """Whether others than the victim have all experts in host memory that it alone has in slots."""
+    """A check that others hold backups of all experts that the victim alone has in slots."""
 
     def check(status: dict) -> bool:
         rows = status["experts"]["placement"]
@@ -188,7 +188,7 @@ def backed_up(victim: int):
 
 
 def has_record(kill_s: float):
-    """Whether the supervisor has its record of the repair after a kill."""
+    """A check that the supervisor has its record of the repair after a kill."""
     return lambda status: repair_of(status, kill_s) is not None
 
 
@@ -285,7 +285,7 @@ def _add_records(sheet: Sheet, outcomes: dict[str, Outcome]) -> None:
 
 
 def _repair_figures(outcome: Outcome):
-    """What the supervisor says of the repair: seconds by phase, bytes by source, compilations."""
+    """The supervisor's record of the repair: seconds by phase, bytes by source, compilations."""
     if outcome.status is None:
         return
     repair = repair_of(outcome.status, outcome.marks["kill"])

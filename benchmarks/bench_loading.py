@@ -6,7 +6,7 @@ Without a directory one with random bfloat16 weights is written first, 1 GB. Fro
 launch.convert makes of it, a rank's experts are loaded into its bank and the dense weights into
 JAX: read, turned where they are stored the other way round, compared with digests where there are
 any. In turn with that the same bytes are read into memory and nothing else: by one thread, and by
-as many as load. `cold`: the system was told to forget the files before; what is below the system
+as many as load. `cold`: the page cache dropped the files before; what is below the system
 may remember them all the same. One expert and all dense weights are compared first.
 """
 
@@ -109,7 +109,7 @@ class Rank:
         self._buffer = np.zeros(self.nbytes, np.uint8)
 
     def load(self) -> list:
-        """Everything that a rank needs; returns the dense weights."""
+        """Loads all weights of a rank; returns the dense ones."""
         import jax
 
         from eep_jax.models.weights import put_dense

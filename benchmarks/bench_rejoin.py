@@ -40,7 +40,7 @@ def rows(measured: Measured) -> Rows:
 
 
 def compilations(admission: dict) -> int:
-    """Of all processes that came in with this change."""
+    """Compilations of all processes that joined with this change."""
     return sum(start["compilations"] for start in admission["starts"].values())
 
 

@@ -116,5 +116,5 @@ def number(value: float | None, form: str = ".4g") -> str:
 
 
 def verdict(reached: bool) -> str:
-    """How a line says whether an aim was reached."""
+    """The word for an aim that was reached, or missed."""
     return "reached" if reached else "MISSED"

@@ -1,4 +1,4 @@
-"""What dispatch and combine should cost at R ranks: bytes, flags and timeouts, on paper.
+"""Cost model of dispatch and combine at R ranks: bytes, flags and timeouts, on paper.
 
     python -m benchmarks.cost_model          # checks the model against results, prints R = 8..512
 
@@ -13,8 +13,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from benchmarks import command
 from benchmarks.harness import RESULTS, Record, read
-from launch import program
 from pallas_kernels.window import WindowLayout
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -24,7 +24,7 @@ FLAG_BYTES, VOTE_BYTES, CHOICE_BYTES = 4, 4, 8  # a choice is a slot id and a we
 
 @dataclasses.dataclass(frozen=True)
 class LinkSpeed:
-    """How far apart ranks are. Rates are of one direction of one GPU."""
+    """Distance between ranks. Rates are of one direction of one GPU."""
 
     name: str
     bytes_per_s: float
@@ -38,7 +38,7 @@ RDMA = LinkSpeed("RDMA, 400 Gb/s a GPU", 50e9, 4.0, 0.15)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """What each rank sends in one layer."""
+    """Sizes of what each rank sends in one layer."""
 
     ranks: int
     tokens: int = 128
@@ -62,7 +62,7 @@ class Load:
 
     @property
     def destinations(self) -> float:
-        """How many ranks a token goes to on average: K of E experts, E / R on each rank.
+        """Number of ranks that a token goes to on average: K of E experts, E / R on each rank.
 
         With fewer experts than ranks each is on one rank, and a token goes to K ranks.
         """
@@ -87,13 +87,13 @@ class Load:
 
     @property
     def flags_bytes(self) -> int:
-        """Of both directions: one word for each peer."""
+        """Bytes of flags in both directions: one word for each peer."""
         return 2 * self.ranks * FLAG_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What was fitted: time of one exchange of one rank is `fixed_us + bytes / rate`."""
+    """Fitted time of one exchange of one rank: `fixed_us + bytes / rate`."""
 
     fixed_us: float
     bytes_per_s: float
@@ -204,4 +204,4 @@ def _one(records: Sequence[Record], metric: str) -> float:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    command.run(main)

@@ -1,7 +1,7 @@
-"""What a GPU can do at best, measured beside what is compared with it: copies, reads, products.
+"""Best rates of a GPU, measured in the run that is compared with them: copies, reads, products.
 
 Copies and reads are done by kernels of this file, which take their size from an array, and by XLA;
-the faster one counts. They go around as many buffers as they are told, so that the cache of the GPU
+the faster one counts. They go around a given number of buffers, so that the cache of the GPU
 helps them as much as it helps what they are compared with.
 """
 
@@ -68,7 +68,7 @@ def _walk_on(words, out, grid: int, body) -> None:
 def copy_units(words, source, target, *, grid: int):
     """Copies the next units of `source` to the same place of `target`; returns the next words.
 
-    `target` is written through, as windows are, though it is no output.
+    `target` is written through, as windows are, although it is not an output.
     """
 
     def body(words, source, target, out):

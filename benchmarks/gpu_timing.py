@@ -1,4 +1,4 @@
-"""GPU time of one repetition, without what a launch and the host cost.
+"""GPU time of one repetition, without the cost of a launch and of the host.
 
 A run does N repetitions, each of which needs what the one before computed. Two runs that are
 enqueued one after the other take as long as one and N repetitions more; all else is in both.
@@ -62,7 +62,7 @@ def kernels_shared():
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled: a function, and arguments or their shapes."""
+    """A function to compile, and its arguments or their shapes."""
 
     function: Callable
     arguments: tuple
@@ -80,7 +80,7 @@ def compile_all(
 ) -> dict[str, Callable]:
     """Executables by name. Tracing is one after the other, compiling in threads.
 
-    What cannot be compiled is put into `failures`, and raised where there is no such dictionary.
+    Errors of compilation are put into `failures`, or raised without such a dictionary.
     """
     found, waiting = {}, {}
 
@@ -157,12 +157,12 @@ class Timing:
         return percentile(self.samples_us, 99)
 
     def part(self, parts: int) -> "Timing":
-        """Of one of so many equal parts of a repetition."""
+        """The timing of one of `parts` equal parts of a repetition."""
         return dataclasses.replace(self, samples_us=tuple(s / parts for s in self.samples_us))
 
     @property
     def note(self) -> str:
-        """What is to be doubted about it; nothing as a rule."""
+        """A doubt about the timing; "" as a rule."""
         if self.host_share > HOST_BOUND:
             return f"host busy {self.host_share:.0%} of the time: the GPU may have waited for it"
         return ""

@@ -1,4 +1,4 @@
-"""Which kernels of a GPU take how long, as JAX's profiler (CUPTI) sees them."""
+"""Times of a GPU's kernels, from JAX's profiler (CUPTI)."""
 
 import collections
 import gzip

@@ -136,7 +136,7 @@ def gpu_device(gpu: str = "0") -> str:
 
 
 def nvidia_smi(quantity: str, gpu: str = "0") -> str:
-    """What nvidia-smi gives for a GPU, without units; "" where it does not answer."""
+    """The value of a quantity by nvidia-smi, without unit; "" if it does not answer."""
     query = [f"--query-gpu={quantity}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         run = subprocess.run(
@@ -159,8 +159,8 @@ def commit() -> str:
 
     EEP_COMMIT names it on a machine without a checkout; otherwise it is empty there.
     """
-    if told := os.environ.get("EEP_COMMIT"):
-        return told
+    if given := os.environ.get("EEP_COMMIT"):
+        return given
 
     def git(*words: str) -> str:
         try:

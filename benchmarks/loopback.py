@@ -25,13 +25,13 @@ class Loopback:
     """Windows of R ranks on this GPU, and the phases of an exchange, one rank at a time.
 
     No rank may wait before all have posted: all `send`, then all run `dispatch`, the kernel of
-    serving, which finds the flags there. The rank is told with the call, so all ranks share
+    serving, which finds the flags there. The rank is part of the call, so all ranks share
     the executables. Memory is made at its first use.
     """
 
     layout: WindowLayout
     slots_per_rank: int
-    poison: int = 0xFF  # bytes of rows nobody has written: NaN in bf16
+    poison: int = 0xFF  # bytes of rows that were never written: NaN in bf16
     tokens: int | None = None  # of one exchange; as many as the window holds if not given
 
     def __post_init__(self):
@@ -59,7 +59,7 @@ class Loopback:
     def call(
         self, rank: int, active=None, epoch: int = 1, steps: int = 0, deadline_ms: int = 1000
     ) -> Call:
-        """Of one of all ranks (or of `active`), `steps` exchanges after the epoch's first."""
+        """The Call of one of all ranks or of `active`, `steps` exchanges into the epoch."""
         ranks, address = self.layout.ranks, self.abort.unsafe_buffer_pointer()
         return Call(
             rank=np.int32(rank),

@@ -1,4 +1,4 @@
-"""Everything that only several GPUs can show, in one command: first what is right, then how fast.
+"""All measurements of several GPUs in one command: first correctness, then speed.
 
     python -m benchmarks.multi_gpu --out=DIR                            # all GPUs, all parts
     python -m benchmarks.multi_gpu --out=DIR --parts=correct,exchange,decode   # in two calls
@@ -7,47 +7,40 @@
     python -m benchmarks.multi_gpu --out=DIR --gpus=0 --ranks=2         # two share one GPU
     python -m benchmarks.multi_gpu --out=DIR --platform=cpu             # tiny, on CPU ranks
 
-Each part is a process with a deadline and a log of its own in DIR; one that fails is told, and the
-next one runs. No call takes longer than --budget_s. Records go to DIR/*.jsonl; what is there from
-an earlier call counts in the summary, whose lines say what was reached.
+Each part is a process with a deadline and a log of its own in DIR; a failure is reported, and the
+next part runs. No call takes longer than --budget_s. Records go to DIR/*.jsonl; those of earlier
+calls count in the summary, whose lines say which aims were reached.
 """
 
 import pathlib
 import signal
 
 from absl import flags as absl_flags
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import command
 from benchmarks.harness import read
 from benchmarks.processes import machine_of
 from benchmarks.wide.parts import parts_of
 from benchmarks.wide.running import Done, chosen, run_parts
 from benchmarks.wide.targets import Target, summary
-from launch import flags, program
 from launch.console import say
-from launch.environments.local import parse_gpus
 from launch.errors import UsageError
 
 
 def define() -> None:
-    """Of the process that is started, not of one that imports this."""
+    command.define_machine()
     f = absl_flags
-    f.DEFINE_string("out", None, "Directory of logs and records; may hold those of earlier calls.")
-    f.DEFINE_list("parts", None, "Groups of parts, in their order; else all of them.")
-    f.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "What ranks compute on.")
-    f.DEFINE_integer("ranks", None, "How many ranks; else one for each GPU, two on CPU.", 1)
+    f.DEFINE_list("parts", None, "Groups of parts, in their order; without it all of them.")
     f.DEFINE_float("budget_s", 540.0, "For all parts of this call.")
-    f.DEFINE_bool("small", None, "Small sizes, to see that all runs; else where no GPU is alone.")
-    f.DEFINE_bool("list", False, "Only says which parts there are.")
+    f.DEFINE_bool("small", None, "Small sizes, the default where ranks share a GPU or run on CPU.")
+    f.DEFINE_bool("list", False, "Only lists the parts.")
 
 
 def main() -> int:
     values = absl_flags.FLAGS
     if not values.out:
         raise UsageError("--out=DIR must name a directory for logs and records")
-    gpus = None if flags.GPUS.value is None else parse_gpus(flags.GPUS.value)
-    machine = machine_of(values.platform, values.ranks, gpus)
+    machine = machine_of(values.platform, values.ranks)
     small = machine.link != "peer" if values.small is None else values.small
     directory = pathlib.Path(values.out).absolute()
     try:
@@ -69,21 +62,12 @@ def main() -> int:
 
 
 def show(done: list[Done], lines: list[Target]) -> None:
-    parts = Table(title="parts", title_justify="left")
-    for name in ("part", "seconds", "status"):
-        parts.add_column(name, justify="right" if name == "seconds" else "left")
-    for d in done:
-        parts.add_row(d.part.name, f"{d.seconds:.0f}", d.status)
-    table = Table(title="aims", title_justify="left")
-    for name in ("what", "measured", "aim", "verdict"):
-        table.add_column(name, justify="right" if name in ("measured", "aim") else "left")
-    for line in lines:
-        table.add_row(line.what, line.value, line.aim, line.verdict)
-    console = Console(highlight=False, width=130)
-    console.print(parts, markup=False)
-    console.print(table, markup=False)
+    parts = [[d.part.name, f"{d.seconds:.0f}", d.status] for d in done]
+    command.show("parts", "part|>seconds|status", parts)
+    aims = [[line.what, line.value, line.aim, line.verdict] for line in lines]
+    command.show("aims", "what|>measured|>aim|verdict", aims)
 
 
 if __name__ == "__main__":
     define()
-    program.run(main)
+    command.run(main)

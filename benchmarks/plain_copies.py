@@ -10,7 +10,7 @@ WHAT = "the benchmark"
 
 
 class PlainSocket:
-    """Sends the same bytes to whoever connects: the most that a socket alone can do."""
+    """Sends the same bytes to every client: the most that a socket alone can do."""
 
     def __init__(self, data: np.ndarray):
         self._data = data.reshape(-1).view(np.uint8)

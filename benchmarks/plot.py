@@ -53,7 +53,7 @@ def main() -> int:
     }
     for name, figure in drawn.items():
         if figure is None:
-            print(f"{name}: left out, there is no result for it")
+            print(f"{name}: left out for lack of results")
             continue
         FigureCanvasAgg(figure)
         figure.savefig(out / name)

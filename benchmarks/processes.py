@@ -40,7 +40,7 @@ NO_MULTICAST = {
 }
 TAIL_LINES = 12
 JOB = "job.json"
-STEP_DEADLINE_MS = 60_000  # nobody dies here on purpose: a slow machine is not a failure
+STEP_DEADLINE_MS = 60_000  # no rank is killed here: a slow machine is not a failure
 
 
 class WorkersFailed(Unfit):
@@ -49,7 +49,7 @@ class WorkersFailed(Unfit):
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the ranks of a benchmark run on."""
+    """Platform and GPUs of a benchmark's ranks."""
 
     platform: str  # "cpu" or "gpu"
     ranks: int
@@ -57,14 +57,14 @@ class Machine:
 
     @property
     def link(self) -> str:
-        """What rows cross: `peer` (NVLink or PCIe), `shared_gpu` (some stay on one), or `cpu`."""
+        """The way of rows: `peer` (NVLink or PCIe), `shared_gpu` (some stay on one), or `cpu`."""
         if self.platform == "cpu":
             return "cpu"
         return "peer" if len(self.gpus) >= self.ranks else "shared_gpu"
 
     @property
     def device(self) -> str:
-        """Such as "2 x NVIDIA H200"; of ranks that share GPUs it says so."""
+        """Such as "2 x NVIDIA H200"; with shared GPUs it names the number of ranks."""
         if self.platform == "cpu":
             return cpu_device()
         count = min(len(self.gpus), self.ranks)
@@ -122,7 +122,7 @@ def with_ranks(config: RunConfig, ranks: int | None) -> RunConfig:
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """A port that is not in use now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

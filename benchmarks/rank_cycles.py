@@ -74,7 +74,7 @@ class Cycle:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a run found; `rows` collects records from it."""
+    """The result of a run; `rows` collects records from it."""
 
     config: RunConfig
     restarts: list[float]  # seconds
@@ -100,7 +100,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """How many completions there were, and how many were not as unharmed."""
+    """Numbers of completions, and of those that differ from the unharmed ones."""
 
     completed: int
     changed: int
@@ -249,7 +249,7 @@ async def _cycle(cluster: LocalCluster, load: Load, victim: int) -> Cycle:
 
 
 async def _record(cluster: LocalCluster, begin_s: float, wanted) -> dict:
-    """The supervisor's record of a change: it comes once all ranks have told of theirs."""
+    """The supervisor's record of a change: it is complete once all ranks have sent theirs."""
 
     def find(status: dict) -> dict | None:
         records = [e for e in events_since(status, begin_s) if e["kind"] == "repair"]
@@ -333,7 +333,7 @@ def judge_answers(
 
 
 def _differs_before(result: Sample, right: str, kills: list[float]) -> bool:
-    """Whether it differs in what arrived before any rank was killed while it was under way."""
+    """True if it differs in what arrived before any rank was killed while it was under way."""
     harmed = [kill_s for kill_s in kills if result.start_s <= kill_s <= result.end_s]
     if not harmed:
         return True

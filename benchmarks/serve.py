@@ -1,4 +1,4 @@
-"""A serving benchmark: latencies and throughput as clients see them, unharmed or while ranks die.
+"""Serving benchmark: latencies and throughput as clients see them, unharmed or while ranks die.
 
     python -m benchmarks.serve --url=http://127.0.0.1:8000 --request_rate=4
     python -m benchmarks.serve --config=tiny_cpu --concurrency=12 \
@@ -57,7 +57,7 @@ def define() -> None:
     f.DEFINE_float("random_range_ratio", 0.5, "Lengths are in mean x [1 - this, 1 + this].")
     f.DEFINE_string("text_file", str(TEXT), "Text the prompts are cut out of.")
     f.DEFINE_float("bytes_per_token", 1.0, "For servers whose tokens are longer than a byte.")
-    f.DEFINE_bool("ignore_eos", False, "Send ignore_eos, which vLLM and SGLang know.")
+    f.DEFINE_bool("ignore_eos", False, "Send ignore_eos, an extension of vLLM and SGLang.")
     f.DEFINE_float("temperature", 0.8, "Of every other request; the others are greedy.")
     f.DEFINE_integer("num_prompts", 64, "How many requests are measured.", 1)
     f.DEFINE_integer("distinct_prompts", 16, "How many different ones; the load goes around.", 1)
@@ -74,7 +74,7 @@ def define() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What was measured."""
+    """A measured run."""
 
     samples: list[Sample]
     duration_s: float

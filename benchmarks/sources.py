@@ -31,7 +31,7 @@ Comparison = tuple[str, Callable[[], None], Callable[[], None]]
 
 
 def sized(config: RunConfig) -> RunConfig:
-    """As many experts as one death orphans, large enough for a rate, with drawn weights."""
+    """The configuration with as many experts as one death orphans, of at least EXPERT_MIB_MIN."""
     model = config.model
     if model.expert_elements * 2 < EXPERT_MIB_MIN << 20:
         width = (EXPERT_MIB << 20) // (2 * model.layers * 3 * model.hidden)
@@ -95,7 +95,7 @@ class Bringing:
         self.executor = Executor(bank, checkpoint, store, check, options)
 
     def checked(self, source_of: Callable[[int], Source]) -> Callable[[], None]:
-        """As a repair does it, digest and all."""
+        """As a repair does it, with digests."""
         slots = (*range(self.count), *[-1] * self.count)
         moves = tuple(Move(0, e, e, (source_of(e),)) for e in range(self.count))
 
@@ -123,7 +123,7 @@ class Bringing:
                 raise Unfit(f"expert {expert} is not what the checkpoint says")
 
     def plain_slots(self, rank: int) -> Callable[[], None]:
-        """One copy for each expert, from the slots of a rank into slots that nobody looks at."""
+        """One copy for each expert, from the slots of a rank into spare slots."""
         layout, copies = self.bank.layout, []
         for slot in range(self.count):
             source, target = layout.slot(slot), layout.slot(self.count + slot)

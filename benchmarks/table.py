@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 
 from absl import flags as absl_flags
 
+from benchmarks import command
 from benchmarks.harness import RESULTS, ROOT, Record, read
 from benchmarks.serving.series import SERIES
-from launch import flags, program
+from launch import flags
 
 HEADLINES = pathlib.Path(__file__).parent / "headlines.md"
 README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with the markers.")
@@ -194,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    command.run(main)

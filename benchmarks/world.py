@@ -1,4 +1,4 @@
-"""The decode step of one rank of a configuration: what is compiled, and what the step is given.
+"""Decode step of one rank of a configuration: its programs, arguments, weights and reference.
 
 All benchmarks of a whole step use this one, whether the rank is alone or among others. Weights are
 drawn on the device from seeds, so each rank can draw any expert.
@@ -194,8 +194,8 @@ class World:
 
         def fixed(dense, bank, cache, heap, batch, round, suspicion):
             constant = jax.tree.map(jnp.asarray, call)
-            told = dataclasses.replace(constant, round=round, suspicion=suspicion)
-            return step(dense, bank, cache, heap, jax.tree.map(jnp.asarray, tables), batch, told)
+            dynamic = dataclasses.replace(constant, round=round, suspicion=suspicion)
+            return step(dense, bank, cache, heap, jax.tree.map(jnp.asarray, tables), batch, dynamic)
 
         given = (dense, bank, cache, heap, batch, call.round, call.suspicion)
         return Program(fixed, given, ("cache",), COMPILER_OPTIONS)
@@ -252,7 +252,7 @@ def touched_slots(tables: Tables, chosen) -> list[int]:
 
 
 def differences(world: World, wanted, tokens, cache: KVCache, close: float = CLOSE) -> list[str]:
-    """Where tokens and cache of a step differ from the result of `reference`, in words.
+    """Descriptions of where tokens and cache of a step differ from the result of `reference`.
 
     Keys and values behind the first layer with experts depend on these experts alone, so they are
     close; later a rounding may move a token to another expert, so of the tokens only most must be
@@ -296,7 +296,7 @@ def with_layers(config: RunConfig, layers: int) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
-    """What a decode step has to read."""
+    """Bytes that a decode step has to read."""
 
     experts: int
     dense: int

@@ -1,4 +1,4 @@
-"""What a compiled step must know of the cluster: View and Placement as arrays of fixed shape."""
+"""View and Placement as arrays of fixed shape, for the compiled step."""
 
 import dataclasses
 import typing
@@ -19,7 +19,7 @@ NO_SLOT = -1
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Changing values never recompiles; shapes never change."""
+    """Arguments of a step. Changed values never recompile; shapes never change."""
 
     epoch: UInt32[Array, ""]
     active: Int32[Array, "R"]  # 1 for the ranks of this epoch
@@ -52,7 +52,7 @@ def build_tables(view: View, placement: Placement, rank: int) -> Tables:
 
 
 def solo_tables(ranks: int, experts: int, slots_per_rank: int, rank: int) -> Tables:
-    """Tables of a rank that is alone: every expert in its slots, epoch 0. For warming up."""
+    """Tables for warming up a rank alone: every expert in its slots, epoch 0."""
     active = np.zeros(ranks, np.int32)
     active[rank] = 1
     expert_slots = np.full((experts, ranks), NO_SLOT, np.int32)
@@ -66,9 +66,9 @@ def solo_tables(ranks: int, experts: int, slots_per_rank: int, rank: int) -> Tab
 
 
 def call_of(tables: Tables, rank: int, deadline_ms: int, abort_address: int) -> Call:
-    """What an epoch's exchanges on `rank` are told; round and vote are filled in for each step.
+    """The argument of an epoch's exchanges on `rank`; each step sets round and vote.
 
-    `abort_address` is where kernels read the abort word (`SymmetricHeap.control_address`).
+    `abort_address` is the address of the abort word for kernels (`SymmetricHeap.control_address`).
     """
     return Call(
         rank=np.int32(rank),

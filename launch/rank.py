@@ -47,12 +47,12 @@ def main() -> int:
         mirrored=bool(config.serve.mirror_host),
     )
     link.on_turned_away = _end_turned_away
-    # The supervisor knows of this process from here on, while JAX is still loading.
+    # From here on the supervisor knows this process, while JAX is still loading.
     link.start()
     try:
         agent = build_agent(config, rank, link, run_dir)
     except Exception as error:
-        # It is told where people look; the traceback, or the error of usage, goes to the log.
+        # The supervisor shows the reason; the traceback, or the error of usage, goes to the log.
         link.fail(f"it could not start: {error or repr(error)}")
         raise
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

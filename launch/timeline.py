@@ -1,11 +1,11 @@
-"""What a failure cost: numbers and a plot from the times of tokens and of the supervisor's marks.
+"""Cost of a failure: numbers and a plot from the times of tokens and of the supervisor's marks.
 
 Marks are monotonic seconds under these names, in this order; later ones may be missing:
     kill          the rank was killed
-    detected      the supervisor knew it
-    resumed       the survivors were told to step on without it
+    detected      the supervisor's verdict
+    resumed       commit of the epoch without the rank
     return_start  its return began: a new process was started, or its admission was prepared
-    returned      it is a member again
+    returned      commit of the epoch with the rank
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ LABEL_GAP_POINTS = 8.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The cost of one failure and return. A value is None where its marks or tokens are missing.
+    """The cost of one failure and return. A value is None if its marks or tokens are missing.
 
     Rates count the tokens of all clients in a half-open span and divide by its length.
 
@@ -58,10 +58,15 @@ class Summary:
 def summarise(
     token_times: Sequence[float], marks: Mapping[str, float], *, skip_s: float = 0.0
 ) -> Summary:
-    """Computes the Summary. `skip_s` leaves the warm-up out of what is said of before the kill.
+    """Computes the Summary.
 
-    `token_times` has one entry for each token, in any order. Raises ValueError for marks that are
-    unknown or out of order.
+    Args:
+        token_times: Seconds, one entry for each token, in any order.
+        marks: Seconds by name; see the module.
+        skip_s: Warm-up that values from before the kill leave out.
+
+    Raises:
+        ValueError: Marks are unknown or out of order.
     """
     check_marks(marks)
     times = np.sort(np.asarray(token_times, dtype=np.float64))
@@ -98,25 +103,6 @@ def check_marks(marks: Mapping[str, float]) -> None:
     for (early, early_s), (late, late_s) in itertools.pairwise(known):
         if late_s < early_s:
             raise ValueError(f"mark {late} at {late_s} s is before {early} at {early_s} s")
-
-
-def report_rows(summary: Summary) -> list[tuple[str, str]]:
-    """The Summary in words and units, ready for `render_report`; leaves out what is None."""
-    rate, pause = lambda x: f"{x:,.0f} tokens/s", lambda x: f"{x:.3f} s"
-    rows = [
-        ("before the kill", summary.before_tokens_per_s, rate),
-        ("from kill to resumed", summary.during_tokens_per_s, rate),
-        ("with fewer ranks", summary.reduced_tokens_per_s, rate),
-        ("after the return", summary.after_tokens_per_s, rate),
-        ("detected after", summary.detection_s, pause),
-        ("resumed after", summary.recovery_s, pause),
-        ("recovery pause (kill to first token)", summary.recovery_pause_s, pause),
-        ("longest gap around the kill", summary.kill_gap_s, pause),
-        ("return, from process start", summary.return_s, pause),
-        ("longest gap during the return", summary.return_gap_s, pause),
-        ("longest gap before the kill", summary.steady_gap_s, pause),
-    ]
-    return [(name, show(value)) for name, value, show in rows if value is not None]
 
 
 def render_report(

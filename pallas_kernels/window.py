@@ -12,7 +12,7 @@ which are not read while that rank is inactive. Data regions exist twice, by rou
     sent        uint32 [2 R]          flags of dispatch: the round that writer s has sent whole
     returned    uint32 [2 R]          flags of combine
     votes       int32  [2 R 1]        the writer's vote for the next step
-    slots       int32  [2 R T K]      slot on this rank of each choice, -1 where it lies elsewhere
+    slots       int32  [2 R T K]      slot on this rank of each choice, -1 if it runs elsewhere
     weights     f32    [2 R T K]
     rows        row    [2 R T D]      token t of source s; in fp8 its bytes and then its scales
     returns     row    [2 R T K D]    per_choice: result of choice k of my token t, by its rank

@@ -1,7 +1,7 @@
-"""Which ranks are there in which phase of a run: plans such as [[0,1,2,3],[0,1,-2,3],[0,1,3]].
+"""Plans of failures: the ranks of each phase of a run, such as [[0,1,2,3],[0,1,-2,3],[0,1,3]].
 
 Each phase lists its ranks. `-2` is rank 2, killed in this phase; a rank that is not listed is away;
-one that is back in a list is brought back. Rank 0 is killed by `-0` (or "-0"), which JSON knows.
+one that is back in a list is brought back. Rank 0 is killed by `-0` (or "-0"), which is valid JSON.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ EXAMPLE = "[[0,1,2,3],[0,1,-2,3],[0,1,3],[0,1,2,3]]"
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What changes in a phase: `back` at its beginning, `killed` in its midst."""
+    """Changes of a phase: `back` at its beginning, `killed` in its midst."""
 
     present: tuple[int, ...]  # in the beginning, those that come back included
     killed: tuple[int, ...] = ()
@@ -37,7 +37,7 @@ def parse_plan(text: str, ranks: int) -> tuple[Phase, ...]:
         # Python reads -0 as 0, so integers stay words until their sign was seen.
         plan = json.loads(text, parse_int=str)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON ({error}); write it as {EXAMPLE}") from None
+        raise ValueError(f"{text!r} is not JSON ({error}); write it as {EXAMPLE}") from None
     if not isinstance(plan, list) or not plan:
         raise ValueError(f"{text!r} must be a list of phases, such as {EXAMPLE}")
     entries = [_entries(number, phase, ranks) for number, phase in enumerate(plan)]
@@ -51,7 +51,7 @@ def _entries(number: int, phase: object, ranks: int) -> dict[int, bool]:
     found: dict[int, bool] = {}
     for word in phase:
         if not isinstance(word, str) or not re.fullmatch(r"-?[0-9]{1,6}", word):
-            raise ValueError(f"phase {number}: {word!r} is no rank; write 2, or -2 to kill it")
+            raise ValueError(f"phase {number}: {word!r} is not a rank; write 2, or -2 to kill it")
         rank = int(word.removeprefix("-"))
         if rank >= ranks:
             raise ValueError(f"phase {number}: there is no rank {rank}, only 0..{ranks - 1}")

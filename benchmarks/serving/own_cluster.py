@@ -104,7 +104,7 @@ async def status_of(cluster: LocalCluster) -> dict:
 
 
 def serves(phase: Phase, without: Sequence[int] = ()):
-    """Whether exactly the ranks of a phase, less `without`, serve in the committed epoch."""
+    """A check that exactly the ranks of a phase, less `without`, serve in the committed epoch."""
     wanted = set(phase.present) - set(without)
 
     def check(status: dict) -> bool:
@@ -164,7 +164,7 @@ async def _bring_back(cluster: LocalCluster, rank: int) -> None:
 
 
 def serves_again(victim: int):
-    """Whether a rank has left and the others serve."""
+    """A check that a rank has left and the others serve."""
 
     def check(status: dict) -> bool:
         return status["ranks"][victim]["state"] != "active" and status["state"] == "serving"

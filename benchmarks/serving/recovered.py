@@ -1,4 +1,4 @@
-"""When throughput is back after a kill, from the times of tokens."""
+"""Time until throughput is back after a kill, from the times of tokens."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Numbers of a serving run, in the form users know from other serving benchmarks."""
+"""Numbers of a serving run, in the usual form of serving benchmarks."""
 
 import dataclasses
 import statistics
@@ -19,7 +19,7 @@ LATENCIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How requests ended."""
+    """Numbers of requests by their ends."""
 
     completed: int
     lost: int  # begun or connected, and then broken off, late or unreadable
@@ -40,7 +40,7 @@ class Serving:
 
 
 def texts_repeat(config: RunConfig | None) -> bool:
-    """Whether a request that was read again, prompt and tokens, must give the same text.
+    """True if a request that was read again, prompt and tokens, must give the same text.
 
     Logits of drawn weights lie close together. On a GPU a prompt and a decode step attend by
     different kernels, whose roundings may let another token win such a tie. Then only what no
@@ -50,7 +50,7 @@ def texts_repeat(config: RunConfig | None) -> bool:
 
 
 def broken(counts: Counts, config: RunConfig | None) -> bool:
-    """Whether a promise to clients was broken; `config` None: a server of somebody else."""
+    """True if a promise to clients was broken; `config` is None for a foreign server."""
     wrong = counts.wrong if texts_repeat(config) else 0
     return bool(counts.lost or counts.refused or wrong)
 

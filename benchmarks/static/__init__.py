@@ -1,1 +1,1 @@
-"""What elastic serving is compared with: the same model on a fixed mesh, by XLA collectives."""
+"""Baselines of elastic serving: the same model on a fixed mesh, by XLA collectives."""

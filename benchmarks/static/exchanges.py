@@ -45,7 +45,7 @@ class Experts:
         slots: Int32[Array, "N T K"],
         weights: Float32[Array, "N T K"],
     ) -> Float32[Array, "N T D"]:
-        """What this rank adds to each row: the weighted sum of the choices in its own slots."""
+        """This rank's part of each row: the weighted sum of the choices in its own slots."""
         results = expert_gemm(
             rows, slots, self.bank, layer=self.layer, tile_rows=self.tile_rows, mlp=self.mlp
         )
@@ -125,8 +125,8 @@ def ragged_all_to_all(x, ids, weights, experts: Experts):
     rank_of, token_of = jnp.nonzero(goes, size=most, fill_value=0)
     rows = pack(x[token_of], slots[rank_of, token_of], weights[token_of])
 
-    told = lax.all_to_all(jnp.stack([sizes, starts], axis=1), AXIS, 0, 0)  # [R 2]
-    sizes_here, starts_there = told[:, 0], told[:, 1]
+    arriving = lax.all_to_all(jnp.stack([sizes, starts], axis=1), AXIS, 0, 0)  # [R 2]
+    sizes_here, starts_there = arriving[:, 0], arriving[:, 1]
     me = lax.axis_index(AXIS).astype(jnp.int32)
     region = jnp.arange(ranks, dtype=jnp.int32) * tokens  # where a source's rows begin
     nothing = pack(
@@ -172,7 +172,7 @@ def slots_of(experts: int, ranks: int) -> int:
 
 
 def as_run_experts(name: str, ranks: int, tile_rows: int, mlp: ExpertMlp = SWIGLU):
-    """The exchange as `make_step` takes it. Nothing is dropped and nobody is suspected."""
+    """The exchange as `make_step` takes it. It drops nothing and suspects no rank."""
     run = exchange(name)
 
     def run_experts(spread, layer, x, ids, weights, bank, heap, tables, call):
@@ -183,14 +183,14 @@ def as_run_experts(name: str, ranks: int, tile_rows: int, mlp: ExpertMlp = SWIGL
 
 
 def no_call(vote=0) -> Call:
-    """What a step is told that talks to nobody over the heap."""
-    zero, nobody = jnp.uint32(0), jnp.zeros(1, jnp.int32)
+    """The Call of a step that exchanges nothing over the heap."""
+    zero, no_rank = jnp.uint32(0), jnp.zeros(1, jnp.int32)
     return Call(
         rank=jnp.int32(0),
-        active=nobody,
+        active=no_rank,
         epoch=zero,
         round=zero,
         deadline_ms=zero,
         vote=jnp.uint32(vote),
-        suspicion=nobody,
+        suspicion=no_rank,
     )

@@ -24,7 +24,7 @@ import time
 from benchmarks.meeting import join_mesh
 from benchmarks.processes import config_of, with_ranks, worker
 
-IDLE_S = 0.002  # between steps while nobody has a request
+IDLE_S = 0.002  # between steps while there is no request
 HEARTBEAT_TIMEOUT_S = 1  # the shortest that jax.distributed takes
 # From JAX's guide to fault-tolerant distributed programs: NCCL calls that can be given up.
 NCCL_FLAGS = (

@@ -134,7 +134,7 @@ def prefill(engine, requests: int) -> dict[str, list[int]]:
 
 
 def check(config, weights, requests, produced) -> list[str]:
-    """What the dense model, all experts in one process, says against the tokens; empty is good.
+    """Errors of the tokens by the dense model, which has all experts in one process.
 
     A token is right if its logit is the largest, up to what sums in another order may change.
     """

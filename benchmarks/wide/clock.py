@@ -81,7 +81,7 @@ def timed_chain(step, repetitions: int):
 
 
 def microseconds(begin, end, repetitions: int) -> float:
-    """Of one repetition, from two readings.
+    """Microseconds of one repetition, from two readings.
 
     >>> import numpy as np
     >>> microseconds(np.array([(1 << 32) - 100_000, 1]), np.array([200_000, 2]), 10)

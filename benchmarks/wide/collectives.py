@@ -81,7 +81,7 @@ def chain_of(name: str, mesh, ranks: int, tokens: int, repetitions: int):
 
 
 def rows_of(ranks: int, tokens: int, hidden: int, dtype) -> np.ndarray:
-    """Small numbers that say whose row for whom they are: `[R source, R destination, T, D]`."""
+    """Small numbers that encode source and destination: `[R source, R destination, T, D]`."""
     source, target, token = np.ogrid[:ranks, :ranks, :tokens]
     value = (source * 16 + target + token % 8 / 8).astype(np.float32)
     return np.broadcast_to(value[..., None].astype(dtype), (ranks, ranks, tokens, hidden))

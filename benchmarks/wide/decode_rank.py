@@ -81,7 +81,7 @@ def measure(config, rank: int, job: dict, meeting: Meeting, out: Out, name: str)
     for block in range(job["samples"] + WARM_BLOCKS):
         turn = block % max(1, len(names))
         for system in names[turn:] + names[:turn]:
-            states = jax.block_until_ready(systems.step(system, states))  # everybody is there
+            states = jax.block_until_ready(systems.step(system, states))  # all ranks are there
             begin_s = time.perf_counter()
             for _ in range(steps):
                 states = systems.step(system, states)

@@ -1,4 +1,4 @@
-"""How large a decoding stack may be, what it must read, and which systems can be compared on it."""
+"""Sizes of a decoding stack: layers that fit, bytes to read, and systems to compare."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from eep_jax.config import RunConfig
 from eep_jax.models.memory import CONTEXT_BYTES, RESERVE_BYTES, expert_bytes, memory_per_rank
 
 ELASTIC = ("live", "fixed")
-STEP_DEADLINE_MS = 60_000  # for a peer's part of a step: nobody dies here on purpose
+STEP_DEADLINE_MS = 60_000  # for a peer's part of a step: no rank is killed here
 # Of what is worked out, and beyond it: for what XLA takes besides, and for drawing weights.
 JAX_SLACK, JAX_SLACK_BYTES = 1.2, 4 << 30
 
 
 def systems_of(platform: str, link: str, ranks: int) -> tuple[str, ...]:
-    """What can be compared: NCCL needs a GPU of its own for every rank; XLA:CPU lacks ragged."""
+    """Systems to compare: NCCL needs a GPU of its own for every rank; XLA:CPU lacks ragged."""
     if link == "shared_gpu" or ranks == 1:
         return ELASTIC
     return ELASTIC + tuple(e for e in EXCHANGES if platform == "gpu" or e not in GPU_ONLY)
@@ -78,7 +78,7 @@ def layers_that_fit(config: RunConfig, gpu_bytes: int, sharing: int, sizes: dict
 
 
 def step_bytes(config: RunConfig) -> int:
-    """What a rank must read in a decode step, if its experts are chosen evenly: the weights of
+    """Bytes that a rank must read in a decode step, if experts are chosen evenly: the weights of
     those of its slots that some row of all ranks chose, the dense weights, and the cached tokens.
     """
     model, cluster, engine = config.model, config.cluster, config.engine

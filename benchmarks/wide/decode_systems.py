@@ -93,7 +93,7 @@ class Systems:
     # Programs.
 
     def _compile(self, names) -> None:
-        """What cannot be compiled at one rank is left out by all."""
+        """Compiles the systems; all ranks leave out those that one rank cannot compile."""
         world, begin_s = self.world, time.monotonic()
         arguments = self.shapes()
         address = self.heap.control_address()
@@ -132,14 +132,14 @@ class Systems:
         tables = self.world.together(EPOCHS[name])
         call = jax.device_put(self.world.call(tables, self.heap.control_address()))
         tables = jax.device_put(tables)
-        rounds = [call.round]  # goes on from step to step, whoever begins anew
+        rounds = [call.round]  # continues from step to step, also with a new state
 
         def step(state):
             cache, tokens, _, suspicion = state
             batch = dataclasses.replace(self.batch, tokens=tokens)
             if name == "live":
-                told = dataclasses.replace(call, round=rounds[0], suspicion=suspicion)
-                result = run(self.dense, self.bank, cache, self._argument, tables, batch, told)
+                dynamic = dataclasses.replace(call, round=rounds[0], suspicion=suspicion)
+                result = run(self.dense, self.bank, cache, self._argument, tables, batch, dynamic)
             else:
                 given = (self.dense, self.bank, cache, self._argument, batch)
                 result = run(*given, rounds[0], suspicion)

@@ -1,7 +1,7 @@
 """Dispatch and combine of one rank among others: its data, the check of an answer, timed programs.
 
-Everybody draws everybody's rows from one seed, so each rank knows what it must receive. The expert
-of flat slot i multiplies by `(i % 8 + 1) / 4`, so it also knows what must come home.
+Every rank draws the rows of all ranks from one seed, so it can compute what it must receive. The
+expert of flat slot i multiplies by `(i % 8 + 1) / 4`, so it can also compute what must come home.
 """
 
 import dataclasses
@@ -55,8 +55,10 @@ class Family:
         return -(-self.experts // self.ranks)
 
     @property
-    def label(self) -> str:
-        return f"{self.dispatch_dtype or self.row_dtype} {self.combine}"
+    def exchanges(self) -> tuple[str, ...]:
+        """Names of the timed exchanges. The sending kernel makes the partial sums of `per_rank`."""
+        home = self.row_dtype == "bfloat16" and self.combine == "per_choice"
+        return ("dispatch", "combine", "combine_home") if home else ("dispatch", "combine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def remote_bytes(slots: np.ndarray, family: Family) -> RemoteBytes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What one rank brings to an exchange of T tokens, and what it will have received."""
+    """Data that one rank brings to an exchange of T tokens, and data that it must receive."""
 
     x: jax.Array  # [T D]
     slots: jax.Array  # [T K]
@@ -120,7 +122,7 @@ class Rank:
         return ExchangeSpec(self.family.layout, self.family.slots_per_rank, self.slab_bytes)
 
     def data(self, slots: np.ndarray, seed: int = 0) -> Data:
-        """Of this routing; compiled as one program."""
+        """The data of a routing; compiled as one program."""
         return jax.jit(self._data)(slots, jax.random.key(seed))
 
     def data_shapes(self, tokens: int) -> Data:
@@ -150,7 +152,7 @@ class Rank:
         return (scale[..., None] * rows[:, :, None]).astype(self.family.row_dtype)
 
     def call(self, epoch: int, deadline_ms: int, abort_address: np.ndarray, first: int) -> Call:
-        """Of this rank, all being active. `first` is the epoch's first round."""
+        """The Call of this rank, all being active. `first` is the epoch's first round."""
         return Call(
             rank=np.int32(self.rank),
             active=np.ones(self.family.ranks, np.int32),
@@ -165,7 +167,7 @@ class Rank:
     # One repetition of what is timed: (carry, call, data, heap) -> carry.
 
     def dispatch(self, carry, call: Call, data: Data, heap):
-        call, x = _at(call, carry), data.x
+        call, x = at_carry(call, carry), data.x
         if self.family.dispatch_dtype:
             # Else packing rows would be done once for all rounds: they do not change.
             x = x + call.suspicion[0].astype(x.dtype)
@@ -176,7 +178,7 @@ class Rank:
         return self._combine(data.results, carry, call, data, heap)
 
     def combine_home(self, carry, call: Call, data: Data, heap):
-        """As serving has it, whose results the expert GEMM wrote into their owners' windows."""
+        """Combine as in serving, where the expert GEMM wrote results into their owners' windows."""
         from pallas_kernels.handover import ResultsAtHome
 
         _, suspicion, _ = carry
@@ -184,17 +186,14 @@ class Rank:
         return self._combine(written, carry, call, data, heap)
 
     def _combine(self, results, carry, call: Call, data: Data, heap):
-        call = _at(call, carry)
+        call = at_carry(call, carry)
         received = Choices(data.here, data.shares)
         _, suspicion = combine(results, received, data.choices, heap, call, self.spec)
         return call.next().round, suspicion, call.vote
 
     def timed(self) -> dict:
-        """The functions by name. Partial sums of `per_rank` are made by the kernel that sends."""
-        found = {"dispatch": self.dispatch, "combine": self.combine}
-        if self.family.row_dtype == "bfloat16" and self.family.combine == "per_choice":
-            found["combine_home"] = self.combine_home
-        return found
+        """The functions by name."""
+        return {name: getattr(self, name) for name in self.family.exchanges}
 
     # Whether an exchange is right.
 
@@ -210,7 +209,7 @@ class Rank:
         call, (here, sent) = call.after(suspicion), received
         rows = found.array() if hasattr(found, "array") else found
         wanted = (data.here >= 0).any(-1)[..., None]
-        near = _near(rows, x, family.dispatch_dtype)
+        near = is_near(rows, x, family.dispatch_dtype)
         wrong_rows = jnp.sum(~near & wanted)
         wrong_slots = jnp.sum(here != data.here)
         wrong_weights = jnp.sum((sent != shares) & (data.here >= 0))
@@ -225,7 +224,7 @@ class Rank:
         return wrong_rows, wrong_slots, wrong_weights, wrong_sums, jnp.sum(suspicion)
 
 
-def _near(rows, x, dispatch_dtype: str):
+def is_near(rows, x, dispatch_dtype: str):
     """e4m3 keeps 3 bits of a value; below its normal numbers it is this far off at most, for
     channels of up to 8: 2**-10 * 8 / 448. Then the row is rounded to bfloat16."""
     relative, absolute = (2**-4 + 2**-8, 2e-5) if dispatch_dtype else (0.0, 0.0)
@@ -233,7 +232,8 @@ def _near(rows, x, dispatch_dtype: str):
     return jnp.abs(rows - x) <= relative * jnp.abs(x) + absolute  # NaN is not near
 
 
-def _at(call: Call, carry) -> Call:
+def at_carry(call: Call, carry) -> Call:
+    """The call of the next exchange, after what an earlier one left."""
     round_, suspicion, vote = carry
     return dataclasses.replace(call, round=round_, suspicion=suspicion, vote=vote)
 
@@ -243,7 +243,7 @@ def carry_of(call: Call):
 
 
 def repetitions_of(sent_bytes: int, shared: bool) -> int:
-    """Of one run: a few milliseconds; fewer where ranks take turns on one GPU."""
+    """Repetitions of one run of a few milliseconds; fewer where ranks take turns on one GPU."""
     if shared:
         return REPETITIONS_MIN
     wanted = math.ceil(TIMED_BYTES / max(sent_bytes, 1))
@@ -251,7 +251,7 @@ def repetitions_of(sent_bytes: int, shared: bool) -> int:
 
 
 def programs_of(rank: Rank, tokens: int, call: Call, heap, repetitions: int) -> dict[str, Program]:
-    """What is compiled for one size: `check`, and each of `timed`."""
+    """The programs of one size: `check`, and each of `timed`."""
     family = rank.family
     slots = jax.ShapeDtypeStruct((family.ranks, tokens, family.choices), jnp.int32)
     call, heap = shapes_of(call), jax.ShapeDtypeStruct(heap.shape, heap.dtype)

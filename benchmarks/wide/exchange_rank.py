@@ -1,7 +1,7 @@
 """One rank of `bench_wide`: opens its heap, maps its peers', checks exchanges, and times them.
 
 What one rank cannot do all ranks leave out, so that none waits for it. A line of `found.RANK.jsonl`
-is one size of one exchange; written lines stay, whatever happens later.
+is one size of one exchange; written lines stay, also after a failure.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ from pallas_kernels.exchange.call import address_words
 from pallas_kernels.exchange.signals import first_round
 from pallas_kernels.window import round_up
 
-STEP_DEADLINE_MS = 30_000  # for a peer's part of an exchange: nobody dies here on purpose
+STEP_DEADLINE_MS = 30_000  # for a peer's part of an exchange: no rank is killed here
 PAGE_BYTES = 4096
 POISONED_BYTES_MAX = 256 << 20  # of a window
 CHECKS = 2  # of each routing: both halves of the window
@@ -133,7 +133,7 @@ class FamilyRun:
         return remote_bytes(routing_of(self.family, tokens, "uniform"), self.family)
 
     def _check(self, tokens: int, epoch: int, executable) -> bool:
-        """Whether every rank received and summed what it should, for all routings."""
+        """True if every rank received and summed the right values, for all routings."""
         call, wrong = self._call(epoch), []
         for seed, routing in enumerate(list(ROUTINGS) * CHECKS):
             slots = routing_of(self.family, tokens, routing, seed)

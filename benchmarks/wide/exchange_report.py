@@ -118,7 +118,7 @@ def add_times(sheet: Sheet, samples_us: Sequence[float], metric: str = "time", *
 
 
 def finish(records: Sequence[Record], problems: Sequence[str], temporary: pathlib.Path | None):
-    """Keeps the records, whatever else went wrong; returns the exit status.
+    """Keeps the records, also if something went wrong; returns the exit status.
 
     `temporary` is a directory of logs that is removed if nothing went wrong.
     """
@@ -131,6 +131,6 @@ def finish(records: Sequence[Record], problems: Sequence[str], temporary: pathli
 
 
 def published(name: str, tokens: int) -> str:
-    """Figures of others for this size, as one line; empty where there are none."""
+    """Published figures for this size as one line, or ""."""
     of = PUBLISHED.get("dispatch" if name == "dispatch" else "combine", {})
     return ", ".join(f"{who} {by[tokens]:g}" for who, by in of.items() if tokens in by)

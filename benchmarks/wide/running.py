@@ -28,7 +28,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """How a part ended."""
+    """The end of a part."""
 
     part: Part
     status: str  # "done", "FAILED: ...", "not run: ..."
@@ -41,7 +41,7 @@ class Done:
 
 
 def chosen(parts: Sequence[Part], groups: Sequence[str] | None) -> list[Part]:
-    """Those of these groups, all if none is given. Raises ValueError naming those there are."""
+    """The parts of these groups; without groups all. Raises ValueError naming the known ones."""
     known = list(dict.fromkeys(part.group for part in parts))
     if unknown := sorted(set(groups or ()) - set(known)):
         raise ValueError(f"{unknown} are not among {known}")
@@ -88,7 +88,7 @@ def _end(process: subprocess.Popen) -> None:
 def run_parts(
     parts: Sequence[Part], directory: pathlib.Path, budget_s: float, say=print
 ) -> list[Done]:
-    """Runs them in turn within `budget_s`, whatever becomes of each; the ends of failed logs are
+    """Runs them in turn within `budget_s`, also after a failure; the ends of failed logs are
     shown. What is done is in `parts.json` after each of them."""
     directory.mkdir(parents=True, exist_ok=True)
     ends_s, found = time.monotonic() + budget_s, []
@@ -99,6 +99,6 @@ def run_parts(
         if not done.ok and done.log.exists():
             say(tail(done.log))
         found.append(done)
-        told = [{"part": d.part.name, "status": d.status, "seconds": d.seconds} for d in found]
-        (directory / "parts.json").write_text(json.dumps(told, indent=1))
+        kept = [{"part": d.part.name, "status": d.status, "seconds": d.seconds} for d in found]
+        (directory / "parts.json").write_text(json.dumps(kept, indent=1))
     return found

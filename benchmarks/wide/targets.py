@@ -1,4 +1,4 @@
-"""What was aimed at between GPUs, and what the records of a run say of it.
+"""Aims between GPUs, and a verdict on each from the records of a run.
 
 A line is about records of ranks that have a GPU each. Of ranks that share one, or of CPU ranks, the
 value is shown and nothing is reached or missed.
@@ -51,18 +51,18 @@ def newest(records: Sequence[Record], bench: str, metric: str, **shape) -> Recor
     return max(found, key=lambda r: r.time) if found else None
 
 
-def _line(what: str, record: Record | None, value: float | None, aim: float | None, told, *, least):
-    """`least`: the aim is a lower limit. `told(number)` writes one."""
+def _line(what: str, record: Record | None, value: float | None, aim: float | None, form, *, least):
+    """`least`: the aim is a lower limit. `form(number)` formats one."""
     sign = ">=" if least else "<="
-    text = "" if aim is None else f"{sign} {told(aim)}"
+    text = "" if aim is None else f"{sign} {form(aim)}"
     if record is None or value is None:
         return Target(what, "", text, "not measured")
     if record.shape.get("link", "peer") != "peer" or record.device.startswith("cpu"):
-        return Target(what, told(value), text, "no verdict")
+        return Target(what, form(value), text, "no verdict")
     if aim is None:
-        return Target(what, told(value), text, "")
+        return Target(what, form(value), text, "")
     good = value >= aim if least else value <= aim
-    return Target(what, told(value), text, "reached" if good else "MISSED")
+    return Target(what, form(value), text, "reached" if good else "MISSED")
 
 
 _us: Callable[[float], str] = lambda value: f"{value:.1f} us"
@@ -105,7 +105,7 @@ def _against(records, bench: str, collective: str, aim: float) -> Target:
 
 
 def _worst(records, what: str, bench: str, metric: str, aim: float, worst) -> Target:
-    """Of the newest records by batch and model."""
+    """The worst of the newest records by batch and model."""
     found = [r for r in records if r.bench == bench and r.metric == metric and r.ratio is not None]
     record = worst(found, key=lambda r: r.ratio) if found else None
     return _line(what, record, record and record.ratio, aim, _ratio, least=worst is min)
@@ -126,10 +126,10 @@ def _decode(records) -> list[Target]:
 
 
 def _recovery(records, wide: bool) -> list[Target]:
-    def of(what, metric, aim, told=_s, least=False, by_ratio=False, **shape):
+    def of(what, metric, aim, form=_s, least=False, by_ratio=False, **shape):
         record = newest(records, "faults", metric, **shape)
         value = record and (record.ratio if by_ratio else record.value)
-        return _line(what, record, value, aim, told, least=least)
+        return _line(what, record, value, aim, form, least=least)
 
     def against(baseline: str, aim: float) -> Target:
         shape = {"by_ratio": True, "against": baseline}

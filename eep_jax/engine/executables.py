@@ -1,17 +1,15 @@
-"""Compiled steps on disk: what one process of any rank compiled, all others load.
+"""Store of compiled steps on disk: one process of any rank compiles, all others load.
 
     <directory>/decode-1f0c5a.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
     <directory>/compiling-1f0c5a.lock    held by the process that compiles one
 
-Nothing in a step is of one rank, so ranks that start together compile each step once, and run the
-same code. One compiles at a time: XLA times kernels on a GPU while it compiles, and what it chose
-for one step it then finds in its own cache for the next one; else a token might have other bits in
-a prefill than in a decode step. Names have a digest of the kind of device, for hosts that share a
-directory.
+A step does not depend on the rank, so ranks that start together compile each step once, and run
+the same code. One process compiles at a time: XLA times kernels on a GPU while it compiles, and
+reuses its choice for one step in the next; otherwise a token might have other bits in a prefill
+than in a decode step. File names have a digest of the device kind: hosts may share a directory.
 
-A file is loaded only if all its facts are this process's: configuration, versions, device, flags
-and every source file of the step. Whatever is wrong with one, the step is compiled, and `origins`
-says why.
+A file is loaded only if all its facts equal those of this process: configuration, versions,
+device, flags and every source file. Otherwise the step is compiled, and `origins` has the reason.
 """
 
 import contextlib
@@ -48,13 +46,13 @@ POLL_S = 0.02
 
 
 class UnusableFile(ValueError):
-    """Why a file is not loaded."""
+    """A file cannot be loaded, for the reason in the message."""
 
 
 class ExecutableStore:
-    """The steps in `directory`; None keeps nothing. Of the engine's thread.
+    """The steps in `directory`; None keeps nothing. Not thread-safe.
 
-    `origins` says by name where each step came from: `loaded`, or `compiled: ` and the reason.
+    `origins` has the origin of each step by name: `loaded`, or `compiled: ` and the reason.
     """
 
     def __init__(self, directory: pathlib.Path | None, facts: dict[str, str]):
@@ -92,10 +90,10 @@ class ExecutableStore:
 
     @contextlib.contextmanager
     def _turn(self, name: str, before: tuple[int, int] | None):
-        """Of the processes that compile, one at a time.
+        """Holds the lock of the process that compiles.
 
-        This one waits no longer than until another has kept the step, which is of another version
-        than `before` then. The lock ends with the process that holds it, however that ends.
+        The wait ends once another process has kept the step, whose version then differs from
+        `before`. The kernel releases the lock when its process ends.
         """
         file = None
         if self._directory is not None:
@@ -113,7 +111,7 @@ class ExecutableStore:
             yield
 
     def _version(self, name: str) -> tuple[int, int] | None:
-        """Of the file of a step, which is replaced as a whole; None if there is none."""
+        """Identity of the file of a step, which is replaced as a whole; None without a file."""
         try:
             found = self._path(name, "step").stat() if self._directory else None
         except OSError:
@@ -121,7 +119,7 @@ class ExecutableStore:
         return found and (found.st_ino, found.st_mtime_ns)
 
     def _make_directory(self) -> None:
-        """Raises UnusableFile where others may write to it."""
+        """Makes the directory. Raises UnusableFile if other users may write to it."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(self._directory)
 
@@ -149,14 +147,16 @@ class ExecutableStore:
             head = json.dumps(self._facts, sort_keys=True).encode()
             draft.write_bytes(MAGIC + head + b"\n" + _digest(data) + data)
             os.replace(draft, path)
-        except Exception as error:  # it serves without
+        except Exception as error:  # the rank serves without it
             draft.unlink(missing_ok=True)
             _log.warning("step %s is not kept for other processes: %r", name, error)
 
 
 def step_facts(config: RunConfig) -> dict[str, str]:
-    """All that a compiled step depends on. `platform`, the kind of device with its driver, is short
-    enough for the name of a file."""
+    """Everything that a compiled step depends on.
+
+    `platform`, of the device kind and its driver, is short enough for a file name.
+    """
     device, engine = jax.devices()[0], repr((config.model, config.engine, config.platform))
     kind = f"{device.device_kind}{device.client.platform_version}{_processor()}"
     cluster = f"{config.cluster.ranks} ranks x {config.cluster.slots_per_rank} slots"
@@ -174,7 +174,7 @@ def step_facts(config: RunConfig) -> dict[str, str]:
 
 @functools.cache
 def source_digest() -> str:
-    """Of every module of the runtime and of the kernels, which is more than a step is made of."""
+    """Digest of all modules of the runtime and of the kernels."""
     found = hashlib.blake2b(digest_size=16)
     for package in (eep_jax, pallas_kernels):
         root = pathlib.Path(package.__path__[0])
@@ -184,7 +184,7 @@ def source_digest() -> str:
 
 
 def _processor() -> str:
-    """What code for this CPU may use: XLA compiles for just that."""
+    """The instruction sets of this CPU: XLA compiles for exactly these."""
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
             return line
@@ -192,13 +192,15 @@ def _processor() -> str:
 
 
 def _require_own(directory: pathlib.Path) -> None:
-    """Loading an executable runs what is in it, so nobody else may write there."""
+    """Raises UnusableFile if other users may write: loading an executable runs its code."""
     try:
         found = directory.stat()
     except FileNotFoundError:
         raise UnusableFile("no executable was kept") from None
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnusableFile(f"{directory} must be of this user, and writable by no other")
+        raise UnusableFile(
+            f"{directory} must be owned by the current user and not group- or world-writable"
+        )
 
 
 def _try_lock(file) -> bool:
@@ -219,7 +221,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _checked(data: bytes, facts: dict[str, str]) -> bytes:
-    """The part behind the head. Raises UnusableFile for damage, or facts that are not `facts`."""
+    """The payload behind the head. Raises UnusableFile for damage, or facts unlike `facts`."""
     file = io.BytesIO(data)
     if file.read(len(MAGIC)) != MAGIC:
         raise UnusableFile("the file is of another format")
@@ -233,7 +235,7 @@ def _checked(data: bytes, facts: dict[str, str]) -> bytes:
         raise UnusableFile(f"made for {key} {found.get(key)}, this is {facts.get(key)}")
     expected, payload = file.read(len(_digest(b""))), file.read()
     if _digest(payload) != expected:
-        raise UnusableFile("its bytes do not have the digest that they were written with")
+        raise UnusableFile("its digest differs from the one that it was written with")
     return payload
 
 

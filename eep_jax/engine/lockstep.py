@@ -28,7 +28,7 @@ class Lockstep:
         self._flags, self._heap, self._rank = layout.flags, heap, heap.rank
 
     def abort(self, epoch: int) -> None:
-        """Ends all waits of steps below `epoch`, now. May be called from any thread."""
+        """Ends all waits of steps below `epoch`, now. Thread-safe."""
         word = self._words[self._rank]["abort"]
         is_new = int(word[0]) < epoch
         if is_new:
@@ -42,27 +42,27 @@ class Lockstep:
         return int(self._words[self._rank]["abort"][0])
 
     def clear_flags(self) -> None:
-        """Forgets all flags of earlier epochs. Only while no step runs and no peer can send."""
+        """Clears the flags of earlier epochs. Call it while no step runs and no peer can send."""
         self._heap.fill_zero(self._flags.offset, self._flags.bytes)
         self.forget_wakes()
 
     def wake_peers(self, peers, paused_round: int) -> None:
-        """Tells the peers paused at this round that there is work."""
+        """Wakes the peers that paused at this round."""
         for peer in peers:
             words = self._words[peer]
             post(words["wake"][self._rank : self._rank + 1], paused_round)
             _ring(words["doorbell"])
 
     def forget_wakes(self) -> None:
-        """A pause has ended: no word of it may wake another one, a whole turn of rounds later."""
+        """Clears the wake words after a pause, so that none matches when the rounds wrap around."""
         self._words[self._rank]["wake"][...] = 0
 
     def is_woken(self, paused_round: int) -> bool:
-        """Whether a peer found work since all paused at this round."""
+        """Whether a peer has found work since all ranks paused at this round."""
         return bool(np.any(self._words[self._rank]["wake"] == np.uint32(paused_round)))
 
     def nudge(self) -> None:
-        """Ends this rank's own sleep. May be called from any thread."""
+        """Ends this rank's own sleep. Thread-safe."""
         _ring(self._words[self._rank]["doorbell"])
 
     def doorbell(self) -> int:

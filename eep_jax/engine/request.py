@@ -1,4 +1,4 @@
-"""A request as a rank sees it, and what comes of it."""
+"""Requests of a rank, and the tokens that it produces for them."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """New tokens of a request; `start` is the index of the first among all produced ones.
+    """New tokens of a request, from index `start` of all that were produced.
 
     `finish` is "" while it goes on, else "length", "stop" (end-of-text token) or "cancelled".
     """

@@ -1,4 +1,4 @@
-"""Logits to tokens, by a key that depends on request and position only."""
+"""Sampling of tokens, by keys that depend on request and position only."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def sample(
     """Greedy where the temperature is 0, else a draw from the fewest tokens with mass top_p.
 
     The key is `fold_in(seed, position)`, so a step run again, on any rank, draws the same token.
-    What no row asks for is not computed: a greedy batch costs one argmax.
+    A greedy batch costs one argmax.
     """
     logits = logits.astype(jnp.float32)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Which tokens go into the next step: continuous batching into fixed rows, with chunked prefill.
+"""Scheduler of a rank: continuous batching into fixed batch rows, with chunked prefill.
 
-Pure on its own state: no clock, no JAX arrays. A plan changes nothing until it is committed, so a
-step that was discarded is simply planned again.
+It uses no clock and no JAX arrays. A plan changes nothing until it is committed, so a discarded
+step is planned again.
 """
 
 import collections
@@ -33,7 +33,7 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """A batch, and how far each batch row's cache reaches once it is committed."""
+    """A batch, and the length of the cache of each batch row once the step is committed."""
 
     kind: StepKind
     batch: Batch
@@ -41,7 +41,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """Batch rows and the queue before them."""
+    """The sequences in the batch rows, and the queue of requests before them."""
 
     def __init__(self, config: RunConfig):
         self._config = config
@@ -50,7 +50,7 @@ class Scheduler:
         self._numbers = itertools.count()
 
     def add(self, request: Request) -> None:
-        """Queues a request; one that is already here is left as it is.
+        """Queues a request; ignores one that it has already.
 
         Raises QueueFull beyond `waiting_max`, ValueError for a request that cannot fit the context.
         """
@@ -70,7 +70,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> bool:
-        """Forgets a request; False if it is not here."""
+        """Drops a request; False if it is unknown."""
         for index, sequence in enumerate(self._sequences):
             if sequence is not None and sequence.request.id == request_id:
                 self._sequences[index] = None
@@ -85,18 +85,18 @@ class Scheduler:
         return running | {r.id for r in self._waiting}
 
     def snapshot(self) -> list[Progress]:
-        """All tokens of every request that is here, from the first."""
+        """All tokens of every request, from the first."""
         running = [s for s in self._sequences if s is not None]
         held = [(s.request.id, tuple(s.tokens[len(s.request.prompt) :])) for s in running]
         held += [(r.id, r.produced) for r in self._waiting]
         return [Progress(id=i, start=0, tokens=tokens) for i, tokens in held]
 
     def vote(self) -> StepKind:
-        """What this rank needs next: prompt work, plain decoding, or nothing."""
+        """The kind of step that this rank needs next."""
         return self._vote({})
 
     def vote_after(self, plan: StepPlan) -> StepKind:
-        """What it will need once `plan` is committed, as far as can be known before its tokens."""
+        """Same, once `plan` is committed, as far as it is known before the tokens are."""
         return self._vote(plan.cached)
 
     def _vote(self, cached: dict[int, int]) -> StepKind:
@@ -139,7 +139,7 @@ class Scheduler:
         return StepPlan(kind, batch, cached)
 
     def commit(self, plan: StepPlan, tokens: np.ndarray, dropped: np.ndarray) -> list[Progress]:
-        """Takes the step's tokens; returns what each request gained, finished ones last seen."""
+        """Adds the tokens of a step to their sequences, and frees the rows of finished ones."""
         progress = []
         for batch_row, cached in plan.cached.items():
             sequence = self._sequences[batch_row]
@@ -155,7 +155,7 @@ class Scheduler:
             progress.append(
                 Progress(
                     id=sequence.request.id,
-                    # The end comes with all tokens, so that it can be told again after a reconnect.
+                    # The last report has all tokens: it may be sent again after a reconnect.
                     start=0 if finish else start,
                     tokens=tuple(sequence.tokens[len(sequence.request.prompt) :])
                     if finish

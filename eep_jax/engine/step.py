@@ -1,7 +1,4 @@
-"""The one compiled function.
-
-(weights, bank, cache, heap, tables, batch) -> tokens, cache, suspicion
-"""
+"""The compiled step: (weights, bank, cache, heap, tables, batch, call) -> StepResult."""
 
 import dataclasses
 import enum
@@ -22,18 +19,18 @@ from eep_jax.models.weights import decoder_graph, merge_decoder
 from eep_jax.tables import Tables
 from pallas_kernels.exchange.call import Call
 
-# Every bfloat16 is rounded where the step says so. XLA would skip roundings inside what it fuses,
-# which is not the same in a prefill and in a decode step, and so would not be their bits.
+# Rounds every bfloat16 where the step does. XLA would skip roundings inside fusions, which differ
+# between a prefill and a decode step, and so would their bits.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class StepKind(enum.IntEnum):
     """What comes next; the largest vote of all ranks wins."""
 
-    IDLE = 0  # no step: all ranks pause until one of them has work
+    IDLE = 0  # no step: all ranks pause until one has work
     DECODE = 1  # one token for each batch row: T = B
     MIXED = 2  # prompt tokens beside them: T = B + prefill_tokens
-    HOLD = 3  # no step: an epoch is prepared, and all ranks stop at this round for it
+    HOLD = 3  # no step: all ranks stop at this round, because an epoch is being prepared
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +53,13 @@ class Batch:
 @typing.no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Provisional until the suspicion is seen to be zero everywhere."""
+    """Results of a step, provisional until the host finds `suspicion` zero."""
 
     tokens: Int32[Array, "B"]
     cache: KVCache
     suspicion: Int32[Array, "R"]
     round: UInt32[Array, ""]  # the round of the next step
-    agreed: UInt32[Array, ""]  # the StepKind all ranks take next
+    agreed: UInt32[Array, ""]  # the StepKind that all ranks take next
     dropped: Int32[
         Array, "B"
     ]  # choices without a live expert, summed over the rows of each batch row
@@ -76,9 +73,7 @@ def result_like(cache: KVCache) -> StepResult:
 
 
 def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
-    """Returns (step, dense): the function to compile, and its dense weights in order, by name.
-
-    Each is to be given in the dtype that `dense` has for it.
+    """Returns (step, dtypes): the function to compile, and the dtype of each dense weight by name.
 
     Everything that can change while serving is an argument; nothing of the cluster is closed over.
     `run_experts` takes the place of `elastic_experts`, same arguments and results: the benchmarks
@@ -117,7 +112,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
                 x = parts
                 continue
             x, normed, ids, weights = parts
-            # An empty row goes to no expert.
+            # An empty row has no expert.
             ids_or_none = jnp.where(batch.positions[:, None] >= 0, ids, -1)
             parts = normed, ids_or_none, weights, bank, heap, tables, call
             y, lost, call = run_experts(spread, number(layer.index), *parts)
@@ -147,8 +142,8 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
 
 
 def count_chosen(ids: Int32[Array, "*L T K"], experts: int) -> Int32[Array, "E"]:
-    """How often each expert occurs; -1 is none."""
-    bins = jnp.where(ids >= 0, ids, experts)  # of which the last one is dropped
+    """The number of occurrences of each expert; -1 counts for none."""
+    bins = jnp.where(ids >= 0, ids, experts)  # the last one is dropped
     return jnp.zeros(experts, jnp.int32).at[bins.reshape(-1)].add(1, mode="drop")
 
 
@@ -168,7 +163,7 @@ def by_tile(function, tile_rows: int, *arrays):
 
 
 def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
-    """A batch without tokens: what a rank runs so that others can go on."""
+    """A batch without tokens, by which a rank without work takes part in a step."""
     engine = config.engine
     batch_rows = engine.batch_rows
     rows = batch_rows if kind is StepKind.DECODE else engine.tokens_max

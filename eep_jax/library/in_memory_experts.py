@@ -1,4 +1,4 @@
-"""Experts that the user holds in memory, read as a Checkpoint is; or a Checkpoint's own."""
+"""Store of experts that the user has in memory."""
 
 import os
 
@@ -13,7 +13,7 @@ from eep_jax.storage.expert_store import ExpertStore
 
 
 class InMemoryExperts(ExpertStore):
-    """Reads as a Checkpoint does. `experts[name]` are `[L 3 F D]`, converted to `dtype` once.
+    """An ExpertStore of arrays: `experts[name]` is `[L 3 F D]`, converted to `dtype` once.
 
     Raises CheckpointError naming the experts that are missing or of another shape than the model's.
     """
@@ -36,7 +36,7 @@ class InMemoryExperts(ExpertStore):
         self.manifest = {"dtype": np.dtype(dtype).name, "facts": {}, "experts": digests}
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
-        """Just these experts, `[L 3 F D]`. Raises CheckpointError for those there are none of."""
+        """These experts, `[L 3 F D]`. Raises CheckpointError for unknown ones."""
         self._require_experts(experts)
         return {e: self._experts[expert_name(e)] for e in experts}
 

@@ -30,8 +30,8 @@ from pallas_kernels.exchange.call import Call
 
 Array = jax.Array | np.ndarray
 
-# A rank whose last step had a call gives the next call this time to come, before it runs the
-# example: ranks that call together then step together. One that does not call delays nobody.
+# A rank whose last step had a call waits this long for the next one before it runs the example, so
+# that ranks which call together step together. A rank that does not call delays no other.
 CALL_GRACE_MS = 5
 CALLS_MAX = 64  # waiting at a time
 
@@ -72,10 +72,10 @@ class StepEngine(LockstepEngine):
         self._none_dropped = jax.device_put(np.int32(0))
 
     def submit(self, arguments: tuple) -> concurrent.futures.Future:
-        """A call of the step; its result comes when it was committed. From any thread.
+        """Queues a call of the step, whose result is set when it is committed. Thread-safe.
 
-        Raises ValueError for arguments of other shapes than the example's or too many calls, and
-        what `close` was given if the rank has ended.
+        Raises ValueError for shapes unlike the example's or too many calls, and the error given to
+        `close` if the rank has ended.
         """
         arguments = jax.tree.map(_as_array, tuple(arguments))
         shapes = jax.tree.map(_shape_of, arguments)
@@ -95,7 +95,7 @@ class StepEngine(LockstepEngine):
         return pending.result
 
     def close(self, error: Exception) -> None:
-        """No step will run any more: calls that wait, and later ones, fail with `error`."""
+        """Fails all waiting and later calls with `error`."""
         with self._arrived:
             if self._closed is None:
                 self._closed = error
@@ -125,8 +125,8 @@ class StepEngine(LockstepEngine):
         ready = time.monotonic()
         jax.block_until_ready(self._run(self._example, StepKind.IDLE))
         self._compilations.total = 0
-        # A user's function has no name that would say whether a kept executable is of it.
-        origins = {"step": "compiled: a step of a library's user is not kept"}
+        # Nothing identifies a user's function across processes, so its executable is not kept.
+        origins = {"step": "compiled: the step of a user is not kept"}
         return WarmUp(ready - started, time.monotonic() - ready, origins, 1)
 
     @property

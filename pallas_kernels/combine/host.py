@@ -50,11 +50,11 @@ class HostCombine(HostExchange):
             self.signal(turn, home)
 
         # Receive. Invariant: results of a rank are read only after its flag holds this round.
-        heard = self.wait(turn, suspicion_out)
-        if heard is None:
+        arrived = self.wait(turn, suspicion_out)
+        if arrived is None:
             return
         returns = turn.windows[turn.rank]["returns"][turn.half]
-        self._reduce(y, returns, np.asarray(slots), np.asarray(weights), heard)
+        self._reduce(y, returns, np.asarray(slots), np.asarray(weights), arrived)
 
     def _reduce(
         self,
@@ -62,13 +62,13 @@ class HostCombine(HostExchange):
         returns: np.ndarray,
         slots: np.ndarray,
         weights: np.ndarray,
-        heard: list[int],
+        arrived: list[int],
     ) -> None:
         # Index -1, the last entry, stands for choices without a slot.
-        is_heard = np.zeros(self.spec.layout.ranks + 1, np.bool_)
-        is_heard[heard] = True
+        came = np.zeros(self.spec.layout.ranks + 1, np.bool_)
+        came[arrived] = True
         owner = np.where(slots >= 0, slots // self.spec.slots_per_rank, -1)
-        valid = is_heard[owner]
+        valid = came[owner]
         if self.spec.layout.combine == "per_choice":
             _, places, choices, hidden = returns.shape
             token, choice = np.arange(len(slots))[:, None], np.arange(choices)
@@ -80,7 +80,7 @@ class HostCombine(HostExchange):
                 weights = np.where(valid, weights, 0)
             y[...] = ordered_sum(weights, home)
             return
-        for rank in heard:
+        for rank in arrived:
             token = np.flatnonzero((owner == rank).any(axis=1))
             y[token] += returns[rank, token]
 

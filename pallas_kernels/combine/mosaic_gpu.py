@@ -6,7 +6,7 @@ it is not needed if the expert GEMM wrote them (`ResultsAtHome`). `combine` post
 In `combine`, block 0 posts the round, waits for the partners, and stores the outcome in
 `ticket[HOME]`: the round, or the round with INCOMPLETE flipped. All blocks wait for that word, then
 sum. Block 0 waits for partners only, never for a block of this grid, so blocks that have not
-started keep nobody waiting, and the grid may exceed what the GPU runs at once.
+started delay no block, and the grid may exceed what the GPU runs at once.
 
 Example: T=4, K=2, D=2048: a block of 128 threads sums 8 x 128 channels of a token, so a token has 2
 parts and there are 8 items. With 3 blocks, block 1 prepares item 1, waits, sums it, then items 4
@@ -73,8 +73,8 @@ def send_home(
         write(results, received, weights, turn, is_partner)
         # The last block's increment is after all blocks' writes: its post covers them.
         with simt.when(turn.is_last_block(COMBINE_DONE, blocks, ticket)):
-            turn.forget_home()
-            turn.tell_partners(is_partner)
+            turn.clear_home()
+            turn.post_to_partners(is_partner)
             with simt.when(simt.thread() == 0):
                 simt.store(simt.address(done), simt.word(1))
 
@@ -97,11 +97,11 @@ def send_choices(shape: tuple[int, int, int, int], config: CombineConfig) -> Wri
 
         def send_token(row: Word) -> None:
             home, token = row // tokens, row % tokens
-            heard = is_partner(home)
+            arrived = is_partner(home)
             pairs = [row * choices + choice for choice in range(choices)]
             mine = [simt.load(entry(received, pair)) >= 0 for pair in pairs]
             for choice, (pair, here) in enumerate(zip(pairs, mine, strict=True)):
-                with simt.when(here & heard):
+                with simt.when(here & arrived):
                     target = heap.region("returns", home, heap.rank, token, choice)
                     source = simt.address(results, pair.wide() * row_bytes)
                     simt.copy_row(source, lambda to=(target, here): [to], row_bytes)
@@ -172,15 +172,15 @@ def receive_home(
 ) -> tuple[Float32[Array, "T D"], Int32[Array, "R"]]:
     """Posts, waits and sums: returns y and suspicion.
 
-    `sent` is an output of the kernel that wrote this rank's results. Rows of ranks that were not
-    heard are not read.
+    `sent` is an output of the kernel that wrote this rank's results. Rows of ranks that did not
+    come are not read.
     """
     layout, (tokens, per_token) = spec.layout, choices.slots.shape
     parts = -(-layout.hidden // CHANNELS // GROUP_THREADS)
     blocks = min(tokens * parts, config.sum_blocks)
 
     def body(slots: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
-        refs, (_, y, suspicion, heard, failed, news) = ExchangeScalars.split(rest)
+        refs, (_, y, suspicion, arrived, failed, news) = ExchangeScalars.split(rest)
         turn = Turn.open("returned", spec, heap_ref, refs, GROUP_THREADS, stand_in=config.stand_in)
         block, thread = simt.block(), simt.thread()
         home = turn.heap.region("ticket", turn.heap.rank, HOME)
@@ -189,7 +189,7 @@ def receive_home(
         summing = Summing(spec, turn, slots, weights, suspicion, per_token, parts)
         first = summing.prepare(block)  # these loads overlap with the wait
         with simt.when(block == 0):
-            turn.await_partners(ArrivalFlags(suspicion, heard, failed))
+            turn.await_partners(ArrivalFlags(suspicion, arrived, failed))
             simt.barrier()  # After: thread 0 has written this rank's own suspicion.
             with simt.when(thread == 0):
                 all_came = simt.load(simt.address(failed)) == 0

@@ -34,7 +34,7 @@ def dispatch(
     Returns:
         The rows of every source, zero without a slot here; on a GPU a `handover.RowsInWindow`,
         which leaves them where they arrived, for `expert_gemm`. Their Choices `[R T K]` on this
-        rank. The suspicion. The largest vote of all ranks heard.
+        rank. The suspicion. The largest vote of this rank and those that came.
 
     Raises:
         ValueError: more tokens than the window holds, or other channels or choices.

@@ -48,15 +48,15 @@ class HostDispatch(HostExchange):
             self.signal(turn, peer)
 
         # Receive. Invariant: rows of a source are read only after its flag holds this round.
-        heard = self.wait(turn, suspicion_out)
-        if heard is None:
+        arrived = self.wait(turn, suspicion_out)
+        if arrived is None:
             return
         own = turn.windows[turn.rank]
-        sources = every_or(heard, len(slots_out))
+        sources = every_or(arrived, len(slots_out))
         received = own["slots"][half, sources, :tokens]
         slots_out[sources] = received
         weights_out[sources] = own["weights"][half, sources, :tokens]
         here = (received >= 0).any(axis=2)[..., None]
         rows_out[sources] = np.where(here, own["rows"][half, sources, :tokens], 0)
-        if heard:
+        if arrived:
             vote_out[...] = max(turn.vote, int(own["votes"][half, sources, 0].max()))

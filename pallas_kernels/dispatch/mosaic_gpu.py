@@ -52,11 +52,11 @@ def dispatch_mosaic(
 
     def body(rows: Ref, slots: Ref, weights: Ref, heap_ref: Ref, *rest: Ref) -> None:
         refs, rest = ExchangeScalars.split(rest)
-        *outs, ticket, heard, failed, largest, counts = rest
+        *outs, ticket, arrived, failed, largest, counts = rest
         turn = Turn.open("sent", spec, heap_ref, refs, sending.threads, stand_in=config.stand_in)
         sending.write(rows, slots, weights, turn)
         with simt.when(turn.is_last_block(DISPATCH_DONE, sending.blocks, ticket)):
-            _arrive(turn, lists, outs, (heard, failed, largest, counts))
+            _arrive(turn, lists, outs, (arrived, failed, largest, counts))
 
     found = simt.kernel(
         body,
@@ -92,7 +92,7 @@ def send(
         sending.write(rows, slots, weights, turn)
         with simt.when(turn.is_last_block(DISPATCH_DONE, sending.blocks, ticket)):
             is_partner, _ = turn.partners()
-            turn.tell_partners(is_partner)
+            turn.post_to_partners(is_partner)
             with simt.when(simt.thread() == 0):
                 simt.store(simt.address(done), simt.word(1))
 
@@ -124,9 +124,9 @@ def receive(
     lists = RowLists(spec, *shape, config.tile_rows)
 
     def body(heap_ref: Ref, *rest: Ref) -> None:
-        refs, (_, *outs, heard, failed, largest, counts) = ExchangeScalars.split(rest)
+        refs, (_, *outs, arrived, failed, largest, counts) = ExchangeScalars.split(rest)
         turn = Turn.open("sent", spec, heap_ref, refs, GROUP_THREADS * lists.groups)
-        _arrive(turn, lists, outs, (heard, failed, largest, counts))
+        _arrive(turn, lists, outs, (arrived, failed, largest, counts))
 
     found = simt.kernel(
         body,
@@ -148,18 +148,18 @@ def _outputs(lists: RowLists) -> dict:
 
 
 def _shared(lists: RowLists) -> tuple[int, ...]:
-    """Lengths of `heard`, `failed`, `largest` and `counts`."""
+    """Lengths of `arrived`, `failed`, `largest` and `counts`."""
     return lists.spec.ranks, 1, 1, lists.slots
 
 
 def _arrive(turn: Turn, lists: RowLists, outs: list, shared: tuple) -> None:
     """Part of a kernel: one block posts, waits, and groups what came."""
-    (suspicion, vote, *listed), (heard, failed, largest, counts) = outs, shared
-    turn.forget_home()
+    (suspicion, vote, *listed), (arrived, failed, largest, counts) = outs, shared
+    turn.clear_home()
     lists.clear(counts, turn.threads)  # Complete after the barriers of await_partners.
-    turn.await_partners(ArrivalFlags(suspicion, heard, failed))
-    collect = lambda: lists.collect(turn.heap, heard, counts, listed, turn.threads)
-    turn.gather_votes(heard, largest, vote, meanwhile=collect)
+    turn.await_partners(ArrivalFlags(suspicion, arrived, failed))
+    collect = lambda: lists.collect(turn.heap, arrived, counts, listed, turn.threads)
+    turn.gather_votes(arrived, largest, vote, meanwhile=collect)
 
 
 def _received(
@@ -276,5 +276,5 @@ class Sending:
             simt.select(real, slot // self.spec.slots_per_rank, own)
             for real, slot in zip(there, found, strict=True)
         ]
-        heard = [real & is_partner(owner) for real, owner in zip(there, owners, strict=True)]
-        return list(zip(owners, first_of_each(there, owners, heard), strict=True))
+        arrived = [real & is_partner(owner) for real, owner in zip(there, owners, strict=True)]
+        return list(zip(owners, first_of_each(there, owners, arrived), strict=True))

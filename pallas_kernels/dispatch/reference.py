@@ -10,10 +10,10 @@ def dispatch_reference(
     active: Int32[Array, "R"],
     slots_per_rank: int,
 ) -> tuple[Float[Array, "R R T D"], Int32[Array, "R R T K"]]:
-    """`rows[d, s, t] = x[s, t]` if any choice of token t of source s lies on rank d, else 0.
+    """`rows[d, s, t] = x[s, t]` if any choice of token t of source s is on rank d, else 0.
 
     `slots` are flat ids `rank * S + slot`, -1 for none. The second result is, for each destination
-    and source, the slot on the destination, -1 where the choice lies elsewhere. Inactive ranks
+    and source, the slot on the destination, -1 if the choice runs elsewhere. Inactive ranks
     neither send nor receive. With S=8, a choice of slot 19 is slot 3 on rank 2.
     """
     ranks = x.shape[0]

@@ -109,7 +109,7 @@ class ArrivalFlags(typing.NamedTuple):
     """References that the block which waits for the partners writes."""
 
     suspicion: Int32[Array, "R"]  # an output
-    heard: Int32[Array, "R"]  # shared memory: 1 where the flag came
+    arrived: Int32[Array, "R"]  # shared memory: 1 if the flag came
     failed: Int32[Array, "1"]  # shared memory: 1 if a flag did not come
 
 
@@ -183,7 +183,7 @@ class Turn:
         simt.barrier()  # After: all threads can read `seen`.
         return simt.load(seen) == blocks - 1
 
-    def forget_home(self) -> None:
+    def clear_home(self) -> None:
         """Part of a kernel: marks this round's results as not home, before combine's last kernel.
 
         A rank that runs a round again, alone, would otherwise find the word of the first run.
@@ -193,24 +193,24 @@ class Turn:
             simt.store(at, word_at(self.refs.round) ^ NOT_HOME)
 
     @simt.phase("post")
-    def tell_partners(self, is_partner: IsPartner) -> None:
+    def post_to_partners(self, is_partner: IsPartner) -> None:
         """Part of a kernel: writes the vote, then posts the round, into each partner's window."""
         heap, vote, current = self.heap, word_at(self.refs.vote), word_at(self.refs.round)
 
-        def tell(peer: Word) -> None:
+        def post_to(peer: Word) -> None:
             with simt.when(is_partner(peer)):
                 ways = ((peer, heap.rank), (heap.rank, peer))
                 for to, by in ways[: 2 if self.stand_in else 1]:
                     simt.store(heap.region("votes", to, by), vote)
                     simt.post(heap.region(self.flag, to, by), current)
 
-        simt.each(simt.thread(), heap.spec.ranks, self.threads, tell)
+        simt.each(simt.thread(), heap.spec.ranks, self.threads, post_to)
 
     @simt.phase("wait")
     def await_partners(self, out: ArrivalFlags) -> None:
         """Part of a kernel, called by all threads of one block: posts the round, awaits theirs.
 
-        After: rows of rank r may be read where `heard[r]` is 1. The abort word, in host memory, is
+        After: rows of rank r may be read if `arrived[r]` is 1. The abort word, in host memory, is
         read only if a rank is late: a read costs microseconds.
         """
         thread, heap, refs = simt.thread(), self.heap, self.refs
@@ -221,25 +221,25 @@ class Turn:
         is_partner, ended = self.partners()
         failed = simt.address(out.failed)
 
-        def hear(peer: Word) -> None:
+        def await_flag(peer: Word) -> None:
             simt.store(entry(out.suspicion, peer), simt.load(entry(refs.suspicion, peer)))
-            simt.store(entry(out.heard, peer), simt.word(0))
+            simt.store(entry(out.arrived, peer), simt.word(0))
             with simt.when(is_partner(peer)):
                 at = heap.region(self.flag, heap.rank, peer)
                 came = simt.wait_for(at, current, start, limit_ns, abort, epoch)
-                simt.store(entry(out.heard, peer), came)
+                simt.store(entry(out.arrived, peer), came)
                 with simt.when(came == 0):
-                    # An aborted wait blames nobody.
+                    # An aborted wait suspects no rank.
                     late = epoch.below(simt.load_relaxed(abort)) ^ 1
                     simt.store(entry(out.suspicion, peer), late.narrow())
                     simt.store(failed, simt.word(1))
 
         with simt.when(thread == 0):
             simt.store(failed, ended.narrow())
-        self.tell_partners(is_partner)
+        self.post_to_partners(is_partner)
         simt.barrier()  # After: all flags are posted, and `failed` is initialised.
-        simt.each(thread, heap.spec.ranks, self.threads, hear)
-        simt.barrier()  # After: `heard` and `failed` are final, and each thread has acquired all.
+        simt.each(thread, heap.spec.ranks, self.threads, await_flag)
+        simt.barrier()  # After: `arrived` and `failed` are final, and each thread has acquired all.
         # Read again after all waits: an abort that ended one of them is visible here too.
         with simt.when((thread == 0) & (simt.load(failed) != 0)):
             aborted = ended | epoch.below(simt.load_relaxed(abort))
@@ -247,14 +247,14 @@ class Turn:
 
     @simt.phase("vote")
     def gather_votes(
-        self, heard: Ref, largest: Ref, vote: Ref, meanwhile: Callable[[], None]
+        self, arrived: Ref, largest: Ref, vote: Ref, meanwhile: Callable[[], None]
     ) -> None:
-        """Part of a kernel, after `await_partners`: the largest vote of those heard and this rank.
+        """Part of a kernel, after `await_partners`: the largest vote of all ranks that came.
 
         `meanwhile` runs while the votes are loaded; all threads must pass a barrier in it.
 
         Args:
-            heard: of ArrivalFlags.
+            arrived: of ArrivalFlags.
             largest: int32 [1] in shared memory.
             vote: the output.
             meanwhile: emits the code between the loads and their use.
@@ -266,7 +266,7 @@ class Turn:
         for first in range(0, ranks, self.threads):
             inside = thread + first < ranks
             peer = simt.select(inside, thread + first, 0)
-            came = inside & (simt.load(entry(heard, peer)) != 0)
+            came = inside & (simt.load(entry(arrived, peer)) != 0)
             votes.append(
                 (came, simt.load_if(came, self.heap.region("votes", self.heap.rank, peer)))
             )
@@ -279,15 +279,15 @@ class Turn:
             simt.store(simt.address(vote), simt.load(at))
 
 
-def first_of_each(there: Sequence, owners: Sequence, heard: Sequence) -> list:
-    """`heard` without the choices whose owner already owns an earlier choice that is there.
+def first_of_each(there: Sequence, owners: Sequence, arrived: Sequence) -> list:
+    """`arrived` without the choices whose owner already owns an earlier choice that is there.
 
     Lists over k, of Words or of anything with their operators: owners `[0 2 0]` of choices that are
-    all there and heard give `[1 1 0]`.
+    all there, with arrived `[1 1 1]`, give `[1 1 0]`.
     """
     fresh = []
     for k, owner in enumerate(owners):
-        found = heard[k]
+        found = arrived[k]
         for earlier in range(k):
             found = found & ((there[earlier] & (owners[earlier] == owner)) ^ 1)
         fresh.append(found)

@@ -70,13 +70,13 @@ class RowLists:
 
     @simt.phase("list rows")
     def collect(
-        self, heap: Heap, heard: Ref, counts: Ref, outs: Sequence[Ref], threads: int
+        self, heap: Heap, arrived: Ref, counts: Ref, outs: Sequence[Ref], threads: int
     ) -> None:
         """Part of a kernel, called by all threads of the block after a barrier.
 
         Args:
             heap: of this use of the window.
-            heard: int32 [R] in shared memory, 1 for the sources whose rows may be read.
+            arrived: int32 [R] in shared memory, 1 for the sources whose rows may be read.
             counts: int32 [S] in shared memory, zeroed by `clear`.
             outs: references to the outputs, in the order of `out`.
             threads: of the block.
@@ -87,7 +87,7 @@ class RowLists:
         def four(index: Word) -> None:
             pair = index * 4
             source = pair // per_source
-            came = simt.load(entry(heard, source)) != 0
+            came = simt.load(entry(arrived, source)) != 0
             inside = pair % per_source
             start = heap.region("slots", heap.rank, source) + inside.wide() * 4
             found = simt.load_words(start, 4)

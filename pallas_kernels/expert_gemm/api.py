@@ -86,8 +86,8 @@ def _on_gpu(
     config = config or config_for(tile_rows, num_slots, width, hidden, rows_per_slot)
     if mlp.bias_width > hidden and hidden % config.tile_columns:
         raise NotImplementedError(
-            f"biases of F={mlp.bias_width} in rows of D={hidden}, of which {config.tile_columns=} "
-            "is no divisor: a tile's biases would lie in two rows"
+            f"biases of F={mlp.bias_width} in rows of D={hidden}: {config.tile_columns=} must "
+            "divide D, or a tile's biases would lie in two rows"
         )
     if config.tile_rows != tile_rows:
         raise ValueError(f"{config.tile_rows=}, but dispatch listed tiles of {tile_rows} rows")

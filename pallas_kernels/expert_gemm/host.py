@@ -20,7 +20,7 @@ def expert_gemm_tiles(
     tile_rows: int,
     mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "R T K D"]:
-    """Same as the reference for `bank[:, layer]`; rows of choices that lie elsewhere are zero."""
+    """Same as the reference for `bank[:, layer]`; rows of choices that run elsewhere are zero."""
     sources, tokens, choices = slots.shape
     hidden, num_slots = rows.shape[-1], bank.shape[0]
     pairs = sources * tokens * choices

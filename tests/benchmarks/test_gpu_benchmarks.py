@@ -16,7 +16,7 @@ from benchmarks import bench_dispatch_combine as exchanges
 from benchmarks import bench_expert_gemm as gemm
 from benchmarks import bench_step as steps
 from benchmarks import gpu_rates, gpu_timing, gpu_trace
-from benchmarks.bench_dispatch_combine import Bytes, Family, bytes_of
+from benchmarks.bench_dispatch_combine import Bytes, bytes_of
 from benchmarks.bench_expert_gemm import Case, Experts
 from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
 from benchmarks.harness import Sheet, Unfit, append, read
@@ -29,8 +29,8 @@ from launch.errors import UsageError
 from tests.support.lowering import a_call, kernels, on_h100
 
 DEVICE = "NVIDIA H100 80GB HBM3"
-SMALL = Family(256, (4, 16))
-SMALL_FP8 = Family(256, (8,), exchanges.FP8, "per_rank")
+SMALL = exchanges.family_of(256, (4, 16))
+SMALL_FP8 = exchanges.family_of(256, (8,), exchanges.FP8, "per_rank")
 FEW_EXPERTS = Experts(16, 256, 128, (16, 128))
 
 
@@ -202,7 +202,10 @@ class TestExchanges:
     @pytest.mark.parametrize("name", exchanges.TIMED)
     def test_all_programs_lower_for_an_h100(self, family, name):
         tokens = family.tokens[-1]
-        loop, data = family.loopback(tokens), exchanges.abstract_data(tokens, family.layout)
+        loop, data = (
+            exchanges.loopback_of(family, tokens),
+            exchanges.abstract_data(tokens, family.layout),
+        )
         call = a_call(exchanges.RANKS)
         wanted = {
             "dispatch": {"dispatch"},
@@ -223,7 +226,7 @@ class TestExchanges:
         family = exchanges.FAMILIES[0]
         data = exchanges.abstract_data(512, family.layout)
         program = exchanges.timed_program(
-            "combine", family.loopback(512), a_call(exchanges.RANKS), data, 3
+            "combine", exchanges.loopback_of(family, 512), a_call(exchanges.RANKS), data, 3
         )
         assert set(kernel_names(program)) == {"combine", "combine_send"}
 

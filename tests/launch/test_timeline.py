@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launch.timeline import (
-    Summary,
     bin_rates,
     plot,
     render_report,
-    report_rows,
     spread,
     summarise,
 )
@@ -90,11 +88,10 @@ class TestSummarise:
 
 
 class TestReport:
-    def test_it_has_a_row_for_each_known_value(self):
+    def test_it_prints_names_and_values(self):
         output = io.StringIO()
-        rows = report_rows(summarise(a_failure(), MARKS))
+        rows = [("recovery pause", "0.900 s"), ("before the kill", "100 tokens/s")]
         render_report(rows, title="Recovery", console=Console(file=output, width=100))
-        assert len(rows) == len(Summary.__dataclass_fields__)
         assert "0.900 s" in output.getvalue() and "100 tokens/s" in output.getvalue()
 
     def test_brackets_are_no_markup(self):

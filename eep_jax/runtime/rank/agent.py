@@ -1,7 +1,7 @@
 """The main loop of a rank: receive, decide, carry out, step.
 
-The link's thread only moves bytes and sets the abort word; every decision and every change of
-engine, heap and bank is made here, between two steps.
+The thread of the control client only moves bytes and sets the abort word; every decision and every
+change of engine, heap and bank is made here, between two steps.
 """
 
 import logging
@@ -63,7 +63,7 @@ class Agent:
         link.on_prepare = engine.lockstep.abort
 
     def run(self) -> int:
-        """Warms up alone, offers itself, and serves until it is told to end."""
+        """Warms up alone, offers this rank, and serves until it has to end."""
         started = time.monotonic()
         self._watch.start = self._start.done(self._engine.warm_up())
         self._lockstep.clear_flags()
@@ -90,7 +90,7 @@ class Agent:
         self._lockstep.nudge()
 
     def _step(self) -> bool:
-        """Runs one step if this rank may and anybody has work; False if there was nothing to do."""
+        """Runs one step if this rank may and any rank has work; False if there was none."""
         engine = self._engine
         if self._state.mode is not Mode.SERVING or engine.held:
             return False
@@ -98,7 +98,7 @@ class Agent:
             return False
         outcome = engine.advance()
         if outcome.committed and self._watch.stepped():
-            self._tell_numbers()  # what the change took is known
+            self._send_numbers()  # the duration of the change is known
         if not outcome.committed:
             self._feed(p.StepAccused(engine.epoch, outcome.accused))
         elif outcome.progress:
@@ -124,9 +124,9 @@ class Agent:
                 self._feed(message)
 
     def _plan(self, prepare: Prepare) -> None:
-        """Nobody died: first all ranks end their step, at a round that they agree on."""
+        """Starts a change without a death: all ranks first stop at a round that they agree on."""
         if prepare.epoch <= self._state.epoch:
-            self._feed(prepare)  # late; it is only answered
+            self._feed(prepare)  # late; it is answered without effect
             return
         if self._planned is None:
             self._planned_s = time.monotonic()
@@ -137,12 +137,12 @@ class Agent:
             self._attach_early(prepare)
 
     def _attach_early(self, prepare: Prepare) -> None:
-        """Maps who comes in before the last step that all wait for: no step uses it yet."""
+        """Maps ranks that come in while steps go on, to shorten the stop; no step uses them yet."""
         for peer in prepare.view.in_epoch:
             if peer != self._rank and peer not in self._attached:
                 try:
                     self._attach(peer, prepare.handles.get(peer, ""))
-                except HeapError as error:  # it is tried again once all hold
+                except HeapError as error:  # tried again once all hold
                     _log.warning("cannot map rank %d yet: %s", peer, error)
 
     def _begin_planned(self) -> None:
@@ -160,7 +160,7 @@ class Agent:
         self._feed(prepare)
 
     def _fetch(self) -> bool:
-        """Goes on with a Fetch, between two steps; whether it did anything that steps wait for."""
+        """Continues a Fetch between two steps; True if it did something that steps wait for."""
         fetch, bank = self._state.fetch, self._bank
         if fetch is None or time.monotonic() < self._fetch_from_s:
             return False
@@ -183,7 +183,7 @@ class Agent:
         try:
             self._engine.add(request)
         except (QueueFull, ValueError) as error:
-            # The supervisor checks both before it assigns, so this is its mistake: log and go on.
+            # The supervisor checks both before it assigns, so this is a bug there: log and go on.
             _log.error("request refused: %s", error)
 
     def _report(self, progress: tuple[Progress, ...]) -> None:
@@ -193,7 +193,7 @@ class Agent:
         self._link.send(messages.Produced(progress=progress))
 
     def _feed(self, event) -> None:
-        """Advances the participant and carries out its actions; what they cause is fed in turn."""
+        """Advances the participant and carries out its actions, whose results are fed in turn."""
         before = self._state
         self._state, actions = p.advance(self._state, event)
         if before.mode is not self._state.mode:
@@ -210,7 +210,7 @@ class Agent:
                 case p.CarryOut(prepare=prepare):
                     self._publish()
                     if self._watch.is_waiting:
-                        self._tell_numbers()  # of the change before, which ends here
+                        self._send_numbers()  # of the change before, which ends here
                     self._feed(self._carry_out(prepare))
                 case p.Resume(view=view, placement=placement):
                     with self._watch.committing(view.epoch):
@@ -226,7 +226,7 @@ class Agent:
             try:
                 self._attach(peer, handle)
             except HeapError as error:
-                # Not fatal: what a dummy holds fails its digest, and the next source is tried.
+                # Not fatal: the content of a dummy fails its digest, and the next source is tried.
                 _log.warning("cannot read from rank %d: %s", peer, error)
         with self._watch.loading():
             loaded = self._relocate(load.slots, load.moves, p.Loaded)
@@ -263,7 +263,7 @@ class Agent:
         return result
 
     def _relocate(self, slots, moves, done):
-        """What could not be had is told, with the reason; to end for it would help nobody."""
+        """Fills slots. A failure is reported with its reason, and the rank goes on."""
         try:
             return done(self._executor.carry_out(slots, moves), {})
         except RelocationFailed as error:
@@ -275,7 +275,7 @@ class Agent:
             self._attached[peer] = handle
 
     def _attach_patiently(self, peer: int, handle: str, epoch: int) -> bool:
-        """Maps a peer, trying again for a while; False once a later epoch is being prepared."""
+        """Maps a peer, with retries; False once a later epoch is being prepared."""
         deadline = time.monotonic() + ATTACH_TRIES_MS / 1000
         while self._lockstep.aborted_epoch <= epoch:
             try:
@@ -296,7 +296,7 @@ class Agent:
         backups = self._backups
         return self._state.status(
             incarnation=self._link.incarnation,
-            sequence=0,  # numbered by the link as it is sent
+            sequence=0,  # numbered when it is sent
             contents=self._bank.contents,
             handle=self._heap.export(),
             backup=Backup() if backups is None else backups.offer,
@@ -309,9 +309,9 @@ class Agent:
             return
         if self._status() != self._published:
             self._publish()  # a backup was added, or a source measured
-        self._tell_numbers()
+        self._send_numbers()
 
-    def _tell_numbers(self) -> None:
+    def _send_numbers(self) -> None:
         self._telemetry_ms = time.monotonic_ns() // 1_000_000
         engine = self._engine
         self._link.send(
@@ -328,5 +328,5 @@ class Agent:
 
 
 def _in_short(lost: dict[int, str]) -> dict[int, str]:
-    """Reasons of a length that a Status may have."""
+    """Reasons, cut to the length that a Status may have."""
     return {expert: why[:REASON_CHARACTERS_MAX] for expert, why in lost.items()}

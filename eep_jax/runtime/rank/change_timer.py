@@ -1,4 +1,4 @@
-"""A rank's stopwatch for a change of epoch: how long each part took, and what was moved."""
+"""Stopwatch of a rank for a change of epoch: seconds by phase, and experts moved."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,9 @@ from eep_jax.runtime.control.messages import ChangeTimes, StartTimes
 
 
 class ChangeTimer:
-    """`times` are those of the last change that was committed here, None before the first.
+    """`times` are those of the last committed change, None before the first.
 
-    A change that is given up for another leaves its moves to it, and not its seconds.
+    The moves of an abandoned change count for the next one, its seconds do not.
     """
 
     def __init__(self, executor: Executor):
@@ -19,7 +19,7 @@ class ChangeTimer:
         self._moved, self._bytes_moved = {}, {}  # as they were at the last commit
         self._load_s = self._detach_s = self._fetch_s = 0.0
         self._committed_s: float | None = None  # while no step counted since
-        self.start: StartTimes | None = None  # told with the first change
+        self.start: StartTimes | None = None  # sent with the first change
         self.times: ChangeTimes | None = None
 
     @contextlib.contextmanager
@@ -60,11 +60,11 @@ class ChangeTimer:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no step counted since the last change."""
+        """Whether no step was committed since the last change."""
         return self._committed_s is not None
 
     def stepped(self) -> bool:
-        """A step counted; whether it was the first since the last change."""
+        """Notes a committed step; True if it was the first since the last change."""
         if self._committed_s is None:
             return False
         first_step_s = time.monotonic() - self._committed_s

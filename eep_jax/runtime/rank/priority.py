@@ -1,9 +1,8 @@
-"""A process that is on its way in leaves the cores to ranks that serve, until it offers itself.
+"""CPU priority of a process that is coming in: ranks that serve go first, until it offers itself.
 
-Linux schedules by session ("autogroups", where they are on), and lets a session's own processes
-raise its priority again, which that of a single process needs a privilege for. A launcher starts
-each process in a session of its own and lowers it; the process takes it back. Where there are no
-autogroups, nothing is lowered.
+Linux schedules by session where autogroups are on, and lets the processes of a session raise its
+priority again; for a single process that takes a privilege. A launcher starts each process in its
+own session and lowers it; the process raises it again. Without autogroups nothing is lowered.
 """
 
 import logging
@@ -20,7 +19,7 @@ _TRY_S = 0.05
 
 
 def lower(pid: int, nice: int) -> bool:
-    """Lowers the session of a process that leads it by so many steps of `nice`; whether it did."""
+    """Lowers the session led by process `pid` to `nice`; False where that is not possible."""
     try:
         return os.getsid(pid) == pid and _write(pid, nice)
     except OSError as error:  # it is gone, the kernel is busy with others, or has no autogroups
@@ -29,7 +28,7 @@ def lower(pid: int, nice: int) -> bool:
 
 
 def restore_priority() -> bool:
-    """Ends what `lower` did to this process, if it did; whether its priority is full now."""
+    """Undoes `lower` for this process; True if its priority is full now."""
     if not os.environ.pop(LOWERED, "") or os.getsid(0) != os.getpid():
         return True
     ends_s = time.monotonic() + RAISE_TRIES_S
@@ -44,7 +43,7 @@ def restore_priority() -> bool:
 
 
 def nice_of(pid: int) -> int:
-    """Of a process's session. Raises OSError where there are no autogroups."""
+    """`nice` of the session of a process. Raises OSError without autogroups."""
     text = pathlib.Path(f"/proc/{pid}/autogroup").read_text()
     found = re.search(r"nice (-?\d+)", text)
     return int(found[1]) if found else 0

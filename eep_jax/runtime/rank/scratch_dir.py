@@ -1,4 +1,4 @@
-"""A directory in memory that goes when its process does, however that ends."""
+"""Scratch directory that is removed when its process ends, even by SIGKILL."""
 
 import contextlib
 import dataclasses
@@ -28,8 +28,8 @@ class Scratch:
 def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
     """A fresh directory in `parent` that only this user may read.
 
-    A helper waits for the end of this process and removes it. What processes left whose helper was
-    killed, too, is removed here. Raises OSError where `parent` cannot be written to.
+    A helper process waits for the end of this one and removes it. Directories whose helpers were
+    killed as well are removed here. Raises OSError if `parent` is not writable.
     """
     sweep(parent)
     prefix = f"{PREFIX}-{name}-{_boot()}-{os.getpid()}-{start_ticks(os.getpid())}-"
@@ -37,12 +37,12 @@ def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
     ours, life = os.pipe()
     try:
         subprocess.Popen(
-            # What asks all processes of a job to end (scancel) asks this one, too: it waits on.
+            # Ignores signals to a whole job, such as those of scancel.
             ["/bin/sh", "-c", 'trap "" TERM INT HUP; read -r line; rm -rf -- "$0"', path],
             stdin=ours,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # it outlives what ends this process
+            start_new_session=True,  # it outlives this process
             close_fds=True,
         )
     except OSError:
@@ -55,7 +55,7 @@ def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
 
 
 def sweep(parent: pathlib.Path) -> None:
-    """Removes scratch directories of processes of this machine that have ended."""
+    """Removes scratch directories of ended processes of this machine."""
     for path in pathlib.Path(parent).glob(f"{PREFIX}-*-{_boot()}-*"):
         with contextlib.suppress(ValueError):
             pid, ticks = map(int, path.name.split("-")[-3:-1])
@@ -64,5 +64,5 @@ def sweep(parent: pathlib.Path) -> None:
 
 
 def _boot() -> str:
-    """Same for processes whose pids mean the same."""
+    """Equal for processes that share a pid namespace."""
     return hashlib.sha256(boot_id().encode()).hexdigest()[:12]

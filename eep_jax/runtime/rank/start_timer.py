@@ -1,4 +1,4 @@
-"""A new process's stopwatch: where its seconds go before it offers itself."""
+"""Stopwatch of a new process: seconds by phase until it offers itself."""
 
 import os
 import time
@@ -14,8 +14,8 @@ if typing.TYPE_CHECKING:  # loading JAX is one of the phases
 class StartTimer:
     """Begins with the process itself. `phase` ends a phase and begins the next one.
 
-    python        from the start of the process until it is known to this watch
-    ...           as told to `phase`
+    python        from the start of the process until this object is made
+    ...           as given to `phase`
     executables   loading or compiling them       run   first runs of each
     """
 
@@ -25,7 +25,7 @@ class StartTimer:
         self._before_s = time.monotonic()
 
     def phase(self, name: str) -> None:
-        """What was done since the last phase is called `name`."""
+        """Names the time since the last phase."""
         now_s = time.monotonic()
         self._seconds[name] = now_s - self._before_s
         self._before_s = now_s

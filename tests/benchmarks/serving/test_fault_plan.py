@@ -28,13 +28,13 @@ def test_rank_0_is_killed_by_minus_zero(zero):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("[[0,1,2", "is no JSON"),
+        ("[[0,1,2", "is not JSON"),
         ("[]", "must be a list of phases"),
         ("3", "must be a list of phases"),
         ("[[]]", "phase 0 is"),
         ("[[0,1,2],[0,1,4]]", "there is no rank 4, only 0..2"),
-        ("[[0,1,2],[0,1,1.5]]", "1.5 is no rank"),
-        ("[[0,1,2],[0,1,true]]", "True is no rank"),
+        ("[[0,1,2],[0,1,1.5]]", "1.5 is not a rank"),
+        ("[[0,1,2],[0,1,true]]", "True is not a rank"),
         ("[[0,1,2],[0,1,2,-2]]", "rank 2 is listed twice"),
         ("[[0,1]]", "phase 0 leaves out ranks [2]"),
         ("[[0,1,2],[0,1]]", "write -2 there"),

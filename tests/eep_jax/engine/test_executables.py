@@ -155,7 +155,7 @@ def test_what_others_may_write_to_is_not_loaded(kept, tmp_path):
     directory = copied(kept, tmp_path)
     os.chmod(directory, 0o770)
     warm = an_engine(directory).warm_up()
-    assert all("writable by no other" in origin for origin in warm.origins.values())
+    assert all("not group- or world-writable" in origin for origin in warm.origins.values())
 
 
 def test_the_digest_of_the_source_changes_with_any_file(tmp_path, monkeypatch):
