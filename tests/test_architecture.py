@@ -22,7 +22,7 @@ TOP_LEVEL = {"eep_jax", "pallas_kernels", "launch", "configs", "tests", "benchma
 
 
 # Allowed so far; both lists may only shrink, to nothing.
-CIRCLES = (("benchmarks.bench_sources", "benchmarks.source_bench"),)
+CIRCLES: tuple[tuple[str, str], ...] = ()
 QUESTIONS = set((ROOT / "tests/questions.txt").read_text().split())
 
 
