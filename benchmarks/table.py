@@ -2,8 +2,8 @@
 
 python -m benchmarks.table
 
-README.md gets the rows of headlines.md, between <!-- results --> and <!-- /results -->;
-benchmarks/results/README.md gets all metrics of all shapes.
+README.md gets the first rows of headlines.md, benchmarks/README.md all of them, both between
+<!-- results --> and <!-- /results -->; benchmarks/results/README.md gets all metrics of all shapes.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ README = absl_flags.DEFINE_string("readme", str(ROOT / "README.md"), "File with 
 # The last word of a metric; "" is a single value.
 STATISTICS = ("", "mean", "p50", "p90", "p95", "p99", "max")
 DERIVED = ("weights_rate", "flop_rate")  # other forms of a time that is in the table
+FRONT = "## In README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -36,6 +37,7 @@ class Headline:
     shape: Mapping
     beside: str  # what the bound is, or the baseline; "" shows neither
     baseline: bool  # the baseline although there is a bound
+    front: bool  # whether README.md shows it
 
     def compared(self, record: Record) -> float | None:
         """The value that the record is shown beside, in its unit."""
@@ -53,8 +55,10 @@ class Headline:
 
 def read_headlines() -> list[Headline]:
     """The rows of headlines.md."""
-    found = []
+    found, front = [], False
     for line in HEADLINES.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            front = line == FRONT
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) != 5 or cells[0] in ("says", "---"):
             continue
@@ -62,7 +66,7 @@ def read_headlines() -> list[Headline]:
         pairs = (word.partition("=")[::2] for word in words.split())
         shape = {name: int(value) if value.isdecimal() else value for name, value in pairs}
         by_baseline = beside.startswith("~")
-        found.append(Headline(says, bench, metric, shape, beside.lstrip("~"), by_baseline))
+        found.append(Headline(says, bench, metric, shape, beside.lstrip("~"), by_baseline, front))
     return found
 
 
@@ -91,9 +95,9 @@ def render(records: Iterable[Record]) -> str:
     return "\n\n".join(_render_device(device, of) for device, of in by_device.items())
 
 
-def render_headlines(records: Iterable[Record]) -> str:
-    """A Markdown table of the headlines for each device."""
-    headlines = read_headlines()
+def render_headlines(records: Iterable[Record], front: bool = False) -> str:
+    """A Markdown table of the headlines for each device; of those of README.md if `front`."""
+    headlines = [line for line in read_headlines() if line.front or not front]
     by_device: dict[str, list[Record]] = {}
     for record in records:
         by_device.setdefault(record.device, []).append(record)
@@ -183,13 +187,14 @@ def _number(value: float | None) -> str:
 
 
 def main() -> int:
-    readme = pathlib.Path(README.value)
-    try:
-        records = read(sorted(RESULTS.glob("*.jsonl")))
-        text = insert(readme.read_text(encoding="utf-8"), render_headlines(records))
-    except (OSError, ValueError) as error:
-        raise flags.UsageError(f"{readme}: {error}") from error
-    readme.write_text(text, encoding="utf-8")
+    records = read(sorted(RESULTS.glob("*.jsonl")))
+    readmes = (pathlib.Path(README.value), True), (HEADLINES.with_name("README.md"), False)
+    for readme, front in readmes:
+        try:
+            text = insert(readme.read_text(encoding="utf-8"), render_headlines(records, front))
+        except (OSError, ValueError) as error:
+            raise flags.UsageError(f"{readme}: {error}") from error
+        readme.write_text(text, encoding="utf-8")
     (RESULTS / "README.md").write_text(f"# All results\n\n{render(records)}\n", encoding="utf-8")
     return 0
 
