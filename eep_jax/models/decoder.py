@@ -18,6 +18,7 @@ from eep_jax.models.latent_attention import LatentAttention
 from eep_jax.models.linear import linear
 from eep_jax.models.moe_block import DenseExperts, dense_experts, expert_mlp
 from eep_jax.models.router import choose
+from pallas_kernels.product.api import product
 
 
 class Mlp(nnx.Module):
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
         if not self.config.tied_embeddings:
             return self.head(normed)
         table = self.embed.embedding[...]
-        return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.float32)
+        return product(normed, table, out_dtype=jnp.float32, transposed=True)
 
 
 class DenseModel(nnx.Module):

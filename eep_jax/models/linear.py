@@ -1,11 +1,9 @@
-"""NNX projections whose products are fast on a GPU even for a single row."""
+"""NNX projections; on a GPU the product of a row has the same bits beside any others."""
 
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import platform
+from pallas_kernels.product.api import product, products
 
 
 def linear(inputs: int, outputs: int, **options) -> nnx.Linear:
@@ -14,16 +12,19 @@ def linear(inputs: int, outputs: int, **options) -> nnx.Linear:
 
 
 def dot_of_rows(
-    x: Float[Array, "*T D"], weights: Float[Array, "D N"], *arguments, **options
+    x: Float[Array, "*T D"],
+    weights: Float[Array, "D N"],
+    dimension_numbers,
+    preferred_element_type=None,
+    **options,
 ) -> Float[Array, "*T N"]:
-    """Like `lax.dot_general`; on a GPU a single row is padded by a row of zeros.
+    """`product`, with the arguments that nnx.Linear gives to `lax.dot_general`."""
+    del dimension_numbers, options
+    return product(x, weights, out_dtype=preferred_element_type)
 
-    XLA lowers a product of one row and few weights to a sum of products, each rounded to bfloat16
-    and written to memory first. That is less exact, and slower: for one sequence, a layer of
-    Qwen3-30B-A3B took 107 us on an H100 with padding, 154 us without.
-    """
-    if platform() == "cpu" or x.size != x.shape[-1]:
-        return lax.dot_general(x, weights, *arguments, **options)
-    two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-    found = lax.dot_general(two, weights, (((1,), (0,)), ((), ())), *arguments[1:], **options)
-    return found[:1].reshape(*x.shape[:-1], -1)
+
+def project_together(x: Float[Array, "*T D"], *layers: nnx.Linear) -> list[Float[Array, "*T _"]]:
+    """`layer(x)` for each of `layers`, with one kernel for their products where there is one."""
+    found = products(x, [layer.kernel[...] for layer in layers])
+    biases = [None if layer.bias is None else layer.bias[...] for layer in layers]
+    return [y if bias is None else y + bias for y, bias in zip(found, biases, strict=True)]
