@@ -16,6 +16,7 @@ Kernels are Python functions that emit MLIR through `plgpu.inline_mgpu`. A `Word
 one thread; addresses are 64-bit Words, in shared memory 32-bit ones. Modules import downwards:
 
     launch    a kernel whose body is written with this package
+    floats    float32 values, eight at a time
     vectors   eight bfloat16 channels at a time, fp8, copies of rows
     sync      barriers, flags, waits with a deadline
     memory    addresses, loads, stores, atomics, asynchronous copies
@@ -26,6 +27,10 @@ one thread; addresses are 64-bit Words, in shared memory 32-bit ones. Modules im
 # ruff: noqa: F401, I001
 
 # fmt: off
+from pallas_kernels.simt.floats import (
+    add_float, as_float, divide_float, exp2, fold_values, load_f32x8, max_float, multiply_float,
+    splat_f32x8, subtract_float,
+)
 from pallas_kernels.simt.launch import GROUP_THREADS, kernel
 from pallas_kernels.simt.memory import (
     VECTOR_BYTES, add_shared, address, copy_async, count_up, entry, load, load_if, load_wide,
