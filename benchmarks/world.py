@@ -22,6 +22,7 @@ from eep_jax.engine.step import (
     count_chosen,
     empty_batch,
     make_step,
+    with_items,
 )
 from eep_jax.models.expert_bank import SlabLayout, slab_layout
 from eep_jax.models.kv_cache import KVCache, empty_cache
@@ -111,13 +112,14 @@ class World:
         """A decode step of all sequences, each at the same position; ranks have other tokens."""
         rows = self.config.engine.batch_rows
         tokens = (self.rank * rows + np.arange(rows)) * 97 % self.config.model.vocab_size
-        return dataclasses.replace(
+        batch = dataclasses.replace(
             empty_batch(self.config, StepKind.DECODE),
             tokens=tokens.astype(np.int32),
             batch_rows=np.arange(rows, dtype=np.int32),
             positions=np.full(rows, self.position, np.int32),
             sampled=np.ones(rows, np.bool_),
         )
+        return with_items(self.config, batch)
 
     def arguments(self, tables: Tables, heap=None) -> tuple:
         """The arguments of a step, with shapes instead of arrays; `heap`: that of what it gets."""

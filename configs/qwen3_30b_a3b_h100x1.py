@@ -3,16 +3,16 @@
 Of each rank's GPU, as `eep_jax.models.memory` works it out:
 
     experts      54.0 GiB  heap  128 slots x 0.4 GiB
-    window        0.0 GiB  heap
+    window        0.1 GiB  heap
     embeddings    1.2 GiB  JAX   with the head
     attention     1.7 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
     KV cache     12.0 GiB  JAX   64 sequences x 2048 positions
-    step          0.7 GiB  JAX   estimated
-    unused        8.3 GiB  JAX   takes 0.3 of a GPU
+    step          0.9 GiB  JAX   estimated
+    unused        8.1 GiB  JAX   takes 0.3 of a GPU
     context       0.6 GiB  CUDA
-    in all       78.5 GiB  x 1 of 79.6 GiB
+    in all       78.6 GiB  x 1 of 79.6 GiB
     128 experts on 1 ranks: up to 0 may die, up to 0 with nothing to load
 """
 
@@ -34,7 +34,8 @@ def get_config() -> RunConfig:
         ),
         engine=EngineConfig(
             batch_rows=64,
-            prefill_tokens=64,
+            prefill_tokens=1024,
+            prompt_shapes=(64, 256),
             context_tokens=2048,
             row_tile=64,  # a decode step is one tile, without a loop
             step_deadline_ms=10_000,

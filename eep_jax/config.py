@@ -14,6 +14,7 @@ SOURCES = ("local", "peer", "backup", "checkpoint")
 SOURCE_ORDERS = ("measured", "tier")  # the fastest as measured, or as listed in `sources`
 DTYPES = ("float32", "bfloat16")
 DISPATCH_DTYPES = ("", "float8_e4m3fn")
+PROMPT_SHAPES_MAX = 4  # kinds of mixed steps
 DTYPE_OF_PLATFORM = {"cpu": "float32", "gpu": "bfloat16"}
 
 
@@ -85,6 +86,7 @@ class EngineConfig:
 
     batch_rows: int = 8  # B, sequences a rank decodes at once
     prefill_tokens: int = 32  # C, prompt tokens a mixed step takes beside the B decode rows
+    prompt_shapes: tuple[int, ...] = ()  # fewer prompt tokens, ascending, that there are steps for
     context_tokens: int = 512  # P, longest prompt + completion
     row_tile: int = 8  # rows of one matrix product; results do not depend on other tiles
     combine: str = "per_choice"  # see COMBINE_MODES
@@ -109,6 +111,21 @@ class EngineConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}"
                 )
+        sizes, ascending = self.prompt_sizes, sorted(set(self.prompt_sizes))
+        if (
+            len(sizes) > PROMPT_SHAPES_MAX
+            or list(sizes) != ascending
+            or any(size <= 0 or size % self.row_tile for size in sizes)
+        ):
+            raise ValueError(
+                f"{self.prompt_shapes=} must be at most {PROMPT_SHAPES_MAX - 1} numbers below "
+                f"{self.prefill_tokens=}, ascending, each a multiple of {self.row_tile=}"
+            )
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """The numbers of prompt tokens that there are mixed steps for, ascending."""
+        return (*self.prompt_shapes, self.prefill_tokens)
 
     @property
     def tokens_max(self) -> int:

@@ -25,6 +25,7 @@ from eep_jax.engine.step import (
     StepResult,
     empty_batch,
     make_step,
+    mixed_kinds,
     result_like,
 )
 from eep_jax.heap.heap import SymmetricHeap
@@ -67,7 +68,7 @@ class Engine(LockstepEngine):
 
     def warm_up(self) -> WarmUp:
         started = time.monotonic()
-        for kind in (StepKind.DECODE, StepKind.MIXED):
+        for kind in (StepKind.DECODE, *mixed_kinds(self.config.engine)):
             arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
             self._executables[kind] = self._store.obtain(

@@ -1,8 +1,8 @@
-"""When the ranks of an epoch step, and when they all pause: words in each other's windows.
+"""Lockstep of an epoch's ranks: they pause and wake together by words in each other's windows.
 
 The kind of a step is agreed in the step before (the largest vote). When all votes are IDLE, the
 ranks pause at the same round. A rank that finds work writes that round into every peer's `wake`
-word; so a late reader still sees it, and an old word wakes nobody.
+word; so a late reader still sees it, and an old word has no effect.
 """
 
 import numpy as np

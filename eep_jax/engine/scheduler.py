@@ -12,7 +12,7 @@ import numpy as np
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.request import Progress, Request
-from eep_jax.engine.step import Batch, StepKind, empty_batch
+from eep_jax.engine.step import Batch, StepKind, empty_batch, mixed_kinds, with_items
 from eep_jax.errors import QueueFull
 
 
@@ -102,11 +102,20 @@ class Scheduler:
     def _vote(self, cached: dict[int, int]) -> StepKind:
         running = {i: s for i, s in enumerate(self._sequences) if s is not None}
         # A step that samples adds one token to a sequence, which is then one behind again.
-        if any(cached.get(i, s.cached) < len(s.tokens) - 1 for i, s in running.items()):
-            return StepKind.MIXED
-        if self._waiting and len(running) < len(self._sequences):
-            return StepKind.MIXED
+        missing = [len(s.tokens) - cached.get(i, s.cached) for i, s in running.items()]
+        prompts = sum(count for count in missing if count > 1)
+        free = len(self._sequences) - len(running)
+        for request in itertools.islice(self._waiting, free):
+            prompts += len(request.prompt) + len(request.produced)
+        if prompts:
+            return self._mixed(prompts)
         return StepKind.DECODE if running else StepKind.IDLE
+
+    def _mixed(self, prompt_tokens: int) -> StepKind:
+        """The smallest mixed step that takes so many prompt tokens, else the largest one."""
+        kinds = mixed_kinds(self._config.engine)
+        sizes = zip(kinds, self._config.engine.prompt_sizes, strict=True)
+        return next((kind for kind, size in sizes if size >= prompt_tokens), kinds[-1])
 
     def plan(self, kind: StepKind) -> StepPlan:
         """The fullest batch of this kind. Prompts go into the prefill rows oldest first."""
@@ -136,7 +145,7 @@ class Scheduler:
                 request.top_p,
             )
             cached[batch_row] = end
-        return StepPlan(kind, batch, cached)
+        return StepPlan(kind, with_items(self._config, batch), cached)
 
     def commit(self, plan: StepPlan, tokens: np.ndarray, dropped: np.ndarray) -> list[Progress]:
         """Adds the tokens of a step to their sequences, and frees the rows of finished ones."""

@@ -10,13 +10,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from eep_jax.config import RunConfig
+from eep_jax.config import EngineConfig, RunConfig
 from eep_jax.engine.sampler import sample
 from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread, elastic_experts, shared_elastic_experts
 from eep_jax.models.weights import decoder_graph, merge_decoder
 from eep_jax.tables import Tables
+from pallas_kernels.attention.api import fits as fits_items
+from pallas_kernels.attention.plan import FIELDS, items_max, plan_items
 from pallas_kernels.exchange.call import Call
 
 # Rounds every bfloat16 where the step does. XLA would skip roundings inside fusions, which differ
@@ -29,8 +31,35 @@ class StepKind(enum.IntEnum):
 
     IDLE = 0  # no step: all ranks pause until one has work
     DECODE = 1  # one token for each batch row: T = B
-    MIXED = 2  # prompt tokens beside them: T = B + prefill_tokens
-    HOLD = 3  # no step: all ranks stop at this round, because an epoch is being prepared
+    MIXED = 2  # prompt tokens beside them: T = B + the first of `EngineConfig.prompt_sizes`
+    MIXED_2 = 3  # the same with the second of them, and so on
+    MIXED_3 = 4
+    MIXED_4 = 5
+    HOLD = 6  # no step: all ranks stop at this round, because an epoch is being prepared
+
+
+def mixed_kinds(engine: EngineConfig) -> tuple[StepKind, ...]:
+    """The kinds of steps with prompt tokens that this engine has, by their number of rows."""
+    return tuple(StepKind(StepKind.MIXED + i) for i in range(len(engine.prompt_sizes)))
+
+
+def rows_of(engine: EngineConfig, kind: StepKind) -> int:
+    """T, the rows of a step; of a kind that this engine has not, those of its widest."""
+    if kind <= StepKind.DECODE:
+        return engine.batch_rows
+    sizes = engine.prompt_sizes
+    return engine.batch_rows + sizes[min(kind - StepKind.MIXED, len(sizes) - 1)]
+
+
+def attends_by_items(config: RunConfig) -> bool:
+    """Whether attention of this model runs by work items, and its step as a whole, not by tiles."""
+    model = config.model
+    heads = model.query_heads, model.kv_heads, model.head_dim
+    return (
+        config.platform == "gpu"
+        and model.latent is None
+        and fits_items(*heads, config.engine.context_tokens)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +76,9 @@ class Batch:
     seeds: UInt32[Array, "B 2"]
     temperature: Float32[Array, "B"]
     top_p: Float32[Array, "B"]
+    # What attention does, where it runs by items (see `pallas_kernels.attention.plan`); else None.
+    items: Int32[Array, "W 5"] | None = None
+    items_count: Int32[Array, "1"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +113,10 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
     """
     graph, dtypes = decoder_graph(config.model, jnp.dtype(config.engine.dtype))
     tile = config.engine.row_tile
-    on_gpu = config.platform == "gpu"
+    on_gpu, by_items = config.platform == "gpu", attends_by_items(config)
+    # Where kernels keep a row's bits for any number of rows, nothing is cut into tiles.
+    whole = lambda function, *arrays: function(*arrays)
+    by_rows = whole if by_items else lambda function, *arrays: by_tile(function, tile, *arrays)
     run_experts = run_experts or (shared_elastic_experts if on_gpu else elastic_experts)
     number = jnp.int32 if on_gpu else int
 
@@ -91,10 +126,12 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         visible = jnp.maximum(batch.positions, 0)
         dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
-            q, k, v = by_tile(layer.before_attention, tile, x, visible)
+            q, k, v = by_rows(layer.before_attention, x, visible)
             cache = cache.write(index, batch.batch_rows, batch.positions, k, v)
 
             keys, values = cache.keys[index], cache.values[index]
+
+            after = layer.after_attention if layer.routed else layer.finish
 
             def attend(x, q, positions, batch_rows, keys=keys, values=values, layer=layer):
                 context = layer.attention.attend(q, keys, values, positions, batch_rows)
@@ -103,11 +140,14 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             def attend_own(x, q, positions, keys, values, attend=attend):
                 return attend(x, q, positions, None, keys, values)
 
+            if by_items:
+                work = batch.positions, batch.items, batch.items_count
+                parts = after(x, layer.attention.attend_items(q, keys, values, *work))
             # Row i of a decode step is of batch row i (`Scheduler.plan`), so nothing is looked up.
-            if len(batch.tokens) == config.engine.batch_rows:
-                parts = by_tile(attend_own, tile, x, q, visible, keys, values)
+            elif len(batch.tokens) == config.engine.batch_rows:
+                parts = by_rows(attend_own, x, q, visible, keys, values)
             else:
-                parts = by_tile(attend, tile, x, q, visible, batch.batch_rows)
+                parts = by_rows(attend, x, q, visible, batch.batch_rows)
             if not layer.routed:
                 x = parts
                 continue
@@ -118,7 +158,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             y, lost, call = run_experts(spread, number(layer.index), *parts)
             x, dropped = add(x, y), dropped + lost
             chosen.append(ids_or_none)
-        logits = by_tile(decoder.logits, tile, x[batch.last_rows])
+        logits = by_rows(decoder.logits, x[batch.last_rows])
         tokens = sample(
             logits,
             batch.seeds,
@@ -164,10 +204,15 @@ def by_tile(function, tile_rows: int, *arrays):
 
 def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
     """A batch without tokens, by which a rank without work takes part in a step."""
-    engine = config.engine
-    batch_rows = engine.batch_rows
-    rows = batch_rows if kind is StepKind.DECODE else engine.tokens_max
+    engine, work = config.engine, {}
+    batch_rows, rows = engine.batch_rows, rows_of(engine, kind)
+    if attends_by_items(config):
+        heads = config.model.query_heads // config.model.kv_heads
+        most = items_max(rows, batch_rows, engine.context_tokens, heads)
+        work["items"] = np.zeros((most, len(FIELDS)), np.int32)
+        work["items_count"] = np.zeros(1, np.int32)
     return Batch(
+        **work,
         tokens=np.zeros(rows, np.int32),
         batch_rows=np.zeros(rows, np.int32),
         positions=np.full(rows, -1, np.int32),
@@ -177,3 +222,13 @@ def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
         temperature=np.zeros(batch_rows, np.float32),
         top_p=np.ones(batch_rows, np.float32),
     )
+
+
+def with_items(config: RunConfig, batch: Batch) -> Batch:
+    """Fills in what attention does for these tokens, where it runs by items."""
+    if batch.items is None:
+        return batch
+    heads = config.model.query_heads // config.model.kv_heads
+    found = plan_items(batch.batch_rows, batch.positions, heads)
+    batch.items[: len(found)], batch.items_count[0] = found, len(found)
+    return batch

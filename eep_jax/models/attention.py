@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from eep_jax.config import ModelConfig
 from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
-from eep_jax.models.linear import linear
+from eep_jax.models.linear import linear, project_together
 from eep_jax.models.rope import rope as rope  # re-exported
+from pallas_kernels.attention.api import attend
 
 
 class Attention(nnx.Module):
@@ -42,7 +43,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "*T D"], positions: Int32[Array, "*T"]
     ) -> tuple[Float[Array, "*T Hq C"], Float[Array, "*T Hkv C"], Float[Array, "*T Hkv C"]]:
         """Returns q, k and v; q and k are normed and rotated."""
-        config, q, k = self.config, self.q_proj(x), self.k_proj(x)
+        config = self.config
+        q, k, v = project_together(x, self.q_proj, self.k_proj, self.v_proj)
         heads = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
         if config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -50,7 +52,7 @@ class Attention(nnx.Module):
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         turn = lambda y: rope(y, positions, config.rope_theta, config.rope)
-        return turn(q), turn(k), heads(self.v_proj(x))
+        return turn(q), turn(k), heads(v)
 
     def attend(
         self,
@@ -62,6 +64,18 @@ class Attention(nnx.Module):
     ) -> Float[Array, "T Hq C"]:
         """`attend_cached` with the scale, window and sinks of this layer."""
         return attend_cached(q, keys, values, positions, batch_rows, **self._options())
+
+    def attend_items(
+        self,
+        q: Float[Array, "T Hq C"],
+        keys: Float[Array, "B Hkv P C"],
+        values: Float[Array, "B Hkv P C"],
+        positions: Int32[Array, "T"],
+        items: Int32[Array, "W 5"],
+        count: Int32[Array, "1"],
+    ) -> Float[Array, "T Hq C"]:
+        """`pallas_kernels.attention.api.attend` with the scale, window and sinks of this layer."""
+        return attend(q, keys, values, positions, items, count, **self._options())
 
     def attend_whole(
         self,
@@ -170,6 +184,8 @@ def attend_xla(
     else:
         by_head = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
         weights = softmax_with_sinks(scores, by_head).astype(v.dtype)
+    # What an earlier sequence left there may be NaN, and 0 x NaN is NaN.
+    v = jnp.where(visible[:, None, :, None], v, 0)
     context = product("thgp,thpc->thgc", weights, v).astype(q.dtype)
     return context.reshape(tokens, query_heads, channels)
 

@@ -124,6 +124,9 @@ def attend_latent(
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("thr,tpr->thp", q[..., :rank], latents)
     scores = (scores + product("thr,tpr->thp", q[..., rank:], keys)) * scale
-    scores = jnp.where(seen(keys.shape[1], positions)[:, None, :], scores, -jnp.inf)
+    visible = seen(keys.shape[1], positions)
+    scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype)
+    # What an earlier sequence left there may be NaN, and 0 x NaN is NaN.
+    latents = jnp.where(visible[:, :, None], latents, 0)
     return product("thp,tpr->thr", weights, latents).astype(q.dtype)

@@ -272,3 +272,18 @@ def test_a_step_without_tokens_sends_no_row_and_gives_no_progress():
     outcome = engine.advance()
     assert outcome.committed and outcome.progress == () and engine.steps == steps + 1
     assert set(window["slots"].ravel().tolist()) == {-1}, "an empty row goes to no expert"
+
+
+def test_tokens_are_the_same_whatever_sizes_of_mixed_steps_there_are():
+    weights = some_weights(a_run().model)
+    requests = [
+        a_request(f"r{i}", range(1, length), 5, seed=i, temperature=0.7 * (i % 2))
+        for i, length in enumerate((2, 6, 20, 40))
+    ]
+
+    def answers(**sizes):
+        engine = an_engine(a_run(**sizes), *weights)
+        assert len(engine._executables) == 2 + len(sizes.get("prompt_shapes", ()))
+        return serve(engine, *requests)[0].tokens
+
+    assert answers(prefill_tokens=16, prompt_shapes=(4, 8)) == answers()

@@ -243,3 +243,38 @@ def test_an_older_prompt_is_not_held_up_by_a_newer_one_in_a_lower_batch_row():
     assert plan.cached == {1: CONFIG.engine.prefill_tokens}
     scheduler.commit(plan, nothing, nothing)
     assert scheduler.plan(StepKind.MIXED).cached[1] == length
+
+
+class TestSeveralMixedSteps:
+    CONFIG = a_run(prefill_tokens=16, prompt_shapes=(4, 8), waiting_max=64)
+
+    def a_scheduler(self, *lengths: int) -> Scheduler:
+        scheduler = Scheduler(self.CONFIG)
+        for i, length in enumerate(lengths):
+            scheduler.add(a_request(f"r{i}", range(length), 3, seed=i))
+        return scheduler
+
+    @pytest.mark.parametrize(
+        ("lengths", "kind", "rows"),
+        [
+            ((1,), StepKind.MIXED, 4 + 4),
+            ((4,), StepKind.MIXED, 4 + 4),
+            ((3, 2), StepKind.MIXED_2, 4 + 8),
+            ((9,), StepKind.MIXED_3, 4 + 16),
+            ((20, 20), StepKind.MIXED_3, 4 + 16),
+        ],
+    )
+    def test_the_vote_is_for_the_smallest_step_that_takes_all_prompts(self, lengths, kind, rows):
+        scheduler = self.a_scheduler(*lengths)
+        assert scheduler.vote() is kind
+        plan = scheduler.plan(kind)
+        assert len(plan.batch.tokens) == rows
+        assert sum(plan.cached.values()) == min(sum(lengths), rows - 4)
+
+    def test_what_is_left_of_a_prompt_is_for_a_smaller_step(self):
+        scheduler = self.a_scheduler(18)
+        assert scheduler.vote_after(scheduler.plan(StepKind.MIXED_3)) is StepKind.MIXED
+
+    def test_a_larger_step_of_a_peer_is_filled_as_far_as_there_are_tokens(self):
+        plan = self.a_scheduler(6).plan(StepKind.MIXED_3)
+        assert plan.cached == {0: 6} and (plan.batch.positions >= 0).sum() == 6
