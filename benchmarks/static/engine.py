@@ -105,7 +105,7 @@ class StaticEngine:
         tokens = np.asarray(tokens.addressable_data(0))
         if self._agree:
             found = StepKind(int(np.asarray(agreed.addressable_data(0))[0]))
-            # Nobody has work: what is run meanwhile is the cheapest step.
+            # Without work the cheapest step is run.
             self.next = max(found, StepKind.DECODE)
         return tuple(self.scheduler.commit(plan, tokens, np.zeros(len(tokens), np.int32)))
 

@@ -79,7 +79,7 @@ class ChangeCosts:
             )
         )
 
-    def told(self, rank: int, times: ChangeTimes) -> None:
+    def add_times(self, rank: int, times: ChangeTimes) -> None:
         for pending in self._pending:
             if pending.epoch == times.epoch and rank in pending.members:
                 pending.times[rank] = times

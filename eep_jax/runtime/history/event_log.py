@@ -54,9 +54,9 @@ class EventLog:
                 self.commit = record
                 self._costs.committed(facts, now_ms)
 
-    def told(self, rank: int, times: ChangeTimes) -> None:
+    def add_times(self, rank: int, times: ChangeTimes) -> None:
         """Adds a rank's report on its last change."""
-        self._costs.told(rank, times)
+        self._costs.add_times(rank, times)
         self.note_costs()
 
     def note_costs(self) -> None:

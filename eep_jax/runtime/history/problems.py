@@ -16,7 +16,7 @@ def problems(state: CoordinatorState, events) -> list[str]:
     if not state.blocked and (why := explain(state)):
         lacking = sorted(set(state.dropped) & {e for _, e in state.shortages.reasons})
         found.append(f"{why} (served without experts {lacking})" if lacking else why)
-    troubles = [told for rank in _awaited(state) if (told := _trouble(state, rank, events))]
+    troubles = [trouble for rank in _awaited(state) if (trouble := _trouble(state, rank, events))]
     found += troubles[:SHOWN_MAX]
     if len(troubles) > SHOWN_MAX:
         found.append(f"and {len(troubles) - SHOWN_MAX} ranks more are not in")

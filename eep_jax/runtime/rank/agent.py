@@ -67,7 +67,7 @@ class Agent:
         started = time.monotonic()
         self._watch.start = self._start.done(self._engine.warm_up())
         self._lockstep.clear_flags()
-        self._is_clear = True  # until the first epoch: nobody sends to a rank that is in none
+        self._is_clear = True  # until the first epoch: no rank sends to one outside it
         _log.info("warm after %.1f s", time.monotonic() - started)
         _log.info("start: %s", self._watch.start)
         restore_priority()  # from now on others may wait for this process
@@ -252,7 +252,7 @@ class Agent:
         with self._watch.fetching():
             done = lambda contents, lost: p.Prepared(prepare.epoch, contents, lost)
             result = self._relocate(slots, prepare.moves, done)
-        if prepare.epoch == 1:  # nobody served yet
+        if prepare.epoch == 1:  # no rank has served yet
             self._executor.measure_memory(list(self._attached))
         # No step runs here, and none of the new epoch can run anywhere before the Commit.
         if not self._is_clear:

@@ -46,7 +46,7 @@ def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | F
         return Fenced(reason=reason)
     if not seen.watchable:
         return Refused(
-            reason=f"no launcher of host {hello.host} has called, so nobody would see rank "
+            reason=f"no launcher of host {hello.host} has called, so no process would see rank "
             f"{hello.rank} die: start ranks there with python -m launch.node"
         )
     return Arrived(hello.rank)

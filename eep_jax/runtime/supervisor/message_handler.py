@@ -117,6 +117,6 @@ class MessageHandler:
         check_telemetry(telemetry, rank, self._config)
         self.telemetry[rank] = telemetry
         if telemetry.change is not None:
-            self._event_log.told(rank, telemetry.change)
+            self._event_log.add_times(rank, telemetry.change)
         if any(telemetry.chosen):
             self._driver.feed(Measured(telemetry.chosen))

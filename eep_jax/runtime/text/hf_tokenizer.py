@@ -30,7 +30,7 @@ class HFTokenizer:
             self._inner = tokenizers.Tokenizer.from_str(spec)
             decoder = json.loads(spec).get("decoder") or {}
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is no tokenizer: {error}") from error
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         # A file may come with the settings of a training run.
         self._inner.no_truncation()
         self._inner.no_padding()

@@ -43,11 +43,13 @@ def a_log_after_a_death(silent_ms=8) -> ChangeCosts:
 
 def test_a_repair_is_recorded_once_all_members_have_taken_a_good_step():
     log = a_log_after_a_death()
-    log.told(0, times(moved={"backup": 2}, bytes_moved={"backup": 200}))
-    log.told(1, times(fetch_s=0.030, moved={"backup": 1, "peer": 1}, bytes_moved={"backup": 100}))
-    log.told(2, times(first_step_s=None))
+    log.add_times(0, times(moved={"backup": 2}, bytes_moved={"backup": 200}))
+    log.add_times(
+        1, times(fetch_s=0.030, moved={"backup": 1, "peer": 1}, bytes_moved={"backup": 100})
+    )
+    log.add_times(2, times(first_step_s=None))
     assert log.take(1_100) == []
-    log.told(2, times(first_step_s=0.006))
+    log.add_times(2, times(first_step_s=0.006))
     (record,) = log.take(1_100)
     assert record == {
         "change": "repair",
@@ -77,7 +79,7 @@ def test_a_repair_is_recorded_once_all_members_have_taken_a_good_step():
 def test_an_idle_cluster_is_recorded_at_the_deadline_without_a_first_step():
     log = a_log_after_a_death()
     for rank in range(3):
-        log.told(rank, times(first_step_s=None))
+        log.add_times(rank, times(first_step_s=None))
     assert log.take(1_051 + REPORT_MS) == []
     (record,) = log.take(1_052 + REPORT_MS)
     assert record["seconds"]["first_step"] is None and record["seconds"]["fetch"] == 0.010
@@ -85,7 +87,7 @@ def test_an_idle_cluster_is_recorded_at_the_deadline_without_a_first_step():
 
 def test_ranks_that_said_nothing_are_named():
     log = a_log_after_a_death()
-    log.told(1, times())
+    log.add_times(1, times())
     (record,) = log.take(1_052 + REPORT_MS)
     assert record["silent_ranks"] == [0, 2]
     nobody = a_log_after_a_death()
@@ -96,8 +98,8 @@ def test_ranks_that_said_nothing_are_named():
 def test_what_belongs_to_another_epoch_or_to_no_member_does_not_count():
     log = a_log_after_a_death()
     for rank in range(3):
-        log.told(rank, times(epoch=4))
-    log.told(3, times())
+        log.add_times(rank, times(epoch=4))
+    log.add_times(3, times())
     assert log.take(1_100) == []
 
 
@@ -119,10 +121,10 @@ def test_changes_that_follow_each_other_at_once_lose_nothing():
     log = a_log_after_a_death()
     log.committed(commit(epoch=6, members=range(2)), 1_060)
     assert log.take(1_060) == []
-    log.told(0, times())
-    log.told(1, times(first_step_s=None))
+    log.add_times(0, times())
+    log.add_times(1, times(first_step_s=None))
     for rank in range(2):
-        log.told(rank, times(epoch=6))
+        log.add_times(rank, times(epoch=6))
     assert log.take(1_061) == [], "rank 2 may still tell of the first"
     log.dead(2, "rank 2 is ending", 1, 1_062)
     first, second = log.take(1_062)
@@ -139,7 +141,7 @@ def test_a_change_that_comes_later_is_recorded_for_itself():
     for rank in range(4):
         start = StartTimes(seconds={"run": 0.1}, executables={"decode": "loaded"}, compilations=0)
         came = {"load_s": 0.5, "start": start} if rank == 3 else {}
-        log.told(rank, times(epoch=6, **came))
+        log.add_times(rank, times(epoch=6, **came))
     (record,) = log.take(1_300)
     assert (record["epoch"], record["change"]) == (6, "admission")
     assert record["reason"] == "rank 3 is out" and record["seconds"]["detect"] == 0.0

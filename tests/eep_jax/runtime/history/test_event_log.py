@@ -71,12 +71,12 @@ def test_a_change_is_summed_up_once_its_ranks_have_told(journal):
     told.note("commit", COMMIT)
     told.note_costs()
     assert "repair" not in kinds(told.events), "rank 0 may still tell"
-    told.told(0, TIMES)
+    told.add_times(0, TIMES)
     repair = told.events[-1]
     assert (repair["kind"], repair["reason"]) == ("repair", "its process ended")
     assert repair["seconds"]["detect"] == 0.03 and repair["moves"] == {"peer": 2}
     assert told.totals.changes["repair",] == 1
-    told.told(0, TIMES)
+    told.add_times(0, TIMES)
     assert kinds(told.events).count("repair") == 1
 
 

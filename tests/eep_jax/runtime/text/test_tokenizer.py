@@ -178,5 +178,5 @@ class TestOpening:
     def test_a_damaged_file_is_named(self, tmp_path, damage):
         hf_tokenizers.write_tokenizer(tmp_path)
         (tmp_path / "tokenizer.json").write_text(damage)
-        with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
             open_tokenizer(self.config(tokenizer=str(tmp_path)))
