@@ -66,9 +66,16 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 
 def metaspace() -> tokenizers.Tokenizer:
-    """A decoder that is not supported."""
+    """The same with the decoder that older conversions of SentencePiece models have."""
     inner = byte_fallback()
     inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return inner
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    """A decoder that is not supported."""
+    inner = byte_fallback()
+    inner.decoder = decoders.WordPiece()
     return inner
 
 

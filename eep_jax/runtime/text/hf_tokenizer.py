@@ -1,7 +1,7 @@
 """tokenizer.json of a Hugging Face directory, through the `tokenizers` library.
 
-Two kinds of decoders, those of all supported families, are read as bytes per token (`_byte_level`,
-`_byte_fallback`), so that an answer's text grows token by token, exactly and at a constant cost.
+Three kinds of decoders are read as bytes per token (`_byte_level`, `_byte_fallback`, `_replaced`),
+so that an answer's text grows token by token, exactly and at a constant cost.
 """
 
 import functools
@@ -42,10 +42,10 @@ class HFTokenizer:
         self._bos = self._bos_to_add()
         self.has_bos = bool(self.encode(""))
         try:
-            self._piece, self._strips = _pieces(decoder)
+            self._piece, self._strips, self._first_piece = _pieces(decoder)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        self._bytes = functools.cache(self._bytes_of)
+        self._bytes = functools.cache(lambda token: self._bytes_of(token, self._piece))
 
     def encode(self, text: str) -> tuple[int, ...]:
         if self._bos is None:
@@ -60,6 +60,8 @@ class HFTokenizer:
 
     def decoder(self, after: tuple[int, ...] = ()):
         begins = not any(self._bytes(token) for token in after)
+        if begins and self._first_piece is not None:
+            return _FirstApart(self._bytes, lambda token: self._bytes_of(token, self._first_piece))
         return _Stripped(self._bytes, self._strips if begins else 0)
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
@@ -79,9 +81,9 @@ class HFTokenizer:
             )
         return token
 
-    def _bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int, piece) -> bytes:
         text = None if token in self._special else self._inner.id_to_token(token)
-        return b"" if text is None else self._piece(text)
+        return b"" if text is None else piece(text)
 
 
 class _Stripped(PieceDecoder):
@@ -99,6 +101,20 @@ class _Stripped(PieceDecoder):
                 break
             text, self._strips = text[1:], self._strips - 1
         return text
+
+
+class _FirstApart(PieceDecoder):
+    """A PieceDecoder that reads the first token with text by `first`."""
+
+    def __init__(self, piece, first):
+        super().__init__(piece)
+        self._first = first
+
+    def feed(self, token: int) -> str:
+        if self._first is None or not self._piece(token):
+            return super().feed(token)
+        first, self._first = self._first, None
+        return self._decoder.decode(first(token))
 
 
 def read_tokenizer_config(directory: pathlib.Path) -> dict:
@@ -132,14 +148,24 @@ def named_tokens(directory: pathlib.Path, config: dict) -> dict[str, str]:
 
 
 def _pieces(decoder: dict):
-    """(token text -> bytes, leading spaces to strip) of the `decoder` of a tokenizer.json.
+    """Reading of the `decoder` of a tokenizer.json.
 
-    Raises ValueError for a decoder of another kind.
+    Returns:
+        token text -> bytes; leading spaces of the whole text to strip; the same function for a
+        text's first token, or None where that is no other.
+
+    Raises:
+        ValueError: A decoder of another kind.
     """
     steps = decoder.get("decoders", [decoder])
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
-        return _byte_level, 0
+        return _byte_level, 0, None
+    if kinds in (["Metaspace"], ["ByteFallback", "Metaspace"]):
+        space, keeps = steps[-1].get("replacement", "▁"), steps[-1].get("prepend_scheme") == "never"
+        read = _byte_fallback if len(kinds) == 2 else _replaced
+        piece, first = (functools.partial(read, replaced=[(space, new)]) for new in (" ", ""))
+        return piece, 0, None if keeps else first
     replaced = [
         (s["pattern"].get("String"), s["content"]) for s in steps if s.get("type") == "Replace"
     ]
@@ -152,11 +178,12 @@ def _pieces(decoder: dict):
         or len(strips) > 1
     ):
         raise ValueError(
-            f"its decoder is {json.dumps(decoder):.300}; supported are ByteLevel, and a sequence "
-            "with ByteFallback of Replace (of strings), Fuse and one Strip (of leading spaces)"
+            f"its decoder is {json.dumps(decoder):.300}; supported are ByteLevel, Metaspace (after "
+            "ByteFallback or alone), and a sequence with ByteFallback of Replace (of strings), "
+            "Fuse and one Strip (of leading spaces)"
         )
     piece = functools.partial(_byte_fallback, replaced=replaced)
-    return piece, strips[0]["start"] if strips else 0
+    return piece, strips[0]["start"] if strips else 0, None
 
 
 def _byte_level(text: str) -> bytes:
@@ -180,6 +207,11 @@ def _byte_fallback(text: str, replaced) -> bytes:
     """SentencePiece's spelling: "▁a" is b" a", "<0x0A>" is a byte."""
     if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
         return bytes.fromhex(byte[1])
+    return _replaced(text, replaced)
+
+
+def _replaced(text: str, replaced) -> bytes:
+    """UTF-8 of a token's text after these replacements of strings."""
     for old, new in replaced:
         text = text.replace(old, new)
     return text.encode()
