@@ -37,9 +37,9 @@ class ExpertRouting:
     Example:
         >>> import jax.numpy as jnp
         >>> from eep_jax import ExpertRouting
-        >>> def step(place: ExpertRouting, model, x: jnp.ndarray):
-        ...     y, place = model(x, place)
-        ...     return y, place
+        >>> def step(routing: ExpertRouting, model, x: jnp.ndarray):
+        ...     y, routing = model(x, routing)
+        ...     return y, routing
     """
 
     tables: Tables  # the replicas of each expert, in this epoch
@@ -61,7 +61,7 @@ class LayerNumber(nnx.Variable):
 class ElasticMoE(nnx.Module):
     """Router and experts of one layer: `y[t] = sum_k w[t, k] * expert[ids[t, k]](x[t])`.
 
-    Without a place the layer computes all experts in this process, and is differentiable. With one,
+    Without a routing the layer computes all experts in this process, differentiably. With one,
     it sends each token to the ranks that have its experts.
 
     The modules of a model are numbered 0..L-1 and have one MoEConfig but for the router. In a stack
@@ -76,14 +76,14 @@ class ElasticMoE(nnx.Module):
         >>> from flax import nnx
         >>> from eep_jax import ElasticMoE, MoEConfig
         >>> config = MoEConfig(hidden=8, expert_hidden=4, experts=4, experts_per_token=2)
-        >>> y, place = ElasticMoE(config, 0, rngs=nnx.Rngs(0))(jnp.ones((5, 8)))
-        >>> y.shape, place
+        >>> y, routing = ElasticMoE(config, 0, rngs=nnx.Rngs(0))(jnp.ones((5, 8)))
+        >>> y.shape, routing
         ((5, 8), None)
         >>> make = lambda layer, rngs: ElasticMoE(config, layer, rngs=rngs)
         >>> stack = nnx.split_rngs(splits=3)(nnx.vmap(make))(jnp.arange(3), nnx.Rngs(0))
         >>> axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
         >>> run = nnx.scan(lambda layer, carry: layer(*carry), **axes)
-        >>> y, place = run(stack, (jnp.ones((5, 8)), None))
+        >>> y, routing = run(stack, (jnp.ones((5, 8)), None))
         >>> y.shape
         (5, 8)
     """
@@ -132,22 +132,22 @@ class ElasticMoE(nnx.Module):
         self.experts = nnx.Param(drawn.astype(param_dtype))
 
     def __call__(
-        self, x: Float[Array, "*T D"], place: ExpertRouting | None = None
+        self, x: Float[Array, "*T D"], routing: ExpertRouting | None = None
     ) -> tuple[Float[Array, "*T D"], ExpertRouting | None]:
         """Sends each row of `x` through its K experts.
 
         Args:
-            x: `[*T D]`. With a place, all leading axes together are the rows of the exchange: as
+            x: `[*T D]`. With a routing, all leading axes together are the rows of the exchange: as
                 many in every rank's step, at most `tokens_max` of `run_config`.
-            place: What the step was given, or the previous expert layer returned. None computes all
-                experts here.
+            routing: What the step was given, or the previous expert layer returned. None computes
+                all experts here.
 
         Returns:
-            (y, place): y with the shape and dtype of x, and the place for the next expert layer.
+            (y, routing): y with the shape and dtype of x; the routing for the next expert layer.
 
         Raises:
             ValueError: x has other channels or too many rows; the run has no such layer; the module
-                is a whole stack; or there is no place, and `without_experts` removed the experts.
+                is a whole stack; or there is no routing, and `without_experts` removed the experts.
         """
         config = self.config
         if stack := self.stack:
@@ -159,9 +159,9 @@ class ElasticMoE(nnx.Module):
             raise ValueError(f"x is {x.shape}, expected {config.hidden} channels in its last axis")
         correction = self.correction[...] if config.router_correction else None
         ids, weights = choose(self.router(x), config.model(), correction)
-        if place is None:
+        if routing is None:
             return self._all_here(x, ids, weights), None
-        return self._spread(x, ids, weights, place)
+        return self._spread(x, ids, weights, routing)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -172,16 +172,16 @@ class ElasticMoE(nnx.Module):
         if not hasattr(self, "experts"):
             raise ValueError(
                 f"expert layer {self.layer} has no experts (see without_experts) and was called "
-                "without a place; pass the place that the step was given"
+                "without a routing; pass the routing that the step was given"
             )
         stacked = self.experts[...][:, None]
         mlp = expert_mlp(self.config.model())
         return dense_experts(stacked, 0, x, ids, weights, mlp).astype(x.dtype)
 
     def _spread(
-        self, x: Array, ids: Array, weights: Array, place: ExpertRouting
+        self, x: Array, ids: Array, weights: Array, routing: ExpertRouting
     ) -> tuple[Array, ExpertRouting]:
-        config, bank = self.config, place.bank
+        config, bank = self.config, routing.bank
         layer = self.layer if isinstance(self.layer, int) else self.layer[...]
         # The bank's F may be padded; D and L are what the run was configured with.
         is_beyond = isinstance(layer, int) and layer >= bank.shape[1]
@@ -195,14 +195,14 @@ class ElasticMoE(nnx.Module):
         layer = jnp.int32(layer) if on_gpu else layer
         rows, choices = x.reshape(-1, config.hidden), config.experts_per_token
         routes = ids.reshape(-1, choices), weights.reshape(-1, choices)
-        parts = bank, place.heap, place.tables, place.call
-        y, dropped, call = run(place.spread, layer, rows.astype(bank.dtype), *routes, *parts)
-        after = dataclasses.replace(place, call=call, dropped=place.dropped + jnp.sum(dropped))
+        parts = bank, routing.heap, routing.tables, routing.call
+        y, dropped, call = run(routing.spread, layer, rows.astype(bank.dtype), *routes, *parts)
+        after = dataclasses.replace(routing, call=call, dropped=routing.dropped + jnp.sum(dropped))
         return y.reshape(x.shape).astype(x.dtype), after
 
 
 def expert_layers(model: nnx.Module) -> list[ElasticMoE]:
-    """The ElasticMoE modules of a model; one of a stack stands for several layers.
+    """The ElasticMoE modules of a model by their (lowest) number; a stack is one of several layers.
 
     Raises:
         ValueError: The layers are not numbered 0..L-1, each once; they differ in their sizes; or a
@@ -223,7 +223,7 @@ def expert_layers(model: nnx.Module) -> list[ElasticMoE]:
             f"expert layers have different (E, 3, F, D, K): {sorted(sizes)}; the layers of one "
             "bank are of one size"
         )
-    return found
+    return found if None in numbers else sorted(found, key=lambda module: min(_numbers(module)))
 
 
 def _numbers(module: ElasticMoE) -> list[int | None]:

@@ -163,8 +163,8 @@ def join(
     Args:
         run_dir: Directory given to `start_supervisor`.
         rank: 0..R-1. One process at a time is a rank.
-        step: `step(place, *arguments) -> (result, place)`, jitted or not. It is compiled once. All
-            ranks give their expert layers equally many rows, in the same order.
+        step: `step(routing, *arguments) -> (result, routing)`, jitted or not. It is compiled once.
+            All ranks give their expert layers equally many rows, in the same order.
         example: Arguments of the shapes and dtypes of all calls. A rank without a call runs the
             step with them, for the other ranks. No argument may be donated.
         experts: `expert_arrays(model)`, or a checkpoint directory: the source of experts that no
@@ -194,7 +194,7 @@ def join(
         >>> supervisor = start_supervisor(run_dir, config)  # ends with this process
         >>> layer, x = ElasticMoE(moe, 0, rngs=nnx.Rngs(0)), jnp.ones((4, 8))
         >>> rest = without_experts(layer)
-        >>> me = join(run_dir, 0, lambda place, x: rest(x, place), (x,), expert_arrays(layer))
+        >>> me = join(run_dir, 0, lambda routing, x: rest(x, routing), (x,), expert_arrays(layer))
         >>> bool(jnp.allclose(me.run(x), layer(x)[0], atol=1e-5))
         True
     """

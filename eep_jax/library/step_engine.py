@@ -54,7 +54,7 @@ class StepEngine(LockstepEngine):
         step: Callable[..., tuple[PyTree, ExpertRouting]],
         example: tuple,
     ):
-        """`step(place, *arguments) -> (result, place)`; `example` are arguments of its shapes.
+        """`step(routing, *arguments) -> (result, routing)`; `example` are arguments of its shapes.
 
         Nothing may be donated: a step that is discarded runs again with the same arguments.
         """
@@ -109,13 +109,13 @@ class StepEngine(LockstepEngine):
             raise self._closed
 
     def warm_up(self) -> WarmUp:
-        def only_the_call(place: ExpertRouting, *arguments: PyTree) -> tuple[PyTree, Call, Array]:
+        def only_the_call(routing: ExpertRouting, *arguments: PyTree) -> tuple[PyTree, Call, Array]:
             # The heap and the bank must not be outputs: they would be copied.
-            result, after = self._step(place, *arguments)
+            result, after = self._step(routing, *arguments)
             if not isinstance(after, ExpertRouting):
                 raise TypeError(
                     f"the step returned {type(after).__name__} as its second value, expected the "
-                    "ExpertRouting that its last expert layer returned: `return result, place`"
+                    "ExpertRouting that its last expert layer returned: `return result, routing`"
                 )
             return result, after.call, after.dropped
 

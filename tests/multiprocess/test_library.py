@@ -161,8 +161,8 @@ def one_rank(run_dir: pathlib.Path, rank: int) -> None:
     model, x = a_model(), some_rows(rank)
     graph, weights = nnx.split(without_experts(model))
 
-    def step(place, weights, x):
-        return nnx.merge(graph, weights)(x, place)
+    def step(routing, weights, x):
+        return nnx.merge(graph, weights)(x, routing)
 
     me = join(run_dir, rank, step, (weights, x), expert_arrays(model), timeout_s=DEADLINE_S)
     first, calls = np.asarray(me.run(weights, x)), 0

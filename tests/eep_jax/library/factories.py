@@ -66,11 +66,11 @@ class TwoLayers(nnx.Module):
         self.norms = nnx.List([nnx.RMSNorm(moe.hidden, rngs=rngs) for _ in range(LAYERS)])
         self.experts = nnx.List([ElasticMoE(moe, layer, rngs=rngs) for layer in range(LAYERS)])
 
-    def __call__(self, x, place=None):
+    def __call__(self, x, routing=None):
         for norm, moe in zip(self.norms, self.experts, strict=True):
-            y, place = moe(norm(x), place)
+            y, routing = moe(norm(x), routing)
             x = x + y
-        return x, place
+        return x, routing
 
 
 @functools.cache
@@ -106,9 +106,9 @@ class StepperCluster:
         self.experts = np.stack([arrays[expert_name(e)] for e in range(len(arrays))])
         self.traced = 0
 
-        def step(place, weights, x):
+        def step(routing, weights, x):
             self.traced += 1
-            return nnx.merge(graph, weights)(x, place)
+            return nnx.merge(graph, weights)(x, routing)
 
         example = (self.weights, np.zeros((TOKENS, a_moe().hidden), np.float32))
         self.steppers = [

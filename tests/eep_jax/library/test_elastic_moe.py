@@ -79,8 +79,8 @@ def test_the_layer_is_the_loop_over_its_choices(kind, norm):
     config = a_moe(**KINDS[kind], norm_topk_prob=norm)
     moe = filled(ElasticMoE(config, 0, rngs=nnx.Rngs(3)))
     x = some_rows(1)
-    y, place = moe(x)
-    assert place is None and y.dtype == x.dtype
+    y, routing = moe(x)
+    assert routing is None and y.dtype == x.dtype
     np.testing.assert_allclose(y, by_hand(moe, x), **CLOSE)
 
 
@@ -172,7 +172,7 @@ def test_a_model_without_experts_keeps_the_rest_and_says_what_it_lacks():
     shapes = {leaf.shape for leaf in jax.tree.leaves(nnx.state(rest))}
     assert shapes == {(16,), (16, 8)}, "norms and routers"
     assert hasattr(model.experts[0], "experts"), "the model itself is left as it was"
-    with pytest.raises(ValueError, match=r"expert layer 0 .* pass the place"):
+    with pytest.raises(ValueError, match=r"expert layer 0 .* pass the routing"):
         rest(some_rows())
     abstract = without_experts(nnx.eval_shape(lambda: TwoLayers(a_moe(), nnx.Rngs(0))))
     assert len(jax.tree.leaves(nnx.state(abstract))) == 4

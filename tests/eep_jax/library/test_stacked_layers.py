@@ -30,9 +30,9 @@ class Block(nnx.Module):
         self.norm = nnx.RMSNorm(a_moe().hidden, rngs=rngs)
         self.moe = ElasticMoE(a_moe(), layer, rngs=rngs)
 
-    def __call__(self, x, place=None):
-        y, place = self.moe(self.norm(x), place)
-        return x + y, place
+    def __call__(self, x, routing=None):
+        y, routing = self.moe(self.norm(x), routing)
+        return x + y, routing
 
 
 def by_vmap(numbers, rngs: nnx.Rngs, make=Block):
@@ -48,8 +48,8 @@ def by_scan(numbers, rngs: nnx.Rngs):
     return nnx.split_rngs(splits=len(numbers))(make)(0, jnp.asarray(numbers), rngs)[1]
 
 
-def through(stack, x, place):
-    return nnx.scan(lambda block, carry: block(*carry), **SCAN)(stack, (x, place))
+def through(stack, x, routing):
+    return nnx.scan(lambda block, carry: block(*carry), **SCAN)(stack, (x, routing))
 
 
 class Pair(nnx.Module):
@@ -58,8 +58,8 @@ class Pair(nnx.Module):
     def __init__(self, numbers, rngs: nnx.Rngs):
         self.blocks = nnx.split_rngs(splits=2)(nnx.vmap(Block))(numbers, rngs)
 
-    def __call__(self, x, place=None):
-        return through(self.blocks, x, place)
+    def __call__(self, x, routing=None):
+        return through(self.blocks, x, routing)
 
 
 class Model(nnx.Module):
@@ -68,11 +68,11 @@ class Model(nnx.Module):
     def __init__(self, *stacks):
         self.stacks = nnx.List(stacks)
 
-    def __call__(self, x, place=None):
+    def __call__(self, x, routing=None):
         for stack in self.stacks:
             run = functools.partial(through, stack) if stacked(stack) else stack
-            x, place = run(x, place)
-        return x, place
+            x, routing = run(x, routing)
+        return x, routing
 
 
 def stacked(block) -> bool:
