@@ -1,4 +1,4 @@
-"""Projections: on a GPU a row that is alone has company, and the same result."""
+"""Projections are those of nnx; on a GPU their products are the kernel's, for any rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,32 +6,36 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eep_jax.models import linear as module
-from eep_jax.models.linear import dot_of_rows, linear
-from tests.support.lowering import like, lowered
+from eep_jax.models.linear import dot_of_rows, linear, project_together
+from tests.support.lowering import kernels, like, lowered, without_kernels
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (16,), (1, 1, 16), (2, 16), (2, 1, 16)])
+@pytest.mark.parametrize("shape", [(1, 16), (16,), (1, 1, 16), (2, 1, 16)])
 @pytest.mark.parametrize("preferred", [None, jnp.float32])
-def test_a_row_more_changes_no_result(monkeypatch, shape, preferred):
-    layer = linear(
-        16, 8, param_dtype=jnp.bfloat16, preferred_element_type=preferred, rngs=nnx.Rngs(0)
-    )
-    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    wanted = layer(x)
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
-    found = layer(x)
-    assert (
-        (found.shape, found.dtype)
-        == (wanted.shape, wanted.dtype)
-        == ((*shape[:-1], 8), wanted.dtype)
-    )
-    np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), rtol=2**-7)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_projection_is_that_of_nnx(shape, preferred, dtype):
+    options = {"param_dtype": dtype, "preferred_element_type": preferred}
+    ours, theirs = (make(16, 8, rngs=nnx.Rngs(0), **options) for make in (linear, nnx.Linear))
+    x = jax.random.normal(jax.random.key(0), shape, dtype)
+    found, wanted = ours(x), theirs(x)
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("rows", "multiplied"), [(1, 2), (2, 2), (64, 64)])
-def test_no_product_of_one_row_is_lowered_for_a_gpu(rows, multiplied):
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_projections_together_are_those_one_by_one(use_bias):
+    layers = [linear(16, width, use_bias=use_bias, rngs=nnx.Rngs(width)) for width in (8, 4, 4)]
+    if use_bias:
+        for layer in layers:
+            layer.bias[...] = jax.random.normal(jax.random.key(1), layer.bias.shape)
+    x = jax.random.normal(jax.random.key(0), (3, 16))
+    for found, layer in zip(project_together(x, *layers), layers, strict=True):
+        np.testing.assert_array_equal(found, layer(x))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_xla_multiplies_nothing_on_a_gpu(rows):
     dims = (((1,), (0,)), ((), ()))
     run = lambda x, weights: dot_of_rows(x, weights, dims)
     text = lowered(run, like((rows, 128), jnp.bfloat16), like((128, 64), jnp.bfloat16))
-    assert f"(tensor<{multiplied}x128xbf16>, tensor<128x64xbf16>)" in text
+    assert len(kernels(text)) == 1 and "dot_general" not in without_kernels(text)

@@ -370,7 +370,7 @@ class TestKernelsCannotTell:
     @pytest.mark.parametrize("mode", ["per_choice", "per_rank"])
     def test_exchanges_give_the_same_bits_over_three_hosts_as_on_one(self, mode, keep):
         near = some_ranks(mode=mode)
-        far = LoopbackRanks(near.layout, 3, on_hosts(near.layout, "aabc"))
+        far = LoopbackRanks(near.spec.layout, 3, on_hosts(near.spec.layout, "aabc"))
         for heap in far.heaps:
             keep(heap)
         for seed in range(6):
