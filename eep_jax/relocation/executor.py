@@ -335,6 +335,6 @@ class Executor:
 
 def _failure(move: Move, reason: object) -> str:
     """Logs and returns why the first source failed."""
-    failure = f"{describe(move.sources[0])}: {reason}"
-    _log.warning("expert %d from %s", move.expert, failure)
-    return failure
+    source = describe(move.sources[0])
+    _log.warning("expert %d from %s failed: %s", move.expert, source, reason)
+    return f"{source}: {reason}"

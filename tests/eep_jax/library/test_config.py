@@ -74,18 +74,22 @@ def test_a_run_is_read_as_it_was_written(tmp_path, platform):
     assert read_run(root)[1] == token, "a second writer keeps it"
 
 
+def no_step(*arguments):
+    raise AssertionError("no step runs before the arguments of `join` are checked")
+
+
 def test_a_directory_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"'{tmp_path}' is not a run directory.*run.json"):
-        join(tmp_path, 0, None, (), {})
+        join(tmp_path, 0, no_step, (), {})
     write_run(tmp_path, run_config(a_moe(), **RUN))
     with pytest.raises(ValueError, match=r"rank=2 must be in 0\.\.1"):
-        join(tmp_path, 2, None, (), {})
+        join(tmp_path, 2, no_step, (), {})
 
 
 def test_a_rank_on_another_platform_is_refused(tmp_path):
     write_run(tmp_path, run_config(a_moe(), **RUN, platform="gpu"))
     with pytest.raises(ValueError, match="platform 'gpu', JAX computes on 'cpu'; set JAX_PLATF"):
-        join(tmp_path, 0, None, (), {})
+        join(tmp_path, 0, no_step, (), {})
 
 
 def test_given_experts_read_as_a_checkpoint_does():
