@@ -48,6 +48,7 @@ def world_of(layers: int, batch: int) -> World:
         config.engine,
         batch_rows=batch,
         prefill_tokens=batch,
+        prompt_shapes=(),
         row_tile=batch,
         context_tokens=min(CONTEXT_TOKENS, CACHED_TOKENS // batch),
     )

@@ -14,7 +14,7 @@ PARTS = {
     "experts": ("expert_",),
     "dispatch": ("dispatch",),
     "combine": ("combine",),
-    "attention": ("cudnn", "sdpa", "flash"),
+    "attention": ("cudnn", "sdpa", "flash", "attention"),
 }
 
 

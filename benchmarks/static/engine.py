@@ -46,6 +46,7 @@ def pack_batch(batch: Batch, vote: StepKind) -> np.ndarray:
         .astype(_word(f.name), copy=False)
         .view(np.int32)
         for f in dataclasses.fields(Batch)
+        if getattr(batch, f.name) is not None
     ]
     words = [part.reshape(-1) for part in parts]
     return np.concatenate([*words, np.array([vote], np.int32)])[None]
@@ -55,6 +56,8 @@ def unpack_batch(words, like: Batch) -> tuple[Batch, jax.Array]:
     """The batch inside a step, and the vote."""
     start, found = 0, {}
     for field in dataclasses.fields(Batch):
+        if getattr(like, field.name) is None:
+            continue
         model = getattr(like, field.name)
         part = words[start : start + model.size].reshape(model.shape)
         start += model.size

@@ -29,6 +29,7 @@ def with_sizes(
         config.engine,
         batch_rows=batch,
         prefill_tokens=batch,
+        prompt_shapes=(),
         row_tile=batch,
         context_tokens=context_tokens,
         step_deadline_ms=STEP_DEADLINE_MS,

@@ -1,9 +1,10 @@
 """Attention of a step's queries to cached keys and values, inside a compiled step."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention.plan import GROUP_ROWS, PAGE_TOKENS
+from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.device import platform
 
 CHANNELS = (64, 128)  # of a head
@@ -20,9 +21,9 @@ def fits(query_heads: int, kv_heads: int, channels: int, context: int) -> bool:
 
 
 def attend(
-    q: BFloat16[Array, "T Hq C"],
-    keys: BFloat16[Array, "B Hkv P C"],
-    values: BFloat16[Array, "B Hkv P C"],
+    q: Float[Array, "T Hq C"],
+    keys: Float[Array, "B Hkv P C"],
+    values: Float[Array, "B Hkv P C"],
     positions: Int32[Array, "T"],
     items: Int32[Array, "W 5"],
     count: Int32[Array, "1"],
@@ -30,11 +31,11 @@ def attend(
     scale: float | None = None,
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
-) -> BFloat16[Array, "T Hq C"]:
-    """Each token's attention to the cache of its sequence, on a GPU (Hopper).
+) -> Float[Array, "T Hq C"]:
+    """Each token's attention to the cache of its sequence; off the GPU by the reference.
 
-    A row's bits depend on its query, its keys and its position alone: not on other rows, nor on
-    whether it is one of a decode step or of a prompt.
+    On a GPU (Hopper) a row's bits depend on its query, its keys and its position alone: not on
+    other rows, nor on whether it is one of a decode step or of a prompt.
 
     Args:
         q: queries of the step's tokens.
@@ -47,19 +48,29 @@ def attend(
         sinks: scores that take part in the softmax and have no value.
 
     Raises:
-        NotImplementedError: not on a GPU, or heads that do not satisfy `fits`.
+        NotImplementedError: Heads that do not satisfy `fits`.
     """
     (_, query_heads, channels), (batch, kv_heads, context, _) = q.shape, keys.shape
-    if platform() != "gpu" or not fits(query_heads, kv_heads, channels, context):
+    if not fits(query_heads, kv_heads, channels, context):
         raise NotImplementedError(
             f"{query_heads} heads of {channels} channels over {kv_heads} key heads and {context} "
-            f"positions on {platform()}: the kernel needs a GPU, {CHANNELS} channels, and "
-            f"positions in multiples of {PAGE_TOKENS}"
+            f"positions: the kernel needs {CHANNELS} channels, up to {GROUP_ROWS} heads for a key "
+            f"head, and positions in multiples of {PAGE_TOKENS}"
         )
+    scale = channels**-0.5 if scale is None else scale
+    pages = context // PAGE_TOKENS
+    if platform() != "gpu":
+        table = jnp.arange(batch * pages).reshape(batch, pages)
+        split = lambda cache: cache.reshape(batch, kv_heads, pages, PAGE_TOKENS, channels)
+        paged = lambda cache: (
+            split(cache).swapaxes(1, 2).reshape(-1, kv_heads, PAGE_TOKENS, channels)
+        )
+        places = table, sequences_of(items, count, len(q)), positions
+        options = {"scale": scale, "window": window, "sinks": sinks}
+        return attention_reference(q, paged(keys), paged(values), *places, **options)
     # Imported here: the CPU path needs nothing of Mosaic GPU.
     from pallas_kernels.attention.mosaic_gpu import attend_mosaic
 
-    pages = context // PAGE_TOKENS
     table = jnp.arange(batch)[:, None] * (kv_heads * pages) + jnp.arange(pages)
     paged = lambda cache: cache.reshape(-1, PAGE_TOKENS, channels)
     return attend_mosaic(
@@ -72,7 +83,18 @@ def attend(
         positions,
         kv_heads=kv_heads,
         head_stride=pages,
-        scale=channels**-0.5 if scale is None else scale,
+        scale=scale,
         window=window,
         sinks=sinks,
     )
+
+
+def sequences_of(
+    items: Int32[Array, "W 5"], count: Int32[Array, "1"], tokens: int
+) -> Int32[Array, "T"]:
+    """The sequence of each token, as the items say; 0 for a row that is in none."""
+    row, queries, sequence = items[:, 0], items[:, 1], items[:, 2]
+    inside = jnp.arange(tokens)
+    own = (inside >= row[:, None]) & (inside < (row + queries)[:, None])
+    own &= (jnp.arange(len(items)) < count[0])[:, None]
+    return jnp.max(jnp.where(own, sequence[:, None], 0), axis=0)

@@ -3,8 +3,6 @@
 Results and their bits are compared on a GPU, in tests/gpu/test_paged_attention.py.
 """
 
-import functools
-
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +123,22 @@ def test_attention_lowers(heads, kv_heads, channels, context):
 def test_what_the_kernel_does_not_take_is_refused():
     assert fits(32, 4, 128, 4096)
     assert not any((fits(32, 4, 96, 4096), fits(32, 4, 128, 100), fits(130, 2, 128, 128)))
-    q, cache = jnp.zeros((1, 2, 64), jnp.bfloat16), jnp.zeros((1, 1, 64, 64), jnp.bfloat16)
+    q, cache = jnp.zeros((1, 2, 32), jnp.bfloat16), jnp.zeros((1, 1, 64, 32), jnp.bfloat16)
     rest = jnp.zeros(1, jnp.int32), jnp.zeros((1, 5), jnp.int32), jnp.zeros(1, jnp.int32)
-    with pytest.raises(NotImplementedError, match="on cpu: the kernel needs a GPU"):
-        functools.partial(attend, q, cache, cache)(*rest)
+    with pytest.raises(NotImplementedError, match="2 heads of 32 channels"):
+        attend(q, cache, cache, *rest)
+
+
+def test_elsewhere_than_on_a_gpu_the_reference_follows_the_items():
+    dice = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(dice.standard_normal(shape), jnp.float32)
+    q, (k, v) = draw(9, 4, 64), (draw(3, 2, 128, 64) for _ in "kv")
+    sequences = np.array([2, 0, 0, 1, 1, 1, 1, 1, 0], np.int32)
+    positions = np.array([70, -1, -1, 3, 4, 5, 6, 7, 127], np.int32)
+    found = plan_items(sequences, positions, 2)
+    items = np.concatenate([found, np.full((2, 5), 7, np.int32)])
+    at, of = jnp.asarray(positions), jnp.asarray(sequences)
+    y = attend(q, k, v, at, jnp.asarray(items), jnp.array([len(found)]), window=60)
+    wanted = attend_cached(q, k, v, at, of, window=60)
+    real = positions >= 0
+    np.testing.assert_allclose(y[real], wanted[real], rtol=2e-5, atol=2e-6)

@@ -18,6 +18,8 @@ def test_a_batch_comes_out_of_its_words_as_it_went_in(kind):
     given = {}
     for field in dataclasses.fields(like):
         model = getattr(like, field.name)
+        if model is None:  # attention by items is of GPUs
+            continue
         bits = rng.integers(0, 2**32, model.shape, np.uint32)
         given[field.name] = bits > 2**31 if model.dtype == np.bool_ else bits.view(model.dtype)
     given["temperature"], given["top_p"] = (rng.random(8, np.float32) for _ in range(2))
