@@ -56,9 +56,9 @@ def unpack_batch(words, like: Batch) -> tuple[Batch, jax.Array]:
     """The batch inside a step, and the vote."""
     start, found = 0, {}
     for field in dataclasses.fields(Batch):
-        if getattr(like, field.name) is None:
-            continue
         model = getattr(like, field.name)
+        if model is None:
+            continue
         part = words[start : start + model.size].reshape(model.shape)
         start += model.size
         if model.dtype == np.bool_:

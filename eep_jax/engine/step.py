@@ -92,9 +92,7 @@ class StepResult:
     suspicion: Int32[Array, "R"]
     round: UInt32[Array, ""]  # the round of the next step
     agreed: UInt32[Array, ""]  # the StepKind that all ranks take next
-    dropped: Int32[
-        Array, "B"
-    ]  # choices without a live expert, summed over the rows of each batch row
+    dropped: Int32[Array, "B"]  # choices without a live expert, over the rows of each batch row
     chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
 
 
@@ -133,9 +131,10 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
 
             after = layer.after_attention if layer.routed else layer.finish
 
-            def attend(x, q, positions, batch_rows, keys=keys, values=values, layer=layer):
-                context = layer.attention.attend(q, keys, values, positions, batch_rows)
-                return (layer.after_attention if layer.routed else layer.finish)(x, context)
+            def attend(
+                x, q, positions, batch_rows, keys=keys, values=values, layer=layer, after=after
+            ):
+                return after(x, layer.attention.attend(q, keys, values, positions, batch_rows))
 
             def attend_own(x, q, positions, keys, values, attend=attend):
                 return attend(x, q, positions, None, keys, values)

@@ -45,7 +45,7 @@ def plan_items(sequences: np.ndarray, positions: np.ndarray, heads_per_key: int)
     Returns:
         int32 [W, 5], columns as in FIELDS.
     """
-    size, items, row, rows = tile_queries(heads_per_key), [], 0, len(positions)
+    size, items, rows = tile_queries(heads_per_key), [], len(positions)
     empty = positions < 0
     breaks = (np.diff(sequences) != 0) | (np.diff(positions) != 1) | empty[:-1]
     breaks = np.flatnonzero(breaks) + 1

@@ -1,4 +1,4 @@
-"""What benchmarks of recovery and return make of a run, without one."""
+"""Results that benchmarks of recovery and return make of a run, without one."""
 
 import numpy as np
 import pytest

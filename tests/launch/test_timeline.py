@@ -1,4 +1,4 @@
-"""What a failure cost is measured from tokens, and drawn so that every mark can be read."""
+"""Costs of a failure are measured from tokens, and drawn so that every mark can be read."""
 
 import io
 

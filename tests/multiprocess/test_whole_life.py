@@ -1,4 +1,4 @@
-"""What a run costs while nobody asks anything, and what is left when it has ended."""
+"""Costs of an idle run, and its leftovers when it has ended."""
 
 import os
 import pathlib

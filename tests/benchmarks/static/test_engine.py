@@ -1,4 +1,4 @@
-"""What a static rank is given: batches as words, and configurations for any number of ranks."""
+"""Arguments of a static rank: batches as words, and configurations for any number of ranks."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What `multi_gpu` runs, for how long, and what it says of it; with programs that cost nothing."""
+"""Parts of `multi_gpu`: commands, limits and reports; with programs that cost nothing."""
 
 import importlib.util
 import json

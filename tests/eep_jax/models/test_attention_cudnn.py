@@ -1,4 +1,4 @@
-"""What is asked of cuDNN is attention to the caches: a stand-in that does as it says gets it right.
+"""Calls of cuDNN compute attention to the caches: a stand-in for its documented function shows it.
 
 The stand-in checks and computes what JAX's entry into cuDNN documents; tests/gpu asks the real one.
 """
