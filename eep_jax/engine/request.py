@@ -14,6 +14,7 @@ class Request:
     temperature: float
     top_p: float
     seed: int  # 64 bits; with the position it makes the sampling key
+    cache_salt: str = ""  # only requests with equal salts share cached prefixes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
