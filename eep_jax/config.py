@@ -199,6 +199,7 @@ class RunConfig:
         if self.random_weights is not None and not 0 <= self.random_weights < 1 << 32:
             raise ValueError(f"{self.random_weights=} is a seed, must be in 0..{(1 << 32) - 1}")
         self._check_room()
+        self._check_context()
         self._check_dtypes()
 
     def _check_room(self) -> None:
@@ -208,6 +209,14 @@ class RunConfig:
                 f"{self.cluster.ranks} ranks x {self.cluster.slots_per_rank} slots = {slots} "
                 f"slots, but {self.model.experts} experts x redundancy {self.cluster.redundancy} "
                 f"need {self.model.experts * self.cluster.redundancy}; raise slots_per_rank"
+            )
+
+    def _check_context(self) -> None:
+        rope, context = self.model.rope, self.engine.context_tokens
+        if rope.kind == "dynamic" and context > rope.original_positions:
+            raise ValueError(
+                f"dynamic RoPE would stretch {context=} tokens, which changes with every token and "
+                f"is not supported; set engine.context_tokens <= {rope.original_positions}"
             )
 
     def _check_dtypes(self) -> None:

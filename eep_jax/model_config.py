@@ -3,7 +3,7 @@
 import dataclasses
 
 QK_NORMS = ("head", "full", "none")
-ROPES = ("default", "yarn")
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
 GROUP_SCORES = ("max", "top2")
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
@@ -27,8 +27,10 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class RopeConfig:
     """Rotation of queries and keys by position, beside `ModelConfig.rope_theta`.
 
-    `yarn` (arXiv 2309.00071) stretches slow rotations by `factor`, keeps fast ones, and ramps
-    between those with `beta_slow` and `beta_fast` turns in `original_positions`.
+    `linear` stretches all rotations by `factor`. `yarn` (arXiv 2309.00071) stretches slow ones,
+    keeps fast ones, and ramps between those with `beta_slow` and `beta_fast` turns in
+    `original_positions`; `llama3` does so with another ramp. `dynamic` changes nothing up to
+    `original_positions`, and longer contexts are refused.
     """
 
     kind: str = "default"  # see ROPES
@@ -44,9 +46,18 @@ class RopeConfig:
 
     def __post_init__(self):
         _one_of("RopeConfig.kind", self.kind, ROPES)
-        if self.kind == "yarn" and (self.original_positions < 1 or self.factor < 1):
+        if self.kind == "linear" and self.factor < 1:
+            raise ValueError(f"linear stretches by {self.factor=}, which must be >= 1")
+        stretches_positions = self.kind not in ("default", "linear")
+        if stretches_positions and (self.original_positions < 1 or self.factor < 1):
             raise ValueError(
-                f"yarn stretches {self.original_positions=} by {self.factor=}: both must be >= 1"
+                f"{self.kind} stretches {self.original_positions=} by {self.factor=}: both must be "
+                ">= 1"
+            )
+        if self.kind in ("yarn", "llama3") and not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"{self.kind} ramps from {self.beta_slow=} to {self.beta_fast=}, which must be "
+                "positive and in this order"
             )
         if self.rotated_channels % 2:
             raise ValueError(f"{self.rotated_channels=} must be even, RoPE rotates pairs")
@@ -165,6 +176,8 @@ class ModelConfig:
             raise ValueError(f"{self.dense_hidden=} must be positive if {self.dense_layers=}")
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"{self.windows=} must have one window for each of {self.layers=}")
+        if min(self.windows, default=0) < 0:
+            raise ValueError(f"{self.windows=} must be positive, or 0 for none")
         if self.rope.rotated_channels > self.head_dim:
             raise ValueError(f"{self.rope.rotated_channels=} must be at most {self.head_dim=}")
         if self.latent and (self.windows or self.sinks or self.qkv_bias or self.output_bias):

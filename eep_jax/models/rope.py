@@ -41,14 +41,20 @@ def rope(
 def frequencies(channels: int, theta: float, config: RopeConfig = DEFAULT) -> Float32[Array, "_"]:
     """Radians per position of each of `channels / 2` pairs, fastest first.
 
-    YaRN (arXiv 2309.00071): frequencies of more than `beta_fast` turns in `original_positions` are
-    kept, those of fewer than `beta_slow` divided by `factor`, with a linear ramp over the pairs in
-    between.
+    `linear` divides all by `factor`. With the others, frequencies of more than `beta_fast` turns in
+    `original_positions` are kept, those of fewer than `beta_slow` divided by `factor`, with a ramp
+    in between: YaRN's (arXiv 2309.00071) is linear in the pairs, Llama 3's in the turns.
     """
     half = channels // 2
-    if config.kind == "default":
+    if config.kind in ("default", "dynamic"):
         return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     plain = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / half)
+    if config.kind == "linear":
+        return jnp.asarray(plain / config.factor, jnp.float32)
+    if config.kind == "llama3":
+        turns = config.original_positions * plain / (2 * math.pi)
+        kept = np.clip((turns - config.beta_slow) / (config.beta_fast - config.beta_slow), 0, 1)
+        return jnp.asarray(plain * (kept + (1 - kept) / config.factor), jnp.float32)
     pair_of = lambda turns: (
         half * math.log(config.original_positions / (turns * 2 * math.pi)) / math.log(theta)
     )

@@ -9,7 +9,40 @@ from eep_jax.errors import CheckpointError
 from eep_jax.model_config import LatentConfig, ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
+from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+_DEFAULTS = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "v_head_dim": 128,
+}
+DEFAULTS_V2 = _DEFAULTS | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "n_shared_experts": 2,
+    "num_key_value_heads": None,
+    "routed_scaling_factor": 1.0,
+    "topk_method": "greedy",
+}
+DEFAULTS_V3 = _DEFAULTS | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 128,
+    "rope_interleave": True,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 4,
+}
 
 
 def config_v2(fields: Fields, name: str) -> ModelConfig:
@@ -18,11 +51,12 @@ def config_v2(fields: Fields, name: str) -> ModelConfig:
     fields.require("norm_topk_prob", False)
     fields.require("scoring_func", "softmax")
     fields.require("topk_method", "greedy", "group_limited_greedy")
-    grouped = fields.take("topk_method", str, "greedy") == "group_limited_greedy"
+    grouped = fields.take("topk_method", str) == "group_limited_greedy"
+    fields.read.update(("n_group", "topk_group"))  # without effect where they are not taken
     router = RouterConfig(
         groups=fields.take("n_group") if grouped else 1,
         groups_kept=fields.take("topk_group") if grouped else 1,
-        scaling=fields.take("routed_scaling_factor", float, 1.0),
+        scaling=fields.take("routed_scaling_factor", float),
     )
     return _config(fields, name, router, norm_topk_prob=False, interleaved=True)
 
@@ -34,13 +68,13 @@ def config_v3(fields: Fields, name: str) -> ModelConfig:
     router = RouterConfig(
         score="sigmoid",
         correction=True,
-        groups=fields.take("n_group", default=1),
-        groups_kept=fields.take("topk_group", default=1),
+        groups=fields.take("n_group"),
+        groups_kept=fields.take("topk_group"),
         group_score="top2",
-        scaling=fields.take("routed_scaling_factor", float, 1.0),
+        scaling=fields.take("routed_scaling_factor", float),
     )
-    interleaved = fields.take("rope_interleave", bool, True)
-    normed = fields.take("norm_topk_prob", bool, True)
+    interleaved = fields.take("rope_interleave", bool)
+    normed = fields.take("norm_topk_prob", bool)
     return _config(fields, name, router, norm_topk_prob=normed, interleaved=interleaved)
 
 
@@ -48,34 +82,33 @@ def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, 
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
     fields.require("moe_layer_freq", 1)
-    rotated = fields.take("qk_rope_head_dim")
-    rope = fields.rope(rotated, interleaved=interleaved)
-    if rope.rotated_channels:
-        raise CheckpointError(f"{fields.path}: partial_rotary_factor must be 1 or absent")
-    rope = dataclasses.replace(rope, score_factor=fields.yarn_score_factor())
+    rotated, plain = fields.take("qk_rope_head_dim"), fields.take("qk_nope_head_dim")
     heads, width = fields.take("num_attention_heads"), fields.take("moe_intermediate_size")
-    plain = fields.take("qk_nope_head_dim")
+    if (given := fields.take("num_key_value_heads", null=heads)) != heads:
+        raise CheckpointError(
+            f"{fields.path}: num_key_value_heads={given} must be num_attention_heads={heads}: in "
+            "latent attention each head has its own key"
+        )
     return ModelConfig(
         **fields.common(name),
+        **read_rope(fields, rotated, interleaved=interleaved, latent=True),
         query_heads=heads,
         kv_heads=heads,
         head_dim=plain + rotated,
-        experts=fields.experts(),
         expert_hidden=width,
         norm_topk_prob=norm_topk_prob,
-        rope=rope,
         qk_norm="none",
         latent=LatentConfig(
             kv_rank=fields.take("kv_lora_rank"),
             rope_channels=rotated,
             plain_channels=plain,
             value_channels=fields.take("v_head_dim"),
-            q_rank=fields.take("q_lora_rank", default=0),
+            q_rank=fields.take("q_lora_rank", null=0),
         ),
         router=router,
-        dense_layers=fields.take("first_k_dense_replace", default=0),
+        dense_layers=fields.take("first_k_dense_replace"),
         dense_hidden=fields.take("intermediate_size"),
-        shared_hidden=fields.take("n_shared_experts", default=0) * width,
+        shared_hidden=fields.take("n_shared_experts") * width,
     )
 
 
@@ -84,8 +117,12 @@ _v2 = Family(
     config=config_v2,
     dense=functools.partial(decoder_tensors, shared="shared_experts"),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    defaults=DEFAULTS_V2,
+    without_effect=frozenset({"head_dim", "qk_head_dim"}),  # from the parts of a head
 )
 FAMILIES = (
     _v2,
-    dataclasses.replace(_v2, architectures=("DeepseekV3ForCausalLM",), config=config_v3),
+    dataclasses.replace(
+        _v2, architectures=("DeepseekV3ForCausalLM",), config=config_v3, defaults=DEFAULTS_V3
+    ),
 )

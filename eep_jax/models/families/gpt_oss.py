@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import (
     DOWN,
     GATE,
@@ -18,19 +19,38 @@ from eep_jax.models.families.tensors import (
     decoder_tensors,
 )
 
+DEFAULTS = {
+    "attention_bias": True,
+    "bos_token_id": None,
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "rope_theta": 150_000.0,
+    "sliding_window": 128,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
 WINDOW, WHOLE = "sliding_attention", "full_attention"
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
     """Raises CheckpointError if `layer_types` has unknown names or another length."""
     common, heads = fields.common(name), fields.heads()
-    bias = fields.take("attention_bias", bool, True)
+    bias = fields.take("attention_bias", bool)
     return ModelConfig(
         **common,
         **heads,
-        experts=fields.experts(),
+        **read_rope(fields, heads["head_dim"]),
         expert_hidden=fields.take("intermediate_size"),
-        rope=fields.rope(heads["head_dim"]),
         qk_norm="none",
         qkv_bias=bias,
         output_bias=bias,
@@ -38,20 +58,21 @@ def config(fields: Fields, name: str) -> ModelConfig:
         sinks=True,
         router=RouterConfig(score="softmax_of_chosen", bias=True),
         activation="clamped_swiglu",
-        activation_limit=fields.take("swiglu_limit", float, 7.0),
-        activation_slope=fields.take("swiglu_alpha", float, 1.702),
+        activation_limit=fields.take("swiglu_limit", float),
+        activation_slope=fields.take("swiglu_alpha", float),
         expert_biases=True,
     )
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    kinds = fields.take("layer_types", list, [(WINDOW, WHOLE)[i % 2] for i in range(layers)])
-    if len(kinds) != layers or set(kinds) - {WINDOW, WHOLE}:
-        raise CheckpointError(
-            f"{fields.path}: layer_types={kinds} must list {WINDOW!r} or {WHOLE!r} for each of "
-            f"{layers} layers"
-        )
-    window = fields.take("sliding_window", default=0)
+    kinds = fields.layer_kinds("layer_types", layers, WINDOW, WHOLE)
+    kinds = kinds or [(WINDOW, WHOLE)[layer % 2] for layer in range(layers)]
+    fields.read.add("sliding_window")  # without effect if no layer slides
+    if WINDOW not in kinds:
+        return ()
+    window = fields.window()
+    if not window:
+        raise CheckpointError(f"{fields.path}: sliding_window=None, but layer_types={kinds}")
     return tuple(window if kind == WINDOW else 0 for kind in kinds)
 
 
@@ -84,4 +105,6 @@ FAMILY = Family(
     config=config,
     dense=functools.partial(decoder_tensors, router="router"),
     expert=expert_tensors,
+    defaults=DEFAULTS,
+    without_effect=frozenset({"initial_context_length"}),  # said in rope_parameters as well
 )

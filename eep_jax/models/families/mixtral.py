@@ -4,20 +4,31 @@ import functools
 
 from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+DEFAULTS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": None,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
     """All layers share one sliding window, if there is one."""
     heads = fields.heads()
     common = fields.common(name)
-    window = fields.take("sliding_window", default=0)
+    window = fields.window()
     return ModelConfig(
         **common,
         **heads,
-        experts=fields.experts(),
+        **read_rope(fields, heads["head_dim"]),
         expert_hidden=fields.take("intermediate_size"),
-        rope=fields.rope(heads["head_dim"]),
         qk_norm="none",
         windows=(window,) * common["layers"] if window else (),
         router=RouterConfig(score="softmax_of_chosen"),
@@ -33,4 +44,5 @@ FAMILY = Family(
         pattern="model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight",
         names=("w1", "w3", "w2"),
     ),
+    defaults=DEFAULTS,
 )

@@ -4,25 +4,38 @@ import functools
 
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
-from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
+from eep_jax.models.families.qwen3_moe import NAMES, PATTERN, WITHOUT_EFFECT, plain_layers
+from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+DEFAULTS = {
+    "bos_token_id": None,
+    "head_dim": None,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+    "num_key_value_heads": 16,
+    "qkv_bias": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "shared_expert_intermediate_size": 5632,
+    "tie_word_embeddings": False,
+}
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for layers without experts or with sliding windows."""
-    fields.require("decoder_sparse_step", 1)
-    fields.require("mlp_only_layers", [])
+    """Raises CheckpointError for sliding windows, and for plain layers behind others."""
     fields.require("use_sliding_window", False)
-    heads = fields.heads()
+    common, heads = fields.common(name), fields.heads()
+    fields.layer_kinds("layer_types", common["layers"], "full_attention")
     return ModelConfig(
-        **fields.common(name),
+        **common,
         **heads,
-        experts=fields.experts(),
+        **read_rope(fields, heads["head_dim"]),
+        **plain_layers(fields, common["layers"]),
         expert_hidden=fields.take("moe_intermediate_size"),
-        norm_topk_prob=fields.take("norm_topk_prob", bool, False),
-        rope=fields.rope(heads["head_dim"]),
+        norm_topk_prob=fields.take("norm_topk_prob", bool),
         qk_norm="none",
-        qkv_bias=fields.take("qkv_bias", bool, True),
+        qkv_bias=fields.take("qkv_bias", bool),
         shared_hidden=fields.take("shared_expert_intermediate_size"),
         shared_gate=True,
     )
@@ -33,4 +46,6 @@ FAMILY = Family(
     config=config,
     dense=decoder_tensors,
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    defaults=DEFAULTS,
+    without_effect=WITHOUT_EFFECT,
 )

@@ -1,6 +1,7 @@
 """Registry of the families, by the architecture that config.json names."""
 
 import json
+import logging
 import pathlib
 
 from eep_jax.errors import CheckpointError
@@ -10,6 +11,7 @@ from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.tensors import Family
 
 CONFIG = "config.json"
+_log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, Family] = {
     architecture: family
@@ -53,9 +55,13 @@ def model_from_config_json(values: dict, name: str, path: str = CONFIG) -> Model
     """The model that the fields of config.json describe; errors name `path`."""
     family = family_of(values, path)
     try:
-        return family.config(Fields(values, path), name)
+        fields = Fields(values, path, family.defaults)
+        model = family.config(fields, name)
     except ValueError as error:
         raise CheckpointError(f"{path} describes an inconsistent model: {error}") from error
+    if unread := fields.unread(family.without_effect):
+        _log.warning("%s: fields %s are not known and have no effect", path, unread)
+    return model
 
 
 def family_of(values: dict, path: str = CONFIG) -> Family:

@@ -1,7 +1,7 @@
 """Keys, shapes and layouts of our weights in the files of a Hugging Face directory."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -48,13 +48,17 @@ class Family:
     """Conversion of the checkpoints of some architectures.
 
     `config(fields, name)` returns the ModelConfig, `dense(model)` the tensors by our names,
-    `expert(model, e)` the parts of one expert.
+    `expert(model, e)` the parts of one expert. `defaults` are the values of absent fields of
+    config.json, as in transformers; a field without one is required. `without_effect` are fields
+    that change no logit in this family.
     """
 
     architectures: tuple[str, ...]
     config: Callable
     dense: Callable[[ModelConfig], dict[str, Stored]]
     expert: Callable[[ModelConfig, int], Iterator[ExpertPart]]
+    defaults: Mapping = dataclasses.field(default_factory=dict)
+    without_effect: frozenset[str] = frozenset()
 
 
 def decoder_tensors(

@@ -8,6 +8,9 @@ were made so; `test_parity.py` compares with them, and with torch at hand makes 
 A checkpoint is written by `save_pretrained`, in shards for one family. `expected.npz` holds the
 prompt `[T]`, the logits of its positions `[T V]`, the tokens that greedy decoding goes on with
 `[N]`, and the logits of those N steps `[N V]`, computed with a KV cache in float32.
+
+`transformers.json` holds the default fields of each family's configuration class, and the
+frequencies that some configurations of RoPE have.
 """
 
 import argparse
@@ -96,12 +99,49 @@ FAMILIES = {
     ),
 }
 SHARDED = "mixtral"
+FACTS = "transformers.json"
+_STRETCH = {"factor": 4.0, "original_max_position_embeddings": 32}
+ROPES = (
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | _STRETCH,
+    {"rope_type": "llama3", "low_freq_factor": 1.5, "high_freq_factor": 2.0} | _STRETCH,
+    {"rope_type": "yarn"} | _STRETCH,
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32},
+    {"rope_type": "yarn", "mscale": 0.8, "mscale_all_dim": 1.2} | _STRETCH,
+    {"rope_type": "yarn", "attention_factor": 1.25, "truncate": False} | _STRETCH,
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "partial_rotary_factor": 0.5} | _STRETCH,
+)
 
 
 def make_all(out: pathlib.Path) -> None:
     """Writes every family under `out`, a directory of its own each."""
+    (out / FACTS).write_text(json.dumps(facts(), indent=1, sort_keys=True) + "\n")
     for name in FAMILIES:
         make_one(name, out / name)
+
+
+def facts() -> dict:
+    """What transformers says of configurations alone."""
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    defaults, ropes = {}, []
+    for class_name in sorted({class_name for class_name, _ in FAMILIES.values()}):
+        fields = getattr(transformers, class_name)().to_dict()
+        architecture = class_name.replace("Config", "ForCausalLM")
+        defaults[architecture] = fields | {"architectures": [architecture]}
+    for parameters in ROPES:
+        fields = {"head_dim": 24, "max_position_embeddings": 96}
+        fields["rope_parameters"] = {"rope_theta": 500.0} | parameters
+        config = transformers.Glm4MoeConfig(**json.loads(json.dumps(fields)))
+        if parameters.get("partial_rotary_factor") is None:
+            config.rope_parameters["partial_rotary_factor"] = 1.0
+        found, amplitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
+        fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+        ropes.append(fields | {"frequencies": found.tolist(), "amplitude": float(amplitude)})
+    return {"transformers": transformers.__version__, "defaults": defaults, "ropes": ropes}
 
 
 def make_one(name: str, directory: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """Promise: every family's logits are those of transformers, from its own checkpoint files."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from eep_jax.models.weights import build_dense_model, dense_names, expert_name
 from tests.eep_jax.models import make_parity
 from tests.support.engines import compiling_nothing
-from tests.support.parity import NAMES, reference
+from tests.support.parity import NAMES, ROOT, reference
 from tests.support.parity_cluster import ParityCluster
 from tests.support.wide_parity import wide_weights
 
@@ -85,6 +87,7 @@ def test_transformers_writes_the_same_checkpoints_anew(tmp_path):
         with pytest.raises(ImportError):
             make_parity.make_one(NAMES[0], tmp_path / NAMES[0])
         pytest.skip("torch or transformers cannot be imported")
+    assert make_parity.facts() == json.loads((ROOT / make_parity.FACTS).read_text())
     for name in NAMES:
         make_parity.make_one(name, tmp_path / name)
         kept, made = reference(name), reference(name, tmp_path)

@@ -78,7 +78,12 @@ def test_yarn_leaves_fast_pairs_stretches_slow_ones_and_ramps_between(truncate):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kind": "linear"}, "kind='linear' must be one of"),
+        ({"kind": "longrope"}, "kind='longrope' must be one of"),
+        ({"kind": "linear", "factor": 0.5}, "factor=0.5, which must be >= 1"),
+        (
+            {"kind": "llama3", "factor": 2.0, "original_positions": 8, "beta_fast": 1.0},
+            "must be positive and in this order",
+        ),
         ({"kind": "yarn", "factor": 2.0}, "both must be >= 1"),
         ({"rotated_channels": 3}, "rotated_channels=3 must be even"),
     ],

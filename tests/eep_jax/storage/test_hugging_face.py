@@ -108,7 +108,7 @@ def test_an_unknown_architecture_lists_the_known_ones(copy_of):
     ("name", "field", "value"),
     [
         ("qwen3_moe", "decoder_sparse_step", 2),
-        ("qwen3_moe", "mlp_only_layers", [0]),
+        ("qwen3_moe", "mlp_only_layers", [1]),
         ("qwen3_moe", "hidden_act", "gelu"),
         ("qwen2_moe", "use_sliding_window", True),
         ("olmoe", "clip_qkv", 8.0),
@@ -131,8 +131,8 @@ def test_a_value_that_is_not_supported_is_named_with_its_field(copy_of, name, fi
 
 def test_a_rope_that_is_not_implemented_is_named(copy_of):
     root = copy_of("qwen3_moe")
-    edit_config(root, rope_parameters={"rope_type": "llama3", "factor": 8.0})
-    with pytest.raises(CheckpointError, match="rope_parameters: rope_type='llama3'"):
+    edit_config(root, rope_parameters={"rope_type": "longrope", "factor": 8.0})
+    with pytest.raises(CheckpointError, match="rope_parameters: rope_type='longrope'"):
         HuggingFaceCheckpoint(root)
 
 
