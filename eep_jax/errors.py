@@ -42,3 +42,7 @@ class RankEnded(EepError):
 
 class QueueFull(EepError):
     """The queue of requests is at its maximum; try again later."""
+
+
+class RunDirError(EepError):
+    """A run directory that another process owns, another run left, or that others can write to."""

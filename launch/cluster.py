@@ -18,7 +18,9 @@ from collections.abc import Callable
 import aiohttp
 
 from eep_jax.config import ClusterConfig
+from eep_jax.errors import RunDirError
 from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.run_owner import LAUNCHER, RunOwner, check_free, claim
 from eep_jax.runtime.rank import priority
 from launch.flags import TOKEN_FILE
 from launch.program import EXIT_USAGE
@@ -78,6 +80,7 @@ class LocalCluster:
             token.write_text(secrets.token_urlsafe(32))
         self._arguments, self.ranks, self._delay_ms = arguments, ranks, respawn_delay_ms
         self._joiner_nice = joiner_nice
+        self._owner: RunOwner | None = None  # from `start` to `stop`
         self.children: dict[str, Child] = {}
         self.was_healthy = False
         self.failure: str | None = None
@@ -85,6 +88,13 @@ class LocalCluster:
         self.report: Callable[[str], None] = lambda text: None  # called when a process ends
 
     def start(self) -> None:
+        """Starts all processes.
+
+        Raises:
+            RunDirError: Another launcher or supervisor uses the run directory.
+        """
+        self._owner = self._owner or claim(self.run_dir, LAUNCHER)
+        check_free(self.run_dir)
         self._spawn(SUPERVISOR)
         for rank in range(self.ranks):
             self._spawn(rank_name(rank))
@@ -102,9 +112,19 @@ class LocalCluster:
     async def watch(self) -> None:
         """Restarts dead processes until cancelled, or until `failure` holds why that is useless."""
         while self.failure is None:
+            if not self._still_owns():
+                return
             for child in list(self.children.values()):
                 self._look_after(child)
             await asyncio.sleep(WATCH_MS / 1000)
+
+    def _still_owns(self) -> bool:
+        if self._owner is not None:
+            try:
+                self._owner.beat()
+            except RunDirError as error:
+                self.failure = str(error)
+        return self.failure is None
 
     def _look_after(self, child: Child) -> None:
         now_s, status = time.monotonic(), child.process.poll()
@@ -186,7 +206,11 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
+        """Where the supervisor of this cluster serves. Raises OSError or ValueError before that."""
         endpoint = json.loads((self.run_dir / ENDPOINT).read_text())
+        child = self.children.get(SUPERVISOR)
+        if child is not None and endpoint.get("pid") != child.process.pid:
+            raise ConnectionError("the supervisor has not written its address yet")
         return f"http://{endpoint['http_host']}:{endpoint['http_port']}"
 
     async def status(self, session: aiohttp.ClientSession) -> dict | None:
@@ -243,6 +267,9 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(5)
+        if self._owner is not None:
+            self._owner.release()
+            self._owner = None
         if self._removes_run_dir:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import signal
 import aiohttp
 from absl import flags as absl_flags
 
+from eep_jax.errors import RunDirError
 from launch import flags, program
 from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
@@ -75,7 +76,7 @@ async def _run(cluster: LocalCluster, config) -> int:
         return await work
     except asyncio.CancelledError:
         return 130 if DEMO.value else 0
-    except ClusterFailed as error:
+    except (ClusterFailed, RunDirError) as error:
         say(f"failed: {error}", "red")
         return 1
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 import eep_jax
-from eep_jax.errors import CheckpointError
+from eep_jax.errors import CheckpointError, RunDirError
 from launch.errors import UsageError
 
 EXIT_USAGE = 2
@@ -49,7 +49,7 @@ def main_with_usage(main: Callable[[], int]) -> Callable[[list[str]], int]:
             return EXIT_USAGE
         try:
             return main()
-        except (UsageError, CheckpointError) as error:
+        except (UsageError, CheckpointError, RunDirError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USAGE
 

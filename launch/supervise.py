@@ -27,6 +27,10 @@ def main() -> int:
         supervisor = Supervisor(config, run_dir, token, host=host)
     except ValueError as error:  # of a tokenizer or chat template
         raise flags.UsageError(str(error)) from error
+    except OSError as error:
+        raise flags.UsageError(
+            f"--run_dir={run_dir} cannot be used: {error.filename or ''}: {error.strerror}"
+        ) from error
     try:
         asyncio.run(_serve(supervisor))
     except OSError as error:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig, ServeConfig
+from eep_jax.errors import RunDirError
 from eep_jax.model_config import model_from_values
 from eep_jax.runtime.supervisor.supervisor import Supervisor
 
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> int:
         config, token = read_run(arguments[0])
         supervisor = Supervisor(config, pathlib.Path(arguments[0]), token)
         asyncio.run(_serve(supervisor, with_parent=len(arguments) > 1))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunDirError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
 """Address of the supervisor, read from its run directory or given; connections to it."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ from eep_jax.config import ServeConfig
 ENDPOINT = "endpoint.json"  # addresses of the control channel and of HTTP
 JOURNAL = "journal.jsonl"
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 RETRY_MS = 150
 CONNECT_TIMEOUT_MS = 3_000
 
@@ -42,9 +44,22 @@ def write_endpoint(
         "http_port": http_port,
         "pid": os.getpid(),
     }
-    fresh = endpoint_file.with_name(endpoint_file.name + ".new")
-    fresh.write_text(json.dumps(endpoint))
-    os.replace(fresh, endpoint_file)
+    text, fresh = json.dumps(endpoint) + "\n", endpoint_file.with_name(endpoint_file.name + ".new")
+    try:
+        _write(fresh, text, os.O_CREAT | os.O_TRUNC)
+        os.replace(fresh, endpoint_file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        if error.errno not in NO_ROOM or not endpoint_file.exists():
+            raise
+        _write(endpoint_file, text, 0)  # over the old one, for which there is room
+
+
+def _write(path: pathlib.Path, text: str, how: int) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC | how, 0o600), "w") as file:
+        file.write(text)
+        file.truncate()
 
 
 def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:

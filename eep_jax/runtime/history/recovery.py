@@ -6,6 +6,7 @@ from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.coordination.coordinator import initial_state, restored_state
 from eep_jax.coordination.state import CoordinatorState
 from eep_jax.engine.request import Request
+from eep_jax.errors import RunDirError
 from eep_jax.membership.view import Member, RankState, View, empty_view
 from eep_jax.placement.placement import Placement, empty_placement
 from eep_jax.runtime.control.messages import HostProcess
@@ -13,6 +14,7 @@ from eep_jax.runtime.processes.registry import OWN_HOST
 from eep_jax.runtime.serving.dispatcher import accepted_facts, finished_facts
 from eep_jax.runtime.serving.request_table import Entry
 
+REPORT_KINDS = ("offered", "restarted", "fetch_failed")
 EVENT_KINDS = ("commit", "dead", "prepare", "ended", "coverage_lost", "scale", "repair")
 
 
@@ -57,53 +59,116 @@ class Restored:
 
 
 def read_back(records: list[dict], config: RunConfig) -> Restored:
-    """The state after `records`, oldest first; without records that of a first start."""
-    model, cluster = config.model, config.cluster
-    view = empty_view(cluster.ranks)
-    placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
-    tried, issued, fenced = 0, [0] * cluster.ranks, [0] * cluster.ranks
-    processes, entries, out = {}, {}, frozenset()
-    for record in records:
+    """The state after `records`, oldest first; without records that of a first start.
+
+    Raises:
+        RunDirError: A record does not fit `config`, or is of a kind or shape of another version.
+    """
+    reader = _Reader(config)
+    for number, record in enumerate(records, 1):
+        try:
+            reader.read(record)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise RunDirError(
+                f"record {number} of the journal, {str(record)[:120]!r}, does not fit this program "
+                f"or its configuration: {error!r}. Start with the version and the configuration "
+                "that wrote it; or move the journal away to begin a new run, which forgets the "
+                "requests in it"
+            ) from error
+    return reader.restored(is_first=not records)
+
+
+class _Reader:
+    """The state after the records read so far."""
+
+    def __init__(self, config: RunConfig):
+        model, cluster = config.model, config.cluster
+        self._ranks, self._slots, self._experts = (
+            cluster.ranks,
+            cluster.slots_per_rank,
+            model.experts,
+        )
+        self._view = empty_view(cluster.ranks)
+        self._placement = empty_placement(model.experts, cluster.ranks, cluster.slots_per_rank)
+        self._tried, self._out = 0, frozenset()
+        self._issued, self._fenced = [0] * cluster.ranks, [0] * cluster.ranks
+        self._processes: dict[tuple[int, int], tuple[str, HostProcess]] = {}
+        self._entries: dict[str, Entry] = {}
+        self._events: list[dict] = []
+
+    def read(self, record: dict) -> None:
         match record["kind"]:
             case "commit":
-                view, placement = _view_of(record), _placement_of(record, model.experts)
+                self._commit(record)
             case "scale":
-                out = frozenset(record["out"])
+                self._out = frozenset(self._rank(rank) for rank in record["out"])
             case "prepare" | "tried":
-                tried = max(tried, record["epoch"])
+                self._tried = max(self._tried, record["epoch"])
             case "incarnation":
-                issued[record["rank"]] = max(issued[record["rank"]], record["incarnation"])
+                self._issue(self._rank(record["rank"]), record["incarnation"])
             case "process":
-                rank, incarnation = record["rank"], record["incarnation"]
-                issued[rank] = max(issued[rank], incarnation)
-                process = HostProcess(
-                    rank=rank,
-                    incarnation=incarnation,
-                    pid=record["pid"],
-                    ticks=record["ticks"],
-                )
-                processes[rank, incarnation] = (record.get("host", OWN_HOST), process)
+                self._process(record)
             case "dead":
-                rank = record["rank"]
-                fenced[rank] = max(fenced[rank], record["incarnation"])
+                rank = self._rank(record["rank"])
+                self._fenced[rank] = max(self._fenced[rank], record["incarnation"])
             case "accepted":
-                entry = _entry_of(record)
-                entries[entry.request.id] = entry
-            case "finished" if record["id"] in entries:
-                entry = entries[record["id"]]
-                entry.produced, entry.finish = list(record["tokens"]), record["finish"]
-    return Restored(
-        is_first=not records,
-        view=view,
-        placement=placement,
-        epoch_tried=tried,
-        issued=issued,
-        fenced=fenced,
-        out=out,
-        processes=[p for key, p in processes.items() if key[1] == issued[key[0]]],
-        entries=list(entries.values()),
-        events=[r for r in records if r["kind"] in EVENT_KINDS],
-    )
+                if "request" in record:  # else its texts are not kept, see serve.journal_texts
+                    entry = _entry_of(record)
+                    self._entries[entry.request.id] = entry
+            case "finished":
+                if (entry := self._entries.get(record["id"])) is not None:
+                    entry.produced, entry.finish = list(record["tokens"]), record["finish"]
+            case kind if kind not in (*EVENT_KINDS, *REPORT_KINDS):
+                raise ValueError(f"unknown kind {kind!r}")
+        if record["kind"] in EVENT_KINDS:
+            self._events.append(record)
+
+    def restored(self, is_first: bool) -> Restored:
+        found = self._processes.items()
+        return Restored(
+            is_first=is_first,
+            view=self._view,
+            placement=self._placement,
+            epoch_tried=self._tried,
+            issued=self._issued,
+            fenced=self._fenced,
+            out=self._out,
+            processes=[p for (rank, number), p in found if number == self._issued[rank]],
+            entries=list(self._entries.values()),
+            events=self._events,
+        )
+
+    def _rank(self, rank: int) -> int:
+        if not 0 <= rank < self._ranks:
+            raise ValueError(f"rank {rank} is not in 0..{self._ranks - 1}")
+        return rank
+
+    def _issue(self, rank: int, incarnation: int) -> None:
+        self._issued[rank] = max(self._issued[rank], incarnation)
+
+    def _process(self, record: dict) -> None:
+        rank, incarnation = self._rank(record["rank"]), record["incarnation"]
+        self._issue(rank, incarnation)
+        numbers = {"pid": record["pid"], "ticks": record["ticks"]}
+        process = HostProcess(rank=rank, incarnation=incarnation, **numbers)
+        self._processes[rank, incarnation] = (record.get("host", OWN_HOST), process)
+
+    def _commit(self, commit: dict) -> None:
+        slots = tuple(tuple(row) for row in commit["slots"])
+        if [len(row) for row in slots] != [self._slots] * self._ranks:
+            raise ValueError(
+                f"it has {len(slots)} ranks of {sorted({len(row) for row in slots})} slots, "
+                f"expected {self._ranks} of {self._slots}"
+            )
+        active = {self._rank(int(rank)) for rank in commit["members"]}  # JSON has strings for keys
+        if len(commit["incarnations"]) != self._ranks:
+            raise ValueError(f"it has {len(commit['incarnations'])} incarnations")
+        members = tuple(
+            Member(RankState.ACTIVE if rank in active else RankState.ABSENT, incarnation)
+            for rank, incarnation in enumerate(commit["incarnations"])
+        )
+        self._view = View(epoch=commit["epoch"], members=members)
+        self._placement = Placement(experts=self._experts, slots=slots)
 
 
 def snapshot(
@@ -135,20 +200,6 @@ def snapshot(
 def process_facts(host: str, process: HostProcess) -> dict:
     """Journal record of an admitted process."""
     return dataclasses.asdict(process) | ({} if host == OWN_HOST else {"host": host})
-
-
-def _view_of(commit: dict) -> View:
-    """The View of a commit record, whose ranks JSON turned into strings."""
-    active = {int(rank) for rank in commit["members"]}
-    members = tuple(
-        Member(RankState.ACTIVE if rank in active else RankState.ABSENT, incarnation)
-        for rank, incarnation in enumerate(commit["incarnations"])
-    )
-    return View(epoch=commit["epoch"], members=members)
-
-
-def _placement_of(commit: dict, experts: int) -> Placement:
-    return Placement(experts=experts, slots=tuple(tuple(row) for row in commit["slots"]))
 
 
 def _entry_of(record: dict) -> Entry:

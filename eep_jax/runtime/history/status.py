@@ -29,10 +29,12 @@ class StatusReporter:
         telemetry: dict[int, Telemetry],
         processes: RankProcesses,
         channels: Channels,
+        journal_problem: Callable[[], str] = lambda: "",
     ):
         self._config, self._state, self._requests = config, state, requests
         self._event_log, self._telemetry = event_log, telemetry
         self._processes, self._channels = processes, channels
+        self._journal_problem = journal_problem
         self.metrics = Metrics(state, requests, event_log).text
 
     def phase(self) -> str:
@@ -57,7 +59,8 @@ class StatusReporter:
         return phase in ("serving", "changing"), facts
 
     def _problems(self) -> list[str]:
-        return problems(self._state(), self._event_log.events)
+        found = problems(self._state(), self._event_log.events)
+        return found + [problem for problem in (self._journal_problem(),) if problem]
 
     def status(self) -> dict:
         """The whole state of the cluster as JSON values."""

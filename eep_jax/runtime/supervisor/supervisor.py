@@ -9,18 +9,18 @@ import asyncio
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination.state import CoordinatorState, Ended, Tick
 from eep_jax.runtime.control.channels import Channels
-from eep_jax.runtime.control.endpoint import ENDPOINT, JOURNAL, ports_before, write_endpoint
+from eep_jax.runtime.control.endpoint import ENDPOINT, ports_before, write_endpoint
 from eep_jax.runtime.control.identity import host_id
 from eep_jax.runtime.control.messages import HostProcess
 from eep_jax.runtime.control.server import ControlServer
 from eep_jax.runtime.history.event_log import EventLog
-from eep_jax.runtime.history.journal import Journal, replay
-from eep_jax.runtime.history.recovery import read_back, snapshot
+from eep_jax.runtime.history.recovery import snapshot
 from eep_jax.runtime.history.status import StatusReporter
 from eep_jax.runtime.http.app import build_app
 from eep_jax.runtime.http.completion import CompletionLimits
@@ -31,6 +31,7 @@ from eep_jax.runtime.serving.assemble import assemble_serving
 from eep_jax.runtime.supervisor.driver import Driver, DriverDeps
 from eep_jax.runtime.supervisor.listeners import Listeners
 from eep_jax.runtime.supervisor.message_handler import MessageHandler
+from eep_jax.runtime.supervisor.run_files import RunFiles, open_run
 from eep_jax.runtime.supervisor.service import ClusterService
 from eep_jax.runtime.text.chat_template import open_chat_template
 from eep_jax.runtime.text.open import open_tokenizer, tokenizer_directory
@@ -38,6 +39,7 @@ from eep_jax.runtime.text.open import open_tokenizer, tokenizer_directory
 _log = logging.getLogger(__name__)
 
 TICK_MS = 50
+JOURNAL_RETRY_MS = 1_000  # between tries to write a journal that is off
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 
@@ -79,15 +81,25 @@ class Supervisor:
 
         Raises:
           ValueError: the model's tokenizer or chat template cannot be used.
+          RunDirError: `run_dir` is in use, or holds what this run cannot continue.
+          OSError: `run_dir` cannot be written.
         """
         self.config, self._run_dir = config, pathlib.Path(run_dir)
         now_ms = (clock or SystemClock()).now_ms
         self._tokenizer = open_tokenizer(config)
         self._template = open_chat_template(tokenizer_directory(config))
-        before = read_back(replay(self._run_dir / JOURNAL), config)
+        self._files = open_run(self._run_dir, config)
+        try:
+            self._wire(self._files, token, now_ms, host)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _wire(self, files: RunFiles, token: str, now_ms: Callable[[], int], host: str) -> None:
+        config, before = self.config, files.before
         state = before.coordinator_state(config.cluster, now_ms())
         members = state.view.in_epoch
-        self._journal = Journal(self._run_dir / JOURNAL)
+        self._journal, self._now_ms, self._journal_due_ms = files.journal, now_ms, 0
         self.event_log = EventLog(self._journal, now_ms, before.events, members)
         self.channels = Channels()
         serving = assemble_serving(
@@ -127,6 +139,7 @@ class Supervisor:
             self.telemetry,
             self._processes,
             self.channels,
+            lambda: self._journal.problem,
         )
         self.service = ClusterService(serving.frontend, reporter, self._driver)
         if not before.is_first:
@@ -139,7 +152,7 @@ class Supervisor:
         return self._driver.state
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
-        """Serves until `stop` is set, then ends all ranks.
+        """Serves until `stop` is set, then ends all ranks. Any other end leaves them generating.
 
         Args:
           stop: set by the caller to end the run.
@@ -147,6 +160,7 @@ class Supervisor:
 
         Raises:
           OSError: a port is taken.
+          RunTaken: another supervisor has taken over.
         """
         listeners, looking = Listeners(), None
         try:
@@ -166,7 +180,7 @@ class Supervisor:
         finally:
             if looking is not None:
                 looking.cancel()
-            await self._close(listeners)
+            await self._close(listeners, ends_run=stop.is_set())
 
     async def _listen(self, listeners: Listeners) -> None:
         """Opens both ports, the previous ones if they are free, and writes them to the file."""
@@ -192,20 +206,25 @@ class Supervisor:
         _log.info("serving on http://%s:%d", serve.host, http_port)
 
     def _tick(self) -> None:
+        self._files.owner.beat()
         self._driver.feed(Tick())
         self._hosts.give_up_lost(self.config.cluster.host_lost_ms, self._driver.current_processes())
         self.event_log.note_costs()
-        if self._journal.is_full:
+        if self._journal.problem and self._now_ms() >= self._journal_due_ms:
+            self._journal_due_ms = self._now_ms() + JOURNAL_RETRY_MS
+            self.compact()
+        elif self._journal.is_full:
             self.compact()
 
-    async def _close(self, listeners: Listeners) -> None:
+    async def _close(self, listeners: Listeners, ends_run: bool) -> None:
         await listeners.stop()  # a rank that ends must not reconnect
-        self._hosts.shut_down()
-        self.channels.shut_down()
-        await asyncio.sleep(0.1)  # for the writers to pass the last message on
+        if ends_run:
+            self._hosts.shut_down()
+            self.channels.shut_down()
+            await asyncio.sleep(0.1)  # for the writers to pass the last message on
         await listeners.close()
         self._local.close()
-        self._journal.close()
+        self._files.close()
 
     def _on_process_ending(self, process: HostProcess) -> None:
         self._driver.ending(process)
