@@ -97,6 +97,7 @@ class RouterConfig:
     groups_kept: int = 1
     group_score: str = "max"  # see GROUP_SCORES
     scaling: float = 1.0  # factor of the final weights
+    sum_min: float = 0.0  # least sum by which weights are divided
 
     def __post_init__(self):
         _one_of("RouterConfig.score", self.score, SCORES)

@@ -30,10 +30,11 @@ def choose(
 ) -> tuple[Int32[Array, "*T K"], Float32[Array, "*T K"]]:
     """Experts and weights according to `model.router`, in float32; ties go to the lower id.
 
-    - score `softmax`: see `route`. Qwen, OLMoE; with groups DeepSeek-V2.
+    - score `softmax`: see `route`. Qwen, OLMoE; with groups DeepSeek-V2; with a correction, as
+      below, ERNIE 4.5.
     - `softmax_of_chosen`: the best K logits, `weights = softmax` of these K. Mixtral, gpt-oss.
     - `sigmoid`: `s = sigmoid(logits)`; the best K of `s + correction`, `weights = s` of these,
-      divided by their sum with `norm_topk_prob`. DeepSeek-V3.
+      divided by their sum with `norm_topk_prob`. DeepSeek-V3, GLM, MiniMax, HunYuan, dots.
 
     With groups, only experts of the best groups are eligible; a group is ranked by its best expert
     (`max`) or the sum of its two best (`top2`). Finally weights are multiplied by `scaling`.
@@ -43,7 +44,7 @@ def choose(
     if router.score == "softmax_of_chosen":
         best, ids = jax.lax.top_k(_in_best_groups(logits, router), count)
         return ids.astype(jnp.int32), _scaled(jax.nn.softmax(best, axis=-1), router)
-    if router.score == "softmax" and router.groups == 1:
+    if router.score == "softmax" and router.groups == 1 and correction is None:
         ids, weights = route(logits, count, model.norm_topk_prob)
         return ids, _scaled(weights, router)
     soft = router.score == "softmax"
@@ -52,7 +53,8 @@ def choose(
     _, ids = jax.lax.top_k(_in_best_groups(wanted, router), count)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if model.norm_topk_prob:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+        weights = weights / jnp.maximum(total, router.sum_min)
     return ids.astype(jnp.int32), _scaled(weights, router)
 
 

@@ -82,6 +82,10 @@ class Fields:
             )
         return kind(value)
 
+    def put(self, name: str, value) -> None:
+        """Gives a field the value that other fields imply."""
+        self.values = self.values | {name: value}
+
     def require(self, name: str, *allowed) -> None:
         """Rejects other values than these; an absent field means the first of them.
 

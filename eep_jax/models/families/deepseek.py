@@ -1,5 +1,5 @@
-"""DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): latent attention, groups of experts, shared
-experts, and first layers without experts.
+"""DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437), and GLM-4.7-Flash: latent attention, groups of
+experts, shared experts, and first layers without experts.
 """
 
 import dataclasses
@@ -8,8 +8,10 @@ import functools
 from eep_jax.errors import CheckpointError
 from eep_jax.model_config import LatentConfig, ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.hy_v3 import listed_plain_layers
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
+from eep_jax.models.families.sigmoid_router import grouped_router
 from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
 
 _DEFAULTS = {
@@ -43,6 +45,16 @@ DEFAULTS_V3 = _DEFAULTS | {
     "routed_scaling_factor": 2.5,
     "topk_group": 4,
 }
+DEFAULTS_GLM_LITE = DEFAULTS_V3 | {
+    "n_group": 1,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 1.8,
+    "topk_group": 1,
+    "v_head_dim": 256,
+}
 
 
 def config_v2(fields: Fields, name: str) -> ModelConfig:
@@ -63,19 +75,17 @@ def config_v2(fields: Fields, name: str) -> ModelConfig:
 
 def config_v3(fields: Fields, name: str) -> ModelConfig:
     """Raises CheckpointError for values that occur in no release of V3 or R1."""
-    fields.require("scoring_func", "sigmoid")
-    fields.require("topk_method", "noaux_tc")
-    router = RouterConfig(
-        score="sigmoid",
-        correction=True,
-        groups=fields.take("n_group"),
-        groups_kept=fields.take("topk_group"),
-        group_score="top2",
-        scaling=fields.take("routed_scaling_factor", float),
-    )
     interleaved = fields.take("rope_interleave", bool)
     normed = fields.take("norm_topk_prob", bool)
+    router = grouped_router(fields)
     return _config(fields, name, router, norm_topk_prob=normed, interleaved=interleaved)
+
+
+def config_glm_lite(fields: Fields, name: str) -> ModelConfig:
+    """V3 with a list of which layers are plain."""
+    layers = listed_plain_layers(fields, fields.take("num_hidden_layers"))
+    fields.put("first_k_dense_replace", layers)
+    return config_v3(fields, name)
 
 
 def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, interleaved):
@@ -124,5 +134,11 @@ FAMILIES = (
     _v2,
     dataclasses.replace(
         _v2, architectures=("DeepseekV3ForCausalLM",), config=config_v3, defaults=DEFAULTS_V3
+    ),
+    dataclasses.replace(
+        _v2,
+        architectures=("Glm4MoeLiteForCausalLM",),
+        config=config_glm_lite,
+        defaults=DEFAULTS_GLM_LITE,
     ),
 )

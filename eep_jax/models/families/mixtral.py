@@ -7,6 +7,8 @@ from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
 
+NAMES = ("w1", "w3", "w2")
+PATTERN = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight"
 DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -39,10 +41,6 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     config=config,
     dense=functools.partial(decoder_tensors, block="block_sparse_moe"),
-    expert=functools.partial(
-        per_expert,
-        pattern="model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight",
-        names=("w1", "w3", "w2"),
-    ),
+    expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
     defaults=DEFAULTS,
 )

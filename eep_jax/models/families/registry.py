@@ -6,7 +6,19 @@ import pathlib
 
 from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig
-from eep_jax.models.families import deepseek, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from eep_jax.models.families import (
+    deepseek,
+    dots1,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    hy_v3,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.tensors import Family
 
@@ -22,6 +34,11 @@ FAMILIES: dict[str, Family] = {
         olmoe.FAMILY,
         *deepseek.FAMILIES,
         gpt_oss.FAMILY,
+        glm4_moe.FAMILY,
+        minimax_m2.FAMILY,
+        hy_v3.FAMILY,
+        dots1.FAMILY,
+        ernie4_5_moe.FAMILY,
     )
     for architecture in family.architectures
 }

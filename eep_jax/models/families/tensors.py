@@ -67,10 +67,12 @@ def decoder_tensors(
     block: str = "mlp",
     router: str = "gate",
     shared: str = "shared_expert",
+    correction: str = "",
 ) -> dict[str, Stored]:
     """All weights outside the experts, under the keys that most families share.
 
-    `block` names a layer's module of router and experts; `router` and `shared` are names in it.
+    `block` names a layer's module of router and experts; `router`, `shared` and `correction` are
+    names in it, `correction` that of the router's correction unless it is in the router.
     """
     hidden, vocab = model.hidden, model.vocab_size
     found = {
@@ -93,7 +95,8 @@ def decoder_tensors(
             found |= _mlp(f"{ours}/mlp", f"{theirs}.mlp", hidden, model.dense_hidden)
             continue
         block_key = f"{theirs}.{block}"
-        found |= _router(model, ours, f"{block_key}.{router}")
+        corrected = f"{block_key}.{correction or f'{router}.e_score_correction_bias'}"
+        found |= _router(model, ours, f"{block_key}.{router}", corrected)
         if model.shared_hidden:
             key = f"{block_key}.{shared}"
             found |= _mlp(f"{ours}/shared", key, hidden, model.shared_hidden)
@@ -129,13 +132,12 @@ def _mlp(ours: str, theirs: str, hidden: int, width: int) -> dict[str, Stored]:
     }
 
 
-def _router(model: ModelConfig, ours: str, theirs: str) -> dict[str, Stored]:
+def _router(model: ModelConfig, ours: str, theirs: str, correction: str) -> dict[str, Stored]:
     found = {f"{ours}/router/kernel": _linear(theirs, model.hidden, model.experts)}
     if model.router.bias:
         found[f"{ours}/router/bias"] = Stored(f"{theirs}.bias", (model.experts,))
     if model.router.correction:
-        key = f"{theirs}.e_score_correction_bias"
-        found[f"{ours}/router_correction"] = Stored(key, (model.experts,))
+        found[f"{ours}/router_correction"] = Stored(correction, (model.experts,))
     return found
 
 

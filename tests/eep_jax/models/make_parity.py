@@ -47,6 +47,15 @@ LATENT = {
     "v_head_dim": 10,
     "first_k_dense_replace": 1,
 }
+# Of the newer families: nothing fits anything else.
+ODD = {
+    "hidden_size": 36,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 5,
+    "intermediate_size": 28,
+    "moe_intermediate_size": 20,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -97,8 +106,53 @@ FAMILIES = {
         {"intermediate_size": 40, "num_local_experts": 8, "head_dim": 8, "sliding_window": 8}
         | {"rope_parameters": YARN | {"truncate": False}, "num_hidden_layers": 2},
     ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        ODD
+        | {"n_routed_experts": 24, "first_k_dense_replace": 2, "num_hidden_layers": 3}
+        | {"head_dim": 12, "use_qk_norm": True, "attention_bias": True, "num_mtp_layers": 0}
+        | {"routed_scaling_factor": 2.5},
+    ),
+    "glm4_moe_air": (
+        "Glm4MoeConfig",
+        ODD
+        | {"n_routed_experts": 12, "first_k_dense_replace": 0, "n_group": 3, "topk_group": 2}
+        | {"head_dim": 8, "num_mtp_layers": 0, "tie_word_embeddings": True}
+        | {"num_experts_per_tok": 3},
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        LATENT
+        | {"hidden_size": 36, "n_routed_experts": 10, "num_experts_per_tok": 3, "q_lora_rank": 20}
+        | {"mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1},
+    ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        ODD | {"num_local_experts": 24, "intermediate_size": 20, "head_dim": 10, "rotary_dim": 6},
+    ),
+    "hy_v3": (
+        "HYV3Config",
+        ODD
+        | {"num_experts": 10, "head_dim": 10, "mlp_layer_types": ["dense", "sparse"]}
+        | {"num_shared_experts": 2, "num_experts_per_tok": 3},
+    ),
+    "dots1": (
+        "Dots1Config",
+        ODD
+        | {"n_routed_experts": 10, "head_dim": 10, "n_shared_experts": 1, "num_experts_per_tok": 3}
+        | {"sliding_window": 7, "max_window_layers": 1, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 1.5},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        ODD
+        | {"moe_num_experts": 10, "moe_k": 3, "moe_num_shared_experts": 2, "num_hidden_layers": 3}
+        | {"num_attention_heads": 3},
+    ),
 }
 SHARDED = "mixtral"
+# Corrections that leave all choices below zero.
+FAR_BELOW_ZERO = ("glm4_moe", "minimax_m2")
 FACTS = "transformers.json"
 _STRETCH = {"factor": 4.0, "original_max_position_embeddings": 32}
 ROPES = (
@@ -154,7 +208,7 @@ def make_one(name: str, directory: pathlib.Path) -> None:
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for seed in itertools.count():
-        _draw(model, seed)
+        _draw(model, seed, correction=-4.0 if name in FAR_BELOW_ZERO else 0.0)
         expected = _expected(model, seed)
         if _smallest_gap(expected) > GAP_MIN:
             break
@@ -166,7 +220,7 @@ def make_one(name: str, directory: pathlib.Path) -> None:
     (directory / "made_with.json").write_text(json.dumps(facts) + "\n")
 
 
-def _draw(model, seed: int) -> None:
+def _draw(model, seed: int, correction: float) -> None:
     """Weights of a size at which every part matters: no two experts or tokens are nearly alike."""
     import torch
 
@@ -178,6 +232,8 @@ def _draw(model, seed: int) -> None:
                 continue
             if "norm" in name:
                 tensor.copy_(1 + 0.2 * normal(tensor))
+            elif name.endswith("correction_bias"):
+                tensor.copy_(correction + 0.3 * normal(tensor))
             elif name.endswith(("bias", "sinks")):
                 tensor.copy_(0.3 * normal(tensor))
             elif "embed" in name:

@@ -24,6 +24,9 @@ CHANGES = {
     "Qwen2MoeForCausalLM": DENSE_FIRST,
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy"}
     | {"n_group": 8, "topk_group": 3, "first_k_dense_replace": 1},
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Dots1ForCausalLM": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2}
+    | {"max_window_layers": 40, "layer_types": None},
 }
 
 
@@ -89,7 +92,8 @@ def test_the_defaults_alone_are_the_familys(architecture):
     values = whole(architecture)
     sizes = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
     sizes |= {"intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts"}
-    sizes |= {"n_routed_experts", "num_experts_per_tok", "architectures"}
+    sizes |= {"n_routed_experts", "num_experts_per_tok", "moe_num_experts", "moe_k"}
+    sizes.add("architectures")
     kept = sizes | set(CHANGES.get(architecture, {}))
     assert read({name: v for name, v in values.items() if name in kept}) == read(values)
 

@@ -16,6 +16,9 @@ from tests.support.parity_cluster import ParityCluster
 from tests.support.wide_parity import wide_weights
 
 RANKS = 4
+# The lite variant differs in projections alone, which the test of whole sequences has seen.
+OLDER = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+NEWER = tuple(name for name in NAMES if name not in (*OLDER, "deepseek_v2_lite"))
 
 
 def dense_model(checkpoint):
@@ -55,8 +58,7 @@ def test_the_wide_checkpoints_of_the_gpu_tests_have_the_same_logits(name):
     wanted.assert_same(np.asarray(logits(state, tokens)[0]), slice(None))
 
 
-# The lite variant differs in projections alone, which the test of whole sequences has seen.
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_lite")])
+@pytest.mark.parametrize("name", OLDER)
 def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
     """One rank; four; and four of which one dies in mid-generation and comes back."""
     wanted = reference(name)
@@ -75,6 +77,29 @@ def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
         assert cluster.serve() == unharmed
         cluster.assert_parity(unharmed)
     assert unharmed["whole0"] == alone.book.tokens["whole0"]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_one_three_and_four_ranks_have_the_logits_of_transformers(name):
+    """They run one compiled step: who is there is data. At last one rank dies and comes back."""
+    wanted = reference(name)
+    experts = wanted.checkpoint.model.experts
+    cluster = ParityCluster(wanted, RANKS, slots_per_rank=experts)
+    few = experts // RANKS
+    with compiling_nothing(cluster.engines):
+        for shares in (
+            {0: experts},
+            {0: experts - 3, 1: 2, 3: 1},
+            {0: few, 1: few, 2: few, 3: experts - 3 * few},
+        ):
+            members = tuple(shares)
+            cluster.begin_with(shares).submit(members)
+            tokens = dict(cluster.serve(members))
+            cluster.assert_parity(tokens, members)
+        cluster.begin_with(shares)
+        cluster.lose_one_and_take_it_back(2, cluster.submit())
+        assert cluster.serve() == tokens
+        cluster.assert_parity(tokens)
 
 
 @pytest.mark.torch

@@ -1,0 +1,73 @@
+"""dots.llm1 (arXiv 2506.05767): Qwen3's attention, optionally with windows in later layers, and
+DeepSeek-V3's routers, shared experts and plain first layers.
+"""
+
+import functools
+
+from eep_jax.errors import CheckpointError
+from eep_jax.model_config import ModelConfig
+from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.gpt_oss import WHOLE, WINDOW
+from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
+from eep_jax.models.families.rope_json import read_rope
+from eep_jax.models.families.sigmoid_router import grouped_router
+from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+DEFAULTS = {
+    "attention_bias": False,
+    "bos_token_id": None,
+    "first_k_dense_replace": 0,
+    "head_dim": None,
+    "max_window_layers": 62,
+    "n_group": 1,
+    "norm_topk_prob": False,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "routed_scaling_factor": 1.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+}
+
+
+def config(fields: Fields, name: str) -> ModelConfig:
+    """Raises CheckpointError if `layer_types` has unknown names or another length."""
+    bias = fields.take("attention_bias", bool)
+    common, heads = fields.common(name), fields.heads()
+    width = fields.take("moe_intermediate_size")
+    return ModelConfig(
+        **common,
+        **heads,
+        **read_rope(fields, heads["head_dim"]),
+        expert_hidden=width,
+        norm_topk_prob=fields.take("norm_topk_prob", bool),
+        qkv_bias=bias,
+        output_bias=bias,
+        windows=_windows(fields, common["layers"]),
+        router=grouped_router(fields),
+        dense_layers=fields.take("first_k_dense_replace"),
+        dense_hidden=fields.take("intermediate_size"),
+        shared_hidden=fields.take("n_shared_experts") * width,
+    )
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
+    """The layers from `max_window_layers` on slide, unless `layer_types` says which do."""
+    window, first = fields.window(), fields.take("max_window_layers")
+    kinds = fields.layer_kinds("layer_types", layers, WINDOW, WHOLE)
+    kinds = kinds or [WINDOW if window and layer >= first else WHOLE for layer in range(layers)]
+    if WINDOW not in kinds:
+        return ()
+    if not window:
+        raise CheckpointError(f"{fields.path}: sliding_window=None, but layer_types={kinds}")
+    return tuple(window if kind == WINDOW else 0 for kind in kinds)
+
+
+FAMILY = Family(
+    architectures=("Dots1ForCausalLM",),
+    config=config,
+    dense=functools.partial(decoder_tensors, shared="shared_experts"),
+    expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    defaults=DEFAULTS,
+)

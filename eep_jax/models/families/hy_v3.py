@@ -1,0 +1,71 @@
+"""HunYuan v3 (Hy3): norms of each head, sigmoid scores with a correction, shared experts, and plain
+layers from a list.
+"""
+
+import functools
+
+from eep_jax.model_config import ModelConfig, RouterConfig
+from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
+from eep_jax.models.families.rope_json import read_rope
+from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+
+DEFAULTS = {
+    "attention_bias": False,
+    "bos_token_id": None,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "num_shared_experts": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 11_158_840.0,
+    "router_scaling_factor": 2.826,
+    "tie_word_embeddings": False,
+}
+
+
+def config(fields: Fields, name: str) -> ModelConfig:
+    """Raises CheckpointError for biases of MLPs, and for plain layers behind others."""
+    fields.require("mlp_bias", False)
+    bias = fields.take("attention_bias", bool)
+    common, heads = fields.common(name), fields.heads()
+    width = fields.take("moe_intermediate_size")
+    return ModelConfig(
+        **common,
+        **heads,
+        **read_rope(fields, heads["head_dim"]),
+        expert_hidden=width,
+        qkv_bias=bias,
+        output_bias=bias,
+        router=RouterConfig(
+            score="sigmoid",
+            correction=True,
+            scaling=fields.take("router_scaling_factor", float),
+        ),
+        dense_layers=listed_plain_layers(fields, common["layers"]),
+        dense_hidden=fields.take("intermediate_size"),
+        shared_hidden=fields.take("num_shared_experts") * width,
+    )
+
+
+def listed_plain_layers(fields: Fields, layers: int) -> int:
+    """The number of first layers that `mlp_layer_types` calls dense; one unless there is a list.
+
+    Where `first_k_dense_replace` is given as well, it must say the same.
+    """
+    kinds = fields.layer_kinds("mlp_layer_types", layers, "dense", "sparse")
+    kinds = kinds or ["dense"] + ["sparse"] * (layers - 1)
+    count = fields.first_layers("mlp_layer_types", [kind == "dense" for kind in kinds])
+    fields.require("first_k_dense_replace", count)
+    return count
+
+
+FAMILY = Family(
+    architectures=("HYV3ForCausalLM",),
+    config=config,
+    dense=functools.partial(
+        decoder_tensors, router="router.gate", shared="shared_mlp", correction="expert_bias"
+    ),
+    expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    defaults=DEFAULTS,
+    without_effect=frozenset({"enable_moe_fp32_combine"}),  # sums of experts are float32 here
+)
