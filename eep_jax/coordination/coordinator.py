@@ -52,6 +52,7 @@ from eep_jax.coordination.state import (
     RankRecord,
     ScaleTo,
     Tick,
+    Unrecorded,
 )
 from eep_jax.membership import moves
 from eep_jax.membership.view import RankState, View, empty_view
@@ -166,6 +167,8 @@ def _take(state: CoordinatorState, event, now_ms: int) -> tuple[CoordinatorState
     match event:
         case Arrived(rank=rank):
             return _arrived(state, rank, now_ms)
+        case Unrecorded():
+            return _on_unrecorded(state, event, now_ms)
         case Status():
             return _on_status(state, event, now_ms)
         case Disconnected(rank=rank, incarnation=incarnation):
@@ -214,6 +217,34 @@ def _arrived(state: CoordinatorState, rank: int, now_ms: int):
     return dataclasses.replace(state, records=records), (
         Note("incarnation", facts),
         Answer(Welcome(incarnation=fresh.incarnation)),
+    )
+
+
+def _on_unrecorded(state: CoordinatorState, event: Unrecorded, now_ms: int):
+    """Fences the process, whose epochs nobody knows, and makes its number the newest."""
+    rank, known = event.rank, state.records[event.rank].incarnation
+    if event.incarnation <= known:
+        return state, ()
+    # No incarnation is issued before the last one has ended.
+    state, commands = fence_dead(with_record(state, rank, ended=True), now_ms)
+    reason = (
+        f"the journal is older than rank {rank}: it knows incarnation {known}, this process is "
+        f"{event.incarnation}; it has to end, and a new process takes its place"
+    )
+    unknown = RankRecord(
+        incarnation=event.incarnation,
+        fenced=event.incarnation,
+        fenced_ms=now_ms,
+        heard_ms=now_ms,
+        ended=False,
+    )
+    state = replaced(state, records=state.records[:rank] + (unknown,) + state.records[rank + 1 :])
+    facts = {"rank": rank, "incarnation": event.incarnation}
+    return state, (
+        *commands,
+        Note("incarnation", facts),
+        Note("dead", facts | {"reason": reason}),
+        Answer(Fenced(reason=reason)),
     )
 
 

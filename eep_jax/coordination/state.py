@@ -145,6 +145,18 @@ class Arrived:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unrecorded:
+    """Event: a process has an incarnation that this supervisor's journal does not know.
+
+    The journal is older than the ranks: it was off when its supervisor died, or an old copy was
+    put in its place.
+    """
+
+    rank: int
+    incarnation: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Disconnected:
     """Event: the control channel of this process broke."""
 

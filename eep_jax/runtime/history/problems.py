@@ -5,6 +5,7 @@ from eep_jax.coordination.shortages import explain
 from eep_jax.coordination.state import CoordinatorState
 
 SHOWN_MAX = 8  # ranks that are listed one by one
+TOLD_AT_ONCE = (" failed: ", "the journal is older than")  # of the reason of a single death
 
 
 def problems(state: CoordinatorState, events) -> list[str]:
@@ -57,7 +58,7 @@ def _mode(state: CoordinatorState, rank: int) -> Mode | None:
 def _trouble(state: CoordinatorState, rank: int, events) -> str:
     """Why a rank is out: the last death of its processes since it was a member; '' if unknown.
 
-    A single death is reported only if the process failed: a killed process usually returns.
+    A single death is reported only if it is one of TOLD_AT_ONCE: a killed process usually returns.
     """
     deaths: list[str] = []
     for event in events:
@@ -65,7 +66,7 @@ def _trouble(state: CoordinatorState, rank: int, events) -> str:
             deaths.clear()
         elif event["kind"] == "dead" and event["rank"] == rank:
             deaths.append(event["reason"])
-    if not deaths or (len(deaths) == 1 and " failed: " not in deaths[0]):
+    if not deaths or (len(deaths) == 1 and not any(words in deaths[0] for words in TOLD_AT_ONCE)):
         return ""
     times = f", {len(deaths)} times by now" if len(deaths) > 1 else ""
     return f"{deaths[-1]}{times}"

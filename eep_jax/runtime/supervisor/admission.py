@@ -3,7 +3,7 @@
 import dataclasses
 
 from eep_jax.coordination.protocol import Fenced, Refused, Welcome
-from eep_jax.coordination.state import Arrived
+from eep_jax.coordination.state import Arrived, Unrecorded
 from eep_jax.runtime.control.messages import Hello
 
 
@@ -27,14 +27,16 @@ class Returns:
     """A process with an incarnation reconnects: this connection is its channel now."""
 
 
-def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Returns | Refused | Fenced:
-    """The answer, or Arrived: the coordinator then decides whether the rank is free.
+def admit(hello: Hello, seen: Seen) -> Welcome | Arrived | Unrecorded | Returns | Refused | Fenced:
+    """The answer, or an event for the coordinator, which then decides.
 
     A Refused process asks again later; Fenced is final.
     """
     if hello.incarnation:
         if hello.incarnation == seen.newest:
             return Returns()
+        if hello.incarnation > seen.newest:
+            return Unrecorded(hello.rank, hello.incarnation)
         return Fenced(
             reason=f"incarnation {hello.incarnation} of rank {hello.rank} is not the newest, "
             f"{seen.newest}"

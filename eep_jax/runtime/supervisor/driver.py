@@ -17,6 +17,7 @@ from eep_jax.coordination.state import (
     Kill,
     Note,
     Send,
+    Unrecorded,
 )
 from eep_jax.runtime.control.channels import Channels
 from eep_jax.runtime.control.messages import Hello, HostProcess
@@ -78,6 +79,11 @@ class Driver:
             _log.info("refused rank %d: %s", connection.hello.rank, message.reason)
         connection.send(message)
 
+    def turn_away(self, event: Unrecorded, connection: Connection) -> None:
+        """Fences a process that the journal does not know, and watches it until it has ended."""
+        self.feed(event, connection)
+        self._watch(connection.hello, event.incarnation)
+
     def ending(self, process: HostProcess) -> None:
         """Feeds that a process has begun to exit."""
         self.feed(Ending(process.rank, process.incarnation))
@@ -96,10 +102,14 @@ class Driver:
         deps, hello = self._deps, connection.hello
         connection.incarnation = incarnation
         deps.channels.register(connection)
-        process, host = process_of(hello, incarnation), deps.processes.named(hello.host)
-        # Journalled before the answer: no later supervisor misses a process that runs.
-        deps.journal.append("process", process_facts(host, process))
-        deps.processes.watch(host, process)
+        self._watch(hello, incarnation)
+
+    def _watch(self, hello: Hello, incarnation: int) -> None:
+        """Watches a process. Called before its answer is sent: no later supervisor misses it."""
+        processes = self._deps.processes
+        process, host = process_of(hello, incarnation), processes.named(hello.host)
+        self._deps.journal.append("process", process_facts(host, process))
+        processes.watch(host, process)
 
     def _note(self, kind: str, facts: dict) -> None:
         silent_ms = self._silent_ms(facts["rank"]) if kind == "dead" else 0

@@ -4,7 +4,7 @@ import logging
 
 from eep_jax.config import RunConfig
 from eep_jax.coordination.protocol import Fenced, Status
-from eep_jax.coordination.state import Arrived, Disconnected, Measured
+from eep_jax.coordination.state import Arrived, Disconnected, Measured, Unrecorded
 from eep_jax.engine.request import Progress
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
@@ -71,6 +71,8 @@ class MessageHandler:
                 self._processes.watch(hello.host, process_of(hello, hello.incarnation))
             case Arrived() as event:
                 self._driver.feed(event, connection)
+            case Unrecorded() as event:
+                self._driver.turn_away(event, connection)
             case Fenced(reason=reason) as answer:
                 _log.error("rank %d cannot take part: %s", hello.rank, reason)
                 self._driver.answer(connection, answer)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eep_jax.coordination.protocol import Fenced, Refused, Welcome
-from eep_jax.coordination.state import Arrived
+from eep_jax.coordination.state import Arrived, Unrecorded
 from eep_jax.runtime.control.messages import Hello
 from eep_jax.runtime.supervisor.admission import Returns, Seen, admit, out_of_reach
 
@@ -34,9 +34,12 @@ def test_a_process_that_lost_its_welcome_is_told_again_which_it_is():
 
 def test_a_process_that_calls_again_goes_on_and_an_older_one_is_fenced():
     assert admit(a_hello(incarnation=4), seen(newest=4)) == Returns()
-    for other in (3, 5):
-        answer = admit(a_hello(incarnation=other), seen(newest=4))
-        assert isinstance(answer, Fenced) and f"incarnation {other} of rank 1" in answer.reason
+    answer = admit(a_hello(incarnation=3), seen(newest=4))
+    assert isinstance(answer, Fenced) and "incarnation 3 of rank 1" in answer.reason
+
+
+def test_a_process_that_a_later_supervisor_let_in_is_for_the_coordinator_to_settle():
+    assert admit(a_hello(incarnation=5), seen(newest=4)) == Unrecorded(1, 5)
 
 
 def test_where_nobody_would_see_it_die_it_asks_again():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from eep_jax.coordination.protocol import Fenced
 from eep_jax.errors import RunDirError
 from eep_jax.runtime.control import run_owner
 from eep_jax.runtime.control.endpoint import JOURNAL
@@ -127,6 +128,36 @@ async def test_what_was_taken_on_without_a_disk_is_written_once_there_is_room(tm
         given = sum(len(rank.given) for rank in world.ranks.values())
         assert await world.complete(key="unwritten", max_tokens=3) == answer
         assert sum(len(rank.given) for rank in world.ranks.values()) == given
+
+
+@story
+async def test_ranks_that_the_journal_does_not_know_are_told_why_and_followed_by_new_ones(tmp_path):
+    """An old copy of the journal was put back: rank 1 has died and come back since."""
+    async with a_world(tmp_path) as world:
+        await world.form()
+        old = (tmp_path / JOURNAL).read_bytes()
+        await world.ranks[1].close()
+        await world.until(lambda: world.supervisor.state.view.in_epoch == (0,))
+        late = world.start_rank(1)
+        await world.until(world.is_whole)
+        await world.stop_supervisor()
+        (tmp_path / JOURNAL).write_bytes(old)
+        supervisor = await world.start_supervisor()
+        told = lambda: [m.reason for m in late.heard if isinstance(m, Fenced)]
+        await world.until(told)
+        expected = (
+            "the journal is older than rank 1: it knows incarnation 1, this process is 2; it has "
+            "to end, and a new process takes its place"
+        )
+        assert told()[0] == expected
+        assert any(p.startswith(expected) for p in supervisor.service.health()[1]["problems"])
+        await late.close()  # as it has to
+        await world.until(lambda: supervisor.state.view.in_epoch == (0,))
+        assert await world.complete(max_tokens=3) == (200, expected_text("Hi", 3))
+        assert world.start_rank(1)
+        await world.until(world.is_whole)
+        assert [r.incarnation for r in world.ranks.values()] == [1, 3], "no number is issued twice"
+        assert supervisor.service.health()[1]["problems"] == []
 
 
 def test_a_journal_that_cannot_be_opened_gives_the_directory_back(tmp_path):
