@@ -4,6 +4,7 @@ Ranks serve from the directory, each reading the experts of its slots. Nothing i
 """
 
 import collections.abc
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,14 +17,8 @@ from eep_jax.config import ModelConfig
 from eep_jax.errors import CheckpointError
 from eep_jax.heap.copies import copy_values, empty_aligned
 from eep_jax.models.families import registry
-from eep_jax.models.families.quantized import (
-    BFLOAT16,
-    MXFP4_BLOCK,
-    from_fp8,
-    from_mxfp4,
-    quantization_of,
-    scales_shape,
-)
+from eep_jax.models.families.keys import find_keys
+from eep_jax.models.families.quantized import BFLOAT16, quantization_of
 from eep_jax.models.families.tensors import ExpertPart, Stored, as_stored, transposed
 from eep_jax.models.weights import expert_name
 from eep_jax.storage.block_loader import Job, load_arrays
@@ -42,10 +37,8 @@ from eep_jax.storage.blocks import (
 from eep_jax.storage.checkpoint import MANIFEST, require_same_model
 from eep_jax.storage.digests import digest
 from eep_jax.storage.expert_store import ExpertStore, Lazy
-from eep_jax.storage.safetensors_files import DTYPES, SafetensorsFiles, TensorSpan
-
-NARROW = ("F8_E4M3", "U8")  # stored dtypes of quantized weights
-_ENDS = ("", "_blocks", "_scales", "_scale_inv")  # suffixes of keys that belong together
+from eep_jax.storage.safetensors_files import SafetensorsFiles
+from eep_jax.storage.stored_tensors import ENDS, StoredTensors
 
 
 def is_hugging_face(directory) -> bool:
@@ -73,9 +66,11 @@ class HuggingFaceCheckpoint(ExpertStore):
         values, path = registry.read_config_json(self.root), str(self.root / registry.CONFIG)
         self.model: ModelConfig = registry.read_model(self.root)
         self._family = registry.family_of(values, path)
-        self._quantization = quantization_of(values, path)
         self._files = SafetensorsFiles(self.root)
-        self._dense = self._family.dense(self.model)
+        self._tensors = StoredTensors(self._files, quantization_of(values, path))
+        dense = self._family.dense(self.model)
+        self._keys = find_keys(self._family, self.model, dense.values(), self._files.shape)
+        self._dense = {name: self._keys.of(stored) for name, stored in dense.items()}
         self._check_all()
         self.dtype = np.dtype(dtype) if dtype else self._stored_dtype()
         experts = {expert_name(e): e for e in range(self.model.experts)}
@@ -117,7 +112,7 @@ class HuggingFaceCheckpoint(ExpertStore):
 
     def spans(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
         """(file, first byte, last byte + 1) of every range that is read for one expert."""
-        parts = (part.stored for part in self._family.expert(self.model, expert))
+        parts = (part.stored for part in self._parts(expert))
         tensors = {(stored.key, stored.index) for stored in parts}
         return self._spans((key, index) for key, index in tensors)
 
@@ -126,7 +121,7 @@ class HuggingFaceCheckpoint(ExpertStore):
         return self._spans({(stored.key, None) for stored in self._dense.values()})
 
     def _spans(self, tensors) -> list[tuple[pathlib.Path, int, int]]:
-        found = (self._files.find(key + end, index) for key, index in tensors for end in _ENDS)
+        found = (self._files.find(key + end, index) for key, index in tensors for end in ENDS)
         return sorted((p.path, p.start, p.start + p.nbytes) for p in found if p is not None)
 
     def _digest(self, expert: int) -> str:
@@ -135,8 +130,7 @@ class HuggingFaceCheckpoint(ExpertStore):
 
     def _expert_blocks(self, expert: int) -> Iterator[Block]:
         layers, matrices, *size = self.model.expert_shape
-        parts = self._family.expert(self.model, expert)
-        by_matrix = itertools.groupby(parts, lambda p: (p.layer, p.matrix))
+        by_matrix = itertools.groupby(self._parts(expert), lambda p: (p.layer, p.matrix))
         grouped = {index: list(found) for index, found in by_matrix}
         if len(grouped) != layers * matrices:
             raise CheckpointError(
@@ -147,8 +141,8 @@ class HuggingFaceCheckpoint(ExpertStore):
 
     def _matrix_blocks(self, at: int, parts: list[ExpertPart]) -> Iterable[Block]:
         stored = parts[0].stored
-        if len(parts) == 1 and not self._is_quantized(stored):
-            span = self._files.span(stored.key, stored.shape, stored.index)
+        if len(parts) == 1 and not self._tensors.is_quantized(stored):
+            span = self._tensors.span(stored)
             if stored.form is as_stored:
                 return plain_blocks(at, span.count, span.dtype, span.path, span.start)
             if stored.form is transposed:
@@ -162,7 +156,7 @@ class HuggingFaceCheckpoint(ExpertStore):
             scratch.take(shape[0] * shape[1] * self.dtype.itemsize).view(self.dtype).reshape(shape)
         )
         for part in parts:
-            values = part.stored.form(self._tensor(part.stored, files, scratch))
+            values = part.stored.form(self._tensors.read(part.stored, files, scratch))
             if part.bias:
                 below = out[width:].reshape(-1)
                 below[: values.size], below[values.size :] = values, 0
@@ -174,12 +168,12 @@ class HuggingFaceCheckpoint(ExpertStore):
         """One weight outside the experts."""
         worker = Worker(Files(), ScratchBuffer(), WriteGate())
         try:
-            if self._is_quantized(stored) or stored.form not in (as_stored, transposed):
-                values = stored.form(self._tensor(stored, worker.files, worker.scratch))
+            if self._tensors.is_quantized(stored) or stored.form not in (as_stored, transposed):
+                values = stored.form(self._tensors.read(stored, worker.files, worker.scratch))
                 out = empty_aligned(values.shape, values.dtype)
                 copy_values(out, values)
                 return out
-            span = self._files.span(stored.key, stored.shape)
+            span = self._tensors.span(stored)
             if stored.form is as_stored:
                 out = empty_aligned(span.shape, span.dtype)
                 worker.files.read(span.path, span.start, out)
@@ -191,63 +185,20 @@ class HuggingFaceCheckpoint(ExpertStore):
         finally:
             worker.files.close()
 
-    def _tensor(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray:
-        """The tensor, or its part, dequantized; in `scratch` unless it is quantized."""
-        for reader in (self._mxfp4, self._fp8):
-            if (found := reader(stored, files, scratch)) is not None:
-                return found
-        return _values(self._files.span(stored.key, stored.shape, stored.index), files, scratch)
-
-    def _fp8(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
-        key = f"{stored.key}_scale_inv"
-        if self._quantization.method != "fp8" or key not in self._files:
-            return None
-        block = self._quantization.block
-        scales = self._files.span(key, scales_shape(stored.shape, block))
-        weight = self._files.span(stored.key, stored.shape)
-        return from_fp8(_values(weight, files, scratch), _values(scales, files, scratch), block)
-
-    def _mxfp4(self, stored: Stored, files: Files, scratch: ScratchBuffer) -> np.ndarray | None:
-        key = f"{stored.key}_blocks"
-        if self._quantization.method != "mxfp4" or key not in self._files:
-            return None
-        # The file has the last two axes transposed, so that blocks lie along the inputs.
-        experts, inputs, outputs = stored.shape
-        shape = (experts, outputs, inputs // MXFP4_BLOCK)
-        blocks = self._files.span(key, (*shape, MXFP4_BLOCK // 2), stored.index)
-        scales = self._files.span(f"{stored.key}_scales", shape, stored.index)
-        return from_mxfp4(_values(blocks, files, scratch), _values(scales, files, scratch)).T
-
-    def _is_quantized(self, stored: Stored) -> bool:
-        ends = ("blocks", "scale_inv") if self._quantization.method else ()
-        return any(f"{stored.key}_{end}" in self._files for end in ends)
+    def _parts(self, expert: int) -> Iterator[ExpertPart]:
+        fused = self._keys.fused
+        read = self._family.expert if fused is None else self._family.fused[fused]
+        for part in read(self.model, expert):
+            yield dataclasses.replace(part, stored=self._keys.of(part.stored))
 
     def _check_all(self) -> None:
         """Checks that every tensor exists in its shape; reads headers only."""
-        first = self._family.expert(self.model, 0)
-        fused = all(part.stored.index is not None for part in first)
-        experts = (
-            self._family.expert(self.model, e) for e in range(1 if fused else self.model.experts)
-        )
+        fused = all(part.stored.index is not None for part in self._parts(0))
+        experts = (self._parts(e) for e in range(1 if fused else self.model.experts))
         parts = (part.stored for part in itertools.chain.from_iterable(experts))
         for stored in itertools.chain(self._dense.values(), parts):
-            self._check(stored)
-
-    def _check(self, stored: Stored) -> None:
-        if self._is_quantized(stored):
-            return
-        found = self._files.span(stored.key, stored.shape)
-        if found.dtype in [DTYPES[name] for name in NARROW]:
-            raise CheckpointError(f"{found.path}: {stored.key} is {found.dtype} without scales")
+            self._tensors.check(stored)
 
     def _stored_dtype(self) -> np.dtype:
-        stored = next(iter(self._family.expert(self.model, 0))).stored
-        if self._is_quantized(stored):
-            return BFLOAT16
-        return self._files.span(stored.key, stored.shape).dtype
-
-
-def _values(span: TensorSpan, files: Files, scratch: ScratchBuffer) -> np.ndarray:
-    data = scratch.take(span.nbytes)
-    files.read(span.path, span.start, data)
-    return data.view(span.dtype).reshape(span.shape)
+        stored = next(self._parts(0)).stored
+        return BFLOAT16 if self._tensors.is_quantized(stored) else self._tensors.span(stored).dtype

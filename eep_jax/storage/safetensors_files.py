@@ -26,6 +26,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
 }
 
 
@@ -55,6 +57,16 @@ class TensorSpan:
     @property
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
+
+    def part(self, start: int, stop: int) -> "TensorSpan":
+        """These indices of the first axis."""
+        row = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(self, start=self.start + start * row, shape=shape)
+
+    def reshaped(self, shape: tuple[int, ...]) -> "TensorSpan":
+        """The same bytes under another shape of as many values."""
+        return dataclasses.replace(self, shape=shape)
 
 
 class SafetensorsFile:
@@ -131,6 +143,11 @@ class SafetensorsFiles:
                 f"{file.path}: {key} has shape {list(found)}, expected {list(shape)}"
             )
         return file.span(key, index)
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Shape of the tensor; None if there is none of this key."""
+        tensors = self._opened(self._file_of[key]).tensors if key in self else {}
+        return tensors[key].shape if key in tensors else None
 
     def find(self, key: str, index: int | None) -> TensorSpan | None:
         """The tensor, or `index` of its first axis, of any shape; None for an unknown key."""

@@ -12,7 +12,7 @@ from eep_jax.models.families.hy_v3 import listed_plain_layers
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.sigmoid_router import grouped_router
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 _DEFAULTS = {
     "kv_lora_rank": 512,
@@ -127,6 +127,7 @@ _v2 = Family(
     config=config_v2,
     dense=functools.partial(decoder_tensors, shared="shared_experts"),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
     defaults=DEFAULTS_V2,
     without_effect=frozenset({"head_dim", "qk_head_dim"}),  # from the parts of a head
 )

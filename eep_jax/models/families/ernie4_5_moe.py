@@ -10,7 +10,13 @@ from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, Stored, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import (
+    Family,
+    Stored,
+    decoder_tensors,
+    fused_experts,
+    per_expert,
+)
 
 DEFAULTS = {
     "bos_token_id": 1,
@@ -73,5 +79,7 @@ FAMILY = Family(
     config=config,
     dense=_tensors,
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
+    renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
     defaults=DEFAULTS,
 )

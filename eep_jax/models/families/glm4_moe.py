@@ -9,7 +9,7 @@ from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.sigmoid_router import grouped_router
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 DEFAULTS = {
     "attention_bias": False,
@@ -54,5 +54,6 @@ FAMILY = Family(
     config=config,
     dense=functools.partial(decoder_tensors, shared="shared_experts"),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
     defaults=DEFAULTS,
 )

@@ -8,7 +8,7 @@ from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 DEFAULTS = {
     "attention_bias": False,
@@ -66,6 +66,12 @@ FAMILY = Family(
         decoder_tensors, router="router.gate", shared="shared_mlp", correction="expert_bias"
     ),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
+    renamed=(
+        (".mlp.router.gate.", ".mlp.gate."),
+        (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+        (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    ),
     defaults=DEFAULTS,
     without_effect=frozenset({"enable_moe_fp32_combine"}),  # sums of experts are float32 here
 )

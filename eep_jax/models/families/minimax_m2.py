@@ -9,7 +9,7 @@ from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.mixtral import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 DEFAULTS = {
     "bos_token_id": 200034,
@@ -82,6 +82,8 @@ FAMILY = Family(
         decoder_tensors, block="block_sparse_moe", correction="e_score_correction_bias"
     ),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
+    renamed=((".block_sparse_moe.", ".mlp."),),
     defaults=DEFAULTS,
     without_effect=WITHOUT_EFFECT,
 )

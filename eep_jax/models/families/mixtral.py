@@ -5,7 +5,7 @@ import functools
 from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 NAMES = ("w1", "w3", "w2")
 PATTERN = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight"
@@ -42,5 +42,7 @@ FAMILY = Family(
     config=config,
     dense=functools.partial(decoder_tensors, block="block_sparse_moe"),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
+    renamed=((".block_sparse_moe.", ".mlp."),),
     defaults=DEFAULTS,
 )

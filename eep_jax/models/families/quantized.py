@@ -16,10 +16,14 @@ MXFP4_VALUES = np.concatenate([MXFP4_VALUES, -MXFP4_VALUES])
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Storage of a checkpoint's large matrices: "" for unquantized, `fp8` or `mxfp4`."""
+    """Storage of a checkpoint's large matrices: "" for unquantized, `fp8`, `mxfp4`, and of
+    compressed-tensors `packed` integers and `scaled` float8.
+    """
 
     method: str = ""
-    block: tuple[int, int] = (128, 128)  # for fp8: the part of a matrix that shares one scale
+    block: tuple[int, int] = (128, 128)  # of fp8, scaled: rows and columns of one scale; 0: all
+    bits: int = 4  # of packed
+    group: int = 0  # of packed: columns of a row that share one scale; 0: all
 
 
 def quantization_of(values: dict, path: str) -> Quantization:
@@ -32,25 +36,83 @@ def quantization_of(values: dict, path: str) -> Quantization:
         return Quantization("mxfp4")
     if method == "fp8" and found.get("weight_block_size"):
         return Quantization("fp8", tuple(found["weight_block_size"]))
+    if method == "compressed-tensors":
+        return _compressed(found, path)
     raise CheckpointError(
-        f"{path}: quantization_config={found} is not supported, only quant_method 'mxfp4', and "
-        "'fp8' with a weight_block_size; use an unquantized checkpoint"
+        f"{path}: quantization_config={found} is not supported, only quant_method 'mxfp4', 'fp8' "
+        "with a weight_block_size, and 'compressed-tensors'; use an unquantized checkpoint"
+    )
+
+
+def _compressed(found: dict, path: str) -> Quantization:
+    """Symmetric integers of 4 or 8 bits, packed, or float8; all matrices alike."""
+    groups = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
+    kinds = ("type", "num_bits", "strategy", "group_size", "block_structure", "symmetric")
+    schemes = [{kind: group.get(kind) for kind in (*kinds, "actorder")} for group in groups]
+    known = schemes and all(scheme == schemes[0] for scheme in schemes)
+    scheme = schemes[0] if known else {"symmetric": False}
+    kind = scheme.get("type"), scheme.get("num_bits"), scheme.get("strategy")
+    plain = scheme.get("symmetric") in (None, True) and scheme.get("actorder") in (
+        None,
+        "static",
+        "weight",
+    )
+    packed = found.get("format") == "pack-quantized"
+    if plain and packed and kind in (("int", bits, "group") for bits in (4, 8)):
+        return Quantization("packed", bits=kind[1], group=scheme["group_size"])
+    if plain and packed and kind in (("int", bits, "channel") for bits in (4, 8)):
+        return Quantization("packed", bits=kind[1])
+    if plain and not packed and kind[:2] == ("float", 8):
+        blocks = {"channel": (1, 0), "tensor": (0, 0), "block": scheme["block_structure"]}
+        if blocks.get(kind[2]):
+            return Quantization("scaled", tuple(blocks[kind[2]]))
+    raise CheckpointError(
+        f"{path}: quantization_config of compressed-tensors, format={found.get('format')!r} and "
+        f"weights={groups} is not supported, only symmetric integers of 4 or 8 bits per group or "
+        "channel in format 'pack-quantized', and float8 per channel, tensor or block; use an "
+        "unquantized checkpoint"
     )
 
 
 def from_fp8(weight: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """bfloat16 `[N M]`: each block of float8 values times its float32 scale (DeepSeek-V3)."""
+    """bfloat16 `[N M]`: each block of float8 values times its scale (DeepSeek-V3).
+
+    A block of 0 rows or columns has all of them.
+    """
     rows, columns = weight.shape
-    wide = np.repeat(scales.astype(np.float32), block[1], axis=1)[:, :columns]
+    high, broad = block[0] or rows, block[1] or columns
+    wide = np.repeat(scales.astype(np.float32), broad, axis=1)[:, :columns]
+    if high == 1:
+        return (weight.astype(np.float32) * wide).astype(BFLOAT16)
     out = np.empty(weight.shape, BFLOAT16)
-    for number, start in enumerate(range(0, rows, block[0])):
-        part = weight[start : start + block[0]].astype(np.float32)
-        out[start : start + block[0]] = part * wide[number]
+    for number, start in enumerate(range(0, rows, high)):
+        part = weight[start : start + high].astype(np.float32)
+        out[start : start + high] = part * wide[number]
     return out
 
 
 def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    return tuple(-(-size // part) for size, part in zip(shape, block, strict=True))
+    """Shape of the scales of a matrix `[N M]`, or of a stack of them."""
+    *stack, rows, columns = shape
+    parts = zip((rows, columns), block, strict=True)
+    return (*stack, *(-(-size // part) if part else 1 for size, part in parts))
+
+
+def from_packed(
+    packed: np.ndarray, scales: np.ndarray, bits: int, columns: int, group: int
+) -> np.ndarray:
+    """bfloat16 `[N M]` of int32 words `[N W]`, each of `32 / bits` values, the lowest first.
+
+    A value v means `(v - 2 ** (bits - 1)) * scale`, with a scale per `group` columns of a row.
+
+    >>> from_packed(np.array([[0x0A98]], np.int32), np.ones((1, 1), np.float32), 4, 3, 3)
+    array([[0, 1, 2]], dtype=bfloat16)
+    """
+    words = packed.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)
+    values = (words & (2**bits - 1)).astype(np.float32).reshape(len(packed), -1)[:, :columns]
+    values -= 2 ** (bits - 1)
+    wide = np.repeat(scales.astype(np.float32), group or columns, axis=1)[:, :columns]
+    return (values * wide).astype(BFLOAT16)
 
 
 def from_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

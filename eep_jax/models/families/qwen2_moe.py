@@ -6,7 +6,7 @@ from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN, WITHOUT_EFFECT, plain_layers
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 DEFAULTS = {
     "bos_token_id": None,
@@ -46,6 +46,7 @@ FAMILY = Family(
     config=config,
     dense=decoder_tensors,
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
     defaults=DEFAULTS,
     without_effect=WITHOUT_EFFECT,
 )

@@ -6,7 +6,7 @@ from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.rope_json import read_rope
-from eep_jax.models.families.tensors import Family, decoder_tensors, per_expert
+from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 PATTERN = "model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
@@ -27,15 +27,18 @@ DEFAULTS = {
 WITHOUT_EFFECT = frozenset({"max_window_layers", "sliding_window"})
 
 
-def config(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for sliding windows, and for plain layers behind others."""
+def config(fields: Fields, name: str, ignored: tuple[str, ...] = ()) -> ModelConfig:
+    """Raises CheckpointError for sliding windows, and for plain layers behind others.
+
+    `ignored` are keys of RoPE without effect, see `read_rope`.
+    """
     fields.require("use_sliding_window", False)
     bias = fields.take("attention_bias", bool)
     common, heads = fields.common(name), fields.heads()
     return ModelConfig(
         **common,
         **heads,
-        **read_rope(fields, heads["head_dim"]),
+        **read_rope(fields, heads["head_dim"], ignored=ignored),
         **plain_layers(fields, common["layers"]),
         expert_hidden=fields.take("moe_intermediate_size"),
         norm_topk_prob=fields.take("norm_topk_prob", bool),
@@ -61,6 +64,7 @@ FAMILY = Family(
     config=config,
     dense=decoder_tensors,
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
+    fused=(functools.partial(fused_experts, pattern=PATTERN),),
     defaults=DEFAULTS,
     without_effect=WITHOUT_EFFECT,
 )

@@ -18,6 +18,7 @@ from eep_jax.models.families import (
     olmoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_vl_moe,
 )
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.tensors import Family
@@ -39,22 +40,54 @@ FAMILIES: dict[str, Family] = {
         hy_v3.FAMILY,
         dots1.FAMILY,
         ernie4_5_moe.FAMILY,
+        qwen3_vl_moe.FAMILY,
     )
     for architecture in family.architectures
+}
+
+# Architectures with a text part, which alone is served: the architecture of that part, and whether
+# embeddings are tied if the file does not say; None: it must.
+_KIMI = ("DeepseekV3ForCausalLM", None)
+TEXT_PARTS = {
+    "KimiK25ForConditionalGeneration": _KIMI,
+    "Kimi_K25ForConditionalGeneration": _KIMI,
+    "Qwen3VLMoeForConditionalGeneration": ("Qwen3VLMoeForConditionalGeneration", False),
 }
 
 
 def read_config_json(directory) -> dict:
     """`config.json` of a Hugging Face directory, with the end tokens of generation_config.json.
 
-    Raises CheckpointError if it is missing or not a JSON object.
+    Of a multimodal model it is that of the text part. Raises CheckpointError if the file is missing
+    or not a JSON object.
     """
     path = pathlib.Path(directory).absolute() / CONFIG
-    values = _read_object(path)
+    values = text_part(_read_object(path), str(path))
     generation = path.with_name("generation_config.json")
     if generation.exists() and (ends := _read_object(generation).get("eos_token_id")) is not None:
         values["eos_token_id"] = ends
     return values
+
+
+def text_part(values: dict, path: str = CONFIG) -> dict:
+    """The fields of the text part of a multimodal model; those of another as they are.
+
+    Whether embeddings are tied, end tokens, and how weights are quantized, may stand outside it.
+    """
+    architecture = (values.get("architectures") or ["none"])[0]
+    if architecture not in TEXT_PARTS:
+        return values
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path}: text_config={text!r} must be an object")
+    outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config")
+    given = {name: values[name] for name in outside if values.get(name) is not None}
+    part, tied = TEXT_PARTS[architecture]
+    # A model's own field decides on ties, its part's on the others.
+    tied = given.pop("tie_word_embeddings", tied)
+    if tied is None:
+        raise CheckpointError(f"{path} has no tie_word_embeddings beside text_config")
+    return given | text | {"tie_word_embeddings": tied, "architectures": [part]}
 
 
 def read_model(directory) -> ModelConfig:

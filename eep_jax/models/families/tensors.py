@@ -23,14 +23,15 @@ def transposed(array: np.ndarray) -> np.ndarray:
 class Stored:
     """One tensor: its key and shape in the file, and `form`, which converts it to our layout.
 
-    `index` selects one expert of a fused tensor, along the first axis. `shape` includes that axis;
-    `form` receives the part without it.
+    `index` selects one expert of a fused tensor, along the first axis, and `rows` a range of what
+    remains. `shape` is that of the whole tensor; `form` receives the part.
     """
 
     key: str
     shape: tuple[int, ...]
     form: Callable[[np.ndarray], np.ndarray] = as_stored
     index: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,19 @@ class Family:
     """Conversion of the checkpoints of some architectures.
 
     `config(fields, name)` returns the ModelConfig, `dense(model)` the tensors by our names,
-    `expert(model, e)` the parts of one expert. `defaults` are the values of absent fields of
-    config.json, as in transformers; a field without one is required. `without_effect` are fields
-    that change no logit in this family.
+    `expert(model, e)` the parts of one expert; each of `fused` does so for files that have all
+    experts of a layer in one tensor. `renamed` are parts of keys, and what files converted by
+    transformers 5 have instead. `defaults` are the values of absent fields of config.json, as in
+    transformers; a field without one is required. `without_effect` are fields that change no logit
+    in this family.
     """
 
     architectures: tuple[str, ...]
     config: Callable
     dense: Callable[[ModelConfig], dict[str, Stored]]
     expert: Callable[[ModelConfig, int], Iterator[ExpertPart]]
+    fused: tuple[Callable[[ModelConfig, int], Iterator[ExpertPart]], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     defaults: Mapping = dataclasses.field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()
 
@@ -118,6 +123,40 @@ def per_expert(
             else:
                 stored = Stored(key, (wide, narrow))
             yield ExpertPart(layer, matrix, stored)
+
+
+def fused_experts(
+    model: ModelConfig, expert: int, pattern: str, *, inputs_first: bool = False
+) -> Iterator[ExpertPart]:
+    """The parts of an expert where a layer has `gate_up_proj` `[E 2F D]` and `down_proj` `[E D F]`.
+
+    Gate's rows are the first. With `inputs_first` the last two axes are transposed. `pattern` is
+    that of single experts.
+    """
+    experts, wide, narrow = model.experts, model.expert_hidden, model.hidden
+    for layer in range(model.moe_layers):
+        place = pattern.split("{expert}")[0].format(layer=layer + model.dense_layers)
+        both, down = f"{place}gate_up_proj", f"{place}down_proj"
+        for matrix, rows in ((GATE, (0, wide)), (UP, (wide, 2 * wide))):
+            if inputs_first:
+                form = _upper_columns if matrix == UP else _lower_columns
+                stored = Stored(both, (experts, narrow, 2 * wide), form, expert)
+            else:
+                stored = Stored(both, (experts, 2 * wide, narrow), as_stored, expert, rows)
+            yield ExpertPart(layer, matrix, stored)
+        if inputs_first:
+            stored = Stored(down, (experts, wide, narrow), as_stored, expert)
+        else:
+            stored = Stored(down, (experts, narrow, wide), transposed, expert)
+        yield ExpertPart(layer, DOWN, stored)
+
+
+def _lower_columns(array: np.ndarray) -> np.ndarray:
+    return array[:, : array.shape[1] // 2].T
+
+
+def _upper_columns(array: np.ndarray) -> np.ndarray:
+    return array[:, array.shape[1] // 2 :].T
 
 
 def _linear(key: str, inputs: int, outputs: int) -> Stored:

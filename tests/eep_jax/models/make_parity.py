@@ -2,21 +2,24 @@
 
     python -m tests.eep_jax.models.make_parity --out=tests/eep_jax/models/parity
 
-Needs torch (CPU) and transformers, which the project itself does not. The files beside this one
-were made so; `test_parity.py` compares with them, and with torch at hand makes them anew.
+Needs torch (CPU), transformers and compressed-tensors, which the project itself does not. The files
+beside this one were made so; `test_parity.py` compares with them, and with torch at hand makes them
+anew.
 
 A checkpoint is written by `save_pretrained`, in shards for one family. `expected.npz` holds the
 prompt `[T]`, the logits of its positions `[T V]`, the tokens that greedy decoding goes on with
 `[N]`, and the logits of those N steps `[N V]`, computed with a KV cache in float32.
 
 `transformers.json` holds the default fields of each family's configuration class, and the
-frequencies that some configurations of RoPE have.
+frequencies that some configurations of RoPE have, and the tensors of each family as transformers 5
+converts them.
 """
 
 import argparse
 import itertools
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 
@@ -56,6 +59,7 @@ ODD = {
     "intermediate_size": 28,
     "moe_intermediate_size": 20,
 }
+VISION = {"hidden_size": 8, "intermediate_size": 8, "patch_size": 2}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -149,11 +153,49 @@ FAMILIES = {
         | {"moe_num_experts": 10, "moe_k": 3, "moe_num_shared_experts": 2, "num_hidden_layers": 3}
         | {"num_attention_heads": 3},
     ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": SIZES
+            | ODD
+            | {"num_experts": 10, "head_dim": 10, "num_experts_per_tok": 3, "norm_topk_prob": True}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 1]}},
+            "vision_config": VISION
+            | {"depth": 1, "num_heads": 1, "out_hidden_size": 36, "deepstack_visual_indexes": [0]}
+            | {"num_position_embeddings": 4, "in_channels": 1, "temporal_patch_size": 1},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "kimi_k25": (
+        "Kimi_K25Config",
+        {
+            "text_config": SIZES
+            | LATENT
+            | {"model_type": "deepseek_v3", "q_lora_rank": 20, "n_group": 1, "topk_group": 1}
+            | {"num_experts_per_tok": 3, "num_mtp_layers": 0}
+            | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "vision_config": VISION
+            | {"num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2}
+            | {"pos_emb_width": 2, "pos_emb_time": 1},
+            "projection_hidden_size": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
+MULTIMODAL = ("qwen3_vl_moe", "kimi_k25")
 SHARDED = "mixtral"
 # Corrections that leave all choices below zero.
 FAR_BELOW_ZERO = ("glm4_moe", "minimax_m2")
 FACTS = "transformers.json"
+_INT, _FLOAT = {"type": "int", "symmetric": True}, {"type": "float", "num_bits": 8}
+COMPRESSED = (
+    ("pack-quantized", _INT | {"num_bits": 4, "strategy": "group", "group_size": 12}),
+    ("pack-quantized", _INT | {"num_bits": 4, "strategy": "channel"}),
+    ("pack-quantized", _INT | {"num_bits": 8, "strategy": "channel"}),
+    ("float-quantized", _FLOAT | {"strategy": "channel"}),
+    ("float-quantized", _FLOAT | {"strategy": "tensor"}),
+    ("float-quantized", _FLOAT | {"strategy": "block", "block_structure": [4, 24]}),
+)
 _STRETCH = {"factor": 4.0, "original_max_position_embeddings": 32}
 ROPES = (
     {"rope_type": "linear", "factor": 3.0},
@@ -182,10 +224,16 @@ def facts() -> dict:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     defaults, ropes = {}, []
-    for class_name in sorted({class_name for class_name, _ in FAMILIES.values()}):
+    for class_name in sorted({c for name, (c, _) in FAMILIES.items() if name not in MULTIMODAL}):
         fields = getattr(transformers, class_name)().to_dict()
         architecture = class_name.replace("Config", "ForCausalLM")
         defaults[architecture] = fields | {"architectures": [architecture]}
+    whole = transformers.Qwen3VLMoeConfig()
+    architecture = "Qwen3VLMoeForConditionalGeneration"
+    defaults[architecture] = whole.text_config.to_dict() | {
+        "architectures": [architecture],
+        "tie_word_embeddings": whole.tie_word_embeddings,
+    }
     for parameters in ROPES:
         fields = {"head_dim": 24, "max_position_embeddings": 96}
         fields["rope_parameters"] = {"rope_theta": 500.0} | parameters
@@ -195,7 +243,50 @@ def facts() -> dict:
         found, amplitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
         fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
         ropes.append(fields | {"frequencies": found.tolist(), "amplitude": float(amplitude)})
-    return {"transformers": transformers.__version__, "defaults": defaults, "ropes": ropes}
+    return {
+        "transformers": transformers.__version__,
+        "defaults": defaults,
+        "ropes": ropes,
+        "compressed": [_compressed(format_, weights) for format_, weights in COMPRESSED],
+        "converted": {name: _converted(name) for name in FAMILIES if name not in MULTIMODAL},
+    }
+
+
+def _compressed(format_: str, weights: dict) -> dict:
+    """A matrix `[6 36]` as compressed-tensors stores it, and what it makes of that again."""
+    import torch
+    from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    packed = format_ == "pack-quantized"
+    compressor = PackedQuantizationCompressor if packed else NaiveQuantizationCompressor
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(6, 36, generator=generator).bfloat16()
+    groups = {"group": (6, 3), "channel": (6, 1), "tensor": (1,), "block": (2, 2)}
+    scale = (0.2 + torch.rand(groups[weights["strategy"]], generator=generator)).bfloat16()
+    state = compressor.compress({"weight": matrix, "weight_scale": scale}, scheme)
+    values = compressor.decompress(dict(state), scheme)["weight"]
+    state = {key: value for key, value in state.items() if key != "weight_shape"}
+    dtypes = {key: str(value.dtype).split(".")[-1] for key, value in state.items()}
+    return {
+        "format": format_,
+        "weights": weights,
+        "stored": {key: value.double().tolist() for key, value in state.items()},
+        "dtypes": dtypes,
+        "values": values.double().tolist(),
+    }
+
+
+def _converted(name: str) -> dict[str, list[int]]:
+    """Shapes of the tensors that transformers 5 writes in its own form, by key."""
+    from safetensors import safe_open
+
+    with tempfile.TemporaryDirectory() as directory:
+        _model(name).save_pretrained(directory, save_original_format=False)
+        with safe_open(pathlib.Path(directory) / "model.safetensors", "numpy") as file:
+            return {key: file.get_slice(key).get_shape() for key in sorted(file.keys())}
 
 
 def make_one(name: str, directory: pathlib.Path) -> None:
@@ -203,10 +294,7 @@ def make_one(name: str, directory: pathlib.Path) -> None:
     import torch
     import transformers
 
-    class_name, changes = FAMILIES[name]
-    config = getattr(transformers, class_name)(**SIZES | changes)
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = _model(name)
     for seed in itertools.count():
         _draw(model, seed, correction=-4.0 if name in FAR_BELOW_ZERO else 0.0)
         expected = _expected(model, seed)
@@ -215,9 +303,34 @@ def make_one(name: str, directory: pathlib.Path) -> None:
     shard = "60KB" if name == SHARDED else "100MB"
     model.save_pretrained(directory, max_shard_size=shard)
     (directory / "generation_config.json").unlink(missing_ok=True)
+    if name == "kimi_k25":
+        _name_layers(directory / "model.safetensors")
     np.savez_compressed(directory / EXPECTED, **expected)
     facts = {"transformers": transformers.__version__, "torch": torch.__version__}
     (directory / "made_with.json").write_text(json.dumps(facts) + "\n")
+
+
+def _model(name: str):
+    import torch
+    import transformers
+
+    class_name, changes = FAMILIES[name]
+    multimodal = name in MULTIMODAL
+    config = getattr(transformers, class_name)(**changes if multimodal else SIZES | changes)
+    kind = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return getattr(transformers, kind).from_config(config, **options).eval()
+
+
+def _name_layers(path: pathlib.Path) -> None:
+    """transformers 5.24 writes `blocks` for the text's layers too; Kimi's files have `layers`."""
+    from safetensors.torch import load_file, save_file
+
+    there = "language_model.model.blocks."
+    tensors = load_file(path)
+    save_file(
+        {k.replace(there, there.replace("blocks", "layers")): v for k, v in tensors.items()}, path
+    )
 
 
 def _draw(model, seed: int, correction: float) -> None:

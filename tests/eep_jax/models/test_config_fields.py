@@ -22,6 +22,7 @@ DENSE_FIRST = {"mlp_only_layers": [0]}
 CHANGES = {
     "Qwen3MoeForCausalLM": DENSE_FIRST,
     "Qwen2MoeForCausalLM": DENSE_FIRST,
+    "Qwen3VLMoeForConditionalGeneration": DENSE_FIRST,
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy"}
     | {"n_group": 8, "topk_group": 3, "first_k_dense_replace": 1},
     "Glm4MoeForCausalLM": {"head_dim": 128},
