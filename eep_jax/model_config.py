@@ -54,11 +54,14 @@ class RopeConfig:
                 f"{self.kind} stretches {self.original_positions=} by {self.factor=}: both must be "
                 ">= 1"
             )
-        if self.kind in ("yarn", "llama3") and not 0 < self.beta_slow < self.beta_fast:
+        ramps = self.kind in ("yarn", "llama3")
+        if ramps and not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
                 f"{self.kind} ramps from {self.beta_slow=} to {self.beta_fast=}, which must be "
                 "positive and in this order"
             )
+        if self.kind == "llama3" and self.beta_slow == self.beta_fast:
+            raise ValueError(f"llama3 needs a ramp, but {self.beta_slow=} and {self.beta_fast=}")
         if self.rotated_channels % 2:
             raise ValueError(f"{self.rotated_channels=} must be even, RoPE rotates pairs")
 

@@ -33,6 +33,9 @@ PROMISED = {
     "qwen3_30b_a3b_h200x4": (2, 1),
     "qwen3_235b_a22b_h200x8": (2, 0),
     "deepseek_v3_h200x32": (6, 0),
+    "kimi_k2_h200x32": (4, 0),
+    "glm_4_6_h200x16": (2, 0),
+    "minimax_m2_h200x8": (2, 0),
     "gpt_oss_120b_h100x8": (4, 1),
     "mixtral_8x7b_h100x4": (2, 1),
 }

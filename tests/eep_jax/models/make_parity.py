@@ -206,6 +206,8 @@ ROPES = (
     {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32},
     {"rope_type": "yarn", "mscale": 0.8, "mscale_all_dim": 1.2} | _STRETCH,
     {"rope_type": "yarn", "attention_factor": 1.25, "truncate": False} | _STRETCH,
+    {"rope_type": "yarn", "beta_fast": 1.0, "beta_slow": 1.0} | _STRETCH,
+    {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False} | _STRETCH,
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "yarn", "partial_rotary_factor": 0.5} | _STRETCH,
 )

@@ -82,6 +82,10 @@ def test_yarn_leaves_fast_pairs_stretches_slow_ones_and_ramps_between(truncate):
         ({"kind": "linear", "factor": 0.5}, "factor=0.5, which must be >= 1"),
         (
             {"kind": "llama3", "factor": 2.0, "original_positions": 8, "beta_fast": 1.0},
+            "llama3 needs a ramp",
+        ),
+        (
+            {"kind": "yarn", "factor": 2.0, "original_positions": 8, "beta_fast": 0.5},
             "must be positive and in this order",
         ),
         ({"kind": "yarn", "factor": 2.0}, "both must be >= 1"),

@@ -1,0 +1,46 @@
+"""MiniMax-M2 in bfloat16 on eight H200: every expert once, eleven slots of a rank free.
+
+Of each rank's GPU, as `eep_jax.models.memory` works it out:
+
+    experts      70.3 GiB  heap  43 slots x 1.6 GiB
+    window        0.1 GiB  heap
+    embeddings    2.3 GiB  JAX   with the head
+    attention     5.1 GiB  JAX
+    routers       0.1 GiB  JAX
+    shared        0.0 GiB  JAX   shared experts, dense layers
+    KV cache     31.0 GiB  JAX   64 sequences x 2048 positions
+    step          1.4 GiB  JAX   estimated
+    unused       19.1 GiB  JAX   takes 0.42 of a GPU
+    context       0.6 GiB  CUDA
+    in all      130.0 GiB  x 1 of 140.4 GiB
+    256 experts on 8 ranks: up to 2 may die, up to 0 with nothing to load
+"""
+
+from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig
+from eep_jax.models.families.published import published
+
+
+def get_config() -> RunConfig:
+    """Needs `--checkpoint=DIR` of launch.convert or of Hugging Face, or `--random_weights`."""
+    return RunConfig(
+        name="minimax_m2_h200x8",
+        platform="gpu",
+        model=published("MiniMax-M2"),
+        cluster=ClusterConfig(
+            ranks=8,
+            slots_per_rank=43,
+            backup_bytes=64 << 30,
+            stall_ms=60_000,
+            formation_ms=1_800_000,
+            fetch_deadline_ms=120_000,
+        ),
+        engine=EngineConfig(
+            batch_rows=64,
+            prefill_tokens=64,
+            context_tokens=2048,
+            row_tile=64,  # a decode step is one tile, without a loop
+            step_deadline_ms=10_000,
+            dtype="bfloat16",
+        ),
+        device=DeviceConfig(memory_fraction=0.42),
+    )
