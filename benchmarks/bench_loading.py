@@ -25,6 +25,7 @@ from absl import logging as absl_logging
 from benchmarks import command
 from benchmarks.harness import Record, Sheet, Unfit, cpu_device, percentile
 from eep_jax.library.environment import cpu_environment
+from eep_jax.runtime.rank.scratch_dir import scratch
 
 BLOCK_BYTES = 4 << 20  # of plain reads
 FIELDS = {
@@ -57,11 +58,11 @@ def main() -> list[Record]:
     os.environ.update(cpu_environment())
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every piece
     options, sheet = absl_flags.FLAGS, Sheet("loading", cpu_device(), 1, {})
-    with tempfile.TemporaryDirectory(prefix="eep-bench-") as scratch:
-        root = pathlib.Path(options.directory or scratch) / ("" if options.directory else "hf")
+    with scratch(tempfile.gettempdir(), "bench") as temporary:
+        root = pathlib.Path(options.directory) if options.directory else temporary / "hf"
         if not options.directory:
             write_random(root)
-        converted = convert(root, pathlib.Path(scratch) / "converted")
+        converted = convert(root, temporary / "converted")
         for name, directory in (("safetensors", root), ("orbax", converted)):
             for dtype in ("bfloat16", "float32"):
                 rank = Rank(directory, dtype)

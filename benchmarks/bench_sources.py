@@ -26,6 +26,7 @@ from benchmarks import command
 from benchmarks.harness import Record, Sheet, cpu_device, gpu_device
 from benchmarks.processes import environment_of, machine_of
 from eep_jax.config import RunConfig
+from eep_jax.runtime.rank.scratch_dir import scratch
 from launch import flags
 
 COPIES = 5  # of the experts on disk: two backups, a checkpoint, plain files, and one in writing
@@ -43,8 +44,7 @@ def main() -> list[Record]:
     only = command.among("only", SOURCES)
     config = flags.run_config()
     gpus = flags.gpus() if config.platform == "gpu" else ()
-    with tempfile.TemporaryDirectory(dir=_roomy(config), prefix="eep-bench-") as scratch:
-        directory = pathlib.Path(scratch)
+    with scratch(_roomy(config), "bench") as directory:
         one = machine_of(config.platform, 1, gpus)
         os.environ.update(environment_of(one, 0, directory / "cache", 0.1))
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every step of every read

@@ -9,10 +9,7 @@
 
 import asyncio
 import dataclasses
-import pathlib
-import shutil
 import signal
-import tempfile
 import time
 
 from absl import flags as absl_flags
@@ -142,18 +139,16 @@ class Rows:
 def run(make_rows) -> list[Record]:
     """Measures as the flags say; prints and returns the records of `make_rows(measured)`."""
     config = flags.run_config()
-    run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-bench-"))
-    cluster = own_cluster(config, str(run_dir))
+    cluster = own_cluster(config, flags.RUN_DIR.value)
     try:
         measured = asyncio.run(_measure(cluster, config))
     except (ClusterFailed, Unfit) as error:
-        raise Unfit(f"{error}; logs: {run_dir}/logs") from error
+        cluster.keep_run_dir()
+        raise Unfit(f"{error}; logs: {cluster.run_dir}/logs") from error
     finally:
         cluster.stop()
     records = make_rows(measured).records
     show(records)
-    if flags.RUN_DIR.value is None:
-        shutil.rmtree(run_dir, ignore_errors=True)
     return records
 
 

@@ -146,6 +146,7 @@ class ServeConfig:
     mirror_transport: str = "auto"  # of rows between hosts, see MIRROR_TRANSPORTS
     queue_max: int = 256  # unfinished requests, beyond which HTTP answers 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
+    journal_texts: bool = True  # whether the journal holds prompts and answers, or only their ids
     finished_max: int = 512  # finished requests kept for clients that ask again
 
     def __post_init__(self):

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +18,15 @@ import aiohttp
 from eep_jax.config import ClusterConfig
 from eep_jax.errors import RunDirError
 from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.run_dir import make_private_file, make_run_dir, make_token
 from eep_jax.runtime.control.run_owner import LAUNCHER, RunOwner, check_free, claim
 from eep_jax.runtime.rank import priority
-from launch.flags import TOKEN_FILE
+from eep_jax.runtime.rank.scratch_dir import open_scratch
 from launch.program import EXIT_USAGE
 
 SUPERVISOR = "supervisor"
 WATCH_MS = 50
+SPAWN_RETRY_S = 5.0
 QUICK_DEATH_S = 10.0  # a process that ends sooner was never useful
 DELAY_MAX_MS = 30_000
 GIVE_UP_AFTER = 3  # quick deaths of one process before the cluster was ever healthy
@@ -70,14 +70,15 @@ class LocalCluster:
             run_dir: None: a temporary one, removed at the end unless the cluster failed.
             respawn_delay_ms: Before a dead rank is restarted; negative: only by `start_rank`.
             joiner_nice: See ClusterConfig.
+
+        Raises:
+            RunDirError: Other users can write to the directory, or it cannot be made.
+            OSError: It cannot be written.
         """
-        self._removes_run_dir = run_dir is None
-        self.run_dir = pathlib.Path(run_dir or tempfile.mkdtemp(prefix="eep-")).absolute()
-        (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        token = self.run_dir / TOKEN_FILE
-        if not token.exists():
-            token.touch(mode=0o600)
-            token.write_text(secrets.token_urlsafe(32))
+        self._scratch = None if run_dir else open_scratch(tempfile.gettempdir(), "run")
+        self.run_dir = make_run_dir(run_dir or self._scratch.path)
+        make_run_dir(self.run_dir / "logs")
+        make_token(self.run_dir)
         self._arguments, self.ranks, self._delay_ms = arguments, ranks, respawn_delay_ms
         self._joiner_nice = joiner_nice
         self._owner: RunOwner | None = None  # from `start` to `stop`
@@ -151,7 +152,11 @@ class LocalCluster:
             child.restart_at_s = now_s + delay_ms / 1000
         elif now_s >= child.restart_at_s:
             nice = 0 if child.name == SUPERVISOR else self._joiner_nice
-            self._spawn(child.name, child.quick_deaths, nice)
+            try:
+                self._spawn(child.name, child.quick_deaths, nice)
+            except OSError as error:  # no memory, process or file descriptor is left
+                self.report(f"{child.name} cannot be started now: {error.strerror}; trying again")
+                child.restart_at_s = now_s + SPAWN_RETRY_S
 
     def _report_end(self, child: Child, status: int, consequence: str) -> None:
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -159,8 +164,8 @@ class LocalCluster:
         self.report(f"{child.name} {how}{f': {words}' if words else ''}{consequence}")
 
     def _spawn(self, name: str, quick_deaths: int = 0, nice: int = 0) -> None:
-        with self.log_path(name).open("ab") as log:
-            log_begin = log.tell()
+        with self._open_log(name) as log:
+            log_begin = log.tell() if log.seekable() else 0
             process = subprocess.Popen(
                 self._command(name),
                 stdin=subprocess.DEVNULL,
@@ -173,6 +178,16 @@ class LocalCluster:
         if nice:
             priority.lower(process.pid, nice)
         self.children[name] = Child(name, process, time.monotonic(), quick_deaths, log_begin)
+
+    def _open_log(self, name: str):
+        """The log of a process; /dev/null where none can be opened, for it can serve without."""
+        path = self.log_path(name)
+        try:
+            make_private_file(path)
+            return path.open("ab")
+        except OSError as error:
+            self.report(f"{name} has no log: {path}: {error.strerror}")
+            return open(os.devnull, "ab")
 
     def _command(self, name: str) -> list[str]:
         module = "launch.supervise" if name == SUPERVISOR else "launch.rank"
@@ -201,6 +216,9 @@ class LocalCluster:
         return said[-1] if said else ""
 
     def log_tail(self, name: str) -> str:
+        """The last lines of a log; '' if there is none."""
+        if not self.log_path(name).exists():
+            return ""
         lines = self.log_path(name).read_text(errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
@@ -231,7 +249,7 @@ class LocalCluster:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
             while time.monotonic() < ends_s:
                 if self.failure is not None:
-                    self._removes_run_dir = False
+                    self.keep_run_dir()
                     raise ClusterFailed(self.failure)
                 status = await self.status(session)
                 problems = problems if status is None else status.get("problems", [])
@@ -239,7 +257,7 @@ class LocalCluster:
                     self.was_healthy = True
                     return status
                 await asyncio.sleep(poll_ms / 1000)
-        self._removes_run_dir = False
+        self.keep_run_dir()
         raise ClusterFailed(
             f"{what} did not happen within {deadline_s:.0f} s; logs are in {self.run_dir}/logs"
             + "".join(f"\n{problem}" for problem in problems)
@@ -270,8 +288,15 @@ class LocalCluster:
         if self._owner is not None:
             self._owner.release()
             self._owner = None
-        if self._removes_run_dir:
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    def keep_run_dir(self) -> None:
+        """Lets a temporary run directory stay, for its logs."""
+        if self._scratch is not None:
+            self._scratch.keep()
+            self._scratch = None
 
 
 def rank_name(rank: int) -> str:

@@ -6,6 +6,9 @@ import pathlib
 from absl import flags
 
 from eep_jax.config import RunConfig
+from eep_jax.errors import RunDirError
+from eep_jax.runtime.control.run_dir import TOKEN_CHARACTERS_MIN, check_run_dir
+from eep_jax.runtime.control.run_dir import read_token as run_dir_token
 from eep_jax.storage.manifest import read_model
 from launch import program
 from launch.config_files import Draft, load_config, override  # noqa: F401
@@ -114,7 +117,6 @@ HOST_ID = flags.DEFINE_string(
 program.group("Several hosts", SUPERVISOR, MIRROR_HOST, HOST_ID)
 
 TOKEN_VARIABLE = "EEP_TOKEN"
-TOKEN_FILE = "token"
 
 
 def run_config() -> RunConfig:
@@ -208,18 +210,21 @@ def read_token(run_dir: pathlib.Path) -> str:
     token = os.environ.get(TOKEN_VARIABLE) or ""
     if not token:
         try:
-            token = (run_dir / TOKEN_FILE).read_text().strip()
-        except OSError as error:
-            raise UsageError(
-                f"no token: set {TOKEN_VARIABLE} or write {run_dir / TOKEN_FILE} ({error.strerror})"
-            ) from error
-    if len(token) < 16:
-        raise UsageError(f"the token has {len(token)} characters, at least 16 are needed")
+            return run_dir_token(run_dir)
+        except RunDirError as error:
+            raise UsageError(f"{error}; or set {TOKEN_VARIABLE}") from error
+    if len(token) < TOKEN_CHARACTERS_MIN:
+        raise UsageError(
+            f"{TOKEN_VARIABLE} has {len(token)} characters, at least {TOKEN_CHARACTERS_MIN} are "
+            "needed"
+        )
     return token
 
 
 def required_run_dir() -> pathlib.Path:
-    """--run_dir as a directory that exists. Raises UsageError."""
+    """--run_dir as a directory that exists. Raises UsageError, or RunDirError if it is not safe."""
     if not RUN_DIR.value or not pathlib.Path(RUN_DIR.value).is_dir():
         raise UsageError(f"--run_dir={RUN_DIR.value!r} must name the directory of a run")
-    return pathlib.Path(RUN_DIR.value).absolute()
+    path = pathlib.Path(RUN_DIR.value).absolute()
+    check_run_dir(path)
+    return path

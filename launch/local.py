@@ -7,7 +7,6 @@ python -m launch.local --config=tiny_cpu --demo     # kills a rank under load, p
 import asyncio
 import contextlib
 import pathlib
-import signal
 
 import aiohttp
 from absl import flags as absl_flags
@@ -16,6 +15,7 @@ from eep_jax.errors import RunDirError
 from launch import flags, program
 from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
+from launch.processes import on_wish_to_stop
 
 RESPAWN_DELAY = absl_flags.DEFINE_integer(
     "respawn_delay_ms",
@@ -38,13 +38,19 @@ def main() -> int:
         _make_out_directory()
     if DEMO.value and flags.PORT.value is None:
         arguments.append("--port=0")  # a demonstration should not fail for a port in use
-    cluster = LocalCluster(
-        arguments,
-        config.cluster.ranks,
-        flags.RUN_DIR.value,
-        RESPAWN_DELAY.value,
-        config.cluster.joiner_nice,
-    )
+    try:
+        cluster = LocalCluster(
+            arguments,
+            config.cluster.ranks,
+            flags.RUN_DIR.value,
+            RESPAWN_DELAY.value,
+            config.cluster.joiner_nice,
+        )
+    except OSError as error:
+        raise flags.UsageError(
+            f"the run directory cannot be used: {error.filename}: {error.strerror}; give another "
+            "--run_dir"
+        ) from error
     try:
         return asyncio.run(_run(cluster, config))
     finally:
@@ -62,9 +68,8 @@ def _make_out_directory() -> None:
 
 
 async def _run(cluster: LocalCluster, config) -> int:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = asyncio.Event()
+    on_wish_to_stop(stop.set)
     work = asyncio.create_task(_work(cluster, config))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,6 +132,8 @@ async def _wait_until_whole(cluster: LocalCluster, config) -> None:
     with progress("ranks ready", config.cluster.ranks) as show:
 
         def whole(status: dict) -> bool:
+            if not status["epoch"] and status["blocked"] and status["experts"]["unsupplied"]:
+                raise ClusterFailed(f"the cluster cannot start: {status['blocked']}")
             show(sum(r["mode"] in ("offered", "ready", "serving") for r in status["ranks"]))
             return is_whole(status)
 

@@ -16,8 +16,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import pathlib
-import signal
 import socket
 import sys
 import tempfile
@@ -29,12 +27,19 @@ from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from eep_jax.runtime.control.identity import host_id
 from eep_jax.runtime.control.launcher_client import LauncherClient, LauncherClientOptions
+from eep_jax.runtime.control.run_dir import make_run_dir
+from eep_jax.runtime.rank.scratch_dir import open_scratch
 from launch import flags, program
 from launch.addresses import with_addresses
 from launch.cluster import QUICK_DEATH_S, Child, LocalCluster, rank_name
 from launch.environments.environment import Identity
 from launch.errors import UsageError
-from launch.processes import end_with_parent, set_up_logging
+from launch.processes import (
+    end_with_parent,
+    keep_files_private,
+    on_wish_to_stop,
+    set_up_logging,
+)
 
 RANKS = absl_flags.DEFINE_list(
     "ranks",
@@ -85,18 +90,19 @@ class HostRanks(LocalCluster):
 
 
 def main() -> int:
+    keep_files_private()
     set_up_logging("node")
     end_with_parent(flags.PARENT_PID.value)
     config = flags.run_config()
     ranks, address = own_ranks(config), flags.supervisor_address(config)
-    run_dir = pathlib.Path(flags.RUN_DIR.value or tempfile.mkdtemp(prefix="eep-node-")).absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    token = flags.read_token(run_dir)
     if address is None and not flags.RUN_DIR.value:
         raise UsageError(
             "the supervisor's address is unknown: give --supervisor=HOST:PORT, or --run_dir=DIR if "
             "this host shares the supervisor's run directory"
         )
+    scratch = None if flags.RUN_DIR.value else open_scratch(tempfile.gettempdir(), "node")
+    run_dir = make_run_dir(flags.RUN_DIR.value or scratch.path)
+    token = flags.read_token(run_dir)
     with_addresses(config, run_dir)  # fails where its ranks would fail
     locks = [only_launcher(token, identity.rank) for identity in ranks]
     os.environ[flags.TOKEN_VARIABLE] = token  # for its ranks
@@ -115,12 +121,16 @@ def main() -> int:
         ),
         host_ranks.let_in,
     )
+    status = 1
     try:
-        return asyncio.run(_work(host_ranks, link))
+        status = asyncio.run(_work(host_ranks, link))
     finally:
         host_ranks.stop()
         for lock in locks:
             lock.close()
+        if scratch is not None:
+            scratch.keep() if status else scratch.remove()
+    return status
 
 
 def own_ranks(config: RunConfig) -> tuple[Identity, ...]:
@@ -159,9 +169,8 @@ def only_launcher(token: str, rank: int) -> socket.socket:
 
 async def _work(host_ranks: HostRanks, link: LauncherClient) -> int:
     """Runs until the run is over, a signal comes, or the ranks cannot be started."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = asyncio.Event()
+    on_wish_to_stop(stop.set)
     host_ranks.start()
     _log.info("started %s; logs are in %s/logs", sorted(host_ranks.children), host_ranks.run_dir)
     tasks = [

@@ -1,11 +1,13 @@
-"""Start of every process of a run: its log, and its end with its parent."""
+"""Start of every process of a run: its log, its signals, and its end with its parent."""
 
+import asyncio
 import ctypes
 import faulthandler
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,3 +28,20 @@ def end_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it had already ended
         os._exit(0)
+
+
+def keep_files_private() -> None:
+    """Makes what this process writes readable for its user alone: logs, journals, caches."""
+    os.umask(0o077)
+
+
+def on_wish_to_stop(stop: Callable[[], None]) -> None:
+    """Calls `stop` in the running loop for Ctrl-C, SIGTERM, and the end of the terminal (SIGHUP).
+
+    Under `nohup` the end of the terminal is none of its business.
+    """
+    loop, wishes = asyncio.get_running_loop(), [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wishes.append(signal.SIGHUP)
+    for number in wishes:
+        loop.add_signal_handler(number, stop)

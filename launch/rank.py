@@ -3,6 +3,7 @@
 python -m launch.rank --config=tiny_cpu --run_dir=DIR --rank=2     # DIR as given to the supervisor
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -16,7 +17,7 @@ from launch import flags, program
 from launch.addresses import with_addresses
 from launch.environments.environment import Identity
 from launch.environments.local import gpu_rank_environment, gpu_share
-from launch.processes import end_with_parent, set_up_logging
+from launch.processes import end_with_parent, keep_files_private, set_up_logging
 
 # In the run directory: what a rank compiled, for the other ranks and for processes that return.
 EXECUTABLES = "executables"  # whole steps; where one cannot be loaded:
@@ -30,6 +31,7 @@ def main() -> int:
     run_dir, config = flags.required_run_dir(), flags.run_config()
     identity = flags.identity(config)
     rank = identity.rank
+    keep_files_private()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging(f"rank{rank}")
     os.environ.update(_environment(config, identity, run_dir))
@@ -59,7 +61,8 @@ def main() -> int:
     status = agent.run()
     link.stop()
     # Threads of XLA may be inside a callback; nothing here needs an orderly teardown.
-    sys.stdout.flush(), sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a full disk
+        sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 
 

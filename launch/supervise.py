@@ -8,17 +8,22 @@ on ports of the job.
 
 import asyncio
 import dataclasses
-import signal
 import sys
 
 from eep_jax.config import RunConfig
 from eep_jax.runtime.supervisor.supervisor import Supervisor
 from launch import flags, program
-from launch.processes import end_with_parent, set_up_logging
+from launch.processes import (
+    end_with_parent,
+    keep_files_private,
+    on_wish_to_stop,
+    set_up_logging,
+)
 
 
 def main() -> int:
     run_dir = flags.required_run_dir()
+    keep_files_private()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging("supervisor")
     config = with_supervisor_addresses(flags.run_config())
@@ -54,9 +59,8 @@ def with_supervisor_addresses(config: RunConfig) -> RunConfig:
 
 
 async def _serve(supervisor: Supervisor) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = asyncio.Event()
+    on_wish_to_stop(stop.set)
     await supervisor.run(stop)
 
 

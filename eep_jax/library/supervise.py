@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import pathlib
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,9 +16,17 @@ import sys
 from eep_jax.config import ClusterConfig, DeviceConfig, EngineConfig, RunConfig, ServeConfig
 from eep_jax.errors import RunDirError
 from eep_jax.model_config import model_from_values
+from eep_jax.runtime.control.run_dir import (
+    TOKEN_FILE,
+    check_run_dir,
+    make_private_file,
+    make_run_dir,
+    make_token,
+    read_token,
+)
 from eep_jax.runtime.supervisor.supervisor import Supervisor
 
-CONFIG_FILE, TOKEN_FILE, LOG_FILE = "run.json", "token", "supervisor.log"
+CONFIG_FILE, LOG_FILE = "run.json", "supervisor.log"
 WITH_PARENT = "--with-parent"
 _PARTS = {
     "cluster": ClusterConfig,
@@ -31,13 +38,9 @@ _PARTS = {
 
 def write_run(run_dir: str | os.PathLike, config: RunConfig) -> pathlib.Path:
     """Writes the configuration that processes of a run read, and a token unless there is one."""
-    root = pathlib.Path(run_dir).absolute()
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_run_dir(run_dir)
     (root / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    token = root / TOKEN_FILE
-    if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_urlsafe(32))
+    make_token(root)
     return root
 
 
@@ -46,11 +49,11 @@ def read_run(run_dir: str | os.PathLike) -> tuple[RunConfig, str]:
     root = pathlib.Path(run_dir)
     try:
         fields = json.loads((root / CONFIG_FILE).read_text())
-        token = (root / TOKEN_FILE).read_text().strip()
+        token = read_token(root)
         parts = {name: kind(**_with_tuples(fields[name])) for name, kind in _PARTS.items()}
         parts["model"] = model_from_values(fields["model"])
         return RunConfig(**(fields | parts)), token
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RunDirError) as error:
         raise ValueError(
             f"{str(root)!r} is not a run directory: {error!r}; expected {CONFIG_FILE} and "
             f"{TOKEN_FILE}, as start_supervisor or write_run writes them"
@@ -74,6 +77,7 @@ def start_supervisor(run_dir: str | os.PathLike, config: RunConfig) -> subproces
 
     Raises:
         OSError: The directory cannot be written.
+        RunDirError: Other users can write to it.
 
     Example:
         >>> import tempfile
@@ -85,6 +89,7 @@ def start_supervisor(run_dir: str | os.PathLike, config: RunConfig) -> subproces
     """
     root = write_run(run_dir, config)
     command = [sys.executable, "-m", "eep_jax.library.supervise", str(root), WITH_PARENT]
+    make_private_file(root / LOG_FILE)
     with (root / LOG_FILE).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
@@ -97,6 +102,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("eep_jax").setLevel(logging.INFO)
     try:
         config, token = read_run(arguments[0])
+        check_run_dir(pathlib.Path(arguments[0]))
         supervisor = Supervisor(config, pathlib.Path(arguments[0]), token)
         asyncio.run(_serve(supervisor, with_parent=len(arguments) > 1))
     except (OSError, ValueError, RunDirError) as error:

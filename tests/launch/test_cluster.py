@@ -190,6 +190,34 @@ class Dead:
         return self._status
 
 
+class TestLack:
+    def test_a_process_that_cannot_be_started_now_is_started_later(self, scripted, monkeypatch):
+        cluster, reported, popen = scripted(respawn_delay_ms=1), [], subprocess.Popen
+        cluster.report, cluster.was_healthy = reported.append, True
+        monkeypatch.setattr(cluster_module, "SPAWN_RETRY_S", 0.01)
+        cluster.start()
+        before = cluster.pid("rank1")
+
+        def lacking(*_, **__):
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(subprocess, "Popen", lacking)
+        cluster.kill("rank1")
+        asyncio.run(watched(cluster, lambda: len(reported) >= 3))
+        assert reported[1] == "rank1 cannot be started now: Too many open files; trying again"
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        asyncio.run(watched(cluster, lambda: cluster.pid("rank1") != before))
+
+    def test_a_process_whose_log_cannot_be_opened_runs_without(self, scripted):
+        cluster, reported = scripted(), []
+        cluster.report = reported.append
+        (cluster.run_dir / "logs" / "rank0.log").mkdir()
+        cluster.start()
+        assert cluster.children["rank0"].process.poll() is None
+        assert reported == [f"rank0 has no log: {cluster.log_path('rank0')}: Is a directory"]
+        assert cluster.last_words("rank0") == ""
+
+
 class TestGivingUp:
     def test_a_rank_that_never_lives_ends_the_start_with_its_last_words(self, scripted):
         cluster = scripted(rank0="import sys; sys.exit('no weights')", respawn_delay_ms=1)

@@ -1,19 +1,30 @@
 """What happens to a run directory, its owner and its disk harms no rank and no request."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
+import aiohttp
 import pytest
 
 from launch.cluster import SUPERVISOR
-from tests.support.processes import is_out
+from tests.support.processes import EVENT_S, RANKS, is_out
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(400)]
 
 
 def processes_of(status: dict) -> list[tuple]:
     return [(rank["pid"], rank["incarnation"]) for rank in status["ranks"]]
+
+
+def limited(pid: int, kind: int, most: int) -> tuple[int, int]:
+    """Limits a running process; returns its limits before."""
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (most, before[1]))
+    return before
 
 
 @pytest.mark.parametrize("program", ["launch.local", "launch.supervise"])
@@ -40,7 +51,7 @@ def test_a_full_disk_ends_nothing_and_the_journal_goes_on_when_there_is_room(clu
     """No file may grow, of the supervisor and of every rank; then one rank dies all the same."""
     children = cluster.cluster.children
     limits = {
-        name: resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (0, -1))
+        name: limited(child.process.pid, resource.RLIMIT_FSIZE, 0)
         for name, child in children.items()
     }
     supervisor = children[SUPERVISOR].process.pid
@@ -62,3 +73,51 @@ def test_a_full_disk_ends_nothing_and_the_journal_goes_on_when_there_is_room(clu
     restarted = lambda s: any(event["kind"] == "restarted" for event in s["events"])
     cluster.wait(restarted, "the next supervisor")
     assert processes_of(cluster.wait_whole()) == processes_of(before)
+
+
+def test_health_is_false_while_all_ranks_are_frozen_and_true_again_by_itself(cluster):
+    async def health() -> int:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(cluster.cluster.url + "/health") as answer,
+        ):
+            return answer.status
+
+    def until(status: int) -> None:
+        ends_s = time.monotonic() + EVENT_S
+        while cluster.run(health()) != status:
+            assert time.monotonic() < ends_s, f"health is not {status}"
+            time.sleep(0.02)
+
+    until(200)
+    for rank in range(RANKS):
+        cluster.signal(rank, signal.SIGSTOP)
+    try:
+        until(503)
+    finally:
+        for rank in range(RANKS):
+            cluster.signal(rank, signal.SIGCONT)
+    until(200)
+
+
+def test_a_death_while_no_file_descriptor_is_left_is_settled_without_a_trace_in_the_log(cluster):
+    supervisor, log = (
+        cluster.cluster.children[SUPERVISOR].process.pid,
+        cluster.cluster.log_path(SUPERVISOR),
+    )
+    written, used = log.stat().st_size, len(os.listdir(f"/proc/{supervisor}/fd"))
+    before = cluster.status()
+    limit = limited(supervisor, resource.RLIMIT_NOFILE, used)
+    try:
+        cluster.signal(2)
+        ends_s = time.monotonic() + EVENT_S
+        while b"dead {'rank': 2" not in log.read_bytes()[written:]:
+            assert time.monotonic() < ends_s, "its death was not seen"
+            time.sleep(0.02)
+        time.sleep(0.5)  # its successor calls, and there is no room for it
+    finally:
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limit)
+    after = cluster.wait_whole()
+    assert after["ranks"][2]["incarnation"] == before["ranks"][2]["incarnation"] + 1
+    assert cluster.cluster.children[SUPERVISOR].process.pid == supervisor
+    assert b"Traceback" not in log.read_bytes()[written:]

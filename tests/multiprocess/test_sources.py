@@ -7,6 +7,8 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -208,6 +210,21 @@ def stall(checkpoint: pathlib.Path) -> int:
         path.unlink()
         os.mkfifo(path)
     return len(files)
+
+
+def test_a_first_start_that_cannot_succeed_ends_with_the_reason(tmp_path):
+    """Long before the time that ranks have to come up is over."""
+    checkpoint = shutil.copytree(tiny_cpu.get_config().checkpoint, tmp_path / "checkpoint")
+    damage(checkpoint, expert_name(6))
+    flags = ["--port=0", f"--override=checkpoint={checkpoint}", f"--run_dir={tmp_path / 'run'}"]
+    flags.append("--override=cluster.formation_ms=1000000")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.local", *flags], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    line = done.stdout.strip().splitlines()[-1]
+    assert "failed: the cluster cannot start: experts [6] have no" in line and "e006" in line
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_damaged_checkpoint_ends_no_rank_and_is_tried_again_until_it_is_mended(tmp_path):

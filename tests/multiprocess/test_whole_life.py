@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -43,14 +45,38 @@ def test_every_rank_of_an_idle_cluster_wakes_for_one_request(cluster):
     )
 
 
+def launcher_in(directory: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """A launcher that makes its run directory in this one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.local", "--config=tiny_cpu", "--port=0", *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": str(directory)},
+    )
+
+
+def test_nothing_is_left_behind_when_the_terminal_is_closed(tmp_path):
+    launcher = launcher_in(tmp_path)
+    try:
+        ends_s = time.monotonic() + 60
+        while len(mentioning(tmp_path)) < RANKS + 2 and time.monotonic() < ends_s:
+            time.sleep(0.02)
+        (run_dir,) = tmp_path.glob("eep-run-*")
+        assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+        others = [p for p in run_dir.rglob("*") if stat.S_IMODE(p.stat().st_mode) & 0o077]
+        assert others == [], "nothing is for the eyes of others"
+        launcher.send_signal(signal.SIGHUP)
+        assert launcher.wait(60) == 0
+    finally:
+        launcher.kill()
+        launcher.wait(10)
+    assert mentioning(tmp_path) == [] and os.listdir(tmp_path) == []
+
+
 def test_nothing_is_left_behind_even_if_the_launcher_is_killed(tmp_path):
     memory = tmp_path / "memory"
     memory.mkdir()
-    command = [sys.executable, "-m", "launch.local", "--config=tiny_cpu", "--port=0"]
-    command.append(f"--override=cluster.backup_dir={memory}")
-    launcher = subprocess.Popen(
-        [*command, f"--run_dir={tmp_path}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    launcher = launcher_in(tmp_path, f"--override=cluster.backup_dir={memory}")
     try:
         started = time.monotonic()
         while len(mentioning(tmp_path)) < RANKS + 2 and time.monotonic() - started < 30:
@@ -63,10 +89,11 @@ def test_nothing_is_left_behind_even_if_the_launcher_is_killed(tmp_path):
         launcher.kill()
         launcher.wait(10)
     started = time.monotonic()
-    while (mentioning(tmp_path) or os.listdir(memory)) and time.monotonic() - started < 20:
+    left = lambda: [*os.listdir(memory), *tmp_path.glob("eep-*")]
+    while (mentioning(tmp_path) or left()) and time.monotonic() - started < 20:
         time.sleep(0.1)
     assert mentioning(tmp_path) == []
-    assert os.listdir(memory) == [], "what a process kept in memory goes with it"
+    assert left() == [], "neither what a process kept in memory, nor token and prompts"
 
 
 def test_per_rank_combine_serves_too(tmp_path):

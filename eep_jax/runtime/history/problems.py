@@ -44,6 +44,20 @@ def waiting_for(state: CoordinatorState) -> str:
     return "; ".join(parts)
 
 
+def all_silent(state: CoordinatorState, now_ms: int) -> str:
+    """Why nothing is computed although there are members: none shows life; '' if one does.
+
+    Half a lease of silence is enough: single ranks may be that late, all of them are not.
+    """
+    members = state.view.in_epoch
+    if not members:
+        return ""
+    silent_ms = now_ms - max(state.records[rank].heard_ms for rank in members)
+    if silent_ms <= state.config.lease_ms / 2:
+        return ""
+    return f"no rank has shown life for {silent_ms} ms"
+
+
 def _awaited(state: CoordinatorState) -> list[int]:
     """Ranks that are out, except those that the operator took out."""
     inside = state.view.in_epoch

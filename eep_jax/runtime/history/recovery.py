@@ -116,8 +116,7 @@ class _Reader:
                     entry = _entry_of(record)
                     self._entries[entry.request.id] = entry
             case "finished":
-                if (entry := self._entries.get(record["id"])) is not None:
-                    entry.produced, entry.finish = list(record["tokens"]), record["finish"]
+                self._finished(record)
             case kind if kind not in (*EVENT_KINDS, *REPORT_KINDS):
                 raise ValueError(f"unknown kind {kind!r}")
         if record["kind"] in EVENT_KINDS:
@@ -137,6 +136,15 @@ class _Reader:
             entries=list(self._entries.values()),
             events=self._events,
         )
+
+    def _finished(self, record: dict) -> None:
+        entry = self._entries.get(record["id"])
+        if entry is None:
+            return
+        if "tokens" not in record:  # the texts of this run are not kept any more
+            del self._entries[record["id"]]
+            return
+        entry.produced, entry.finish = list(record["tokens"]), record["finish"]
 
     def _rank(self, rank: int) -> int:
         if not 0 <= rank < self._ranks:
@@ -176,8 +184,12 @@ def snapshot(
     commit: dict | None,
     processes: list[tuple[str, HostProcess]],
     entries,
+    with_texts: bool = True,
 ) -> list[dict]:
-    """Records that `read_back` turns into this state; `commit` is the last commit's record."""
+    """Records that `read_back` turns into this state; `commit` is the last commit's record.
+
+    Without texts there is nothing to say of requests: `read_back` could not continue them.
+    """
     records = [{"kind": "tried", "epoch": state.epoch_tried}, *([commit] if commit else [])]
     if state.out:
         records.append({"kind": "scale", "out": sorted(state.out), "time": 0.0})
@@ -190,7 +202,7 @@ def snapshot(
         if record.fenced:
             facts = {"rank": rank, "incarnation": record.fenced, "time": 0.0}
             records.append({"kind": "dead", "reason": "before the journal was cut", **facts})
-    for entry in entries:
+    for entry in entries if with_texts else ():
         records.append({"kind": "accepted", **accepted_facts(entry)})
         if entry.finish:
             records.append({"kind": "finished", **finished_facts(entry)})

@@ -12,7 +12,7 @@ from eep_jax.runtime.control.channels import Channels
 from eep_jax.runtime.control.messages import Telemetry
 from eep_jax.runtime.history.event_log import EventLog
 from eep_jax.runtime.history.metrics import Metrics, imbalance, load_shares, replicas_min
-from eep_jax.runtime.history.problems import problems, waiting_for
+from eep_jax.runtime.history.problems import all_silent, problems, waiting_for
 from eep_jax.runtime.processes.registry import RankProcesses
 from eep_jax.runtime.serving.request_table import RequestTable
 
@@ -30,11 +30,12 @@ class StatusReporter:
         processes: RankProcesses,
         channels: Channels,
         journal_problem: Callable[[], str] = lambda: "",
+        now_ms: Callable[[], int] = lambda: 0,
     ):
         self._config, self._state, self._requests = config, state, requests
         self._event_log, self._telemetry = event_log, telemetry
         self._processes, self._channels = processes, channels
-        self._journal_problem = journal_problem
+        self._journal_problem, self._now_ms = journal_problem, now_ms
         self.metrics = Metrics(state, requests, event_log).text
 
     def phase(self) -> str:
@@ -47,16 +48,19 @@ class StatusReporter:
         return "changing" if state.change is not None else "serving"
 
     def health(self) -> tuple[bool, dict]:
-        """(healthy, facts): healthy while requests are accepted, also during membership changes."""
+        """(healthy, facts): healthy while requests are accepted and some member shows life."""
         state, phase = self._state(), self.phase()
+        silence = all_silent(state, self._now_ms())
         facts = {
             "status": phase,
             "epoch": state.view.epoch,
             "active_ranks": list(state.view.with_state(RankState.ACTIVE)),
-            "reason": state.blocked or (waiting_for(state) if phase == "forming" else ""),
+            "reason": state.blocked
+            or (waiting_for(state) if phase == "forming" else "")
+            or silence,
             "problems": self._problems(),
         }
-        return phase in ("serving", "changing"), facts
+        return phase in ("serving", "changing") and not silence, facts
 
     def _problems(self) -> list[str]:
         found = problems(self._state(), self._event_log.events)
@@ -77,6 +81,7 @@ class StatusReporter:
                 "count": state.placement.experts,
                 "missing": list(missing(state)),
                 "dropped": list(state.dropped),
+                "unsupplied": sorted({expert for _, expert in state.shortages.reasons}),
                 "replicas_min": replicas_min(state),
                 "placement": [list(row) for row in state.placement.slots],
                 "load": [round(share, 4) for share in load_shares(state)],

@@ -12,6 +12,10 @@ import tempfile
 from eep_jax.runtime.control.identity import boot_id, start_ticks
 
 PREFIX = "eep"
+KEPT = "kept"  # a file of this name lets a directory stay
+
+
+HELPER = f'trap "" TERM INT HUP; read -r line; [ "$line" = {KEPT} ] || rm -rf -- "$0"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +26,28 @@ class Scratch:
     life: int
 
     def close(self) -> None:
+        """Lets the helper remove the directory."""
         os.close(self.life)
 
+    def remove(self) -> None:
+        """Removes the directory before it returns."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
 
-def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
+    def keep(self) -> None:
+        """Lets the directory stay for good."""
+        (self.path / KEPT).touch()
+        os.write(self.life, KEPT.encode() + b"\n")
+        self.close()
+
+
+def open_scratch(parent: str | os.PathLike, name: str) -> Scratch:
     """A fresh directory in `parent` that only this user may read.
 
     A helper process waits for the end of this one and removes it. Directories whose helpers were
     killed as well are removed here. Raises OSError if `parent` is not writable.
     """
+    parent = pathlib.Path(parent)
     sweep(parent)
     prefix = f"{PREFIX}-{name}-{_boot()}-{os.getpid()}-{start_ticks(os.getpid())}-"
     path = tempfile.mkdtemp(prefix=prefix, dir=parent)
@@ -38,7 +55,7 @@ def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
     try:
         subprocess.Popen(
             # Ignores signals to a whole job, such as those of scancel.
-            ["/bin/sh", "-c", 'trap "" TERM INT HUP; read -r line; rm -rf -- "$0"', path],
+            ["/bin/sh", "-c", HELPER, path],
             stdin=ours,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -54,12 +71,22 @@ def open_scratch(parent: pathlib.Path, name: str) -> Scratch:
     return Scratch(pathlib.Path(path), life)
 
 
-def sweep(parent: pathlib.Path) -> None:
+@contextlib.contextmanager
+def scratch(parent: str | os.PathLike, name: str):
+    """A scratch directory for the body, yielded as its path."""
+    found = open_scratch(parent, name)
+    try:
+        yield found.path
+    finally:
+        found.remove()
+
+
+def sweep(parent: str | os.PathLike) -> None:
     """Removes scratch directories of ended processes of this machine."""
     for path in pathlib.Path(parent).glob(f"{PREFIX}-*-{_boot()}-*"):
         with contextlib.suppress(ValueError):
             pid, ticks = map(int, path.name.split("-")[-3:-1])
-            if start_ticks(pid) != ticks:
+            if start_ticks(pid) != ticks and not (path / KEPT).exists():
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ from eep_jax.config import RunConfig
 from eep_jax.coordination.state import CoordinatorState
 from eep_jax.membership.view import RankState
 from eep_jax.runtime.control.channels import Channels
-from eep_jax.runtime.serving.dispatcher import RequestDispatcher
+from eep_jax.runtime.serving.dispatcher import RequestDispatcher, ids_only
 from eep_jax.runtime.serving.request_table import Entry, RequestTable
 from eep_jax.runtime.serving.service import CompletionFrontend
 
@@ -58,6 +58,8 @@ def assemble_serving(
         accepted=accepted,
         cancelled=lambda entry: dispatcher.cancelled(entry),
     )
+    if not serve.journal_texts:
+        record = lambda kind, facts, write=record: write(kind, ids_only(kind, facts))
     dispatcher = RequestDispatcher(table, channels, record, frontend.changed, awaited)
     return Serving(table, dispatcher, frontend, assign)
 

@@ -97,3 +97,18 @@ def accepted_facts(entry: Entry) -> dict:
 def finished_facts(entry: Entry) -> dict:
     """Journal record of a request's end, for a client that repeats its key."""
     return {"id": entry.request.id, "finish": entry.finish, "tokens": entry.produced}
+
+
+def ids_only(kind: str, facts: dict) -> dict:
+    """The facts of a record without what a client sent or received; see serve.journal_texts.
+
+    Example:
+        >>> ids_only("finished", {"id": "cmpl-1", "finish": "stop", "tokens": [7, 9]})
+        {'id': 'cmpl-1', 'finish': 'stop'}
+    """
+    match kind:
+        case "accepted":
+            return {"id": facts["request"]["id"], "created": facts["created"]}
+        case "finished":
+            return {"id": facts["id"], "finish": facts["finish"]}
+    return facts

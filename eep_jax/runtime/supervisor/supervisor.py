@@ -140,6 +140,7 @@ class Supervisor:
             self._processes,
             self.channels,
             lambda: self._journal.problem,
+            now_ms,
         )
         self.service = ClusterService(serving.frontend, reporter, self._driver)
         if not before.is_first:
@@ -162,10 +163,13 @@ class Supervisor:
           OSError: a port is taken.
           RunTaken: another supervisor has taken over.
         """
+        asyncio.get_running_loop().set_exception_handler(_log_in_one_line)
         listeners, looking = Listeners(), None
         try:
             await self._listen(listeners)
             self._watch_known_processes()
+            if not self.config.serve.journal_texts:
+                self.compact()  # the journal may have texts from before
             looking = asyncio.create_task(self._local.keep_looking())
             if ready is not None:
                 ready.set()
@@ -241,4 +245,16 @@ class Supervisor:
     def compact(self) -> None:
         """Rewrites the journal as the few records that the next supervisor needs."""
         entries, commit = self.requests.entries.values(), self.event_log.commit
-        self._journal.compact(snapshot(self.state, commit, self._processes.known, entries))
+        texts = self.config.serve.journal_texts
+        self._journal.compact(
+            snapshot(self.state, commit, self._processes.known, entries, with_texts=texts)
+        )
+
+
+def _log_in_one_line(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+    """Logs an error of the system, such as no file descriptor for a connection, without a trace."""
+    error = context.get("exception")
+    if isinstance(error, OSError):
+        _log.error("%s: %s", context["message"], error)
+    else:
+        loop.default_exception_handler(context)

@@ -55,6 +55,19 @@ def test_a_killed_process_leaves_nothing(child, number):
     wait_until_gone(path)
 
 
+def test_it_can_be_kept_and_removed_at_once(tmp_path):
+    kept, removed = open_scratch(tmp_path, "test"), open_scratch(tmp_path, "test")
+    kept.keep()
+    removed.remove()
+    assert not removed.path.exists()
+    (name,) = {p.name for p in tmp_path.iterdir()}
+    gone = kept.path.with_name(name.replace(f"-{os.getpid()}-", "-1-"))  # its process is another
+    kept.path.rename(gone)
+    with scratch_dir.scratch(tmp_path, "test") as path:  # sweeps
+        assert gone.exists() and path.is_dir()
+    assert list(tmp_path.iterdir()) == [gone]
+
+
 def test_a_signal_to_all_processes_of_a_job_leaves_nothing_either(child):
     process, path = child
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")

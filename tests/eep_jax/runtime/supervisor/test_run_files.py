@@ -131,6 +131,34 @@ async def test_what_was_taken_on_without_a_disk_is_written_once_there_is_room(tm
 
 
 @story
+async def test_without_texts_the_journal_holds_ids_alone(tmp_path):
+    async with a_world(tmp_path) as world:
+        await world.form()
+        assert (await world.complete(key="private", prompt="Hidden", max_tokens=3))[0] == 200
+        assert b"private" in (tmp_path / JOURNAL).read_bytes()
+        await world.stop_supervisor()
+        serve = dataclasses.replace(world.config.serve, journal_texts=False)
+        world.config = dataclasses.replace(world.config, serve=serve)
+        supervisor = await world.start_supervisor()
+        assert b"private" not in (tmp_path / JOURNAL).read_bytes(), "what was there is forgotten"
+        await world.until(world.is_whole)
+        for _ in range(2):
+            assert await world.complete(key="secret", max_tokens=3) == (200, expected_text("Hi", 3))
+        assert b"secret" not in (tmp_path / JOURNAL).read_bytes()
+        written = [r for r in replay(tmp_path / JOURNAL) if r["kind"] in ("accepted", "finished")]
+        assert [r.keys() for r in written] == [
+            {"id", "created", "time", "kind"},
+            {"id", "finish", "time", "kind"},
+        ]
+        before = supervisor.state
+        await world.stop_supervisor()
+        after = await world.start_supervisor()
+        assert after.state.view == before.view and not after.requests.entries
+        await world.until(world.is_whole)
+        assert await world.complete(key="secret", max_tokens=3) == (200, expected_text("Hi", 3))
+
+
+@story
 async def test_ranks_that_the_journal_does_not_know_are_told_why_and_followed_by_new_ones(tmp_path):
     """An old copy of the journal was put back: rank 1 has died and come back since."""
     async with a_world(tmp_path) as world:
@@ -150,7 +178,8 @@ async def test_ranks_that_the_journal_does_not_know_are_told_why_and_followed_by
             "to end, and a new process takes its place"
         )
         assert told()[0] == expected
-        assert any(p.startswith(expected) for p in supervisor.service.health()[1]["problems"])
+        problems = lambda: supervisor.service.health()[1]["problems"]
+        await world.until(lambda: any(p.startswith(expected) for p in problems()))
         await late.close()  # as it has to
         await world.until(lambda: supervisor.state.view.in_epoch == (0,))
         assert await world.complete(max_tokens=3) == (200, expected_text("Hi", 3))
