@@ -26,6 +26,13 @@ DEFAULTS = {
 def config(fields: Fields, name: str) -> ModelConfig:
     """Raises CheckpointError for biases of MLPs, and for plain layers behind others."""
     fields.require("mlp_bias", False)
+    for name in (
+        "qk_norm",
+        "route_norm",
+        "moe_router_use_sigmoid",
+        "moe_router_enable_expert_bias",
+    ):
+        fields.require(name, True)
     bias = fields.take("attention_bias", bool)
     common, heads = fields.common(name), fields.heads()
     width = fields.take("moe_intermediate_size")

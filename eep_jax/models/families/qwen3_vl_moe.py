@@ -10,11 +10,17 @@ from eep_jax.models.families import qwen3_moe
 from eep_jax.models.families.config_json import Fields
 from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
-DEFAULTS = qwen3_moe.DEFAULTS | {"num_key_value_heads": 16, "rope_theta": 500_000.0}
+DEFAULTS = qwen3_moe.DEFAULTS | {
+    "norm_topk_prob": True,
+    "num_key_value_heads": 16,
+    "rope_theta": 500_000.0,
+}
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
-    """Raises CheckpointError for plain layers behind others."""
+    """Raises CheckpointError for plain layers behind others, and for weights without a norm."""
+    # Releases have true; transformers and other implementations differ on false.
+    fields.require("norm_topk_prob", True)
     return qwen3_moe.config(fields, name, ignored=("mrope_interleaved", "mrope_section"))
 
 

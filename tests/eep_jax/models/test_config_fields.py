@@ -117,6 +117,13 @@ def test_null_and_absent_are_not_the_same():
     assert read(deepseek).latent.q_rank == 1536
 
 
+def test_weights_of_qwen3_vl_are_normed_where_the_file_does_not_say():
+    values = whole("Qwen3VLMoeForConditionalGeneration")
+    assert read(values).norm_topk_prob
+    with pytest.raises(CheckpointError, match="norm_topk_prob=False is not supported"):
+        read(values | {"norm_topk_prob": False})
+
+
 def test_two_names_of_one_field_must_agree():
     values = whole("MixtralForCausalLM")
     assert read(values | {"num_experts": 8}) == read(values)
