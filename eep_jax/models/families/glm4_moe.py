@@ -1,7 +1,8 @@
 """GLM-4.5 to 4.7 (arXiv 2508.06471): half of each head rotates, norms of heads are optional, and
-routers, shared experts and plain first layers are DeepSeek-V3's.
+routers, shared experts and plain first layers are DeepSeek-V3's. Of GLM-4.5V it is the text part.
 """
 
+import dataclasses
 import functools
 
 from eep_jax.model_config import ModelConfig
@@ -28,16 +29,23 @@ DEFAULTS = {
     "topk_group": 1,
     "use_qk_norm": False,
 }
+DEFAULTS_V = DEFAULTS | {"attention_bias": True}
 
 
-def config(fields: Fields, name: str) -> ModelConfig:
-    """Biases are those of q, k and v alone."""
+def config_v(fields: Fields, name: str) -> ModelConfig:
+    """A text's positions are equal on all axes of the multimodal RoPE."""
+    fields.require("use_qk_norm", False)
+    return config(fields, name, ignored=("mrope_section",))
+
+
+def config(fields: Fields, name: str, ignored: tuple[str, ...] = ()) -> ModelConfig:
+    """Biases are those of q, k and v alone; `ignored` are keys of RoPE, see `read_rope`."""
     common, heads = fields.common(name), fields.heads()
     width = fields.take("moe_intermediate_size")
     return ModelConfig(
         **common,
         **heads,
-        **read_rope(fields, heads["head_dim"], partial=True),
+        **read_rope(fields, heads["head_dim"], partial=True, ignored=ignored),
         expert_hidden=width,
         norm_topk_prob=fields.take("norm_topk_prob", bool),
         qk_norm="head" if fields.take("use_qk_norm", bool) else "none",
@@ -49,11 +57,20 @@ def config(fields: Fields, name: str) -> ModelConfig:
     )
 
 
-FAMILY = Family(
+_glm = Family(
     architectures=("Glm4MoeForCausalLM",),
     config=config,
     dense=functools.partial(decoder_tensors, shared="shared_experts"),
     expert=functools.partial(per_expert, pattern=PATTERN, names=NAMES),
     fused=(functools.partial(fused_experts, pattern=PATTERN),),
     defaults=DEFAULTS,
+)
+FAMILIES = (
+    _glm,
+    dataclasses.replace(
+        _glm,
+        architectures=("Glm4vMoeForConditionalGeneration",),
+        config=config_v,
+        defaults=DEFAULTS_V,
+    ),
 )

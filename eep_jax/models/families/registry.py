@@ -35,7 +35,7 @@ FAMILIES: dict[str, Family] = {
         olmoe.FAMILY,
         *deepseek.FAMILIES,
         gpt_oss.FAMILY,
-        glm4_moe.FAMILY,
+        *glm4_moe.FAMILIES,
         minimax_m2.FAMILY,
         hy_v3.FAMILY,
         dots1.FAMILY,
@@ -51,6 +51,7 @@ _KIMI = ("DeepseekV3ForCausalLM", None)
 TEXT_PARTS = {
     "KimiK25ForConditionalGeneration": _KIMI,
     "Kimi_K25ForConditionalGeneration": _KIMI,
+    "Glm4vMoeForConditionalGeneration": ("Glm4vMoeForConditionalGeneration", False),
     "Qwen3VLMoeForConditionalGeneration": ("Qwen3VLMoeForConditionalGeneration", False),
 }
 
@@ -85,6 +86,8 @@ def text_part(values: dict, path: str = CONFIG) -> dict:
     part, tied = TEXT_PARTS[architecture]
     # A model's own field decides on ties, its part's on the others.
     tied = given.pop("tie_word_embeddings", tied)
+    if architecture.startswith("Glm4v"):  # but in GLM either does
+        tied = tied or text.get("tie_word_embeddings", False)
     if tied is None:
         raise CheckpointError(f"{path} has no tie_word_embeddings beside text_config")
     return given | text | {"tie_word_embeddings": tied, "architectures": [part]}

@@ -166,6 +166,19 @@ FAMILIES = {
             "tie_word_embeddings": False,
         },
     ),
+    "glm4v_moe": (
+        "Glm4vMoeConfig",
+        {
+            "text_config": SIZES
+            | ODD
+            | {"n_routed_experts": 10, "head_dim": 12, "num_experts_per_tok": 3}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}},
+            "vision_config": VISION
+            | {"depth": 1, "num_heads": 1, "out_hidden_size": 36, "image_size": 4}
+            | {"in_channels": 1, "temporal_patch_size": 1},
+            "tie_word_embeddings": False,
+        },
+    ),
     "kimi_k25": (
         "Kimi_K25Config",
         {
@@ -182,7 +195,7 @@ FAMILIES = {
         },
     ),
 }
-MULTIMODAL = ("qwen3_vl_moe", "kimi_k25")
+MULTIMODAL = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25")
 SHARDED = "mixtral"
 # Corrections that leave all choices below zero.
 FAR_BELOW_ZERO = ("glm4_moe", "minimax_m2")
@@ -230,12 +243,13 @@ def facts() -> dict:
         fields = getattr(transformers, class_name)().to_dict()
         architecture = class_name.replace("Config", "ForCausalLM")
         defaults[architecture] = fields | {"architectures": [architecture]}
-    whole = transformers.Qwen3VLMoeConfig()
-    architecture = "Qwen3VLMoeForConditionalGeneration"
-    defaults[architecture] = whole.text_config.to_dict() | {
-        "architectures": [architecture],
-        "tie_word_embeddings": whole.tie_word_embeddings,
-    }
+    for class_name in ("Qwen3VLMoeConfig", "Glm4vMoeConfig"):
+        whole = getattr(transformers, class_name)()
+        architecture = class_name.replace("Config", "ForConditionalGeneration")
+        defaults[architecture] = whole.text_config.to_dict() | {
+            "architectures": [architecture],
+            "tie_word_embeddings": whole.tie_word_embeddings,
+        }
     for parameters in ROPES:
         fields = {"head_dim": 24, "max_position_embeddings": 96}
         fields["rope_parameters"] = {"rope_theta": 500.0} | parameters

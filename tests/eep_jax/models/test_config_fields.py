@@ -26,6 +26,7 @@ CHANGES = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6, "topk_method": "group_limited_greedy"}
     | {"n_group": 8, "topk_group": 3, "first_k_dense_replace": 1},
     "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Glm4vMoeForConditionalGeneration": {"head_dim": 128},
     "Dots1ForCausalLM": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2}
     | {"max_window_layers": 40, "layer_types": None},
 }

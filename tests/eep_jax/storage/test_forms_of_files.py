@@ -9,6 +9,7 @@ import pytest
 
 from eep_jax.errors import CheckpointError
 from eep_jax.models.families.quantized import BFLOAT16, quantization_of
+from eep_jax.models.families.registry import text_part
 from eep_jax.models.families.tensors import Stored
 from eep_jax.storage.blocks import Files, ScratchBuffer
 from eep_jax.storage.hugging_face import HuggingFaceCheckpoint
@@ -105,7 +106,7 @@ def test_a_text_part_has_its_keys_behind_a_prefix(tmp_path, beginning):
     assert_same(write(tmp_path, "deepseek_v3", tensors), "deepseek_v3")
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "kimi_k25"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "kimi_k25"])
 def test_of_a_multimodal_model_the_text_part_is_read(name):
     """Their logits are compared with transformers' in test_parity.py."""
     checkpoint = HuggingFaceCheckpoint(ROOT / name)
@@ -114,6 +115,31 @@ def test_of_a_multimodal_model_the_text_part_is_read(name):
     files = {path: path.read_bytes() for path in checkpoint.source_files()}
     spans = [*checkpoint.dense_spans(), *checkpoint.spans(3)]
     assert all(end <= len(files[path]) for path, _, end in spans)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "outside", "inside", "tied"),
+    [
+        ("Qwen3VLMoeForConditionalGeneration", None, True, False),
+        ("Qwen3VLMoeForConditionalGeneration", True, False, True),
+        ("Glm4vMoeForConditionalGeneration", None, True, True),
+        ("Glm4vMoeForConditionalGeneration", False, False, False),
+        ("KimiK25ForConditionalGeneration", False, True, False),
+    ],
+)
+def test_whether_a_text_part_is_tied_is_said_outside_it(architecture, outside, inside, tied):
+    values = {"architectures": [architecture], "text_config": {"tie_word_embeddings": inside}}
+    assert text_part(values | {"tie_word_embeddings": outside})["tie_word_embeddings"] is tied
+
+
+def test_a_text_part_that_is_not_there_is_named():
+    values = {"architectures": ["KimiK25ForConditionalGeneration"], "eos_token_id": 7}
+    with pytest.raises(CheckpointError, match="text_config=None must be an object"):
+        text_part(values)
+    with pytest.raises(CheckpointError, match="has no tie_word_embeddings beside text_config"):
+        text_part(values | {"text_config": {}})
+    found = text_part(values | {"text_config": {}, "tie_word_embeddings": False})
+    assert found["eos_token_id"] == 7 and found["architectures"] == ["DeepseekV3ForCausalLM"]
 
 
 def test_experts_with_their_inputs_first_are_those_of_releases_of_qwen3_vl(tmp_path):
