@@ -14,7 +14,10 @@ else:
 # Several ranks in one process share XLA's pool, and each may sit in a callback that waits.
 os.environ["NPROC"] = "16"
 
+import atexit
 import resource
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
@@ -32,6 +35,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("project")
 
+
+# Digests of what tests load from the repository are kept outside of it.
+os.environ["EEP_DIGEST_DIR"] = tempfile.mkdtemp(prefix="eep-digests-")
+atexit.register(shutil.rmtree, os.environ["EEP_DIGEST_DIR"], ignore_errors=True)
 
 # Ranks of one process hold their slabs as files, and shells allow 1024 by default.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)

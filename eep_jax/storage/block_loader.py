@@ -33,8 +33,9 @@ from eep_jax.storage.fetcher import Fetch, Fetcher
 class Job:
     """One array. `blocks()` lists the reads; a worker thread calls it because it may block.
 
-    `digest`: the expected digest of the content, "" for any. `in_place`: blocks may be read into
-    the target's own memory. `error`: why the job failed, once it is done.
+    `digest`: the expected digest of the content, "" for any. `compare`: called with the digest that
+    was found, in a worker thread, and may raise. `in_place`: blocks may be read into the target's
+    own memory. `error`: why the job failed, once it is done.
     """
 
     name: str
@@ -42,9 +43,27 @@ class Job:
     target: Target
     digest: str = ""
     in_place: bool = False
+    compare: Callable[[str], object] | None = None
     error: Exception | None = None
     _left: int = 1  # blocks, and the list of them
     _found: list[bytes] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_checked(self) -> bool:
+        return bool(self.digest) or self.compare is not None
+
+    def check(self) -> None:
+        """Compares the digests of all blocks, once they are loaded, with what is expected."""
+        if self.error is not None or not self.is_checked:
+            return
+        found = digests.of_blocks(self._found)
+        try:
+            if self.digest and found != self.digest:
+                raise wrong_digest(self.name, found, self.digest)
+            if self.compare is not None:
+                self.compare(found)
+        except Exception as error:
+            self.error = error
 
 
 class BlockLoader:
@@ -124,7 +143,7 @@ class _Run:
                     self._announce(job, list(job.blocks()))
                 elif job.error is None:
                     job._found[number] = block.load_into(
-                        worker, job.target, in_place=job.in_place, checked=bool(job.digest)
+                        worker, job.target, in_place=job.in_place, checked=job.is_checked
                     )
             except Exception as error:  # whatever storage raises is this job's failure
                 with self._condition:
@@ -165,10 +184,8 @@ class _Run:
             job._left -= 1
             if job._left:
                 return
-            if job.error is None and job.digest:
-                found = digests.of_blocks(job._found)
-                if found != job.digest:
-                    job.error = wrong_digest(job.name, found, job.digest)
+        job.check()  # not under the lock: it may write a file
+        with self._condition:
             self.done.put(job)
             self._condition.notify_all()
 

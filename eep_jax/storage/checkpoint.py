@@ -100,6 +100,10 @@ class Checkpoint(ExpertStore):
         """All weights outside the experts, by name, in the stored dtype."""
         return self._read("dense", list(self.manifest["dense"]))
 
+    def read_weight(self, name: str) -> np.ndarray:
+        """One weight outside the experts. Raises CheckpointError."""
+        return self._read("dense", [name])[name]
+
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """See ExpertStore."""
         self._require_experts(experts)

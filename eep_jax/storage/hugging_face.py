@@ -1,6 +1,7 @@
 """Hugging Face directories as an ExpertStore: any expert alone, a few blocks at a time.
 
-Ranks serve from the directory, each reading the experts of its slots. Nothing is written to it.
+Ranks serve from the directory, each reading the experts of its slots. Its files store no digests;
+`learned` are those of the first load, and what they do not fit is not used.
 """
 
 import collections.abc
@@ -37,6 +38,7 @@ from eep_jax.storage.blocks import (
 from eep_jax.storage.checkpoint import MANIFEST, require_same_model
 from eep_jax.storage.digests import digest
 from eep_jax.storage.expert_store import ExpertStore, Lazy
+from eep_jax.storage.learned_digests import LearnedDigests, Span, StoredDigestBlock, digest_of
 from eep_jax.storage.safetensors_files import SafetensorsFiles
 from eep_jax.storage.stored_tensors import ENDS, StoredTensors
 
@@ -55,13 +57,15 @@ class HuggingFaceCheckpoint(ExpertStore):
     Args:
         directory: A directory as `save_pretrained` writes it.
         dtype: The dtype of experts; "" as stored, or bfloat16 if quantized.
+        learned: Digests that every weight is compared with when it is read; None compares nothing.
 
     Raises:
         CheckpointError: The model is not supported, or a tensor is missing or of another shape;
             the message names file, key and shapes.
     """
 
-    def __init__(self, directory, dtype: str = ""):
+    def __init__(self, directory, dtype: str = "", learned: LearnedDigests | None = None):
+        self._learned = learned
         self.root = pathlib.Path(directory).absolute()
         values, path = registry.read_config_json(self.root), str(self.root / registry.CONFIG)
         self.model: ModelConfig = registry.read_model(self.root)
@@ -96,7 +100,7 @@ class HuggingFaceCheckpoint(ExpertStore):
 
     def read_dense(self) -> collections.abc.Mapping[str, np.ndarray]:
         """All weights outside the experts, by name, each read whenever it is looked up."""
-        return Lazy(self._dense, lambda name: self._read(self._dense[name]))
+        return Lazy(self._dense, self._read_dense)
 
     def read_experts(self, experts: list[int]) -> dict[int, np.ndarray]:
         """See ExpertStore."""
@@ -107,18 +111,29 @@ class HuggingFaceCheckpoint(ExpertStore):
     def expert_job(self, expert: int, target: Target, in_place: bool) -> Job:
         """See ExpertStore; never None."""
         self._require_experts([expert])
-        blocks = functools.partial(self._expert_blocks, expert)
-        return Job(f"expert {expert} of {self.root}", blocks, target, in_place=in_place)
+        blocks, compare = functools.partial(self._expert_blocks, expert), None
+        if self._learned is not None:
+            compare = functools.partial(self._compare, expert_name(expert), self.spans(expert))
+        name = f"expert {expert} of {self.root}"
+        return Job(name, blocks, target, in_place=in_place, compare=compare)
 
     def spans(self, expert: int) -> list[tuple[pathlib.Path, int, int]]:
         """(file, first byte, last byte + 1) of every range that is read for one expert."""
-        parts = (part.stored for part in self._parts(expert))
-        tensors = {(stored.key, stored.index) for stored in parts}
-        return self._spans((key, index) for key, index in tensors)
+        return self._parts_spans(self._parts(expert))
 
     def dense_spans(self) -> list[tuple[pathlib.Path, int, int]]:
         """Likewise for all weights outside the experts."""
         return self._spans({(stored.key, None) for stored in self._dense.values()})
+
+    def _compare(self, name: str, spans: list[Span], found: str) -> bool:
+        return self._learned.compare(name, found, (path for path, _, _ in spans))
+
+    def _read_dense(self, name: str) -> np.ndarray:
+        stored = self._dense[name]
+        if self._learned is not None:
+            spans = self._spans({(stored.key, None)})
+            self._compare(name, spans, digest_of(spans))
+        return self._read(stored)
 
     def _spans(self, tensors) -> list[tuple[pathlib.Path, int, int]]:
         found = (self._files.find(key + end, index) for key, index in tensors for end in ENDS)
@@ -146,8 +161,14 @@ class HuggingFaceCheckpoint(ExpertStore):
             if stored.form is as_stored:
                 return plain_blocks(at, span.count, span.dtype, span.path, span.start)
             if stored.form is transposed:
-                return [TransposedBlock(at, span.shape, span.dtype, span.path, span.start)]
-        return [ComputedBlock(at, functools.partial(self._matrix, parts))]
+                block = TransposedBlock(at, span.shape, span.dtype, span.path, span.start)
+                return [StoredDigestBlock(block, self._parts_spans(parts))]
+        block = ComputedBlock(at, functools.partial(self._matrix, parts))
+        return [StoredDigestBlock(block, self._parts_spans(parts))]
+
+    def _parts_spans(self, parts: Iterable[ExpertPart]) -> list[Span]:
+        stored = (part.stored for part in parts)
+        return self._spans({(found.key, found.index) for found in stored})
 
     def _matrix(self, parts: list[ExpertPart], files: Files, scratch: ScratchBuffer) -> np.ndarray:
         """One matrix `[F D]` of an expert, with its bias in the rows below."""

@@ -7,6 +7,7 @@ matrix at a time, which bounds its memory.
 
 import collections.abc
 import functools
+import pathlib
 import threading
 import zlib
 
@@ -22,6 +23,7 @@ from eep_jax.storage.checkpoint import Checkpoint
 from eep_jax.storage.digests import digest
 from eep_jax.storage.expert_store import ExpertStore, Lazy
 from eep_jax.storage.hugging_face import HuggingFaceCheckpoint, is_hugging_face
+from eep_jax.storage.learned_digests import LearnedDigests
 
 STORED = np.dtype(ml_dtypes.bfloat16)
 _DENSE, _EXPERT = 0, 1  # kinds of weights, each with streams of its own
@@ -150,7 +152,8 @@ def open_checkpoint(config: RunConfig) -> Checkpoint | RandomCheckpoint | Huggin
     if config.random_weights is not None:
         return RandomCheckpoint(config.model, config.random_weights)
     if is_hugging_face(config.checkpoint):
-        checkpoint = HuggingFaceCheckpoint(config.checkpoint, config.engine.dtype)
+        learned = LearnedDigests(pathlib.Path(config.checkpoint))
+        checkpoint = HuggingFaceCheckpoint(config.checkpoint, config.engine.dtype, learned)
     else:
         checkpoint = Checkpoint(config.checkpoint)
     checkpoint.require_model(config.model)

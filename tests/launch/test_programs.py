@@ -80,8 +80,8 @@ def test_help_names_defaults_limits_and_what_is_required():
     assert "--environment=local|slurm" in text and "--[no]demo" in text
     titles = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert titles[0] == "Flags:" and "Several hosts:" in titles
-    assert "(required)" in run("launch.convert", "--help").stdout
-    assert "error: missing --hf, --out;" in run("launch.convert").stderr
+    assert "(required)" in run("launch.train_tiny", "--help").stdout
+    assert "error: missing --text, --out;" in run("launch.train_tiny").stderr
 
 
 def test_a_missing_extra_is_named():

@@ -1,14 +1,12 @@
 """A run directory has one owner; others are told who it is, and a dead one is followed at once."""
 
 import json
-import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -173,30 +171,31 @@ def test_without_hard_links_a_term_is_created_exclusively(tmp_path, monkeypatch)
         run_owner._create(tmp_path, "supervisor", first.owner, None)
 
 
-def _race(run_dir: pathlib.Path, begin_s: float, won) -> None:
-    time.sleep(max(0.0, begin_s - time.monotonic()))
-    try:
-        claim(run_dir)
-    except RunTaken:
-        won.put(0)
-        return
-    won.put(os.getpid())
-    time.sleep(DEADLINE_S)  # it owns until the test ends it
+RACE = """
+import pathlib, sys
+from eep_jax.runtime.control.run_owner import RunTaken, claim
+sys.stdin.readline()
+try:
+    mine = claim(pathlib.Path(sys.argv[1]))
+    print("owns", flush=True)
+except RunTaken:
+    print("refused", flush=True)
+sys.stdin.readline()  # an owner lives until the test ends it
+"""
 
 
 def test_of_many_that_claim_at_once_one_wins(tmp_path):
-    context = multiprocessing.get_context("fork")
-    won = context.Queue()
-    racers = [
-        context.Process(target=_race, args=(tmp_path, time.monotonic() + 0.3, won))
-        for _ in range(6)
-    ]
-    for racer in racers:
-        racer.start()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    racers = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(6)]
     try:
-        winners = [pid for pid in (won.get(timeout=DEADLINE_S) for _ in racers) if pid]
-        assert len(winners) == 1
+        for racer in racers:
+            racer.stdin.write("go\n")
+        for racer in racers:
+            racer.stdin.flush()
+        said = sorted(racer.stdout.readline() for racer in racers)
+        assert said == ["owns\n", *["refused\n"] * 5]
     finally:
         for racer in racers:
             racer.kill()
-            racer.join()
+            racer.communicate()
