@@ -111,6 +111,7 @@ class Fields:
         """ModelConfig fields that all families share."""
         self.require("hidden_act", "silu", "swish")
         self.require("pretraining_tp", 1)
+        self.require("moe_layer_freq", 1)
         first, *others = self._end_tokens()
         return {
             "name": name,
@@ -147,20 +148,6 @@ class Fields:
                 f"of num_hidden_layers={layers}"
             )
         return found
-
-    def first_layers(self, name: str, chosen: list[bool]) -> int:
-        """The number of leading layers that are chosen; `name` is the field that chooses them.
-
-        Raises CheckpointError if a later layer is chosen as well.
-        """
-        count = next((layer for layer, is_so in enumerate(chosen) if not is_so), len(chosen))
-        if any(chosen[count:]):
-            where = [layer for layer, is_so in enumerate(chosen) if is_so]
-            raise CheckpointError(
-                f"{self.path}: {name}={self.values.get(name)!r} leaves layers {where} without "
-                f"experts; only the first layers may have none"
-            )
-        return count
 
     def unread(self, without_effect=frozenset()) -> list[str]:
         """Fields of the file that were not read, and are not known to have no effect."""

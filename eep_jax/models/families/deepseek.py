@@ -8,7 +8,7 @@ import functools
 from eep_jax.errors import CheckpointError
 from eep_jax.model_config import LatentConfig, ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
-from eep_jax.models.families.hy_v3 import listed_plain_layers
+from eep_jax.models.families.layers_json import counted_plain_layers, listed_plain_layers
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.sigmoid_router import grouped_router
@@ -91,7 +91,6 @@ def config_glm_lite(fields: Fields, name: str) -> ModelConfig:
 def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, interleaved):
     fields.require("attention_bias", False)
     fields.require("mlp_bias", False)
-    fields.require("moe_layer_freq", 1)
     rotated, plain = fields.take("qk_rope_head_dim"), fields.take("qk_nope_head_dim")
     heads, width = fields.take("num_attention_heads"), fields.take("moe_intermediate_size")
     if (given := fields.take("num_key_value_heads", null=heads)) != heads:
@@ -99,8 +98,9 @@ def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, 
             f"{fields.path}: num_key_value_heads={given} must be num_attention_heads={heads}: in "
             "latent attention each head has its own key"
         )
+    common = fields.common(name)
     return ModelConfig(
-        **fields.common(name),
+        **common,
         **read_rope(fields, rotated, interleaved=interleaved, latent=True),
         query_heads=heads,
         kv_heads=heads,
@@ -116,7 +116,7 @@ def _config(fields: Fields, name: str, router: RouterConfig, *, norm_topk_prob, 
             q_rank=fields.take("q_lora_rank", null=0),
         ),
         router=router,
-        dense_layers=fields.take("first_k_dense_replace"),
+        dense_layers=counted_plain_layers(fields, common["layers"]),
         dense_hidden=fields.take("intermediate_size"),
         shared_hidden=fields.take("n_shared_experts") * width,
     )

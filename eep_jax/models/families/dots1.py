@@ -4,10 +4,9 @@ DeepSeek-V3's routers, shared experts and plain first layers.
 
 import functools
 
-from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
-from eep_jax.models.families.gpt_oss import WHOLE, WINDOW
+from eep_jax.models.families.layers_json import counted_plain_layers, windows
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.sigmoid_router import grouped_router
@@ -36,6 +35,9 @@ def config(fields: Fields, name: str) -> ModelConfig:
     bias = fields.take("attention_bias", bool)
     common, heads = fields.common(name), fields.heads()
     width = fields.take("moe_intermediate_size")
+    first = fields.take("max_window_layers") if fields.window() else common["layers"]
+    fields.read.add("max_window_layers")  # without effect if there is no window
+    slides = lambda layer: layer >= first
     return ModelConfig(
         **common,
         **heads,
@@ -44,24 +46,12 @@ def config(fields: Fields, name: str) -> ModelConfig:
         norm_topk_prob=fields.take("norm_topk_prob", bool),
         qkv_bias=bias,
         output_bias=bias,
-        windows=_windows(fields, common["layers"]),
+        windows=windows(fields, common["layers"], slides),
         router=grouped_router(fields),
-        dense_layers=fields.take("first_k_dense_replace"),
+        dense_layers=counted_plain_layers(fields, common["layers"]),
         dense_hidden=fields.take("intermediate_size"),
         shared_hidden=fields.take("n_shared_experts") * width,
     )
-
-
-def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    """The layers from `max_window_layers` on slide, unless `layer_types` says which do."""
-    window, first = fields.window(), fields.take("max_window_layers")
-    kinds = fields.layer_kinds("layer_types", layers, WINDOW, WHOLE)
-    kinds = kinds or [WINDOW if window and layer >= first else WHOLE for layer in range(layers)]
-    if WINDOW not in kinds:
-        return ()
-    if not window:
-        raise CheckpointError(f"{fields.path}: sliding_window=None, but layer_types={kinds}")
-    return tuple(window if kind == WINDOW else 0 for kind in kinds)
 
 
 FAMILY = Family(

@@ -7,6 +7,7 @@ import functools
 
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.layers_json import counted_plain_layers
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.sigmoid_router import grouped_router
@@ -51,7 +52,7 @@ def config(fields: Fields, name: str, ignored: tuple[str, ...] = ()) -> ModelCon
         qk_norm="head" if fields.take("use_qk_norm", bool) else "none",
         qkv_bias=fields.take("attention_bias", bool),
         router=grouped_router(fields),
-        dense_layers=fields.take("first_k_dense_replace"),
+        dense_layers=counted_plain_layers(fields, common["layers"]),
         dense_hidden=fields.take("intermediate_size"),
         shared_hidden=fields.take("n_shared_experts") * width,
     )

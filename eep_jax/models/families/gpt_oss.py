@@ -5,9 +5,9 @@ a clamped activation. Layers alternate between a sliding window and full attenti
 import functools
 from collections.abc import Iterator
 
-from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.layers_json import windows
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import (
     DOWN,
@@ -39,7 +39,6 @@ DEFAULTS = {
     "swiglu_limit": 7.0,
     "tie_word_embeddings": False,
 }
-WINDOW, WHOLE = "sliding_attention", "full_attention"
 
 
 def config(fields: Fields, name: str) -> ModelConfig:
@@ -54,7 +53,7 @@ def config(fields: Fields, name: str) -> ModelConfig:
         qk_norm="none",
         qkv_bias=bias,
         output_bias=bias,
-        windows=_windows(fields, common["layers"]),
+        windows=windows(fields, common["layers"], lambda layer: layer % 2 == 0),
         sinks=True,
         router=RouterConfig(score="softmax_of_chosen", bias=True),
         activation="clamped_swiglu",
@@ -62,18 +61,6 @@ def config(fields: Fields, name: str) -> ModelConfig:
         activation_slope=fields.take("swiglu_alpha", float),
         expert_biases=True,
     )
-
-
-def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
-    kinds = fields.layer_kinds("layer_types", layers, WINDOW, WHOLE)
-    kinds = kinds or [(WINDOW, WHOLE)[layer % 2] for layer in range(layers)]
-    fields.read.add("sliding_window")  # without effect if no layer slides
-    if WINDOW not in kinds:
-        return ()
-    window = fields.window()
-    if not window:
-        raise CheckpointError(f"{fields.path}: sliding_window=None, but layer_types={kinds}")
-    return tuple(window if kind == WINDOW else 0 for kind in kinds)
 
 
 def expert_tensors(model: ModelConfig, expert: int) -> Iterator[ExpertPart]:

@@ -6,6 +6,7 @@ import functools
 
 from eep_jax.model_config import ModelConfig, RouterConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.layers_json import listed_plain_layers
 from eep_jax.models.families.qwen3_moe import NAMES, PATTERN
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
@@ -52,18 +53,6 @@ def config(fields: Fields, name: str) -> ModelConfig:
         dense_hidden=fields.take("intermediate_size"),
         shared_hidden=fields.take("num_shared_experts") * width,
     )
-
-
-def listed_plain_layers(fields: Fields, layers: int) -> int:
-    """The number of first layers that `mlp_layer_types` calls dense; one unless there is a list.
-
-    Where `first_k_dense_replace` is given as well, it must say the same.
-    """
-    kinds = fields.layer_kinds("mlp_layer_types", layers, "dense", "sparse")
-    kinds = kinds or ["dense"] + ["sparse"] * (layers - 1)
-    count = fields.first_layers("mlp_layer_types", [kind == "dense" for kind in kinds])
-    fields.require("first_k_dense_replace", count)
-    return count
 
 
 FAMILY = Family(

@@ -4,7 +4,8 @@ import functools
 
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
-from eep_jax.models.families.qwen3_moe import NAMES, PATTERN, WITHOUT_EFFECT, plain_layers
+from eep_jax.models.families.layers_json import excepted_plain_layers
+from eep_jax.models.families.qwen3_moe import NAMES, PATTERN, WITHOUT_EFFECT
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
@@ -31,7 +32,7 @@ def config(fields: Fields, name: str) -> ModelConfig:
         **common,
         **heads,
         **read_rope(fields, heads["head_dim"]),
-        **plain_layers(fields, common["layers"]),
+        **excepted_plain_layers(fields, common["layers"]),
         expert_hidden=fields.take("moe_intermediate_size"),
         norm_topk_prob=fields.take("norm_topk_prob", bool),
         qk_norm="none",

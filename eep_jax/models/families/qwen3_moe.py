@@ -2,9 +2,9 @@
 
 import functools
 
-from eep_jax.errors import CheckpointError
 from eep_jax.model_config import ModelConfig
 from eep_jax.models.families.config_json import Fields
+from eep_jax.models.families.layers_json import excepted_plain_layers
 from eep_jax.models.families.rope_json import read_rope
 from eep_jax.models.families.tensors import Family, decoder_tensors, fused_experts, per_expert
 
@@ -39,24 +39,12 @@ def config(fields: Fields, name: str, ignored: tuple[str, ...] = ()) -> ModelCon
         **common,
         **heads,
         **read_rope(fields, heads["head_dim"], ignored=ignored),
-        **plain_layers(fields, common["layers"]),
+        **excepted_plain_layers(fields, common["layers"]),
         expert_hidden=fields.take("moe_intermediate_size"),
         norm_topk_prob=fields.take("norm_topk_prob", bool),
         qkv_bias=bias,
         output_bias=bias,
     )
-
-
-def plain_layers(fields: Fields, layers: int) -> dict:
-    """The ModelConfig fields of the first layers, where they have an MLP instead of experts."""
-    fields.require("decoder_sparse_step", 1)
-    fields.read.add("intermediate_size")  # without effect if there are none
-    listed = fields.take("mlp_only_layers", list, null=[])
-    if not all(isinstance(layer, int) for layer in listed):
-        raise CheckpointError(f"{fields.path}: mlp_only_layers={listed} must be numbers of layers")
-    count = fields.first_layers("mlp_only_layers", [layer in listed for layer in range(layers)])
-    width = fields.take("intermediate_size") if count else 0
-    return {"dense_layers": count, "dense_hidden": width}
 
 
 FAMILY = Family(

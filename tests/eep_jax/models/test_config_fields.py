@@ -148,6 +148,22 @@ def test_plain_layers_must_be_the_first():
         read(values | {"mlp_only_layers": [0, 2]})
 
 
+def test_a_count_and_a_list_of_plain_layers_must_agree():
+    values = whole("Glm4MoeForCausalLM") | {"num_hidden_layers": 3}
+    kinds = ["dense", "sparse", "sparse"]
+    assert read(values | {"mlp_layer_types": kinds}) == read(values)
+    with pytest.raises(CheckpointError, match="first_k_dense_replace=2 and mlp_layer_types="):
+        read(values | {"mlp_layer_types": kinds, "first_k_dense_replace": 2})
+    listed = whole("HYV3ForCausalLM") | {"num_hidden_layers": 3, "mlp_layer_types": kinds}
+    assert read(listed | {"first_k_dense_replace": 1}) == read(listed)
+    with pytest.raises(CheckpointError, match="first_k_dense_replace=2 is not supported"):
+        read(listed | {"first_k_dense_replace": 2})
+    with pytest.raises(CheckpointError, match=r"leaves layers \[1\] without experts"):
+        read(listed | {"mlp_layer_types": ["sparse", "dense", "sparse"]})
+    with pytest.raises(CheckpointError, match="moe_layer_freq=2 is not supported"):
+        read(values | {"moe_layer_freq": 2})
+
+
 def test_fields_that_nobody_knows_are_named_in_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         read(whole("OlmoeForCausalLM"))
