@@ -57,7 +57,7 @@ class Cluster:
         self.holds = self.holds_given_up = 0  # for planned changes
         self.from_backup = 0  # experts
         self.starved: set[int] = set()  # experts that no source supplies
-        self.supervisor: SupervisorProcess | None = SupervisorProcess(self)
+        self.supervisor: SupervisorProcess | None = self.new_supervisor()
 
     def after(self, duration_ms: int, action) -> None:
         heapq.heappush(self.queue, (self.now_ms + duration_ms, next(self.order), action))
@@ -154,7 +154,10 @@ class Cluster:
     def start_supervisor(self) -> None:
         if self.supervisor is None:
             self.log("supervisor starts")
-            self.supervisor = SupervisorProcess(self)
+            self.supervisor = self.new_supervisor()
+
+    def new_supervisor(self) -> SupervisorProcess:
+        return SupervisorProcess(self)
 
     # Network.
 
