@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import aiohttp
 
@@ -93,12 +93,21 @@ class LocalCluster:
 
         Raises:
             RunDirError: Another launcher or supervisor uses the run directory.
+            ClusterFailed: The directory cannot be written, or a process cannot be started.
         """
-        self._owner = self._owner or claim(self.run_dir, LAUNCHER)
-        check_free(self.run_dir)
-        self._spawn(SUPERVISOR)
-        for rank in range(self.ranks):
-            self._spawn(rank_name(rank))
+        try:
+            self._owner = self._owner or claim(self.run_dir, LAUNCHER)
+            check_free(self.run_dir)
+        except OSError as error:
+            raise ClusterFailed(f"{self.run_dir} cannot be used: {error.strerror}") from error
+        self._spawn_all([SUPERVISOR, *map(rank_name, range(self.ranks))])
+
+    def _spawn_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._spawn(name)
+            except OSError as error:
+                raise ClusterFailed(f"{name} cannot be started: {error}") from error
 
     def start_rank(self, rank: int) -> None:
         """Starts a new process of a rank whose last process has ended."""

@@ -31,7 +31,7 @@ from eep_jax.runtime.control.run_dir import make_run_dir
 from eep_jax.runtime.rank.scratch_dir import open_scratch
 from launch import flags, program
 from launch.addresses import with_addresses
-from launch.cluster import QUICK_DEATH_S, Child, LocalCluster, rank_name
+from launch.cluster import QUICK_DEATH_S, Child, ClusterFailed, LocalCluster, rank_name
 from launch.environments.environment import Identity
 from launch.errors import UsageError
 from launch.processes import (
@@ -70,8 +70,7 @@ class HostRanks(LocalCluster):
         self._own_ranks = {rank_name(identity.rank): identity for identity in ranks}
 
     def start(self) -> None:
-        for name in self._own_ranks:
-            self._spawn(name)
+        self._spawn_all(self._own_ranks)
 
     def _command(self, name: str) -> list[str]:
         identity = self._own_ranks[name]
@@ -124,6 +123,8 @@ def main() -> int:
     status = 1
     try:
         status = asyncio.run(_work(host_ranks, link))
+    except ClusterFailed as error:
+        print(f"error: {error}", file=sys.stderr)
     finally:
         host_ranks.stop()
         for lock in locks:

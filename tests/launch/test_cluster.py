@@ -16,6 +16,8 @@ import pytest
 from aiohttp import web
 
 from eep_jax.config import ClusterConfig
+from eep_jax.errors import RunDirError
+from eep_jax.runtime.control import run_owner
 from eep_jax.runtime.rank.priority import nice_of
 from launch import cluster as cluster_module
 from launch.cluster import (
@@ -216,6 +218,48 @@ class TestLack:
         assert cluster.children["rank0"].process.poll() is None
         assert reported == [f"rank0 has no log: {cluster.log_path('rank0')}: Is a directory"]
         assert cluster.last_words("rank0") == ""
+
+
+class TestOwner:
+    def test_a_launcher_believes_only_its_own_supervisor(self, scripted):
+        cluster = scripted()
+        cluster.start()
+        endpoint = {"http_host": "127.0.0.1", "http_port": 1, "pid": os.getpid()}
+        (cluster.run_dir / "endpoint.json").write_text(json.dumps(endpoint))
+        with pytest.raises(ConnectionError, match="has not written its address yet"):
+            _ = cluster.url
+        endpoint["pid"] = cluster.pid(SUPERVISOR)
+        (cluster.run_dir / "endpoint.json").write_text(json.dumps(endpoint))
+        assert cluster.url == "http://127.0.0.1:1"
+
+    def test_a_second_one_starts_no_process(self, scripted):
+        first, second = scripted(), scripted()
+        first.start()
+        with pytest.raises(RunDirError, match=f"in use by the launcher with pid {os.getpid()}"):
+            second.start()
+        assert second.children == {}
+        first.stop(timeout_s=0.4)
+        second.start()
+
+    def test_one_that_was_replaced_gives_up_with_the_reason(self, scripted, monkeypatch):
+        monkeypatch.setattr(run_owner, "BEAT_MS", 0)
+        cluster = scripted()
+        cluster.start()
+        (path,) = cluster.run_dir.glob("launcher.owner.*")
+        path.rename(path.with_suffix(".9"))
+        asyncio.run(watched(cluster, lambda: cluster.failure))
+        assert "was taken over by the launcher" in cluster.failure
+
+    def test_without_processes_the_start_fails_in_a_sentence(self, scripted, monkeypatch):
+        def lacking(*_, **__):
+            raise OSError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(subprocess, "Popen", lacking)
+        cluster = scripted()
+        with pytest.raises(ClusterFailed, match=r"supervisor cannot be started: .*unavailable"):
+            cluster.start()
+        cluster.stop()
+        assert list(cluster.run_dir.glob("*.owner.*")) == []
 
 
 class TestGivingUp:

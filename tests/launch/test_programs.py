@@ -84,6 +84,17 @@ def test_help_names_defaults_limits_and_what_is_required():
     assert "error: missing --text, --out;" in run("launch.train_tiny").stderr
 
 
+@pytest.mark.parametrize("module", ["launch.local", "launch.supervise", "launch.node"])
+def test_a_run_directory_that_cannot_be_written_is_one_line(module, monkeypatch):
+    """Also for root: nobody can make a file in /proc/sys."""
+    monkeypatch.setenv("EEP_TOKEN", "a token that is long enough")
+    more = ["--ranks=0"] if module == "launch.node" else ["--port=0"]
+    refused = run(module, "--run_dir=/proc/sys", *more)
+    said = (refused.stdout + refused.stderr).strip()
+    assert refused.returncode != 0 and "Traceback" not in said
+    assert "/proc/sys" in said.splitlines()[-1]
+
+
 def test_a_missing_extra_is_named():
     with pytest.raises(UsageError, match=r"plots needs no-such-thing.*pip install 'eep-jax\[x\]'"):
         require_extra("no-such-thing", "x", "plots")
