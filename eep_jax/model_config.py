@@ -162,6 +162,10 @@ class ModelConfig:
         )
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads=} must be a multiple of {self.kv_heads=}")
+        if self.rope_theta <= 1 or self.norm_eps < 0:
+            raise ValueError(f"{self.rope_theta=} must exceed 1, {self.norm_eps=} be at least 0")
+        if self.shared_hidden < 0:
+            raise ValueError(f"{self.shared_hidden=} must be at least 0")
         if not 0 < self.experts_per_token <= self.experts:
             raise ValueError(f"{self.experts_per_token=} must be between 1 and {self.experts=}")
         if self.head_dim < 2 or self.head_dim % 2:

@@ -4,6 +4,7 @@ A field that is absent has its family's default, or is required. A field that is
 only where its family gives it one. Two names of one field must agree.
 """
 
+import math
 from collections.abc import Mapping
 
 from eep_jax.errors import CheckpointError
@@ -76,6 +77,8 @@ class Fields:
         if value is None and null is not _REFUSED:
             return null
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+        if kind is float and fits and not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: {found or name}={value!r} must be finite")
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise CheckpointError(
                 f"{self.path}: {found or name}={value!r} is not of type {kind.__name__}"

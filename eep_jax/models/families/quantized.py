@@ -10,6 +10,9 @@ from eep_jax.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS = 16  # that are converted at a time
+# What decides how compressed-tensors stores a weight, and orders of columns that move none.
+_SCHEME = ("type", "num_bits", "strategy", "group_size", "block_structure", "symmetric", "actorder")
+_NO_ORDER = (None, False, "static", "weight")
 MXFP4_BLOCK = 32  # values that share one scale
 # E2M1: sign, two bits of exponent, one of mantissa.
 MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -49,25 +52,19 @@ def quantization_of(values: dict, path: str) -> Quantization:
 def _compressed(found: dict, path: str) -> Quantization:
     """Symmetric integers of 4 or 8 bits, packed, or float8; all matrices alike."""
     groups = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
-    kinds = ("type", "num_bits", "strategy", "group_size", "block_structure", "symmetric")
-    schemes = [{kind: group.get(kind) for kind in (*kinds, "actorder")} for group in groups]
-    known = schemes and all(scheme == schemes[0] for scheme in schemes)
-    scheme = schemes[0] if known else {"symmetric": False}
-    kind = scheme.get("type"), scheme.get("num_bits"), scheme.get("strategy")
-    plain = scheme.get("symmetric") in (None, True) and scheme.get("actorder") in (
-        None,
-        "static",
-        "weight",
-    )
-    packed = found.get("format") == "pack-quantized"
-    if plain and packed and kind in (("int", bits, "group") for bits in (4, 8)):
-        return Quantization("packed", bits=kind[1], group=scheme["group_size"])
-    if plain and packed and kind in (("int", bits, "channel") for bits in (4, 8)):
-        return Quantization("packed", bits=kind[1])
-    if plain and not packed and kind[:2] == ("float", 8):
-        blocks = {"channel": (1, 0), "tensor": (0, 0), "block": scheme["block_structure"]}
-        if blocks.get(kind[2]):
-            return Quantization("scaled", tuple(blocks[kind[2]]))
+    schemes = [{key: group.get(key) for key in _SCHEME} for group in groups]
+    scheme = schemes[0] if schemes and all(other == schemes[0] for other in schemes) else {}
+    known = scheme and scheme["symmetric"] in (None, True) and scheme["actorder"] in _NO_ORDER
+    packed, bits = found.get("format") == "pack-quantized", scheme.get("num_bits")
+    kind, strategy = (scheme.get("type"), packed, bits), scheme.get("strategy")
+    if known and kind in (("int", True, 4), ("int", True, 8)):
+        group = {"channel": 0, "group": scheme["group_size"]}.get(strategy)
+        if isinstance(group, int) and group >= 0:
+            return Quantization("packed", bits=bits, group=group)
+    if known and kind == ("float", False, 8):
+        block = {"channel": (1, 0), "tensor": (0, 0), "block": scheme["block_structure"]}
+        if block.get(strategy):
+            return Quantization("scaled", tuple(block[strategy]))
     raise CheckpointError(
         f"{path}: quantization_config of compressed-tensors, format={found.get('format')!r} and "
         f"weights={groups} is not supported, only symmetric integers of 4 or 8 bits per group or "

@@ -6,6 +6,7 @@ The fields and their defaults are those of transformers' configuration classes.
 import copy
 import json
 import logging
+import re
 
 import pytest
 
@@ -162,6 +163,22 @@ def test_a_count_and_a_list_of_plain_layers_must_agree():
         read(listed | {"mlp_layer_types": ["sparse", "dense", "sparse"]})
     with pytest.raises(CheckpointError, match="moe_layer_freq=2 is not supported"):
         read(values | {"moe_layer_freq": 2})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rms_norm_eps", float("nan"), "rms_norm_eps=nan must be finite"),
+        ("rms_norm_eps", -1e-6, "norm_eps=-1e-06 be at least 0"),
+        ("rope_theta", float("inf"), "rope_theta=inf must be finite"),
+        ("rope_theta", 1.0, "rope_theta=1.0 must exceed 1"),
+        ("shared_expert_intermediate_size", -3, "shared_hidden=-3 must be at least 0"),
+    ],
+)
+def test_a_number_that_no_model_has_is_named(field, value, said):
+    values = whole("Qwen2MoeForCausalLM") | {"rope_parameters": None, field: value}
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        read(values)
 
 
 def test_fields_that_nobody_knows_are_named_in_a_warning(caplog):
