@@ -62,6 +62,31 @@ def _write(path: pathlib.Path, text: str, how: int) -> None:
         file.truncate()
 
 
+class EndpointWatch:
+    """Notices that the file names another supervisor than the one connected to.
+
+    A supervisor that hangs keeps its connections open; its successor is found by the file alone.
+    """
+
+    def __init__(self, endpoint_file: pathlib.Path, address: str, url: str):
+        self._file, self._address, self._url = endpoint_file, address, url
+        self._seen: tuple[int, int] | None = None
+
+    def has_moved(self) -> bool:
+        if self._address:
+            return False
+        try:
+            found = self._file.stat()
+            seen = (found.st_ino, found.st_mtime_ns)
+            if seen == self._seen:
+                return False
+            moved = find_supervisor(self._file) != self._url
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        self._seen = seen
+        return moved
+
+
 def ports_before(endpoint_file: pathlib.Path) -> tuple[int, int]:
     """(control, HTTP) ports of the previous supervisor; 0 if unknown."""
     try:

@@ -15,7 +15,7 @@ from eep_jax.coordination.protocol import Fenced
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
 from eep_jax.runtime.control.codec import decode, encode
-from eep_jax.runtime.control.endpoint import RETRY_MS, connect
+from eep_jax.runtime.control.endpoint import RETRY_MS, EndpointWatch, connect
 from eep_jax.runtime.control.identity import is_ending, kill_process, open_process
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,11 @@ class LauncherClient:
             hello = messages.HostHello(host=options.host, run=options.run)
             await socket.send_bytes(encode(hello))
             _log.info("connected to the supervisor at %s", url)
-            reporter = asyncio.create_task(self._keep_reporting(socket))
+            reporter = asyncio.create_task(
+                self._keep_reporting(
+                    socket, EndpointWatch(options.endpoint_file, options.address, url)
+                )
+            )
             try:
                 return await self._read(socket)
             finally:
@@ -157,11 +161,17 @@ class LauncherClient:
                     return True
         raise ProtocolError("the supervisor closed the channel")
 
-    async def _keep_reporting(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _keep_reporting(
+        self, socket: aiohttp.ClientWebSocketResponse, endpoint: EndpointWatch
+    ) -> None:
         said, due_ms = None, 0
         while True:
             report = self._watch.report()
             if report != said or due_ms <= 0:
+                if endpoint.has_moved():
+                    _log.warning("another supervisor has taken the run over")
+                    await socket.close()
+                    return
                 await socket.send_bytes(encode(report))
                 said, due_ms = report, self._options.heartbeat_ms
             await asyncio.sleep(POLL_MS / 1000)

@@ -18,7 +18,13 @@ from eep_jax.coordination.protocol import Fenced, Mode, Prepare, Refused, Status
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control import messages
 from eep_jax.runtime.control.codec import decode, encode
-from eep_jax.runtime.control.endpoint import CONNECT_TIMEOUT_MS, ENDPOINT, RETRY_MS, connect
+from eep_jax.runtime.control.endpoint import (
+    CONNECT_TIMEOUT_MS,
+    ENDPOINT,
+    RETRY_MS,
+    EndpointWatch,
+    connect,
+)
 from eep_jax.runtime.control.identity import host_id, start_ticks
 
 _log = logging.getLogger(__name__)
@@ -149,14 +155,15 @@ class ControlClient:
     async def _connect_once(self) -> None:
         options = self._options
         at = (options.endpoint_file, options.address, options.token, options.message_bytes_max)
-        async with connect(*at) as (socket, _):
+        async with connect(*at) as (socket, url):
+            watch = EndpointWatch(options.endpoint_file, options.address, url)
             await self._introduce(socket)
             self._outgoing = asyncio.Queue(OUTGOING_MAX)
             self._send_status()
             self._arrived(Connected())
             tasks = [
                 asyncio.create_task(self._write(socket, self._outgoing)),
-                asyncio.create_task(self._heartbeat()),
+                asyncio.create_task(self._heartbeat(watch)),
                 asyncio.create_task(self._read(socket)),
             ]
             try:
@@ -211,9 +218,11 @@ class ControlClient:
             await socket.send_bytes(encode(message))
         await socket.close()
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self, watch: EndpointWatch) -> None:
         while True:
             await asyncio.sleep(self._options.heartbeat_ms / 1000)
+            if watch.has_moved():
+                raise ProtocolError("another supervisor has taken the run over")
             self._send_status()
 
     def _decode(self, frame: aiohttp.WSMessage):

@@ -71,7 +71,11 @@ class RunOwner:
         now_s = time.monotonic()
         if now_s - self._beat_s < BEAT_MS / 1000:
             return
-        self._beat_s = now_s
+        self.check()
+
+    def check(self) -> None:
+        """`beat` without its interval: to be called before what only the owner may do."""
+        self._beat_s = time.monotonic()
         terms = _terms(self._run_dir, self._role)
         if terms and terms[-1] != self.owner.term:
             raise self._taken(_read(self._run_dir, self._role, terms[-1]))

@@ -243,7 +243,12 @@ class Supervisor:
             self._driver.feed(Ended(rank, incarnation))
 
     def compact(self) -> None:
-        """Rewrites the journal as the few records that the next supervisor needs."""
+        """Rewrites the journal as the few records that the next supervisor needs.
+
+        Raises:
+          RunTaken: the journal is another supervisor's now.
+        """
+        self._files.owner.check()
         entries, commit = self.requests.entries.values(), self.event_log.commit
         texts = self.config.serve.journal_texts
         self._journal.compact(

@@ -151,6 +151,14 @@ class TestIntroduction:
         received(world.client(endpoint_file=tmp_path / "none", address=address), Connected)
         assert supervisor.of(messages.Hello)
 
+    def test_it_goes_over_to_a_new_supervisor_while_the_old_one_hangs_on(self, world):
+        old, client = world.supervisor(), world.client()
+        received(client, Connected)
+        new = world.supervisor()
+        until(lambda: new.of(messages.Hello))
+        assert new.of(messages.Hello)[0].incarnation == 3 and old.of(messages.Hello)
+        received(client, Connected)
+
     def test_it_may_be_there_before_its_supervisor(self, world, caplog):
         client = world.client()
         until(lambda: "no channel to the supervisor" in caplog.text)
