@@ -25,6 +25,7 @@ _MODULE_OF = {
     "HeapError": "errors",
     "RankEnded": "errors",
     "RelocationFailed": "errors",
+    "RunDirError": "errors",
 }
 __all__ = [*_MODULE_OF, "__version__"]
 

@@ -24,6 +24,7 @@ from eep_jax.runtime.control.run_dir import (
     make_token,
     read_token,
 )
+from eep_jax.runtime.supervisor.run_files import check_can_open
 from eep_jax.runtime.supervisor.supervisor import Supervisor
 
 CONFIG_FILE, LOG_FILE = "run.json", "supervisor.log"
@@ -77,7 +78,8 @@ def start_supervisor(run_dir: str | os.PathLike, config: RunConfig) -> subproces
 
     Raises:
         OSError: The directory cannot be written.
-        RunDirError: Other users can write to it.
+        RunDirError: Other users can write to it, it is in use, or holds a run of another
+            configuration.
 
     Example:
         >>> import tempfile
@@ -87,6 +89,7 @@ def start_supervisor(run_dir: str | os.PathLike, config: RunConfig) -> subproces
         >>> with start_supervisor(tempfile.mkdtemp(), config) as supervisor:
         ...     supervisor.terminate()
     """
+    check_can_open(make_run_dir(run_dir), config)  # before its configuration is replaced
     root = write_run(run_dir, config)
     command = [sys.executable, "-m", "eep_jax.library.supervise", str(root), WITH_PARENT]
     make_private_file(root / LOG_FILE)

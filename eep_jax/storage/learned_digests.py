@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 FILE = "eep_digests.json"
 VARIABLE = "EEP_DIGEST_DIR"
+MODE = 0o644  # whoever may read the weights may compare them, whatever the umask of a rank is
 WRITES_MAX = 5  # tries to have an entry in the file, against processes that write at the same time
 
 Span = tuple[pathlib.Path, int, int]  # file, first byte, last byte + 1
@@ -113,6 +115,7 @@ class LearnedDigests:
             fresh = self.path.with_name(f"{FILE}.{os.getpid()}.{threading.get_ident()}")
             try:
                 fresh.write_text(json.dumps(merged, indent=0, sort_keys=True) + "\n")
+                fresh.chmod(MODE)
                 os.replace(fresh, self.path)
             finally:
                 fresh.unlink(missing_ok=True)
@@ -153,8 +156,16 @@ def _path_for(root: pathlib.Path) -> pathlib.Path:
         return pathlib.Path(directory) / name
     if (root / FILE).exists() or os.access(root, os.W_OK):
         return root / FILE
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "eep-jax" / "digests" / name
+    return _cache() / "eep-jax" / "digests" / name
+
+
+def _cache() -> pathlib.Path:
+    if directory := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(directory)
+    try:
+        return pathlib.Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in containers
+        return pathlib.Path(tempfile.gettempdir())
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from eep_jax.errors import CheckpointError
+from eep_jax.errors import CheckpointError, RunDirError
 from eep_jax.library.config import MoEConfig, run_config
 from eep_jax.library.in_memory_experts import open_experts
 from eep_jax.library.rank import join
-from eep_jax.library.supervise import read_run, write_run
+from eep_jax.library.supervise import read_run, start_supervisor, write_run
 from eep_jax.placement.sources import SourceKind
+from eep_jax.runtime.supervisor.run_files import open_run
 from eep_jax.storage.checkpoint import save_checkpoint
 from eep_jax.storage.digests import digest
 from tests.eep_jax.library.factories import a_model, a_moe, expert_arrays
@@ -72,6 +73,19 @@ def test_a_run_is_read_as_it_was_written(tmp_path, platform):
     assert (root / "token").stat().st_mode & 0o077 == 0, "the token is the owner's alone"
     write_run(root, config)
     assert read_run(root)[1] == token, "a second writer keeps it"
+
+
+def test_a_supervisor_that_cannot_start_there_replaces_no_configuration(tmp_path):
+    config = run_config(a_moe(), **RUN)
+    root = write_run(tmp_path / "run", config)
+    files, before = open_run(root, config), (root / "run.json").read_bytes()
+    other = run_config(a_moe(), **RUN | {"ranks": 4})
+    with pytest.raises(RunDirError, match=f"in use by the supervisor with pid {os.getpid()}"):
+        start_supervisor(root, other)
+    files.close()
+    with pytest.raises(RunDirError, match=r"cluster\.ranks was 2, is 4"):
+        start_supervisor(root, other)
+    assert (root / "run.json").read_bytes() == before
 
 
 def no_step(*arguments):

@@ -96,6 +96,15 @@ def test_where_nothing_can_be_written_the_cache_has_them(one, tmp_path, monkeypa
         opened(one).read_experts([0])
 
 
+def test_other_users_of_the_weights_can_compare_them_too(one):
+    before = os.umask(0o077)  # of a rank
+    try:
+        opened(one).read_experts([0])
+    finally:
+        os.umask(before)
+    assert (one / FILE).stat().st_mode & 0o777 == 0o644
+
+
 def test_a_variable_names_another_directory(one, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
     read_all(opened(one))
