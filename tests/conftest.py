@@ -14,9 +14,7 @@ else:
 # Several ranks in one process share XLA's pool, and each may sit in a callback that waits.
 os.environ["NPROC"] = "16"
 
-import atexit
 import resource
-import shutil
 import tempfile
 
 import hypothesis
@@ -25,6 +23,8 @@ import pytest
 from tests.support import typecheck
 
 typecheck.install()
+
+from eep_jax.runtime.rank.scratch_dir import open_scratch  # noqa: E402  (checked, too)
 
 hypothesis.settings.register_profile(
     "project",
@@ -36,9 +36,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("project")
 
 
-# Digests of what tests load from the repository are kept outside of it.
-os.environ["EEP_DIGEST_DIR"] = tempfile.mkdtemp(prefix="eep-digests-")
-atexit.register(shutil.rmtree, os.environ["EEP_DIGEST_DIR"], ignore_errors=True)
+# Digests of what tests load from the repository are kept outside of it, and go with this process.
+os.environ["EEP_DIGEST_DIR"] = str(open_scratch(tempfile.gettempdir(), "digests").path)
 
 # Ranks of one process hold their slabs as files, and shells allow 1024 by default.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
