@@ -52,6 +52,8 @@ def launcher_in(directory: pathlib.Path, *flags: str) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"TMPDIR": str(directory)},
+        # A test run under nohup ignores the end of its terminal, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
