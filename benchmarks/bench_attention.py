@@ -18,11 +18,11 @@ import numpy as np
 from absl import flags as absl_flags
 
 from benchmarks import command
+from benchmarks.attention_cudnn import attend_cudnn
 from benchmarks.gpu_rates import add_rate, read_rate
 from benchmarks.gpu_timing import Chained, Program, add_times, compile_all, measure, open_gpu
 from benchmarks.harness import Sheet, Unfit
 from eep_jax.models.attention import attend_xla
-from eep_jax.models.attention_cudnn import attend_cudnn
 from eep_jax.models.latent_attention import attend_latent
 
 CACHED_BYTES = 256 << 20  # what is to be read before the same bytes are read again

@@ -48,7 +48,8 @@ def world_of(layers: int, batch: int) -> World:
         config.engine,
         batch_rows=batch,
         prefill_tokens=batch,
-        prompt_shapes=(),
+        step_rows=(),
+        kv_pages=0,
         row_tile=batch,
         context_tokens=min(CONTEXT_TOKENS, CACHED_TOKENS // batch),
     )

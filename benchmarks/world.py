@@ -18,14 +18,13 @@ from eep_jax.config import RunConfig
 from eep_jax.engine.step import (
     COMPILER_OPTIONS,
     Batch,
-    StepKind,
     count_chosen,
     empty_batch,
     make_step,
     with_items,
 )
 from eep_jax.models.expert_bank import SlabLayout, slab_layout
-from eep_jax.models.kv_cache import KVCache, empty_cache
+from eep_jax.models.kv_cache import KVCache, zeros_of_cache
 from eep_jax.models.moe_block import (
     ExpertSpread,
     elastic_experts,
@@ -105,15 +104,17 @@ class World:
         return dataclasses.replace(
             call_of(tables, self.rank, deadline_ms, abort_address),
             round=np.uint32(first_round(int(tables.epoch))),
-            vote=np.uint32(StepKind.DECODE),
+            vote=np.uint32(self.config.engine.batch_rows),
         )
 
     def batch(self) -> Batch:
         """A decode step of all sequences, each at the same position; ranks have other tokens."""
         rows = self.config.engine.batch_rows
         tokens = (self.rank * rows + np.arange(rows)) * 97 % self.config.model.vocab_size
+        pages = self.config.engine.pages_per_sequence
         batch = dataclasses.replace(
-            empty_batch(self.config, StepKind.DECODE),
+            empty_batch(self.config, rows),
+            table=np.arange(rows * pages, dtype=np.int32).reshape(rows, pages),
             tokens=tokens.astype(np.int32),
             batch_rows=np.arange(rows, dtype=np.int32),
             positions=np.full(rows, self.position, np.int32),
@@ -137,7 +138,7 @@ class World:
         )
 
     def cache_shapes(self) -> KVCache:
-        return jax.eval_shape(lambda: empty_cache(self.config.model, self.config.engine))
+        return jax.eval_shape(lambda: zeros_of_cache(self.config))
 
     def dense_dtypes(self) -> dict:
         """The dtypes of the dense weights by name, in the step's order."""
@@ -262,10 +263,11 @@ def differences(world: World, wanted, tokens, cache: KVCache, close: float = CLO
     """
     model = world.config.model
     layer = min(model.dense_layers + 1, model.layers - 1)
-    found = []
+    page, offset = divmod(world.position, world.config.engine.page_tokens)
+    own, found = world.batch().table[:, page], []
     for name in ("keys", "values"):
         right, got = (
-            np.asarray(getattr(c, name)[layer][:, :, world.position], np.float32)
+            np.asarray(getattr(c, name)[layer][own, :, offset], np.float32)
             for c in (wanted.cache, cache)
         )
         error = float(np.sqrt(np.mean((right - got) ** 2) / np.mean(right**2)))

@@ -14,7 +14,7 @@ SOURCES = ("local", "peer", "backup", "checkpoint")
 SOURCE_ORDERS = ("measured", "tier")  # the fastest as measured, or as listed in `sources`
 DTYPES = ("float32", "bfloat16")
 DISPATCH_DTYPES = ("", "float8_e4m3fn")
-PROMPT_SHAPES_MAX = 4  # kinds of mixed steps
+STEP_SIZES_MAX = 12  # compiled steps of an engine
 DTYPE_OF_PLATFORM = {"cpu": "float32", "gpu": "bfloat16"}
 
 
@@ -85,9 +85,13 @@ class EngineConfig:
     """Fixed shapes of a rank's steps."""
 
     batch_rows: int = 8  # B, sequences a rank decodes at once
-    prefill_tokens: int = 32  # C, prompt tokens a mixed step takes beside the B decode rows
-    prompt_shapes: tuple[int, ...] = ()  # fewer prompt tokens, ascending, that there are steps for
+    prefill_tokens: int = 32  # prompt tokens that the widest step takes beside B decoded ones
+    step_rows: tuple[int, ...] = ()  # rows of the narrower steps, ascending; (): one of batch_rows
     context_tokens: int = 512  # P, longest prompt + completion
+    page_tokens: int = 64  # G, positions of one page of the KV cache; on a GPU 64
+    kv_pages: int = 0  # N, pages of the KV cache; 0: room for all contexts, or what a GPU has left
+    prefix_cache: bool = True  # keep the pages of known prefixes while there is room
+    gap_ms: int = 0  # wanted time between tokens while prompts are read beside; 0: no limit
     row_tile: int = 8  # rows of one matrix product; results do not depend on other tiles
     combine: str = "per_choice"  # see COMBINE_MODES
     step_deadline_ms: int = 2_000  # how long a step waits for a peer
@@ -99,6 +103,15 @@ class EngineConfig:
         check_positive(
             self, "batch_rows", "prefill_tokens", "context_tokens", "row_tile", "step_deadline_ms"
         )
+        check_positive(self, "page_tokens")
+        if self.kv_pages and self.kv_pages < self.pages_per_sequence:
+            raise ValueError(
+                f"{self.kv_pages=} of {self.page_tokens} positions cannot hold one context of "
+                f"{self.context_tokens=}: at least {self.pages_per_sequence}, or 0 for as many as "
+                "there is room for"
+            )
+        if self.gap_ms < 0:
+            raise ValueError(f"{self.gap_ms=} must not be negative; 0 sets no limit")
         for name, allowed in (
             ("combine", COMBINE_MODES),
             ("dtype", DTYPES),
@@ -111,21 +124,27 @@ class EngineConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of {self.row_tile=}"
                 )
-        sizes, ascending = self.prompt_sizes, sorted(set(self.prompt_sizes))
+        sizes, ascending = self.step_sizes, sorted(set(self.step_sizes))
         if (
-            len(sizes) > PROMPT_SHAPES_MAX
+            len(sizes) > STEP_SIZES_MAX
             or list(sizes) != ascending
             or any(size <= 0 or size % self.row_tile for size in sizes)
         ):
             raise ValueError(
-                f"{self.prompt_shapes=} must be at most {PROMPT_SHAPES_MAX - 1} numbers below "
-                f"{self.prefill_tokens=}, ascending, each a multiple of {self.row_tile=}"
+                f"{self.step_rows=} must be at most {STEP_SIZES_MAX - 1} numbers below "
+                f"batch_rows + prefill_tokens = {self.tokens_max}, ascending, each a multiple of "
+                f"{self.row_tile=}"
             )
 
     @property
-    def prompt_sizes(self) -> tuple[int, ...]:
-        """The numbers of prompt tokens that there are mixed steps for, ascending."""
-        return (*self.prompt_shapes, self.prefill_tokens)
+    def step_sizes(self) -> tuple[int, ...]:
+        """The numbers of rows that there are steps for, ascending; the last is `tokens_max`."""
+        return (*(self.step_rows or (self.batch_rows,)), self.tokens_max)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """J, the most pages that a sequence can need."""
+        return -(-self.context_tokens // self.page_tokens)
 
     @property
     def tokens_max(self) -> int:
@@ -162,8 +181,8 @@ class DeviceConfig:
     dense weights, KV cache and temporaries of a step. The launcher gives each rank its share. The
     slabs of the heap (window and experts) and about 0.6 GiB of CUDA context per rank take the rest.
 
-    When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.batch_rows` or
-    `engine.context_tokens` (the KV cache grows with their product), or raise `memory_fraction`; if
+    When memory runs out: if JAX reports RESOURCE_EXHAUSTED, lower `engine.kv_pages` or
+    `engine.prefill_tokens`, or raise `memory_fraction`; if
     the heap cannot be opened, lower `memory_fraction` or `cluster.slots_per_rank`, or put fewer
     ranks on a GPU.
     """
@@ -202,6 +221,11 @@ class RunConfig:
         self._check_room()
         self._check_context()
         self._check_dtypes()
+
+    @property
+    def kv_pages(self) -> int:
+        """N, the pages of a rank's KV cache: as configured, else room for all contexts."""
+        return self.engine.kv_pages or self.engine.batch_rows * self.engine.pages_per_sequence
 
     def _check_room(self) -> None:
         slots = self.cluster.ranks * self.cluster.slots_per_rank

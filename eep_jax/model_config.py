@@ -241,6 +241,11 @@ class ModelConfig:
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
 
     @property
+    def heads_per_key(self) -> int:
+        """Query heads that share a key head."""
+        return self.query_heads // self.kv_heads
+
+    @property
     def cache_elements(self) -> int:
         """Cached elements of one token, all layers."""
         return self.layers * sum(heads * channels for heads, channels in self.cache_channels)

@@ -13,7 +13,8 @@ from benchmarks.meeting import Meeting
 from benchmarks.static.engine import Weights
 from eep_jax.config import RunConfig
 from eep_jax.engine.engine import Engine
-from eep_jax.engine.step import COMPILER_OPTIONS, StepKind, empty_batch
+from eep_jax.engine.step import COMPILER_OPTIONS, empty_batch
+from eep_jax.engine.votes import IDLE
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.placement.placement import EMPTY
@@ -33,12 +34,12 @@ class FixedEngine(Engine):
             known = jax.tree.map(jnp.asarray, tables)
             return self._step(dense, bank, cache, heap, known, batch, call)
 
-        for kind in (StepKind.DECODE, StepKind.MIXED):
-            arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
+        for rows in self.config.engine.step_sizes:
+            arguments = self._arguments(empty_batch(self.config, rows), IDLE)
             jitted = jax.jit(fixed, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-            self._executables[kind] = jitted.lower(*arguments).compile()
+            self._executables[rows] = jitted.lower(*arguments).compile()
 
-    def _arguments(self, batch, vote: StepKind):
+    def _arguments(self, batch, vote: int):
         dense, bank, cache, heap, _, batch, call = super()._arguments(batch, vote)
         return dense, bank, cache, heap, batch, call.round, call.vote
 

@@ -18,7 +18,7 @@ from benchmarks.static.exchanges import AXIS, as_run_experts, no_call, slots_of
 from eep_jax.config import RunConfig
 from eep_jax.engine.request import Progress
 from eep_jax.engine.scheduler import Scheduler
-from eep_jax.engine.step import COMPILER_OPTIONS, Batch, StepKind, empty_batch, make_step
+from eep_jax.engine.step import COMPILER_OPTIONS, Batch, empty_batch, make_step
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import expert_mlp
@@ -39,7 +39,7 @@ def mesh_of(devices) -> Mesh:
     )
 
 
-def pack_batch(batch: Batch, vote: StepKind) -> np.ndarray:
+def pack_batch(batch: Batch, vote: int) -> np.ndarray:
     """All of a batch as one row of 32-bit words, `[1 W]`: one transfer instead of eight."""
     parts = [
         np.ascontiguousarray(getattr(batch, f.name))
@@ -80,7 +80,7 @@ class StaticEngine:
     """A rank of a mesh that never changes. `exchange` is one of `exchanges.EXCHANGES`."""
 
     def __init__(self, config: RunConfig, devices, exchange: str, weights: Weights, *, agree: bool):
-        """`agree`: each step also finds the kind of the next one, which serving needs."""
+        """`agree`: each step also finds the rows of the next one, which serving needs."""
         self.config, self.exchange, self._agree = config, exchange, agree
         self.mesh = mesh_of(devices)
         self.scheduler = Scheduler(config)
@@ -93,27 +93,29 @@ class StaticEngine:
         dense = (weights.dense[name].astype(dtype) for name, dtype in dtypes.items())
         self._dense = [self._everywhere(array) for array in dense]
         self._bank = self._own(self._bank_rows(weights, ranks))
-        self._cache = jax.tree.map(self._own, jax.device_get(empty_cache(config.model, engine)))
-        self._compiled = {kind: self._jitted(kind) for kind in (StepKind.DECODE, StepKind.MIXED)}
-        self.next = StepKind.DECODE
+        self._cache = jax.tree.map(self._own, jax.device_get(empty_cache(config)))
+        self._compiled = {rows: self._jitted(rows) for rows in engine.step_sizes}
+        self.next = engine.step_sizes[0]
 
-    def advance(self, kind: StepKind | None = None) -> tuple[Progress, ...]:
-        """One step of all ranks, of the kind they agreed on unless one is given."""
-        plan = self.scheduler.plan(kind or self.next)
+    def advance(self, rows: int = 0) -> tuple[Progress, ...]:
+        """One step of all ranks, of the rows they agreed on unless some are given."""
+        plan = self.scheduler.plan(rows or self.next)
         vote = self.scheduler.vote_after(plan)
         words = self._own(pack_batch(plan.batch, vote))
-        tokens, agreed, self._cache = self._compiled[plan.kind](
+        tokens, agreed, self._cache = self._compiled[plan.rows](
             self._dense, self._bank, self._cache, words
         )
         tokens = np.asarray(tokens.addressable_data(0))
         if self._agree:
-            found = StepKind(int(np.asarray(agreed.addressable_data(0))[0]))
+            found = int(np.asarray(agreed.addressable_data(0))[0])
             # Without work the cheapest step is run.
-            self.next = max(found, StepKind.DECODE)
-        return tuple(self.scheduler.commit(plan, tokens, np.zeros(len(tokens), np.int32)))
+            self.next = max(found, self.config.engine.step_sizes[0])
+        dropped = np.zeros(self.config.engine.batch_rows, np.int32)
+        finite = np.ones(len(tokens), np.bool_)
+        return tuple(self.scheduler.commit(plan, tokens, dropped, finite))
 
-    def _jitted(self, kind: StepKind):
-        like = empty_batch(self.config, kind)
+    def _jitted(self, rows: int):
+        like = empty_batch(self.config, rows)
         step, agree = self._step, self._agree
 
         def local(dense, bank, cache, words):

@@ -104,12 +104,11 @@ class Server:
     def _begin(self, devices):
         """An engine of these devices, compiled, with all requests that are not at their end."""
         from benchmarks.static.engine import StaticEngine
-        from eep_jax.engine.step import StepKind
 
         started = time.monotonic()
         engine = StaticEngine(self._config, devices, self._exchange, self._weights, agree=True)
-        for kind in (StepKind.DECODE, StepKind.MIXED):
-            engine.advance(kind)
+        for rows in self._config.engine.step_sizes:
+            engine.advance(rows)
         for name, request in self._requests.items():
             produced = tuple(self._produced[name])
             engine.scheduler.add(dataclasses.replace(request, produced=produced))

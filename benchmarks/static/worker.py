@@ -127,7 +127,7 @@ def prefill(engine, requests: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {str(number): [] for number in range(requests)}
     while min(map(len, found.values())) < CHECKED_TOKENS:
         if isinstance(engine, StaticEngine):
-            engine.next = max(engine.scheduler.vote(), type(engine.next).DECODE)
+            engine.next = max(engine.scheduler.vote(), engine.config.engine.step_sizes[0])
         for part in step_once(engine):
             found[part.id].extend(part.tokens)
     return {name: tokens[:CHECKED_TOKENS] for name, tokens in found.items()}

@@ -1,7 +1,7 @@
 """The engine of one rank that serves requests: plan a batch, run the compiled step, commit tokens.
 
-Executables are compiled ahead of time, one per StepKind, before the rank offers itself. They cannot
-recompile; failure, repair and return only change the values they are called with.
+Executables are compiled ahead of time, one for each number of rows, before the rank offers itself.
+They cannot recompile; failure, repair and return only change the values they are called with.
 """
 
 import functools
@@ -21,13 +21,13 @@ from eep_jax.engine.scheduler import Scheduler
 from eep_jax.engine.step import (
     COMPILER_OPTIONS,
     Batch,
-    StepKind,
     StepResult,
     empty_batch,
     make_step,
-    mixed_kinds,
     result_like,
 )
+from eep_jax.engine.step_times import StepTimes
+from eep_jax.engine.votes import IDLE
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import SlabLayout
 from eep_jax.models.kv_cache import KVCache, empty_cache, zeros_of_cache
@@ -57,6 +57,7 @@ class Engine(LockstepEngine):
         self.compilations = CompileCounter()
         super().__init__(config, rank, heap, layout)
         self.scheduler = Scheduler(config)
+        self._times = StepTimes(config.engine.step_sizes)
         self._chosen = np.zeros(config.model.experts, np.int64)
         self._step, dtypes = make_step(config, self._spread)
         self._dense = put_dense(dense, dtypes)
@@ -68,18 +69,18 @@ class Engine(LockstepEngine):
 
     def warm_up(self) -> WarmUp:
         started = time.monotonic()
-        for kind in (StepKind.DECODE, *mixed_kinds(self.config.engine)):
-            arguments = self._arguments(empty_batch(self.config, kind), StepKind.IDLE)
+        for rows in self.config.engine.step_sizes:
+            arguments = self._arguments(empty_batch(self.config, rows), IDLE)
             jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-            self._executables[kind] = self._store.obtain(
-                kind.name.lower(),
+            self._executables[rows] = self._store.obtain(
+                f"rows-{rows}",
                 lambda jitted=jitted, arguments=arguments: jitted.lower(*arguments),
                 arguments,
                 result_like(self._cache),
             )
         ready = time.monotonic()
-        for kind in [kind for kind in self._executables for _ in range(self._first_runs)]:
-            result = self._run(kind, empty_batch(self.config, kind), StepKind.IDLE)
+        for rows in [rows for rows in self._executables for _ in range(self._first_runs)]:
+            result = self._run(empty_batch(self.config, rows), IDLE)
             jax.block_until_ready(result.suspicion)
         self._warm_compilations = self.compilations.total
         origins = dict(self._store.origins)
@@ -104,15 +105,17 @@ class Engine(LockstepEngine):
         return self.scheduler.snapshot()
 
     def advance(self) -> StepOutcome:
+        started = time.monotonic()
         plan = self.scheduler.plan(self._next)
-        result = self._run(plan.kind, plan.batch, self.scheduler.vote_after(plan))
+        result = self._run(plan.batch, self.scheduler.vote_after(plan))
         # One transfer for all: on a GPU each costs more than its bytes.
-        suspicion, next_round, agreed, tokens, dropped, chosen = jax.device_get(
+        suspicion, next_round, agreed, tokens, finite, dropped, chosen = jax.device_get(
             (
                 result.suspicion,
                 result.round,
                 result.agreed,
                 result.tokens,
+                result.finite,
                 result.dropped,
                 result.chosen,
             )
@@ -122,27 +125,33 @@ class Engine(LockstepEngine):
             return outcome
         self.steps += 1
         self._chosen += chosen
-        return StepOutcome(True, tuple(self.scheduler.commit(plan, tokens, dropped)))
+        progress = tuple(self.scheduler.commit(plan, tokens, dropped, finite))
+        self._limit_prompts(plan.rows, time.monotonic() - started)
+        return StepOutcome(True, progress)
 
-    def _vote(self) -> StepKind:
+    def _limit_prompts(self, rows: int, seconds: float) -> None:
+        """Keeps steps with prompts within the wanted time between tokens."""
+        self._times.add(rows, seconds)
+        if limit_ms := self.config.engine.gap_ms:
+            self.scheduler.rows_max = self._times.rows_within(limit_ms / 1000)
+
+    def _vote(self) -> int:
         return self.scheduler.vote()
 
     def _empty_cache(self) -> KVCache:
         """Made on a GPU by a program that is kept like the steps."""
-        model, engine = self.config.model, self.config.engine
         if self.config.platform == "cpu":
-            return empty_cache(model, engine)
-        zeros = functools.partial(zeros_of_cache, model, engine)
+            return empty_cache(self.config)
+        zeros = functools.partial(zeros_of_cache, self.config)
         lower = lambda: jax.jit(zeros).lower()
         return self._store.obtain("cache", lower, (), jax.eval_shape(zeros))()
 
-    def _run(self, kind: StepKind, batch: Batch, vote: StepKind) -> StepResult:
-        arguments = self._arguments(batch, vote)
-        result = self._executables[kind](*arguments)
+    def _run(self, batch: Batch, vote: int) -> StepResult:
+        result = self._executables[len(batch.tokens)](*self._arguments(batch, vote))
         # The old cache was donated. Discarding a step keeps the new one: rows are kept by position.
         self._cache = result.cache
         return result
 
-    def _arguments(self, batch: Batch, vote: StepKind) -> tuple:
+    def _arguments(self, batch: Batch, vote: int) -> tuple:
         heap, tables, call = self._heap_array, self._device_tables, self._call(vote)
         return self._dense, self.bank_array, self._cache, heap, tables, batch, call

@@ -10,7 +10,7 @@ import numpy as np
 from eep_jax.config import RunConfig
 from eep_jax.engine.lockstep import Lockstep
 from eep_jax.engine.protocol import StepOutcome, WarmUp
-from eep_jax.engine.step import StepKind
+from eep_jax.engine.votes import HOLD, IDLE
 from eep_jax.heap.arrays import device_array, heap_argument
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank, SlabLayout
@@ -45,8 +45,13 @@ class LockstepEngine(abc.ABC):
     def advance(self) -> StepOutcome: ...
 
     @abc.abstractmethod
-    def _vote(self) -> StepKind:
-        """The kind of step that the work of this rank needs next."""
+    def _vote(self) -> int:
+        """Rows of the step that the work of this rank needs next; IDLE without work."""
+
+    @property
+    def _smallest(self) -> int:
+        """Rows of the smallest step."""
+        return self.config.engine.step_sizes[0]
 
     @property
     def epoch(self) -> int:
@@ -62,46 +67,46 @@ class LockstepEngine(abc.ABC):
 
     @property
     def paused(self) -> bool:
-        return self._next is StepKind.IDLE
+        return self._next == IDLE
 
     @property
     def held(self) -> bool:
-        return self._next is StepKind.HOLD
+        return self._next == HOLD
 
     def vote_hold(self) -> None:
         self._votes_hold = True
 
     def try_wake(self) -> bool:
         paused_round = int(self._round)
-        if self._votes_hold or self._vote() is not StepKind.IDLE:
+        if self._votes_hold or self._vote() != IDLE:
             self.lockstep.wake_peers([p for p in self.active if p != self.rank], paused_round)
         elif not self.lockstep.is_woken(paused_round):
             return False
         self.lockstep.forget_wakes()
-        self._next = StepKind.DECODE
+        self._next = self._smallest
         return True
 
-    def _call(self, vote: StepKind) -> Call:
+    def _call(self, vote: int) -> Call:
         """The argument of the exchanges of the next step, in which this rank votes so."""
-        vote = StepKind.HOLD if self._votes_hold else vote
+        vote = HOLD if self._votes_hold else vote
         return dataclasses.replace(self._epoch_call, round=self._round, vote=np.uint32(vote))
 
     def _settle(
         self, suspicion: np.ndarray, next_round: SupportsInt, agreed: SupportsInt
     ) -> StepOutcome:
-        """Moves on to the round after a step and its kind; or discards the step."""
+        """Moves on to the round after a step, and to its rows; or discards the step."""
         if suspicion.any() or self.lockstep.aborted_epoch > self.epoch:
             self.discarded += 1
             accused = set(np.flatnonzero(suspicion).tolist()) - {self.rank}
             return StepOutcome(False, accused=tuple(sorted(accused)))
-        self._round, self._next = np.uint32(next_round), StepKind(int(agreed))
+        self._round, self._next = np.uint32(next_round), int(agreed)
         return StepOutcome(True)
 
     def _take_tables(self, tables: Tables) -> None:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables, self._round = tables, np.uint32(first_round(int(tables.epoch)))
-        # After a change the kind is agreed anew, in a step that costs every rank the least.
-        self._next, self._votes_hold = StepKind.DECODE, False
+        # After a change the rows are agreed anew, in a step that costs every rank the least.
+        self._next, self._votes_hold = self._smallest, False
         deadline_ms = self.config.engine.step_deadline_ms
         call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
         self._device_tables, self._epoch_call = jax.device_put((tables, call))

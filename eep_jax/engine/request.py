@@ -2,6 +2,8 @@
 
 import dataclasses
 
+NOT_FINITE = "not_finite"  # a finish: the model's logits were no numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -21,7 +23,8 @@ class Request:
 class Progress:
     """New tokens of a request, from index `start` of all that were produced.
 
-    `finish` is "" while it goes on, else "length", "stop" (end-of-text token) or "cancelled".
+    `finish` is "" while it goes on, else "length", "stop" (end-of-text token), "cancelled" or
+    NOT_FINITE.
     """
 
     id: str

@@ -1,7 +1,6 @@
 """The compiled step: (weights, bank, cache, heap, tables, batch, call) -> StepResult."""
 
 import dataclasses
-import enum
 import typing
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from eep_jax.config import EngineConfig, RunConfig
+from eep_jax.config import RunConfig
 from eep_jax.engine.sampler import sample
 from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
@@ -26,31 +25,6 @@ from pallas_kernels.exchange.call import Call
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
-class StepKind(enum.IntEnum):
-    """What comes next; the largest vote of all ranks wins."""
-
-    IDLE = 0  # no step: all ranks pause until one has work
-    DECODE = 1  # one token for each batch row: T = B
-    MIXED = 2  # prompt tokens beside them: T = B + the first of `EngineConfig.prompt_sizes`
-    MIXED_2 = 3  # the same with the second of them, and so on
-    MIXED_3 = 4
-    MIXED_4 = 5
-    HOLD = 6  # no step: all ranks stop at this round, because an epoch is being prepared
-
-
-def mixed_kinds(engine: EngineConfig) -> tuple[StepKind, ...]:
-    """The kinds of steps with prompt tokens that this engine has, by their number of rows."""
-    return tuple(StepKind(StepKind.MIXED + i) for i in range(len(engine.prompt_sizes)))
-
-
-def rows_of(engine: EngineConfig, kind: StepKind) -> int:
-    """T, the rows of a step; of a kind that this engine has not, those of its widest."""
-    if kind <= StepKind.DECODE:
-        return engine.batch_rows
-    sizes = engine.prompt_sizes
-    return engine.batch_rows + sizes[min(kind - StepKind.MIXED, len(sizes) - 1)]
-
-
 def attends_by_items(config: RunConfig) -> bool:
     """Whether attention of this model runs by work items, and its step as a whole, not by tiles."""
     model = config.model
@@ -58,7 +32,7 @@ def attends_by_items(config: RunConfig) -> bool:
     return (
         config.platform == "gpu"
         and model.latent is None
-        and fits_items(*heads, config.engine.context_tokens)
+        and fits_items(*heads, config.engine.page_tokens)
     )
 
 
@@ -66,16 +40,21 @@ def attends_by_items(config: RunConfig) -> bool:
 @typing.no_type_check  # leaves may be abstract under tree.map
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tokens of one step. A row with position -1 is empty."""
+    """The tokens of one step. A row with position -1 is empty.
+
+    T rows are of any sequences: one for a sequence that decodes, more for one whose prompt is read.
+    At most S = min(T, B) sequences take part, and each may sample one token.
+    """
 
     tokens: Int32[Array, "T"]
     batch_rows: Int32[Array, "T"]  # batch row of each row
     positions: Int32[Array, "T"]
-    last_rows: Int32[Array, "B"]  # row whose logits give the next token of each batch row
-    sampled: Bool[Array, "B"]  # whether they do in this step
-    seeds: UInt32[Array, "B 2"]
-    temperature: Float32[Array, "B"]
-    top_p: Float32[Array, "B"]
+    table: Int32[Array, "B J"]  # pages of the sequence in each batch row, see `KVCache`
+    last_rows: Int32[Array, "S"]  # rows whose logits give the next tokens
+    sampled: Bool[Array, "S"]  # whether they do in this step
+    seeds: UInt32[Array, "S 2"]
+    temperature: Float32[Array, "S"]
+    top_p: Float32[Array, "S"]
     # What attention does, where it runs by items (see `pallas_kernels.attention.plan`); else None.
     items: Int32[Array, "W 5"] | None = None
     items_count: Int32[Array, "1"] | None = None
@@ -87,11 +66,12 @@ class Batch:
 class StepResult:
     """Results of a step, provisional until the host finds `suspicion` zero."""
 
-    tokens: Int32[Array, "B"]
+    tokens: Int32[Array, "S"]
+    finite: Bool[Array, "S"]  # whether the logits behind each token are numbers
     cache: KVCache
     suspicion: Int32[Array, "R"]
     round: UInt32[Array, ""]  # the round of the next step
-    agreed: UInt32[Array, ""]  # the StepKind that all ranks take next
+    agreed: UInt32[Array, ""]  # the largest vote: rows of the next step, or one of `votes`
     dropped: Int32[Array, "B"]  # choices without a live expert, over the rows of each batch row
     chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
 
@@ -122,31 +102,22 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         decoder = merge_decoder(graph, dense)
         x = decoder.embed(batch.tokens)
         visible = jnp.maximum(batch.positions, 0)
+        places = cache.places_of(batch.table, batch.batch_rows, batch.positions)
         dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
             q, k, v = by_rows(layer.before_attention, x, visible)
-            cache = cache.write(index, batch.batch_rows, batch.positions, k, v)
-
-            keys, values = cache.keys[index], cache.values[index]
-
+            cache = cache.write(index, places, k, v)
+            kept = cache.keys[index], cache.values[index], batch.table
             after = layer.after_attention if layer.routed else layer.finish
 
-            def attend(
-                x, q, positions, batch_rows, keys=keys, values=values, layer=layer, after=after
-            ):
-                return after(x, layer.attention.attend(q, keys, values, positions, batch_rows))
-
-            def attend_own(x, q, positions, keys, values, attend=attend):
-                return attend(x, q, positions, None, keys, values)
+            def attend(x, q, batch_rows, positions, kept=kept, layer=layer, after=after):
+                return after(x, layer.attention.attend(q, *kept, batch_rows, positions))
 
             if by_items:
                 work = batch.positions, batch.items, batch.items_count
-                parts = after(x, layer.attention.attend_items(q, keys, values, *work))
-            # Row i of a decode step is of batch row i (`Scheduler.plan`), so nothing is looked up.
-            elif len(batch.tokens) == config.engine.batch_rows:
-                parts = by_rows(attend_own, x, q, visible, keys, values)
+                parts = after(x, layer.attention.attend_items(q, *kept, *work))
             else:
-                parts = by_rows(attend, x, q, visible, batch.batch_rows)
+                parts = by_rows(attend, x, q, batch.batch_rows, visible)
             if not layer.routed:
                 x = parts
                 continue
@@ -165,10 +136,11 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             batch.temperature,
             batch.top_p,
         )
-        by_batch_row = jnp.zeros(batch.last_rows.shape, jnp.int32)
+        by_batch_row = jnp.zeros(len(batch.table), jnp.int32)
         real = jnp.where(batch.positions >= 0, dropped, 0)
         return StepResult(
             tokens=tokens,
+            finite=jnp.all(jnp.isfinite(logits), axis=-1),
             cache=cache,
             suspicion=call.suspicion,
             round=call.round,
@@ -201,25 +173,25 @@ def by_tile(function, tile_rows: int, *arrays):
     return jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), out)
 
 
-def empty_batch(config: RunConfig, kind: StepKind) -> Batch:
-    """A batch without tokens, by which a rank without work takes part in a step."""
+def empty_batch(config: RunConfig, rows: int) -> Batch:
+    """A batch without tokens, by which a rank without work takes part in a step of T rows."""
     engine, work = config.engine, {}
-    batch_rows, rows = engine.batch_rows, rows_of(engine, kind)
+    sequences = min(rows, engine.batch_rows)
     if attends_by_items(config):
-        heads = config.model.query_heads // config.model.kv_heads
-        most = items_max(rows, batch_rows, engine.context_tokens, heads)
-        work["items"] = np.zeros((most, len(FIELDS)), np.int32)
+        shape = rows, engine.batch_rows, engine.context_tokens, config.model.heads_per_key
+        work["items"] = np.zeros((items_max(*shape), len(FIELDS)), np.int32)
         work["items_count"] = np.zeros(1, np.int32)
     return Batch(
         **work,
         tokens=np.zeros(rows, np.int32),
         batch_rows=np.zeros(rows, np.int32),
         positions=np.full(rows, -1, np.int32),
-        last_rows=np.arange(batch_rows, dtype=np.int32),
-        sampled=np.zeros(batch_rows, np.bool_),
-        seeds=np.zeros((batch_rows, 2), np.uint32),
-        temperature=np.zeros(batch_rows, np.float32),
-        top_p=np.ones(batch_rows, np.float32),
+        table=np.zeros((engine.batch_rows, engine.pages_per_sequence), np.int32),
+        last_rows=np.arange(sequences, dtype=np.int32),
+        sampled=np.zeros(sequences, np.bool_),
+        seeds=np.zeros((sequences, 2), np.uint32),
+        temperature=np.zeros(sequences, np.float32),
+        top_p=np.ones(sequences, np.float32),
     )
 
 
@@ -227,7 +199,6 @@ def with_items(config: RunConfig, batch: Batch) -> Batch:
     """Fills in what attention does for these tokens, where it runs by items."""
     if batch.items is None:
         return batch
-    heads = config.model.query_heads // config.model.kv_heads
-    found = plan_items(batch.batch_rows, batch.positions, heads)
+    found = plan_items(batch.batch_rows, batch.positions, config.model.heads_per_key)
     batch.items[: len(found)], batch.items_count[0] = found, len(found)
     return batch

@@ -21,7 +21,8 @@ from eep_jax.engine.compilations import CompileCounter
 from eep_jax.engine.lockstep_engine import LockstepEngine
 from eep_jax.engine.protocol import StepOutcome, WarmUp
 from eep_jax.engine.request import Progress, Request
-from eep_jax.engine.step import COMPILER_OPTIONS, StepKind
+from eep_jax.engine.step import COMPILER_OPTIONS
+from eep_jax.engine.votes import IDLE
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.library.elastic_moe import ExpertRouting
 from eep_jax.models.expert_bank import SlabLayout
@@ -121,9 +122,9 @@ class StepEngine(LockstepEngine):
 
         started = time.monotonic()
         jitted = jax.jit(only_the_call, compiler_options=COMPILER_OPTIONS)
-        self._executable = jitted.lower(self._place(StepKind.IDLE), *self._example).compile()
+        self._executable = jitted.lower(self._place(IDLE), *self._example).compile()
         ready = time.monotonic()
-        jax.block_until_ready(self._run(self._example, StepKind.IDLE))
+        jax.block_until_ready(self._run(self._example, IDLE))
         self._compilations.total = 0
         # Nothing identifies a user's function across processes, so its executable is not kept.
         origins = {"step": "compiled: the step of a user is not kept"}
@@ -167,9 +168,9 @@ class StepEngine(LockstepEngine):
             pending.result.set_result(result)
         return outcome
 
-    def _vote(self, but: int = 0) -> StepKind:
-        """DECODE, the kind of a step here, if more than `but` calls wait."""
-        return StepKind.DECODE if len(self._calls) > but else StepKind.IDLE
+    def _vote(self, but: int = 0) -> int:
+        """A step, if more than `but` calls wait; all steps here are of one size."""
+        return self._smallest if len(self._calls) > but else IDLE
 
     def _first_call(self) -> _Pending | None:
         with self._arrived:
@@ -177,11 +178,11 @@ class StepEngine(LockstepEngine):
             self._had_call = bool(self._calls)
             return self._calls[0] if self._calls else None
 
-    def _run(self, arguments: tuple, vote: StepKind) -> tuple[PyTree, Call, Array]:
+    def _run(self, arguments: tuple, vote: int) -> tuple[PyTree, Call, Array]:
         with self._compilations:
             return self._executable(self._place(vote), *arguments)
 
-    def _place(self, vote: StepKind) -> ExpertRouting:
+    def _place(self, vote: int) -> ExpertRouting:
         return ExpertRouting(
             tables=self._device_tables,
             call=self._call(vote),

@@ -1,4 +1,4 @@
-"""Grouped-query attention: projections, norms, RoPE, causal and cached attention."""
+"""Grouped-query attention: projections, norms, RoPE, attention to whole texts and to pages."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from eep_jax.config import ModelConfig
-from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
 from eep_jax.models.linear import linear, project_together
+from eep_jax.models.paged_attention import attend_pages, seen
 from eep_jax.models.rope import rope as rope  # re-exported
 from pallas_kernels.attention.api import attend
 
@@ -57,25 +57,27 @@ class Attention(nnx.Module):
     def attend(
         self,
         q: Float[Array, "T Hq C"],
-        keys: Float[Array, "B Hkv P C"],
-        values: Float[Array, "B Hkv P C"],
+        keys: Float[Array, "N Hkv G C"],
+        values: Float[Array, "N Hkv G C"],
+        table: Int32[Array, "B J"],
+        batch_rows: Int32[Array, "T"],
         positions: Int32[Array, "T"],
-        batch_rows: Int32[Array, "T"] | None = None,
     ) -> Float[Array, "T Hq C"]:
-        """`attend_cached` with the scale, window and sinks of this layer."""
-        return attend_cached(q, keys, values, positions, batch_rows, **self._options())
+        """`attend_pages` with the scale, window and sinks of this layer."""
+        return attend_pages(q, keys, values, table[batch_rows], positions, **self._options())
 
     def attend_items(
         self,
         q: Float[Array, "T Hq C"],
-        keys: Float[Array, "B Hkv P C"],
-        values: Float[Array, "B Hkv P C"],
+        keys: Float[Array, "N Hkv G C"],
+        values: Float[Array, "N Hkv G C"],
+        table: Int32[Array, "B J"],
         positions: Int32[Array, "T"],
         items: Int32[Array, "W 5"],
         count: Int32[Array, "1"],
     ) -> Float[Array, "T Hq C"]:
         """`pallas_kernels.attention.api.attend` with the scale, window and sinks of this layer."""
-        return attend(q, keys, values, positions, items, count, **self._options())
+        return attend(q, keys, values, table, positions, items, count, **self._options())
 
     def attend_whole(
         self,
@@ -131,36 +133,6 @@ def each_sequence(
     return jax.lax.map(one, (q, k, v))
 
 
-def attend_cached(
-    q: Float[Array, "T Hq C"],
-    k: Float[Array, "B Hkv P C"],
-    v: Float[Array, "B Hkv P C"],
-    positions: Int32[Array, "T"],
-    batch_rows: Int32[Array, "T"] | None = None,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    sinks: Float[Array, "Hq"] | None = None,
-) -> Float[Array, "T Hq C"]:
-    """Attention of T tokens to P cached positions each, restricted to those `<= positions[t]`.
-
-    Token t looks into cache `batch_rows[t]`; without `batch_rows`, and with B = T, into cache t.
-
-    Each token is a separate batch entry of the matrix products, so its result has the same bits
-    whatever the other tokens are. Scores and softmax are float32, the result has q's dtype. Uses
-    cuDNN on a GPU where `fits_cudnn`, else XLA.
-
-    `scale` of the scores defaults to `C ** -0.5`. A `window` restricts attention to so many last
-    positions. `sinks` are scores in the softmax without a value.
-    """
-    options = {"scale": scale, "window": window, "sinks": sinks}
-    if fits_cudnn(q, k):
-        return attend_cudnn(q, k, v, positions, batch_rows, **options)
-    if batch_rows is not None:
-        k, v = k[batch_rows], v[batch_rows]
-    return attend_xla(q, k, v, positions, **options)
-
-
 def attend_xla(
     q: Float[Array, "T Hq C"],
     k: Float[Array, "T Hkv P C"],
@@ -171,13 +143,18 @@ def attend_xla(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
-    """Like `attend_cached`, by XLA alone: it reads whole caches and materializes all scores."""
+    """Attention of T tokens, each to P positions of its own, restricted to `<= positions[t]`.
+
+    It materializes all scores. Scores and softmax are float32, the result has q's dtype. `scale` of
+    the scores defaults to `C ** -0.5`. A `window` restricts attention to so many last positions.
+    `sinks` are scores in the softmax without a value.
+    """
     tokens, query_heads, channels = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(tokens, kv_heads, query_heads // kv_heads, channels)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("thgc,thpc->thgp", grouped, k) * (scale or channels**-0.5)
-    visible = seen(k.shape[2], positions, window)
+    visible = seen(jnp.arange(k.shape[2]), positions, window)
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
     if sinks is None:
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -188,13 +165,6 @@ def attend_xla(
     v = jnp.where(visible[:, None, :, None], v, 0)
     context = product("thgp,thpc->thgc", weights, v).astype(q.dtype)
     return context.reshape(tokens, query_heads, channels)
-
-
-def seen(length: int, positions: Int32[Array, "T"], window: int = 0) -> Bool[Array, "T P"]:
-    """Mask of the `length` positions P that each token attends to."""
-    cached = jnp.arange(length)[None, :]
-    visible = cached <= positions[:, None]
-    return visible & (cached > positions[:, None] - window) if window else visible
 
 
 def softmax_with_sinks(

@@ -4,8 +4,7 @@ A head's key is `key_up[h] @ latent` beside one rotated key of all heads, its va
 `latent @ value_up[h]`. Instead of keys and values of every position, `key_up` is applied once to
 the query and `value_up` to the weighted latent, with the same products.
 
-XLA computes it on GPUs as well: cuDNN's fused kernels, as exposed by JAX, support heads of up to
-256 channels, and a latent with its key has more (576 in DeepSeek-V3).
+XLA computes it on GPUs as well, a block of positions at a time.
 `benchmarks.bench_attention --cases=latents` compares it with its bound; no GPU has run it yet.
 """
 
@@ -17,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from eep_jax.config import ModelConfig
-from eep_jax.models.attention import each_sequence, seen
+from eep_jax.models.attention import each_sequence
 from eep_jax.models.linear import linear
+from eep_jax.models.paged_attention import attend_latent_pages, seen
 from eep_jax.models.rope import rope
 
 NORM_EPS = 1e-6  # of the latents' norms, independent of the layers'
@@ -71,17 +71,16 @@ class LatentAttention(nnx.Module):
     def attend(
         self,
         q: Float[Array, "T Hq Q"],
-        keys: Float[Array, "B 1 P Cr"],
-        values: Float[Array, "B 1 P Ckv"],
+        keys: Float[Array, "N 1 G Cr"],
+        values: Float[Array, "N 1 G Ckv"],
+        table: Int32[Array, "B J"],
+        batch_rows: Int32[Array, "T"],
         positions: Int32[Array, "T"],
-        batch_rows: Int32[Array, "T"] | None = None,
     ) -> Float[Array, "T Hq Ckv"]:
-        """`attend_latent` with the scale of this model; for `batch_rows` see `attend_cached`."""
-        if batch_rows is not None:
-            keys, values = keys[batch_rows], values[batch_rows]
-        config, latent = self.config, self.config.latent
-        scale = (latent.plain_channels + latent.rope_channels) ** -0.5 * config.rope.score_factor
-        return attend_latent(q, keys[:, 0], values[:, 0], positions, scale=scale)
+        """`attend_latent_pages` with the scale of this model."""
+        return attend_latent_pages(
+            q, keys, values, table[batch_rows], positions, scale=self._scale()
+        )
 
     def attend_whole(
         self,
@@ -90,7 +89,21 @@ class LatentAttention(nnx.Module):
         v: Float[Array, "N T 1 Ckv"],
     ) -> Float[Array, "N T Hq Ckv"]:
         """Causal attention of N whole sequences."""
-        return each_sequence(self.attend, q, k, v)
+
+        def one(
+            q: Float[Array, "T Hq Q"],
+            keys: Float[Array, "T 1 P Cr"],
+            latents: Float[Array, "T 1 P Ckv"],
+            positions: Int32[Array, "T"],
+        ) -> Float[Array, "T Hq Ckv"]:
+            return attend_latent(q, keys[:, 0], latents[:, 0], positions, scale=self._scale())
+
+        return each_sequence(one, q, k, v)
+
+    def _scale(self) -> float:
+        latent = self.config.latent
+        width = latent.plain_channels + latent.rope_channels
+        return width**-0.5 * self.config.rope.score_factor
 
     def output(self, context: Float[Array, "*T Hq Ckv"]) -> Float[Array, "*T D"]:
         values = by_head(context, self.value_up[...])
@@ -117,14 +130,14 @@ def attend_latent(
 ) -> Float[Array, "T Hq Ckv"]:
     """Attention of T tokens, each to its own P cached latents up to `positions[t]`.
 
-    Q is Ckv + Cr. As in `attend_cached` each token is a separate batch entry, scores and softmax
-    are float32, and the result has q's dtype.
+    Q is Ckv + Cr. As in `attend_xla` each token is a separate batch entry, scores and softmax are
+    float32, and the result has q's dtype.
     """
     rank = latents.shape[-1]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("thr,tpr->thp", q[..., :rank], latents)
     scores = (scores + product("thr,tpr->thp", q[..., rank:], keys)) * scale
-    visible = seen(keys.shape[1], positions)
+    visible = seen(jnp.arange(keys.shape[1]), positions)
     scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype)
     # What an earlier sequence left there may be NaN, and 0 x NaN is NaN.

@@ -10,20 +10,21 @@ from pallas_kernels.device import platform
 CHANNELS = (64, 128)  # of a head
 
 
-def fits(query_heads: int, kv_heads: int, channels: int, context: int) -> bool:
-    """Whether `attend` takes heads and caches of this shape."""
+def fits(query_heads: int, kv_heads: int, channels: int, page_tokens: int) -> bool:
+    """Whether `attend` takes heads and pages of this shape."""
     return (
         channels in CHANNELS
         and query_heads % kv_heads == 0
         and query_heads // kv_heads <= GROUP_ROWS
-        and context % PAGE_TOKENS == 0
+        and page_tokens == PAGE_TOKENS
     )
 
 
 def attend(
     q: Float[Array, "T Hq C"],
-    keys: Float[Array, "B Hkv P C"],
-    values: Float[Array, "B Hkv P C"],
+    keys: Float[Array, "N Hkv G C"],
+    values: Float[Array, "N Hkv G C"],
+    table: Int32[Array, "B J"],
     positions: Int32[Array, "T"],
     items: Int32[Array, "W 5"],
     count: Int32[Array, "1"],
@@ -32,14 +33,16 @@ def attend(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> Float[Array, "T Hq C"]:
-    """Each token's attention to the cache of its sequence; off the GPU by the reference.
+    """Each token's attention to the pages of its sequence; off the GPU by the reference.
 
     On a GPU (Hopper) a row's bits depend on its query, its keys and its position alone: not on
     other rows, nor on whether it is one of a decode step or of a prompt.
 
     Args:
         q: queries of the step's tokens.
-        keys, values: caches of B sequences of P positions.
+        keys, values: N pages of G positions.
+        table: the pages of each of B sequences, in order of position; entries beyond what a
+            sequence's tokens see may be any page.
         positions: position of each token; it sees positions up to its own.
         items, count: what `plan.plan_items` made of the tokens' sequences and positions, and how
             many of them there are. Rows in none of them are undefined.
@@ -48,45 +51,29 @@ def attend(
         sinks: scores that take part in the softmax and have no value.
 
     Raises:
-        NotImplementedError: Heads that do not satisfy `fits`.
+        NotImplementedError: Heads or pages that do not satisfy `fits`.
     """
-    (_, query_heads, channels), (batch, kv_heads, context, _) = q.shape, keys.shape
-    if not fits(query_heads, kv_heads, channels, context):
+    (_, query_heads, channels), (_, kv_heads, page_tokens, _) = q.shape, keys.shape
+    if not fits(query_heads, kv_heads, channels, page_tokens):
         raise NotImplementedError(
-            f"{query_heads} heads of {channels} channels over {kv_heads} key heads and {context} "
-            f"positions: the kernel needs {CHANNELS} channels, up to {GROUP_ROWS} heads for a key "
-            f"head, and positions in multiples of {PAGE_TOKENS}"
+            f"{query_heads} heads of {channels} channels over {kv_heads} key heads and pages of "
+            f"{page_tokens} positions: the kernel needs {CHANNELS} channels, up to {GROUP_ROWS} "
+            f"heads for a key head, and pages of {PAGE_TOKENS}"
         )
-    scale = channels**-0.5 if scale is None else scale
-    pages = context // PAGE_TOKENS
+    options = {
+        "scale": channels**-0.5 if scale is None else scale,
+        "window": window,
+        "sinks": sinks,
+    }
     if platform() != "gpu":
-        table = jnp.arange(batch * pages).reshape(batch, pages)
-        split = lambda cache: cache.reshape(batch, kv_heads, pages, PAGE_TOKENS, channels)
-        paged = lambda cache: (
-            split(cache).swapaxes(1, 2).reshape(-1, kv_heads, PAGE_TOKENS, channels)
-        )
         places = table, sequences_of(items, count, len(q)), positions
-        options = {"scale": scale, "window": window, "sinks": sinks}
-        return attention_reference(q, paged(keys), paged(values), *places, **options)
+        return attention_reference(q, keys, values, *places, **options)
     # Imported here: the CPU path needs nothing of Mosaic GPU.
     from pallas_kernels.attention.mosaic_gpu import attend_mosaic
 
-    table = jnp.arange(batch)[:, None] * (kv_heads * pages) + jnp.arange(pages)
-    paged = lambda cache: cache.reshape(-1, PAGE_TOKENS, channels)
-    return attend_mosaic(
-        q,
-        paged(keys),
-        paged(values),
-        table.astype(jnp.int32),
-        items,
-        count,
-        positions,
-        kv_heads=kv_heads,
-        head_stride=pages,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-    )
+    by_head = lambda cache: cache.reshape(-1, PAGE_TOKENS, channels)
+    work = table * kv_heads, items, count, positions
+    return attend_mosaic(q, by_head(keys), by_head(values), *work, kv_heads=kv_heads, **options)
 
 
 def sequences_of(

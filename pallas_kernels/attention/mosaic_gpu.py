@@ -39,9 +39,7 @@ WIDE = (plgpu.TilingTransform((8, WIDE_ROW)), plgpu.SwizzleTransform(128))
 
 
 # Layers of one shape share a trace, a lowering and a compilation.
-@functools.partial(
-    jax.jit, static_argnames=("kv_heads", "head_stride", "scale", "window", "blocks")
-)
+@functools.partial(jax.jit, static_argnames=("kv_heads", "scale", "window", "blocks"))
 def attend_mosaic(
     q: BFloat16[Array, "T Hq C"],
     keys: BFloat16[Array, "N G C"],
@@ -52,7 +50,6 @@ def attend_mosaic(
     positions: Int32[Array, "T"],
     *,
     kv_heads: int,
-    head_stride: int,
     scale: float,
     window: int = 0,
     sinks: Float32[Array, "Hq"] | None = None,
@@ -60,7 +57,7 @@ def attend_mosaic(
 ) -> BFloat16[Array, "T Hq C"]:
     """As `attention_reference`, for the first `count` of `items` (see `plan.plan_items`).
 
-    Page j of key head h of sequence b is `table[b, j] + h * head_stride`. Rows that no item has are
+    Page j of key head h of sequence b is `table[b, j] + h`. Rows that no item has are
     undefined.
     """
     tokens, query_heads, channels = q.shape
@@ -99,7 +96,7 @@ def attend_mosaic(
 
                 def page(j, step):
                     at = lax.rem(step, STAGES)
-                    number = table[sequence, first_page + j] + head * head_stride
+                    number = table[sequence, first_page + j] + head
 
                     @pl.when(step >= STAGES)
                     def _():

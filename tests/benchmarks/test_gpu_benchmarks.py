@@ -16,6 +16,7 @@ from benchmarks import bench_dispatch_combine as exchanges
 from benchmarks import bench_expert_gemm as gemm
 from benchmarks import bench_step as steps
 from benchmarks import gpu_rates, gpu_timing, gpu_trace
+from benchmarks.attention_cudnn import fused
 from benchmarks.bench_dispatch_combine import Bytes, bytes_of
 from benchmarks.bench_expert_gemm import Case, Experts
 from benchmarks.gpu_timing import Chained, Program, Timing, per_repetition_us
@@ -24,7 +25,6 @@ from benchmarks.table import render
 from benchmarks.world import World, shape_of, touched_slots
 from benchmarks.world import bytes_of as bytes_to_read
 from configs.small_moe_h100x1 import get_config
-from eep_jax.models.attention_cudnn import fused
 from launch.errors import UsageError
 from tests.support.lowering import a_call, kernels, on_h100
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cudnn import attend_cudnn, fits_cudnn
 from eep_jax.models.attention import attend_xla
-from eep_jax.models.attention_cudnn import attend_cudnn, fits_cudnn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

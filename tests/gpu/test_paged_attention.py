@@ -67,7 +67,6 @@ class World:
             jnp.array([len(found)], jnp.int32),
             jnp.asarray(positions),
             kv_heads=self.kv_heads,
-            head_stride=1,
             sinks=self.sinks,
             **self.options,
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from eep_jax.models.attention import attend_cached
+from eep_jax.models.paged_attention import attend_pages
 from pallas_kernels.attention.api import attend, fits
 from pallas_kernels.attention.plan import (
     CHUNK_TOKENS,
@@ -71,36 +71,30 @@ def test_a_prompt_that_follows_an_empty_row_of_its_own_sequence_is_not_part_of_i
     assert items.tolist() == [[1, 3, 0, 0, 0]]
 
 
+class World:
+    """Queries of T tokens of B sequences, whose pages lie in any order."""
+
+    def __init__(self, tokens=7, batch=3, heads=4, kv_heads=2, channels=64, pages=2):
+        dice = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(dice.standard_normal(shape), jnp.float32)
+        self.q, self.sinks = draw(tokens, heads, channels), draw(heads)
+        self.k, self.v = (draw(batch * pages, kv_heads, PAGE_TOKENS, channels) for _ in "kv")
+        self.table = jnp.asarray(dice.permutation(batch * pages).reshape(batch, pages), jnp.int32)
+        self.sequences = dice.integers(0, batch, tokens).astype(np.int32)
+        self.positions = dice.integers(0, pages * PAGE_TOKENS, tokens).astype(np.int32)
+
+    def by_the_model(self, **options):
+        pages = self.table[self.sequences]
+        return attend_pages(self.q, self.k, self.v, pages, jnp.asarray(self.positions), **options)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(0, False), (70, True)])
 def test_the_reference_is_what_the_models_attention_computes(window, sinks):
-    dice = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(dice.standard_normal(shape), jnp.float32)
-    batch, heads, kv_heads, channels, pages, tokens = 3, 4, 2, 8, 2, 7
-    q, k, v = (
-        draw(tokens, heads, channels),
-        *(draw(batch, kv_heads, pages * PAGE_TOKENS, channels) for _ in "kv"),
-    )
-    sequences = jnp.asarray(dice.integers(0, batch, tokens), jnp.int32)
-    positions = jnp.asarray(dice.integers(0, pages * PAGE_TOKENS, tokens), jnp.int32)
-    options = {"window": window, "sinks": draw(heads) if sinks else None}
-    wanted = attend_cached(q, k, v, positions, sequences, **options)
-    # The same keys and values in pages, in another order.
-    order = dice.permutation(batch * pages)
-    table = np.empty(batch * pages, np.int32)
-    table[order] = np.arange(batch * pages)
-    paged = lambda a: a.reshape(batch, kv_heads, pages, PAGE_TOKENS, channels).swapaxes(1, 2)
-    paged = lambda a, paged=paged: paged(a).reshape(-1, kv_heads, PAGE_TOKENS, channels)[order]
-    found = attention_reference(
-        q,
-        paged(k),
-        paged(v),
-        jnp.asarray(table.reshape(batch, pages)),
-        sequences,
-        positions,
-        scale=channels**-0.5,
-        **options,
-    )
-    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+    world = World()
+    options = {"window": window, "sinks": world.sinks if sinks else None}
+    places = world.table, jnp.asarray(world.sequences), jnp.asarray(world.positions)
+    found = attention_reference(world.q, world.k, world.v, *places, scale=0.125, **options)
+    np.testing.assert_allclose(found, world.by_the_model(**options), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -108,37 +102,37 @@ def test_the_reference_is_what_the_models_attention_computes(window, sinks):
     [(32, 4, 128, 4096), (64, 8, 64, 2 * CHUNK_TOKENS), (28, 4, 128, 1024), (16, 16, 128, 1024)],
 )
 def test_attention_lowers(heads, kv_heads, channels, context):
-    tokens, batch = 80, 16
-    cache = like((batch, kv_heads, context, channels), jnp.bfloat16)
+    tokens, batch, pages = 80, 16, context // PAGE_TOKENS
+    cache = like((500, kv_heads, PAGE_TOKENS, channels), jnp.bfloat16)
     items = like((items_max(tokens, batch, context, heads // kv_heads), len(FIELDS)), np.int32)
     operands = like((tokens,), np.int32), items, like((1,), np.int32), like((heads,), jnp.bfloat16)
 
-    def run(q, k, v, positions, items, count, sinks):
-        return attend(q, k, v, positions, items, count, window=128, sinks=sinks)
+    def run(q, k, v, table, positions, items, count, sinks):
+        return attend(q, k, v, table, positions, items, count, window=128, sinks=sinks)
 
-    text = lowered(run, like((tokens, heads, channels), jnp.bfloat16), cache, cache, *operands)
+    table = like((batch, pages), np.int32)
+    text = lowered(
+        run, like((tokens, heads, channels), jnp.bfloat16), cache, cache, table, *operands
+    )
     assert len(kernels(text)) == 1 + (chunks_of(context) > 1)
 
 
 def test_what_the_kernel_does_not_take_is_refused():
-    assert fits(32, 4, 128, 4096)
-    assert not any((fits(32, 4, 96, 4096), fits(32, 4, 128, 100), fits(130, 2, 128, 128)))
+    assert fits(32, 4, 128, 64)
+    assert not any((fits(32, 4, 96, 64), fits(32, 4, 128, 16), fits(130, 2, 128, 64)))
     q, cache = jnp.zeros((1, 2, 32), jnp.bfloat16), jnp.zeros((1, 1, 64, 32), jnp.bfloat16)
     rest = jnp.zeros(1, jnp.int32), jnp.zeros((1, 5), jnp.int32), jnp.zeros(1, jnp.int32)
     with pytest.raises(NotImplementedError, match="2 heads of 32 channels"):
-        attend(q, cache, cache, *rest)
+        attend(q, cache, cache, jnp.zeros((1, 1), jnp.int32), *rest)
 
 
 def test_elsewhere_than_on_a_gpu_the_reference_follows_the_items():
-    dice = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(dice.standard_normal(shape), jnp.float32)
-    q, (k, v) = draw(9, 4, 64), (draw(3, 2, 128, 64) for _ in "kv")
-    sequences = np.array([2, 0, 0, 1, 1, 1, 1, 1, 0], np.int32)
-    positions = np.array([70, -1, -1, 3, 4, 5, 6, 7, 127], np.int32)
-    found = plan_items(sequences, positions, 2)
+    world = World(tokens=9)
+    world.sequences = np.array([2, 0, 0, 1, 1, 1, 1, 1, 0], np.int32)
+    world.positions = np.array([70, -1, -1, 3, 4, 5, 6, 7, 127], np.int32)
+    found = plan_items(world.sequences, world.positions, 2)
     items = np.concatenate([found, np.full((2, 5), 7, np.int32)])
-    at, of = jnp.asarray(positions), jnp.asarray(sequences)
-    y = attend(q, k, v, at, jnp.asarray(items), jnp.array([len(found)]), window=60)
-    wanted = attend_cached(q, k, v, at, of, window=60)
-    real = positions >= 0
-    np.testing.assert_allclose(y[real], wanted[real], rtol=2e-5, atol=2e-6)
+    work = jnp.asarray(world.positions), jnp.asarray(items), jnp.array([len(found)])
+    y = attend(world.q, world.k, world.v, world.table, *work, window=60)
+    real = world.positions >= 0
+    np.testing.assert_allclose(y[real], world.by_the_model(window=60)[real], rtol=2e-5, atol=2e-6)

@@ -17,10 +17,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from eep_jax.config import RunConfig
-from eep_jax.engine.step import StepKind, empty_batch, make_step
+from eep_jax.engine.step import empty_batch, make_step
 from eep_jax.heap.heap import CONTROL_BYTES
 from eep_jax.models.expert_bank import slab_layout
-from eep_jax.models.kv_cache import KVCache
+from eep_jax.models.kv_cache import zeros_of_cache
 from eep_jax.models.moe_block import ExpertSpread, expert_mlp
 from eep_jax.models.weights import dense_names
 from eep_jax.tables import solo_tables
@@ -165,10 +165,10 @@ def test_no_rank_membership_round_deadline_or_address_is_a_constant(mode, fp8):
     assert_the_same_program([lowered(run, *arguments(layout, c, layers=2)) for c in CALLS])
 
 
-def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
+def a_step(config: RunConfig, rows: int, call=None) -> str:
     """One whole step of the rank of `call`; weights and heap are shapes only."""
     call = call or a_call(config.cluster.ranks, rank=config.cluster.ranks - 1)
-    cluster, model, dtype = config.cluster, config.model, jnp.dtype(config.engine.dtype)
+    cluster, dtype = config.cluster, jnp.dtype(config.engine.dtype)
     rank = int(call.rank)
     slab = slab_layout(config.model, config.engine, cluster.ranks, cluster.slots_per_rank)
     spread = ExpertSpread(
@@ -182,20 +182,15 @@ def a_step(config: RunConfig, kind: StepKind, call=None) -> str:
         like(shapes[name].shape, np.float32 if name.endswith("correction") else dtype)
         for name in names
     ]
-    sequences, positions = config.engine.batch_rows, config.engine.context_tokens
-    keys, values = (
-        tuple(like((sequences, heads, positions, channels), dtype) for _ in range(model.layers))
-        for heads, channels in model.cache_channels
-    )
     tables = solo_tables(cluster.ranks, config.model.experts, cluster.slots_per_rank, rank)
     return lowered(
         step,
         dense,
         like(slab.bank.shape, dtype),
-        KVCache(keys, values),
+        jax.eval_shape(lambda: zeros_of_cache(config)),
         like((cluster.ranks, CONTROL_BYTES), np.uint8),  # the head only, see `heap_argument`
         tables,
-        empty_batch(config, kind),
+        empty_batch(config, rows),
         call,
     )
 
@@ -209,11 +204,12 @@ def a_config(name: str, layers: int, **engine) -> RunConfig:
     return dataclasses.replace(config, model=model, engine=engine)
 
 
-@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize("size", [0, -1], ids=["narrow", "wide"])
 # Query, key and value together, output, router, head; attention where heads fit its kernel.
 @pytest.mark.parametrize(("name", "shared"), [("tiny_gpu", 4), ("small_moe_h100x1", 5)])
-def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, shared, kind):
-    assert len(kernels(a_step(a_config(name, layers=2), kind))) == 2 * 4 + shared
+def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, shared, size):
+    config = a_config(name, layers=2)
+    assert len(kernels(a_step(config, config.engine.step_sizes[size]))) == 2 * 4 + shared
 
 
 @pytest.mark.parametrize(
@@ -228,7 +224,7 @@ def test_a_whole_step_lowers_with_the_kernels_of_every_layer(name, shared, kind)
 )
 def test_a_decode_step_of_each_published_model_lowers(name, layers):
     config = a_config(name, layers)
-    assert len(kernels(a_step(config, StepKind.DECODE))) >= 4
+    assert len(kernels(a_step(config, config.engine.batch_rows))) >= 4
 
 
 @pytest.mark.parametrize("tile_rows", [64, 128])
@@ -253,12 +249,14 @@ def test_experts_with_biases_and_a_clamped_activation_lower(tile_rows):
     ids=["per_rank", "fp8"],
 )
 def test_a_decode_step_lowers_in_the_other_modes(engine, of_a_layer):
-    text = a_step(a_config("tiny_gpu", layers=1, **engine), StepKind.DECODE)
+    config = a_config("tiny_gpu", layers=1, **engine)
+    text = a_step(config, config.engine.batch_rows)
     assert len(kernels(text)) == of_a_layer
 
 
 def test_a_step_is_the_same_program_in_every_epoch_and_on_every_rank():
-    step = functools.partial(a_step, a_config("tiny_gpu", layers=1), kind=StepKind.DECODE)
+    config = a_config("tiny_gpu", layers=1)
+    step = functools.partial(a_step, config, config.engine.batch_rows)
     assert_the_same_program([step(call=call) for call in CALLS])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.engine import Engine
-from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.request import NOT_FINITE, Progress, Request
 from eep_jax.engine.scheduler import Scheduler
 from eep_jax.heap.loopback import LoopbackHeap, open_all
 from eep_jax.models.expert_bank import slab_layout
@@ -41,7 +41,8 @@ class Book:
             known = self.tokens.get(part.id, ())
             end = part.start + len(part.tokens)
             assert part.id not in self.finished, f"{part.id} goes on after its end"
-            assert part.start <= len(known) < end, f"{part} does not continue {known}"
+            adds = len(known) < end or part.finish == NOT_FINITE
+            assert part.start <= len(known) and adds, f"{part} does not continue {known}"
             merged = known[: part.start] + part.tokens
             assert merged[: len(known)] == known, f"{part} contradicts {known}"
             self.tokens[part.id] = merged
@@ -196,7 +197,7 @@ class EngineCluster:
         return engine
 
     def _cache(self):
-        return empty_cache(self.config.model, self.config.engine)
+        return empty_cache(self.config)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ def a_run(ranks: int = 1, slots_per_rank: int | None = None, model=None, **engin
     """A run of `a_model`; a rank has room for every expert unless told otherwise."""
     model = model or a_model()
     sizes = {"batch_rows": 4, "prefill_tokens": 4, "row_tile": 4, "context_tokens": 48}
+    sizes |= {"page_tokens": 8}
     return RunConfig(
         name="test",
         model=model,

@@ -52,7 +52,8 @@ def parity_run(wanted: Reference, ranks: int, slots_per_rank: int) -> RunConfig:
         engine=EngineConfig(
             batch_rows=4,
             prefill_tokens=4,
-            prompt_shapes=(),
+            step_rows=(),
+            kv_pages=0,
             row_tile=4,
             context_tokens=48,
             step_deadline_ms=60_000,

@@ -8,13 +8,14 @@ import pytest
 
 from benchmarks.processes import with_ranks
 from benchmarks.static.engine import pack_batch, unpack_batch
-from eep_jax.engine.step import StepKind, empty_batch
+from eep_jax.engine.step import empty_batch
+from eep_jax.engine.votes import HOLD
 from launch.flags import UsageError, load_config
 
 
-@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
-def test_a_batch_comes_out_of_its_words_as_it_went_in(kind):
-    like, rng = empty_batch(load_config("tiny_cpu"), kind), np.random.default_rng(int(kind))
+@pytest.mark.parametrize("rows", load_config("tiny_cpu").engine.step_sizes)
+def test_a_batch_comes_out_of_its_words_as_it_went_in(rows):
+    like, rng = empty_batch(load_config("tiny_cpu"), rows), np.random.default_rng(rows)
     given = {}
     for field in dataclasses.fields(like):
         model = getattr(like, field.name)
@@ -24,10 +25,8 @@ def test_a_batch_comes_out_of_its_words_as_it_went_in(kind):
         given[field.name] = bits > 2**31 if model.dtype == np.bool_ else bits.view(model.dtype)
     given["temperature"], given["top_p"] = (rng.random(8, np.float32) for _ in range(2))
     batch = dataclasses.replace(like, **given)
-    found, vote = jax.jit(lambda words: unpack_batch(words, like))(
-        pack_batch(batch, StepKind.HOLD)[0]
-    )
-    assert int(vote) == StepKind.HOLD
+    found, vote = jax.jit(lambda words: unpack_batch(words, like))(pack_batch(batch, HOLD)[0])
+    assert int(vote) == HOLD
     for name, value in given.items():
         assert getattr(found, name).dtype == value.dtype
         np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)

@@ -11,7 +11,8 @@ import pytest
 from configs import tiny_cpu
 from eep_jax.config import ClusterConfig
 from eep_jax.engine.engine import Engine
-from eep_jax.engine.step import StepKind, empty_batch
+from eep_jax.engine.step import empty_batch
+from eep_jax.engine.votes import IDLE
 from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import build_dense_model, expert_name
@@ -65,17 +66,17 @@ def next_epoch(engine: Engine) -> None:
     engine.resume(dataclasses.replace(tables, epoch=np.uint32(engine.epoch + 1)))
 
 
-def rows_of(engine: Engine, batch_row: int, length: int) -> list[np.ndarray]:
-    """Keys and values of every layer at the first positions of a batch row."""
+def rows_of(engine: Engine, pages: list[int], length: int) -> list[np.ndarray]:
+    """Keys and values of every layer at the first positions of a sequence, `[H length C]`."""
+    take = lambda leaf: np.moveaxis(np.asarray(leaf)[pages], 1, 0)
     leaves = jax.tree.leaves(engine._cache)
-    return [np.asarray(leaf)[batch_row, :, :length] for leaf in leaves]
+    return [take(leaf).reshape(leaf.shape[1], -1, leaf.shape[3])[:, :length] for leaf in leaves]
 
 
-def batch_rows_of(engine: Engine) -> dict[str, int]:
-    """The batch row of each request in the next step."""
-    engine.scheduler.plan(engine._next)  # changes nothing but which sequence is in which batch row
-    running = enumerate(engine.scheduler._sequences)
-    return {s.request.id: row for row, s in running if s is not None}
+def pages_of(engine: Engine) -> dict[str, list[int]]:
+    """The pages of each request in the next step."""
+    engine.scheduler.plan(engine._next)  # changes nothing but who has which pages
+    return {s.request.id: list(s.pages) for _, s in engine.scheduler._running()}
 
 
 def serve(engine: Engine, *requests, discard_every: int = 0) -> tuple[Book, dict]:
@@ -95,14 +96,14 @@ def serve(engine: Engine, *requests, discard_every: int = 0) -> tuple[Book, dict
             assert not outcome.committed and not outcome.accused and not outcome.progress
             next_epoch(engine)
             continue
-        batch_rows = batch_rows_of(engine)
+        pages = pages_of(engine)
         outcome = engine.advance()
         assert outcome.committed
         book.take(outcome.progress)
         for part in outcome.progress:
             if part.finish and part.id in prompts:
                 length = prompts[part.id] + len(part.tokens) - 1
-                rows[part.id] = rows_of(engine, batch_rows[part.id], length)
+                rows[part.id] = rows_of(engine, pages[part.id], length)
     raise AssertionError("the engine does not pause")
 
 
@@ -138,7 +139,7 @@ def test_drawn_weights_serve_like_read_ones():
 
 def test_kernels_are_told_where_the_abort_word_is():
     engine = small()
-    *_, call = engine._arguments(empty_batch(engine.config, StepKind.DECODE), StepKind.IDLE)
+    *_, call = engine._arguments(empty_batch(engine.config, engine.config.engine.batch_rows), IDLE)
     low, high = call.abort_address.tolist()
     assert high << 32 | low == engine.heap.control_address()
     assert call.abort_address.dtype == np.uint32
@@ -268,13 +269,13 @@ def test_a_step_without_tokens_sends_no_row_and_gives_no_progress():
     engine = small()
     steps, (window,) = engine.steps, engine.bank.layout.window.views(engine.heap.whole())
     window["slots"][...] = 0
-    engine._next = StepKind.MIXED
+    engine._next = engine.config.engine.tokens_max
     outcome = engine.advance()
     assert outcome.committed and outcome.progress == () and engine.steps == steps + 1
     assert set(window["slots"].ravel().tolist()) == {-1}, "an empty row goes to no expert"
 
 
-def test_tokens_are_the_same_whatever_sizes_of_mixed_steps_there_are():
+def test_tokens_are_the_same_whatever_sizes_of_steps_there_are():
     weights = some_weights(a_run().model)
     requests = [
         a_request(f"r{i}", range(1, length), 5, seed=i, temperature=0.7 * (i % 2))
@@ -283,7 +284,7 @@ def test_tokens_are_the_same_whatever_sizes_of_mixed_steps_there_are():
 
     def answers(**sizes):
         engine = an_engine(a_run(**sizes), *weights)
-        assert len(engine._executables) == 2 + len(sizes.get("prompt_shapes", ()))
+        assert len(engine._executables) == len(engine.config.engine.step_sizes)
         return serve(engine, *requests)[0].tokens
 
-    assert answers(prefill_tokens=16, prompt_shapes=(4, 8)) == answers()
+    assert answers(prefill_tokens=16, step_rows=(4, 8, 12)) == answers()

@@ -13,7 +13,8 @@ import pytest
 from eep_jax.engine import executables
 from eep_jax.engine.engine import Engine
 from eep_jax.engine.executables import MAGIC, ExecutableStore, step_facts
-from eep_jax.engine.step import StepKind, empty_batch
+from eep_jax.engine.step import empty_batch
+from eep_jax.engine.votes import IDLE
 from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from tests.support.models import a_run, some_weights
@@ -36,10 +37,10 @@ def an_engine(directory, rank: int = 0) -> Engine:
 
 
 def logits_of(engine: Engine):
-    batch = empty_batch(engine.config, StepKind.MIXED)
+    batch = empty_batch(engine.config, engine.config.engine.tokens_max)
     batch.tokens[:3], batch.positions[:3] = (5, 3, 1), (0, 1, 2)
     batch.last_rows[0], batch.temperature[0], batch.seeds[0] = 2, 0.8, (4, 2)
-    result = engine._run(StepKind.MIXED, batch, StepKind.IDLE)
+    result = engine._run(batch, IDLE)
     return jax.device_get((result.tokens, result.cache.keys, result.cache.values, result.chosen))
 
 

@@ -1,17 +1,19 @@
 """Promises of the parts of a model: routing, attention, cache, weights and bank of experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from eep_jax.config import EngineConfig
 from eep_jax.heap.loopback import LoopbackHeap, open_all
-from eep_jax.models.attention import attend_cached, attend_causal, rope
+from eep_jax.models.attention import rope
 from eep_jax.models.decoder import add
 from eep_jax.models.expert_bank import ExpertBank, slab_layout
 from eep_jax.models.kv_cache import empty_cache
+from eep_jax.models.paged_attention import attend_pages
 from eep_jax.models.router import route
 from eep_jax.models.weights import (
     build_dense_model,
@@ -47,37 +49,29 @@ def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
     np.testing.assert_array_equal(turn(q, 0), q)
 
 
-def test_attending_to_a_cache_is_attending_causally_whatever_lies_behind():
-    random = np.random.default_rng(1)
-    length, padded = 6, 10
-    q = random.standard_normal((1, length, 4, 8)).astype(np.float32)
-    k, v = (random.standard_normal((1, length, 2, 8)).astype(np.float32) for _ in "kv")
-    wanted = attend_causal(*map(jnp.asarray, (q, k, v)))[0]
-    old = random.standard_normal((2, padded, 8)).astype(np.float32)
-    cached = []
-    for part in (k, v):
-        rows = old.copy()
-        rows[:, :length] = part[0].swapaxes(0, 1)
-        cached.append(jnp.broadcast_to(rows, (length, *rows.shape)))
-    found = attend_cached(jnp.asarray(q[0]), *cached, jnp.arange(length))
-    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
-
-
 class TestKVCache:
-    def written(self, slots, positions):
-        cache = empty_cache(a_model(), a_run().engine)
-        k = np.arange(1, len(slots) + 1, dtype=np.float32)[:, None, None] * np.ones((1, 1, 8))
-        return cache.write(1, np.array(slots), np.array(positions), k, -k)
+    RUN = a_run()  # pages of 8
 
-    def test_each_token_is_written_at_its_slot_and_position_of_its_layer(self):
-        cache = self.written([2, 0], [5, 47])
-        assert np.argwhere(cache.keys[1].any(axis=-1)).tolist() == [[0, 0, 47], [2, 0, 5]]
-        assert float(cache.keys[1][2, 0, 5, 0]) == 1 and float(cache.values[1][0, 0, 47, 0]) == -2
+    def written(self, batch_rows, positions):
+        cache = empty_cache(self.RUN)
+        k = np.arange(1, len(positions) + 1, dtype=np.float32)[:, None, None] * np.ones((1, 1, 8))
+        table = np.array([[5, 3], [9, 9], [4, 0]], np.int32)
+        places = cache.places_of(table, np.array(batch_rows), np.array(positions))
+        return cache.write(1, places, k, -k)
+
+    def test_each_token_is_written_to_its_page_of_its_layer(self):
+        cache = self.written([2, 0], [5, 15])
+        assert np.argwhere(cache.keys[1].any(axis=-1)).tolist() == [[3, 0, 7], [4, 0, 5]]
+        assert float(cache.keys[1][4, 0, 5, 0]) == 1 and float(cache.values[1][3, 0, 7, 0]) == -2
         assert not cache.keys[0].any() and not cache.values[0].any()
 
     def test_an_empty_row_writes_nothing(self):
-        cache = self.written([0, 3], [-1, -1])
+        cache = self.written([0, 2], [-1, -1])
         assert not cache.keys[1].any() and not cache.values[1].any()
+
+    def test_there_is_room_for_all_contexts_unless_less_is_asked_for(self):
+        assert empty_cache(self.RUN).keys[0].shape == (4 * 6, 1, 8, 8)
+        assert empty_cache(a_run(kv_pages=7)).keys[0].shape == (7, 1, 8, 8)
 
 
 def test_a_model_survives_being_split_into_named_weights():
@@ -230,7 +224,7 @@ class TestBfloat16:
         layer, x = narrow.decoder.layers[0], narrow.decoder.embed(jnp.arange(4))
         q, k, v = layer.before_attention(x, jnp.arange(4))
         cache = jnp.zeros((4, model.kv_heads, 10, model.head_dim), jnp.bfloat16)
-        context = attend_cached(q, cache, cache, jnp.arange(4))
+        context = attend_pages(q, cache, cache, jnp.arange(4)[:, None], jnp.arange(4))
         after, normed, _, weights = layer.after_attention(x, context)
         assert {a.dtype for a in (x, q, k, v, context, after, normed)} == {jnp.dtype("bfloat16")}
         assert {weights.dtype, layer.router(normed).dtype} == {jnp.dtype("float32")}
@@ -242,7 +236,8 @@ class TestBfloat16:
         np.testing.assert_array_equal(add(x, 3 * y / 2), jnp.full(3, 1 + 2**-7, jnp.bfloat16))
 
     def test_the_cache_is_of_the_engines_dtype(self):
-        cache = empty_cache(a_model(), EngineConfig(dtype="bfloat16"))
+        engine = dataclasses.replace(a_run().engine, dtype="bfloat16")
+        cache = empty_cache(dataclasses.replace(a_run(), platform="gpu", engine=engine))
         assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
 
     def test_far_positions_keep_their_angle(self):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eep_jax.models import attention, attention_cudnn
-from eep_jax.models.attention import attend_cached, attend_xla
-from eep_jax.models.attention_cudnn import attend_cudnn, fused, page_table
+from benchmarks import attention_cudnn
+from benchmarks.attention_cudnn import attend_cudnn, fused, page_table
+from eep_jax.models.attention import attend_xla
 from tests.support.lowering import like, lowered
 
 POISON = 1e30  # of positions that nobody may read
@@ -107,11 +107,10 @@ def test_a_table_names_the_pages_of_each_key_head():
 def test_it_lowers_to_one_call_of_cudnn(monkeypatch, options, found):
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(attention, "fits_cudnn", lambda q, k: True)
     options = options | ({"sinks": jnp.zeros(8)} if "sinks" in options else {})
     cache, q = like((16, 2, 256, 64), jnp.bfloat16), like((16, 8, 64), jnp.bfloat16)
     at = like((16,), np.int32)
-    attend = functools.partial(attend_cached, **options)
+    attend = functools.partial(attend_cudnn, **options)
     text = lowered(attend, q, cache, cache, at, *([at] if found else [])).replace("\\22", '"')
     assert text.count("__cudnn$fmhaSoftmax") == 1
     paged = found and "window" not in options

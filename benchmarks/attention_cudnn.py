@@ -38,7 +38,7 @@ def attend_cudnn(
     window: int = 0,
     sinks: Float[Array, "Hq"] | None = None,
 ) -> BFloat16[Array, "T Hq C"]:
-    """Same result as `attention.attend_cached`.
+    """Same result as `attention.attend_xla`.
 
     Query heads that share a key head become the queries of one sequence for cuDNN, so that a cache
     is read once for all of them, without a transpose. With
