@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention    21.3 GiB  JAX
     routers       0.2 GiB  JAX
     shared        7.0 GiB  JAX   shared experts, dense layers
-    KV cache     34.3 GiB  JAX   128 sequences x 4096 positions
-    step          3.3 GiB  JAX   estimated
-    unused        7.7 GiB  JAX   takes 0.55 of a GPU
+    KV cache     34.3 GiB  JAX   8192 pages x 64 positions = 512 Ki
+    step          2.3 GiB  JAX   estimated
+    unused        8.7 GiB  JAX   takes 0.55 of a GPU; room for 2072 pages more
     context       0.6 GiB  CUDA
     in all      127.4 GiB  x 1 of 140.4 GiB
     256 experts on 32 ranks: up to 6 may die, up to 0 with nothing to load

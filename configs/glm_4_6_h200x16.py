@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention    23.4 GiB  JAX
     routers       0.1 GiB  JAX
     shared        5.0 GiB  JAX   shared experts, dense layers
-    KV cache     46.0 GiB  JAX   64 sequences x 2048 positions
-    step          1.6 GiB  JAX   estimated
-    unused        5.3 GiB  JAX   takes 0.6 of a GPU
+    KV cache     46.0 GiB  JAX   2048 pages x 64 positions = 128 Ki
+    step          0.8 GiB  JAX   estimated
+    unused        6.1 GiB  JAX   takes 0.6 of a GPU; room for 269 pages more
     context       0.6 GiB  CUDA
     in all      132.2 GiB  x 1 of 140.4 GiB
     160 experts on 16 ranks: up to 2 may die, up to 0 with nothing to load

@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention     1.8 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache      9.0 GiB  JAX   32 sequences x 4096 positions
-    step          0.7 GiB  JAX   estimated
-    unused        2.2 GiB  JAX   takes 0.2 of a GPU
+    KV cache      9.0 GiB  JAX   2048 pages x 64 positions = 128 Ki
+    step          0.3 GiB  JAX   estimated
+    unused        2.7 GiB  JAX   takes 0.2 of a GPU; room for 609 pages more
     context       0.6 GiB  CUDA
     in all       74.6 GiB  x 1 of 79.6 GiB
     128 experts on 8 ranks: up to 4 may die, up to 1 with nothing to load

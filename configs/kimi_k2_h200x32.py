@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention    11.5 GiB  JAX
     routers       0.3 GiB  JAX
     shared        5.7 GiB  JAX   shared experts, dense layers
-    KV cache     34.3 GiB  JAX   128 sequences x 4096 positions
-    step          3.4 GiB  JAX   estimated
-    unused        3.7 GiB  JAX   takes 0.45 of a GPU
+    KV cache     34.3 GiB  JAX   8192 pages x 64 positions = 512 Ki
+    step          2.4 GiB  JAX   estimated
+    unused        4.6 GiB  JAX   takes 0.45 of a GPU; room for 1107 pages more
     context       0.6 GiB  CUDA
     in all      134.7 GiB  x 1 of 140.4 GiB
     384 experts on 32 ranks: up to 4 may die, up to 0 with nothing to load

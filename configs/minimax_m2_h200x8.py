@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention     5.1 GiB  JAX
     routers       0.1 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     31.0 GiB  JAX   64 sequences x 2048 positions
-    step          1.4 GiB  JAX   estimated
-    unused       19.1 GiB  JAX   takes 0.42 of a GPU
+    KV cache     31.0 GiB  JAX   2048 pages x 64 positions = 128 Ki
+    step          0.7 GiB  JAX   estimated
+    unused       19.8 GiB  JAX   takes 0.42 of a GPU; room for 1309 pages more
     context       0.6 GiB  CUDA
     in all      130.0 GiB  x 1 of 140.4 GiB
     256 experts on 8 ranks: up to 2 may die, up to 0 with nothing to load

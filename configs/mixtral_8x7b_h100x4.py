@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention     2.5 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     16.0 GiB  JAX   32 sequences x 4096 positions
-    step          1.1 GiB  JAX   estimated
-    unused       10.2 GiB  JAX   takes 0.38 of a GPU
+    KV cache     16.0 GiB  JAX   2048 pages x 64 positions = 128 Ki
+    step          0.2 GiB  JAX   estimated
+    unused       11.0 GiB  JAX   takes 0.38 of a GPU; room for 1413 pages more
     context       0.6 GiB  CUDA
     in all       72.9 GiB  x 1 of 79.6 GiB
     8 experts on 4 ranks: up to 2 may die, up to 1 with nothing to load

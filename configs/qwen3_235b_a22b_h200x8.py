@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention    12.5 GiB  JAX
     routers       0.1 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     23.5 GiB  JAX   64 sequences x 2048 positions
-    step          0.9 GiB  JAX   estimated
-    unused       19.7 GiB  JAX   takes 0.42 of a GPU
+    KV cache     23.5 GiB  JAX   2048 pages x 64 positions = 128 Ki
+    step          0.5 GiB  JAX   estimated
+    unused       20.1 GiB  JAX   takes 0.42 of a GPU; room for 1748 pages more
     context       0.6 GiB  CUDA
     in all      132.5 GiB  x 1 of 140.4 GiB
     128 experts on 8 ranks: up to 2 may die, up to 0 with nothing to load

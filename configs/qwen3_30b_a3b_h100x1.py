@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention     1.7 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     12.0 GiB  JAX   64 sequences x 2048 positions
-    step          0.9 GiB  JAX   estimated
-    unused        8.1 GiB  JAX   takes 0.3 of a GPU
+    KV cache     17.6 GiB  JAX   3000 pages x 64 positions = 188 Ki
+    step          1.3 GiB  JAX   estimated
+    unused        2.1 GiB  JAX   takes 0.3 of a GPU; room for 359 pages more
     context       0.6 GiB  CUDA
     in all       78.6 GiB  x 1 of 79.6 GiB
     128 experts on 1 ranks: up to 0 may die, up to 0 with nothing to load
@@ -33,11 +33,13 @@ def get_config() -> RunConfig:
             formation_ms=900_000,
         ),
         engine=EngineConfig(
-            batch_rows=64,
+            batch_rows=256,
             prefill_tokens=1024,
-            prompt_shapes=(64, 256),
-            context_tokens=2048,
-            row_tile=64,  # a decode step is one tile, without a loop
+            step_rows=(16, 64, 256, 512),
+            context_tokens=40_960,  # the model's own
+            kv_pages=3000,
+            gap_ms=60,
+            row_tile=16,
             step_deadline_ms=10_000,
             dtype="bfloat16",
         ),

@@ -8,9 +8,9 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     attention     1.7 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     24.0 GiB  JAX   64 sequences x 4096 positions
-    step          1.5 GiB  JAX   estimated
-    unused       34.8 GiB  JAX   takes 0.45 of a GPU
+    KV cache     55.7 GiB  JAX   9500 pages x 64 positions = 594 Ki
+    step          1.4 GiB  JAX   estimated
+    unused        3.2 GiB  JAX   takes 0.45 of a GPU; room for 550 pages more
     context       0.6 GiB  CUDA
     in all      118.0 GiB  x 1 of 140.4 GiB
     128 experts on 2 ranks: up to 1 may die, up to 1 with nothing to load
@@ -34,11 +34,13 @@ def get_config() -> RunConfig:
             formation_ms=900_000,
         ),
         engine=EngineConfig(
-            batch_rows=64,
+            batch_rows=256,
             prefill_tokens=1024,
-            prompt_shapes=(64, 256),
-            context_tokens=4096,
-            row_tile=64,  # a decode step is one tile, without a loop
+            step_rows=(16, 64, 256, 512),
+            context_tokens=40_960,  # the model's own
+            kv_pages=9500,
+            gap_ms=60,
+            row_tile=16,
             step_deadline_ms=10_000,
             dtype="bfloat16",
         ),

@@ -3,16 +3,16 @@
 Of each rank's GPU, as `eep_jax.models.memory` works it out:
 
     experts      40.5 GiB  heap  96 slots x 0.4 GiB
-    window        0.3 GiB  heap
+    window        0.4 GiB  heap
     embeddings    1.2 GiB  JAX   with the head
     attention     1.7 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
-    KV cache     24.0 GiB  JAX   64 sequences x 4096 positions
+    KV cache     63.3 GiB  JAX   10800 pages x 64 positions = 675 Ki
     step          1.6 GiB  JAX   estimated
-    unused       41.7 GiB  JAX   takes 0.5 of a GPU
+    unused        2.5 GiB  JAX   takes 0.5 of a GPU; room for 420 pages more
     context       0.6 GiB  CUDA
-    in all      111.6 GiB  x 1 of 140.4 GiB
+    in all      111.7 GiB  x 1 of 140.4 GiB
     128 experts on 4 ranks: up to 2 may die, up to 1 with nothing to load
 """
 
@@ -34,11 +34,13 @@ def get_config() -> RunConfig:
             formation_ms=900_000,
         ),
         engine=EngineConfig(
-            batch_rows=64,
+            batch_rows=256,
             prefill_tokens=1024,
-            prompt_shapes=(64, 256),
-            context_tokens=4096,
-            row_tile=64,  # a decode step is one tile, without a loop
+            step_rows=(16, 64, 256, 512),
+            context_tokens=40_960,  # the model's own
+            kv_pages=10_800,
+            gap_ms=60,
+            row_tile=16,
             step_deadline_ms=10_000,
             dtype="bfloat16",
         ),

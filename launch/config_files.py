@@ -16,7 +16,10 @@ _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _PACKAGE = types.ModuleType("eep_jax_configs")  # in which they find each other
 _PACKAGE.__path__ = [str(_CONFIGS)]
 sys.modules[_PACKAGE.__name__] = _PACKAGE
-RENAMED = {"batch_slots": "batch_rows"}  # fields of configurations, by the name they had before
+RENAMED = {
+    "batch_slots": "batch_rows",
+    "prompt_shapes": "step_rows",
+}  # fields of configurations, by the name they had before
 
 
 def load_config(name: str) -> RunConfig:

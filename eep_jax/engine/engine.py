@@ -16,7 +16,7 @@ from eep_jax.engine.compilations import CompileCounter
 from eep_jax.engine.executables import ExecutableStore, step_facts
 from eep_jax.engine.lockstep_engine import LockstepEngine
 from eep_jax.engine.protocol import StepOutcome, WarmUp
-from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.request import CacheUse, Progress, Request
 from eep_jax.engine.scheduler import Scheduler
 from eep_jax.engine.step import (
     COMPILER_OPTIONS,
@@ -90,6 +90,9 @@ class Engine(LockstepEngine):
     @property
     def compilations_since_start(self) -> int:
         return self.compilations.total - self._warm_compilations
+
+    def cache_use(self) -> CacheUse:
+        return self.scheduler.cache_use()
 
     def take_chosen(self) -> tuple[int, ...]:
         taken, self._chosen = self._chosen, np.zeros_like(self._chosen)

@@ -1,6 +1,6 @@
 """Store of compiled steps on disk: one process of any rank compiles, all others load.
 
-    <directory>/decode-1f0c5a.step    MAGIC, facts as JSON in one line, digest of the rest, the rest
+    <directory>/rows-64-1f0c5a.step   MAGIC, facts as JSON in one line, digest of the rest, the rest
     <directory>/compiling-1f0c5a.lock    held by the process that compiles one
 
 A step does not depend on the rank, so ranks that start together compile each step once, and run

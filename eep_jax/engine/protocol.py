@@ -5,7 +5,7 @@ import typing
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.lockstep import Lockstep
-from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.request import CacheUse, Progress, Request
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import ExpertBank
 from eep_jax.tables import Tables
@@ -91,6 +91,9 @@ class RankEngine(typing.Protocol):
 
     def snapshot(self) -> list[Progress]:
         """All tokens of every unfinished request, from the first."""
+
+    def cache_use(self) -> CacheUse | None:
+        """Pages of the KV cache; None for an engine that has none."""
 
     def take_chosen(self) -> tuple[int, ...]:
         """Choices of each expert by the tokens committed here since the last call."""

@@ -20,6 +20,19 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheUse:
+    """The KV cache of a rank now, and what happened in it since the rank started."""
+
+    pages: int
+    held: int  # by sequences in batch rows
+    cached: int  # that hold a known prefix, held or not
+    asked_tokens: int  # of admitted requests
+    hit_tokens: int  # of these, found in the prefix cache
+    preempted: int  # times that a sequence had to give back its pages
+    not_finite: int  # requests that ended since logits were no numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
     """New tokens of a request, from index `start` of all that were produced.
 

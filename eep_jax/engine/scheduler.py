@@ -20,7 +20,7 @@ import numpy as np
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.pages import PagePool, PrefixKeys
-from eep_jax.engine.request import NOT_FINITE, Progress, Request
+from eep_jax.engine.request import NOT_FINITE, CacheUse, Progress, Request
 from eep_jax.engine.step import Batch, empty_batch, with_items
 from eep_jax.engine.votes import IDLE
 from eep_jax.errors import QueueFull
@@ -149,6 +149,10 @@ class Scheduler:
             Progress(id=s.request.id, start=0, tokens=tuple(s.tokens[len(s.request.prompt) :]))
             for s in self._all()
         ]
+
+    def cache_use(self) -> CacheUse:
+        pool, counts = self.pool, dataclasses.asdict(self.counts)
+        return CacheUse(pages=pool.pages, held=pool.held, cached=pool.cached, **counts)
 
     def vote(self) -> int:
         """Rows of the step that this rank needs next; IDLE if it has nothing to do."""

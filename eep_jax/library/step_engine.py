@@ -147,6 +147,9 @@ class StepEngine(LockstepEngine):
     def snapshot(self) -> list[Progress]:
         return []
 
+    def cache_use(self) -> None:
+        return None
+
     def take_chosen(self) -> tuple[int, ...]:
         """Empty: choices are not counted here, so placement follows no load."""
         return ()

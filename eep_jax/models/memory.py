@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from eep_jax.config import ModelConfig, RunConfig
+from pallas_kernels.attention.plan import CHUNK_TOKENS
 from pallas_kernels.window import WindowLayout, round_up
 
 # As nvidia-smi reports; nearly all is available to a process.
@@ -18,6 +19,7 @@ MAPPED_BYTES = 32 << 20  # granularity of the heap
 RESERVE_BYTES = 512 << 20  # of a GPU, left free by every plan
 _BANK_MULTIPLE = 64  # channels of an expert on a GPU are padded to it
 _BYTES = {"bfloat16": 2, "float32": 4}
+BLOCK_TOKENS = {"cpu": 64, "gpu": 512}  # that `paged_attention` reads at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,17 @@ def memory_per_rank(config: RunConfig) -> RankMemory:
         experts=cluster.slots_per_rank * expert_bytes(config),
         window=window.window_bytes,
         dummy=MAPPED_BYTES if config.platform == "gpu" else 0,
-        cache=model.cache_elements * engine.batch_rows * engine.context_tokens * item,
+        cache=config.kv_pages * page_bytes(config),
         step=_step_bytes(config, tokens, item),
         context=CONTEXT_BYTES if config.platform == "gpu" else 0,
         **dense,
     )
+
+
+def page_bytes(config: RunConfig) -> int:
+    """Bytes of one page of the KV cache over all layers."""
+    item = _BYTES[config.engine.dtype]
+    return config.model.cache_elements * config.engine.page_tokens * item
 
 
 def expert_bytes(config: RunConfig) -> int:
@@ -108,15 +116,25 @@ def dense_elements(model: ModelConfig) -> dict[str, int]:
 def _step_bytes(config: RunConfig, tokens: int, item: int) -> int:
     """Upper estimate of a step's temporaries, without its arguments."""
     model, engine = config.model, config.engine
-    # One tile of rows gathers the keys and values of its sequences, a layer at a time.
-    gathered = engine.row_tile * engine.context_tokens * model.cache_elements // model.layers * item
+    # One tile of rows gathers a block of keys and values of its sequences, a layer at a time.
+    block = min(max(BLOCK_TOKENS[config.platform], engine.page_tokens), engine.context_tokens)
+    gathered = engine.row_tile * block * model.cache_elements // model.layers * item
+    # Attention on a GPU keeps the sums of each chunk of a long context.
+    chunks = -(-engine.context_tokens // CHUNK_TOKENS)
+    heads = model.query_heads * (model.head_dim + 2)
+    sums = tokens * heads * chunks * 4 if chunks > 1 and not model.latent else 0
     # The sampler sorts the logits of each sequence: several float32 arrays of them.
     logits = 6 * engine.batch_rows * model.vocab_size * 4
     channels = 8 * model.hidden + 4 * model.query_heads * model.head_dim + 3 * model.dense_hidden
     routed = model.experts_per_token * (3 * model.expert_hidden + model.hidden)
     # Rows of all ranks may arrive here; half of them far exceeds real routing.
     received = config.cluster.ranks * tokens * routed // 2
-    return 2 * gathered + logits + (tokens * (channels + 3 * model.shared_hidden) + received) * 4
+    return (
+        2 * gathered
+        + sums
+        + logits
+        + (tokens * (channels + 3 * model.shared_hidden) + received) * 4
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,9 +168,11 @@ def check_fit(config: RunConfig, gpu: str, gpus: int) -> Fit:
     share = int(GPU_BYTES[gpu] * config.device.memory_fraction / sharing)
     fit = Fit(gpu_bytes=GPU_BYTES[gpu], ranks_per_gpu=sharing, jax_share=share, needed=needed)
     if share < needed.jax:
+        fitting = max(0, (share - needed.jax + needed.cache) // page_bytes(config))
         raise ValueError(
             f"{config.name}: JAX has {_gib(share)} in each rank, and needs {_gib(needed.jax)}; "
-            "raise device.memory_fraction, or lower engine.batch_rows or engine.context_tokens"
+            f"raise device.memory_fraction, or set engine.kv_pages to at most {fitting}, "
+            f"now {config.kv_pages}"
         )
     if fit.free < RESERVE_BYTES:
         raise ValueError(
@@ -180,7 +200,8 @@ def describe(config: RunConfig, gpu: str, gpus: int) -> str:
         (
             "unused",
             fit.jax_share - n.jax,
-            f"JAX   takes {config.device.memory_fraction:g} of a GPU",
+            f"JAX   takes {config.device.memory_fraction:g} of a GPU; room for "
+            f"{(fit.jax_share - n.jax) // page_bytes(config)} pages more",
         ),
         ("context", n.context, "CUDA"),
     )
@@ -195,7 +216,8 @@ def describe(config: RunConfig, gpu: str, gpus: int) -> str:
 
 
 def _cache_of(config: RunConfig) -> str:
-    return f"{config.engine.batch_rows} sequences x {config.engine.context_tokens} positions"
+    pages, size = config.kv_pages, config.engine.page_tokens
+    return f"{pages} pages x {size} positions = {pages * size / 1024:.0f} Ki"
 
 
 def losses_covered(config: RunConfig) -> tuple[int, int]:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-BLOCK_TOKENS = {"cpu": 64, "gpu": 512}  # at least; whole pages
+from eep_jax.models.memory import BLOCK_TOKENS
+
 LOWEST = (
     -1e30
 )  # of a running maximum: finite, so that a block without a visible key changes nothing

@@ -79,7 +79,7 @@ def check_memory(machine: Machine, config: RunConfig, gpus: int) -> Iterator[Fin
     fraction = config.device.memory_fraction
     jax = int(total * fraction / sharing)
     found = f"{size(needed.jax)} of {size(jax)} that JAX has per rank"
-    fix = "raise device.memory_fraction, or lower engine.batch_rows or engine.context_tokens"
+    fix = "raise device.memory_fraction, or lower engine.kv_pages"
     yield either(needed.jax <= jax, "GPU memory, model", found, fix)
     rest = int(total * (1 - fraction))
     heap = sharing * (needed.heap + needed.context)

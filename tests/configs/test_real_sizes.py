@@ -28,6 +28,7 @@ from eep_jax.placement.planner import initial_placement, plan_repair
 # What the configurations promise: ranks that may die, and those of them with nothing to load.
 PROMISED = {
     "qwen3_30b_a3b_h100x1": (0, 0),
+    "qwen3_30b_a3b_h200x1": (0, 0),
     "qwen3_30b_a3b_h100x4": (2, 1),
     "qwen3_30b_a3b_h200x2": (1, 1),
     "qwen3_30b_a3b_h200x4": (2, 1),
@@ -107,8 +108,8 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     wide = dataclasses.replace(config.cluster, slots_per_rank=120)
     with pytest.raises(ValueError, match=r"lower cluster\.slots_per_rank"):
         check_fit(dataclasses.replace(config, cluster=wide), "h100", 4)
-    greedy = dataclasses.replace(config.engine, context_tokens=16_384)
-    with pytest.raises(ValueError, match=r"lower engine\.batch_rows"):
+    greedy = dataclasses.replace(config.engine, kv_pages=16_384)
+    with pytest.raises(ValueError, match=r"set engine\.kv_pages to at most \d+, now 16384"):
         check_fit(dataclasses.replace(config, engine=greedy), "h100", 4)
     with pytest.raises(ValueError, match="must be one of"):
         check_fit(config, "abacus", 4)
@@ -122,4 +123,4 @@ def test_the_table_is_printed_without_loading_jax():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert describe(config_of("gpt_oss_120b_h100x8"), "h100", 8) in done.stdout
     wrong = subprocess.run([*command, "--gpus_of_kind=h100x2"], capture_output=True, timeout=60)
-    assert wrong.returncode == 2 and b"lower engine.batch_rows" in wrong.stderr
+    assert wrong.returncode == 2 and b"set engine.kv_pages to at most 0" in wrong.stderr

@@ -3,7 +3,7 @@
 import dataclasses
 
 from eep_jax.coordination import protocol
-from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.request import CacheUse, Progress, Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,7 @@ class Telemetry:
     discarded: int
     moved: dict[str, int]  # experts written, by kind of source
     change: ChangeTimes | None = None  # the last one, repeated
+    cache: CacheUse | None = None
     chosen: tuple[int, ...] = ()  # choices of each expert since the last Telemetry
     bytes_moved: dict[str, int] = dataclasses.field(default_factory=dict)  # by kind of source
 

@@ -1,6 +1,7 @@
 """Counts and gauges of the supervisor, in Prometheus' text format."""
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -11,6 +12,7 @@ from eep_jax.membership.view import RankState
 from eep_jax.placement.balance import rank_loads
 from eep_jax.placement.load import settled
 from eep_jax.placement.sources import median_rates
+from eep_jax.runtime.control.messages import Telemetry
 from eep_jax.runtime.history.event_log import EventLog
 from eep_jax.runtime.serving.request_table import RequestTable
 
@@ -40,9 +42,14 @@ class Metrics:
     """A Prometheus collector over the supervisor's parts; counts start with the process."""
 
     def __init__(
-        self, state: Callable[[], CoordinatorState], requests: RequestTable, event_log: EventLog
+        self,
+        state: Callable[[], CoordinatorState],
+        requests: RequestTable,
+        event_log: EventLog,
+        telemetry: Mapping[int, Telemetry] = types.MappingProxyType({}),
     ):
         self._state, self._requests, self._event_log = state, requests, event_log
+        self._telemetry = telemetry
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -69,7 +76,15 @@ class Metrics:
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
-        for name in ("accepted", "finished", "cancelled", "requeued", "tokens", "dropped_choices"):
+        for name in (
+            "accepted",
+            "finished",
+            "cancelled",
+            "not_finite",
+            "requeued",
+            "tokens",
+            "dropped_choices",
+        ):
             text = f"Since this supervisor started: {name.replace('_', ' ')}."
             yield CounterMetricFamily(f"eep_{name}", text, value=self._requests.counts[name])
         text = "Events since this supervisor started, by kind."
@@ -79,6 +94,7 @@ class Metrics:
         yield family
         yield from self._collect_changes()
         yield from self._collect_sources()
+        yield from self._collect_caches()
 
     def _collect_changes(self):
         """Number, moves, bytes and seconds of changes, by kind."""
@@ -109,6 +125,37 @@ class Metrics:
             )
             for values, number in sorted(counts.items()):
                 family.add_metric(values, number)
+            yield family
+
+    def _collect_caches(self):
+        """Pages of each rank's KV cache; counts start with the rank."""
+        uses = {rank: t.cache for rank, t in self._telemetry.items() if t.cache is not None}
+        for kind, name, field, text in (
+            (GaugeMetricFamily, "eep_kv_pages", "pages", "Pages of the KV cache."),
+            (GaugeMetricFamily, "eep_kv_pages_held", "held", "Pages that sequences hold."),
+            (GaugeMetricFamily, "eep_kv_pages_cached", "cached", "Pages with a known prefix."),
+            (
+                CounterMetricFamily,
+                "eep_prefix_asked_tokens",
+                "asked_tokens",
+                "Tokens of requests that were admitted to the KV cache.",
+            ),
+            (
+                CounterMetricFamily,
+                "eep_prefix_hit_tokens",
+                "hit_tokens",
+                "Of these, tokens that a cached prefix had.",
+            ),
+            (
+                CounterMetricFamily,
+                "eep_preempted",
+                "preempted",
+                "Times that a sequence gave back its pages and waited.",
+            ),
+        ):
+            family = kind(name, text, labels=["rank"])
+            for rank, use in sorted(uses.items()):
+                family.add_metric([str(rank)], getattr(use, field))
             yield family
 
     def _collect_sources(self):

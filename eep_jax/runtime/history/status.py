@@ -1,5 +1,6 @@
 """Health and status of the cluster, for people and monitors. Decides nothing."""
 
+import dataclasses
 from collections.abc import Callable
 
 from eep_jax.config import RunConfig
@@ -36,7 +37,7 @@ class StatusReporter:
         self._event_log, self._telemetry = event_log, telemetry
         self._processes, self._channels = processes, channels
         self._journal_problem, self._now_ms = journal_problem, now_ms
-        self.metrics = Metrics(state, requests, event_log).text
+        self.metrics = Metrics(state, requests, event_log, telemetry).text
 
     def phase(self) -> str:
         """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
@@ -143,6 +144,9 @@ class StatusReporter:
             "compilations_after_start": telemetry.compilations if telemetry else 0,
             "steps": telemetry.steps if telemetry else 0,
             "steps_discarded": telemetry.discarded if telemetry else 0,
+            "kv_cache": dataclasses.asdict(telemetry.cache)
+            if telemetry and telemetry.cache
+            else {},
             "experts_moved": dict(telemetry.moved) if telemetry else {},
             "backups": list(status.backup.experts) if status is not None else [],
             "source_bytes_per_s": dict(status.rates) if status is not None else {},

@@ -3,7 +3,6 @@
 import json
 
 from eep_jax.runtime.http.completion import (
-    SHARED_ONLY,
     CompletionLimits,
     CompletionRequest,
     RequestError,
@@ -15,36 +14,17 @@ from eep_jax.runtime.http.completion import (
     sampling_fields,
     wrong,
 )
+from eep_jax.runtime.http.neutral_fields import CHAT
 from eep_jax.runtime.text.chat_template import ChatTemplate, TemplateRefused
 
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGES_MAX = 1_024
 EFFORTS = ("minimal", "low", "medium", "high")
 
-_no_tools = "send no tools: this service parses no calls out of answers"
-_text_only = "leave it out: answers are text"
-# Fields of this API with limited support: (test, supported values, way out).
-_ONLY = SHARED_ONLY | {
-    "logprobs": (lambda x: x is False, "false", "leave it out"),
-    "top_logprobs": (lambda x: type(x) is int and x == 0, "0", "leave it out"),
-    "response_format": (lambda x: x == {"type": "text"}, '{"type": "text"}', _text_only),
-    "modalities": (lambda x: x == ["text"], '["text"]', _text_only),
-    "tools": (lambda x: x == [], "null or []", _no_tools),
-    "functions": (lambda x: x == [], "null or []", _no_tools),
-    "tool_choice": (lambda x: x == "none", '"none"', _no_tools),
-    "function_call": (lambda x: x == "none", '"none"', _no_tools),
-    "parallel_tool_calls": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
-    # These do not change an answer.
-    "metadata": (lambda x: isinstance(x, dict), "an object", "leave it out"),
-    "store": (lambda x: isinstance(x, bool), "a boolean", "leave it out"),
-    "safety_identifier": (lambda x: isinstance(x, str), "a string", "leave it out"),
-    "prompt_cache_key": (lambda x: isinstance(x, str), "a string", "leave it out"),
-    "service_tier": (lambda x: x in ("auto", "default"), '"auto" or "default"', "leave it out"),
-}
 _LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is the former name
 _OWN = ("model", "messages", *_LENGTHS, "temperature", "top_p", "seed", "stop", "stream")
 _OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
-FIELDS = (*_OWN, "stream_options", *_OF_TEMPLATE, *_ONLY)
+FIELDS = (*_OWN, "stream_options", "cache_salt", *_OF_TEMPLATE, *CHAT)
 # Fields of an answer that a client may send back with the conversation, if empty.
 _EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "tool_calls", "function_call")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
@@ -63,7 +43,7 @@ def parse_chat(
     Raises:
       RequestError: names the field, within a message as `messages[0].content`.
     """
-    fields = known_fields(body, FIELDS, _ONLY, limits)
+    fields = known_fields(body, FIELDS, CHAT, limits)
     if template is None:
         message = (
             f"messages: the model {limits.model!r} has no chat template (chat_template.jinja, or "

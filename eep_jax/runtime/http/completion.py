@@ -6,6 +6,7 @@
 import dataclasses
 import reprlib
 
+from eep_jax.runtime.http.neutral_fields import COMPLETION, Neutral
 from eep_jax.runtime.serving.contract import CompletionRequest
 from eep_jax.runtime.text.tokenizer import ByteTokenizer, Tokenizer
 
@@ -35,22 +36,9 @@ class CompletionLimits:
     tokenizer: Tokenizer = BYTES
 
 
-# Fields of both APIs with one supported value: (test, value, way out).
-SHARED_ONLY = {
-    "n": (lambda x: type(x) is int and x == 1, "1", "send one request per answer"),
-    "presence_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
-    "frequency_penalty": (lambda x: type(x) in (int, float) and x == 0, "0", "leave it out"),
-    "logit_bias": (lambda x: x == {}, "null or {}", "leave it out"),
-    "user": (lambda x: isinstance(x, str), "a string", "leave it out"),
-}
-_ONLY = SHARED_ONLY | {
-    "best_of": (lambda x: type(x) is int and x == 1, "1", "send one request per candidate"),
-    "echo": (lambda x: x is False, "false", "put the prompt in front of the answer yourself"),
-    "logprobs": (lambda x: False, "null", "leave it out"),
-    "suffix": (lambda x: False, "null", "leave it out"),
-}
+SALT_CHARS_MAX = 256
 _OWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream")
-FIELDS = (*_OWN, "stream_options", *_ONLY)
+FIELDS = (*_OWN, "stream_options", "cache_salt", *COMPLETION)
 
 
 def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
@@ -61,7 +49,7 @@ def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
     Raises RequestError, naming the field. Follows OpenAI's "Create completion" reference; what
     this service does not do is refused, never ignored.
     """
-    fields = known_fields(body, FIELDS, _ONLY, limits)
+    fields = known_fields(body, FIELDS, COMPLETION, limits)
     prompt = _prompt(fields.get("prompt"), limits)
     return CompletionRequest(
         prompt=prompt,
@@ -70,22 +58,25 @@ def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
     )
 
 
-def known_fields(body: object, known, only: dict, limits: CompletionLimits) -> dict:
+def known_fields(
+    body: object, known, neutral: dict[str, Neutral], limits: CompletionLimits
+) -> dict:
     """The fields of a body that are not null. Raises RequestError for an unknown field or model.
 
-    `only[name]` is (test, value, way out) of a field with one supported value.
+    Of the fields in `neutral` only values that change no answer are taken.
     """
     if not isinstance(body, dict):
         raise RequestError(400, None, f"the body is {_SHORT.repr(body)}; send a JSON object")
     for name in body:
         if name not in known:
-            raise refusal(name, f"is not a field of this API; use {', '.join(known)}")
+            own = ", ".join(field for field in known if field not in neutral)
+            raise refusal(name, f"is not a field of this API; use {own}")
     fields = {name: value for name, value in body.items() if value is not None}
     _check_model(fields, limits)
-    for name in only.keys() & fields.keys():
-        allowed, value, way_out = only[name]
-        if not allowed(fields[name]):
-            raise wrong(name, fields[name], f"this service supports only {value}; {way_out}")
+    for name in neutral.keys() & fields.keys():
+        if not neutral[name].test(fields[name]):
+            expected = f"this service supports only {neutral[name].values}"
+            raise wrong(name, fields[name], f"{expected}; {neutral[name].way_out}")
     return fields
 
 
@@ -100,6 +91,7 @@ def sampling_fields(fields: dict, limits: CompletionLimits) -> dict:
         "stream": stream,
         "include_usage": _include_usage(fields, stream),
         "model": limits.model,
+        "cache_salt": _salt(fields.get("cache_salt", "")),
     }
 
 
@@ -220,6 +212,14 @@ def _stop(stop: object, limits: CompletionLimits) -> tuple[str, ...]:
         if any("\ud800" <= char <= "\udfff" for char in word):
             raise wrong("stop", word, "it has a lone surrogate; send valid Unicode")
     return tuple(words)
+
+
+def _salt(salt: object) -> str:
+    """Requests with other salts share no cached prefix, so none can measure another's prompt."""
+    if not isinstance(salt, str) or len(salt) > SALT_CHARS_MAX:
+        raise wrong("cache_salt", salt, f"send a string of at most {SALT_CHARS_MAX} characters")
+    check_unicode("cache_salt", salt)
+    return salt
 
 
 def _include_usage(fields: dict, stream: bool) -> bool:

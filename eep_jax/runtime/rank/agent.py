@@ -322,6 +322,7 @@ class Agent:
                 moved=dict(self._executor.moved),
                 bytes_moved=dict(self._executor.bytes_moved),
                 change=self._watch.times,
+                cache=engine.cache_use(),
                 chosen=engine.take_chosen(),
             )
         )

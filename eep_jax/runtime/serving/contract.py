@@ -21,6 +21,7 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     model: str
+    cache_salt: str = ""  # only requests with equal salts share cached prefixes
     chat: bool = False  # the answer is a message of its own; else it continues the prompt
     conversation: str = (
         ""  # of a chat: the messages and template arguments behind `prompt`, as JSON

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable
 
-from eep_jax.engine.request import Progress, Request
+from eep_jax.engine.request import NOT_FINITE, Progress, Request
 from eep_jax.errors import ProtocolError, QueueFull
 
 
@@ -165,7 +165,7 @@ class RequestTable:
 
     def _end(self, entry: Entry, finish: str) -> None:
         entry.finish = finish
-        self.counts["cancelled" if finish == "cancelled" else "finished"] += 1
+        self.counts[finish if finish in ("cancelled", NOT_FINITE) else "finished"] += 1
         self._keep_finished(entry)
 
     def _keep_finished(self, entry: Entry) -> None:

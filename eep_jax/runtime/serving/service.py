@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 
-from eep_jax.engine.request import Request
+from eep_jax.engine.request import NOT_FINITE, Request
 from eep_jax.runtime.serving.contract import (
     CompletionRequest,
     KeyConflict,
@@ -15,6 +15,13 @@ from eep_jax.runtime.serving.contract import (
     StreamProgress,
 )
 from eep_jax.runtime.serving.request_table import Entry, RequestTable
+
+# Ends of a request that no client asked for.
+ERRORS = {
+    "cancelled": "the request was cancelled",
+    NOT_FINITE: "the model's logits were no numbers (NaN or infinite) behind the tokens so far; "
+    "the weights or the prompt cause that, and a repetition gives the same",
+}
 
 
 class CompletionFrontend:
@@ -61,6 +68,7 @@ class CompletionFrontend:
             temperature=request.temperature,
             top_p=request.top_p,
             seed=seed,
+            cache_salt=request.cache_salt,
         )
         entry = self._table.submit(Entry(rank_request, key=key, body=body, created=time.time()))
         self._accepted(entry)
@@ -84,8 +92,8 @@ class CompletionFrontend:
                 degraded = tuple(sorted(entry.degraded))
                 if finish == "stop" and new and new[-1] in self._end_tokens:
                     new = new[:-1]
-                if finish == "cancelled":
-                    yield StreamProgress(tokens=tuple(new), error="the request was cancelled")
+                if finish in ERRORS:
+                    yield StreamProgress(tokens=tuple(new), error=ERRORS[finish])
                     return
                 if new or finish:
                     reason = finish or None

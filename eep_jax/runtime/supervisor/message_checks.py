@@ -5,12 +5,12 @@ Each raises ProtocolError for an impossible value.
 
 from eep_jax.config import SOURCES, RunConfig
 from eep_jax.coordination.protocol import Status
-from eep_jax.engine.request import Progress
+from eep_jax.engine.request import NOT_FINITE, Progress
 from eep_jax.errors import ProtocolError
 from eep_jax.runtime.control.messages import Hello, Telemetry
 
 PIDS_MAX = 4 << 20  # of Linux
-FINISHES = ("", "length", "stop")
+FINISHES = ("", "length", "stop", NOT_FINITE)
 
 
 def check_hello(hello: Hello, config: RunConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 from configs import tiny_cpu
 from eep_jax.config import ClusterConfig
 from eep_jax.engine.engine import Engine
+from eep_jax.engine.request import NOT_FINITE
 from eep_jax.engine.step import empty_batch
 from eep_jax.engine.votes import IDLE
 from eep_jax.heap.loopback import LoopbackHeap
@@ -288,3 +289,49 @@ def test_tokens_are_the_same_whatever_sizes_of_steps_there_are():
         return serve(engine, *requests)[0].tokens
 
     assert answers(prefill_tokens=16, step_rows=(4, 8, 12)) == answers()
+
+
+def test_a_known_prefix_changes_no_token_and_is_not_computed_again():
+    engine = an_engine(a_run(), *some_weights(a_run().model))
+    prompt = some_prompt(engine, 30)
+    requests = [
+        a_request("whole", prompt, 6, temperature=0.8, seed=3),
+        a_request("longer", (*prompt, 7, 9), 6),
+        a_request("again", prompt, 6, temperature=0.8, seed=3),
+    ]
+    cold = {r.id: serve(small(), dataclasses.replace(r, cache_salt=r.id))[0] for r in requests}
+    for request in requests:
+        warm, _ = serve(engine, request)
+        assert warm.tokens == cold[request.id].tokens
+    use = engine.cache_use()
+    assert use.hit_tokens == 2 * 24, "three of four pages of 8, twice"
+    assert use.held == 0 and use.cached > 0
+
+
+def test_preempted_requests_get_the_tokens_that_they_would_have_had():
+    scarce = a_run(kv_pages=8, context_tokens=48)
+    engine = an_engine(scarce, *some_weights(scarce.model))
+    requests = [a_request(f"r{n}", some_prompt(engine, 9, n), 30, **by_turns(n)) for n in range(4)]
+    found, _ = serve(engine, *requests, discard_every=7)
+    wanted, _ = serve(small(), *requests)
+    assert found.tokens == wanted.tokens and engine.cache_use().preempted > 0
+
+
+def test_numbers_that_are_none_end_one_request_and_reach_no_other():
+    """A token whose embedding is NaN poisons its pages, which others get afterwards."""
+    config = a_run(kv_pages=12, prefix_cache=True)
+    dense, experts = some_weights(config.model)
+    poisoned = dict(dense)
+    name = next(name for name in dense if name.endswith("embedding"))
+    poisoned[name] = np.array(dense[name])
+    poisoned[name][11] = np.nan
+    engine = an_engine(config, poisoned, experts)
+    clean = lambda length, seed: tuple(t for t in some_prompt(engine, length, seed) if t != 11)
+    good = [a_request(f"good{n}", clean(20, n), 10, **by_turns(n)) for n in range(2)]
+    bad = a_request("bad", (*clean(20, 9), 11, 5), 10)
+    wanted, _ = serve(small(), *good)
+    for _ in range(3):
+        found, _ = serve(engine, *good, bad)
+        assert found.finished["bad"] == NOT_FINITE and found.tokens["bad"] == ()
+        assert all(found.tokens[r.id] == wanted.tokens[r.id] for r in good)
+    assert engine.cache_use().not_finite == 3

@@ -19,7 +19,7 @@ from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from tests.support.models import a_run, some_weights
 
-NAMES, RANKS = ["decode", "mixed"], 2
+NAMES, RANKS = ["rows-4", "rows-8"], 2
 JOIN_S = 60
 
 
@@ -89,35 +89,35 @@ def test_a_process_of_any_rank_compiles_nothing_and_computes_the_same_bits(kept,
 )
 def test_a_file_that_is_not_right_is_compiled_anew_and_replaced(kept, tmp_path, damage, reason):
     directory = copied(kept, tmp_path)
-    path = file_of(directory, "decode")
+    path = file_of(directory, "rows-4")
     path.write_bytes(damage(path.read_bytes()))
     warm = an_engine(directory).warm_up()
-    assert warm.origins["mixed"] == "loaded"
-    assert warm.origins["decode"].startswith("compiled: ")
-    assert reason in warm.origins["decode"]
+    assert warm.origins["rows-8"] == "loaded"
+    assert warm.origins["rows-4"].startswith("compiled: ")
+    assert reason in warm.origins["rows-4"]
     assert an_engine(directory).warm_up().compilations == 0
 
 
 @pytest.mark.parametrize("fact", sorted(step_facts(a_run())))
 def test_an_executable_made_under_other_facts_is_not_used(kept, tmp_path, fact):
     directory = copied(kept, tmp_path)
-    path = file_of(directory, "decode")
+    path = file_of(directory, "rows-4")
     facts = step_facts(an_engine(None).config) | {fact: "another"}
-    path.rename(directory / f"decode-{facts['platform']}.step")
+    path.rename(directory / f"rows-4-{facts['platform']}.step")
     store = ExecutableStore(directory, facts)
     with pytest.raises(executables.UnusableFile, match=f"made for {fact} .*, this is another"):
-        store._load("decode", (), ())
+        store._load("rows-4", (), ())
 
 
 def test_hosts_of_another_kind_keep_their_own_files_in_the_same_directory(kept):
     store = ExecutableStore(kept[0], step_facts(a_run(RANKS)) | {"platform": "another"})
     with pytest.raises(executables.UnusableFile, match="no executable was kept"):
-        store._load("decode", (), ())
+        store._load("rows-4", (), ())
 
 
 def test_a_rank_waits_for_the_one_that_compiles_and_loads_what_it_kept(kept, tmp_path):
     directory = copied(kept, tmp_path)
-    kept_file = file_of(directory, "decode")
+    kept_file = file_of(directory, "rows-4")
     ready = kept_file.rename(tmp_path / "ready")
     lock = file_of(directory, "compiling", "lock")
     with concurrent.futures.ThreadPoolExecutor(1) as pool, lock.open("ab") as another:
@@ -131,25 +131,25 @@ def test_a_rank_waits_for_the_one_that_compiles_and_loads_what_it_kept(kept, tmp
 
 def test_a_rank_compiles_what_one_that_ended_left_locked_but_not_compiled(kept, tmp_path):
     directory = copied(kept, tmp_path)
-    file_of(directory, "decode").unlink()
+    file_of(directory, "rows-4").unlink()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with file_of(directory, "compiling", "lock").open("ab") as another:
             fcntl.flock(another, fcntl.LOCK_EX)
             warm = pool.submit(an_engine(directory).warm_up)
             with pytest.raises(TimeoutError):
                 warm.result(0.5)
-        assert warm.result(JOIN_S).origins["decode"] == "compiled: no executable was kept"
+        assert warm.result(JOIN_S).origins["rows-4"] == "compiled: no executable was kept"
     assert an_engine(directory, rank=1).warm_up().compilations == 0
 
 
 def test_a_rank_does_not_wait_for_ever_for_one_that_hangs(kept, tmp_path, monkeypatch):
     directory = copied(kept, tmp_path)
-    file_of(directory, "decode").unlink()
+    file_of(directory, "rows-4").unlink()
     monkeypatch.setattr(executables, "TURN_S", 0.2)
     with file_of(directory, "compiling", "lock").open("ab") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
         warm = an_engine(directory).warm_up()
-    assert warm.origins["decode"].startswith("compiled: ")
+    assert warm.origins["rows-4"].startswith("compiled: ")
 
 
 def test_what_others_may_write_to_is_not_loaded(kept, tmp_path):

@@ -76,7 +76,7 @@ class TestParseChat:
         [
             *[("messages", x) for x in [None, [], "Hi", {}, [HI] * 1025]],
             *[("tools", x) for x in [[{"type": "function"}], {}]],
-            *[("tool_choice", x) for x in ["auto", "required"]],
+            *[("tool_choice", x) for x in ["required", {"type": "function"}]],
             ("functions", [{}]),
             *[("response_format", x) for x in [{"type": "json_object"}, "text"]],
             *[("logprobs", x) for x in [True, 1]],
