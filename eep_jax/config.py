@@ -167,8 +167,15 @@ class ServeConfig:
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     journal_texts: bool = True  # whether the journal holds prompts and answers, or only their ids
     finished_max: int = 512  # finished requests kept for clients that ask again
+    keep_alive_ms: int = 10_000  # silence after which a stream sends a comment; 0: never
+    shutdown_timeout_s: float = 10.0  # for running requests to finish once a stop is wished for
 
     def __post_init__(self):
+        if self.keep_alive_ms < 0 or self.shutdown_timeout_s < 0:
+            raise ValueError(
+                f"{self.keep_alive_ms=} and {self.shutdown_timeout_s=} must not be negative; 0 "
+                "sends no comments and waits for no request"
+            )
         if self.mirror_transport not in MIRROR_TRANSPORTS:
             raise ValueError(f"{self.mirror_transport=} must be one of {MIRROR_TRANSPORTS}")
 

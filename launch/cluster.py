@@ -272,15 +272,27 @@ class LocalCluster:
             + "".join(f"\n{problem}" for problem in problems)
         )
 
-    def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends all processes: in order through the supervisor, by signals after the timeout."""
-        ends_s = time.monotonic() + timeout_s
+    def stop(self, timeout_s: float = 5.0, drain_s: float = 0.0) -> None:
+        """Ends all processes: in order through the supervisor, by signals after the timeout.
+
+        Args:
+            timeout_s: For the processes to end.
+            drain_s: Before that, for the supervisor to finish the answers that are under way.
+                Another Ctrl-C ends them.
+        """
         processes = [child.process for child in self.children.values()]
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)  # a stopped process cannot handle TERM
         if (child := self.children.get(SUPERVISOR)) is not None and child.process.poll() is None:
             child.process.terminate()
+            try:
+                child.process.wait(drain_s)
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:
+                child.process.terminate()  # a second time: it hurries
+        ends_s = time.monotonic() + timeout_s
         while (
             any(p.poll() is None for p in processes) and time.monotonic() < ends_s - timeout_s / 2
         ):

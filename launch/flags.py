@@ -58,10 +58,17 @@ PORT = flags.DEFINE_integer(
     0,
     65535,
 )
+SHUTDOWN_TIMEOUT_S = flags.DEFINE_float(
+    "shutdown_timeout_s",
+    None,
+    "Seconds for running requests to finish after SIGTERM or Ctrl-C; a second one waits for none. "
+    "If not given, serve.shutdown_timeout_s of the configuration.",
+    0,
+)
 PARENT_PID = flags.DEFINE_integer(
     "parent_pid", 0, "Ends this process when its parent, which has this pid, ends; 0: does not."
 )
-program.group("Process", RUN_DIR, HOST, PORT, PARENT_PID)
+program.group("Process", RUN_DIR, HOST, PORT, SHUTDOWN_TIMEOUT_S, PARENT_PID)
 
 ENVIRONMENT = flags.DEFINE_enum(
     "environment",
@@ -139,6 +146,7 @@ def run_config() -> RunConfig:
     for flag, path in (
         (HOST, "serve.host"),
         (PORT, "serve.port"),
+        (SHUTDOWN_TIMEOUT_S, "serve.shutdown_timeout_s"),
         (MIRROR_HOST, "serve.mirror_host"),
         (DEVICE_MEMORY_FRACTION, "device.memory_fraction"),
     ):
@@ -156,7 +164,7 @@ def forwarded() -> list[str]:
         arguments += ["--random_weights", f"--random_seed={RANDOM_SEED.value}"]
     if ENVIRONMENT.value != "local":
         arguments.append(f"--environment={ENVIRONMENT.value}")
-    optional = (HOST, PORT, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
+    optional = (HOST, PORT, SHUTDOWN_TIMEOUT_S, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
     return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])

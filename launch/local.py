@@ -54,7 +54,7 @@ def main() -> int:
     try:
         return asyncio.run(_run(cluster, config))
     finally:
-        cluster.stop()
+        cluster.stop(drain_s=config.serve.shutdown_timeout_s)
 
 
 def _make_out_directory() -> None:

@@ -59,9 +59,10 @@ def with_supervisor_addresses(config: RunConfig) -> RunConfig:
 
 
 async def _serve(supervisor: Supervisor) -> None:
-    stop = asyncio.Event()
-    on_wish_to_stop(stop.set)
-    await supervisor.run(stop)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    # A second wish waits for no answer.
+    on_wish_to_stop(lambda: (hurry if stop.is_set() else stop).set())
+    await supervisor.run(stop, hurry=hurry)
 
 
 cli = program.runner(main)

@@ -45,7 +45,7 @@ def a_config(ranks: int = 2, serve: dict | None = None, **cluster) -> RunConfig:
         model=model,
         cluster=ClusterConfig(ranks=ranks, **{"slots_per_rank": 4, "redundancy": 1, **cluster}),
         engine=EngineConfig(batch_rows=8, prefill_tokens=8, context_tokens=512),
-        serve=ServeConfig(port=0, **(serve or {})),
+        serve=ServeConfig(port=0, **{"shutdown_timeout_s": 0, **(serve or {})}),
     )
 
 
@@ -62,8 +62,8 @@ class ControlWorld:
 
     async def start_supervisor(self) -> Supervisor:
         self.supervisor = Supervisor(self.config, self.run_dir, TOKEN)
-        self._stop, ready = asyncio.Event(), asyncio.Event()
-        self._running = asyncio.create_task(self.supervisor.run(self._stop, ready))
+        self._stop, ready, self.hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._running = asyncio.create_task(self.supervisor.run(self._stop, ready, self.hurry))
         waiting = asyncio.create_task(ready.wait())
         await asyncio.wait({self._running, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

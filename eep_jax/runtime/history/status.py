@@ -37,11 +37,14 @@ class StatusReporter:
         self._event_log, self._telemetry = event_log, telemetry
         self._processes, self._channels = processes, channels
         self._journal_problem, self._now_ms = journal_problem, now_ms
+        self.draining = False  # a stop is wished for
         self.metrics = Metrics(state, requests, event_log, telemetry).text
 
     def phase(self) -> str:
-        """`forming`, `serving`, `changing` (an epoch is being prepared) or `blocked`."""
+        """`forming`, `serving`, `changing` (preparing an epoch), `blocked` or `draining`."""
         state = self._state()
+        if self.draining:
+            return "draining"
         if state.blocked:
             return "blocked"
         if state.view.epoch == 0:

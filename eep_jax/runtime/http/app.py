@@ -49,6 +49,7 @@ def build_app(
     template: ChatTemplate | None = None,
     body_bytes_max: int = 1 << 20,
     write_deadline_s: float = WRITE_DEADLINE_S,
+    keep_alive_s: float = 0,
 ) -> web.Application:
     """The HTTP application in front of `service`.
 
@@ -60,8 +61,10 @@ def build_app(
       template: renders conversations; None refuses chats.
       body_bytes_max: the largest body that is read.
       write_deadline_s: how long a client may take nothing before its connection is aborted.
+      keep_alive_s: after so long a silence a stream sends a comment with the cluster's state, so
+        that no proxy cuts it; 0 sends none.
     """
-    api = _Api(service, limits, template, body_bytes_max, write_deadline_s)
+    api = _Api(service, limits, template, body_bytes_max, write_deadline_s, keep_alive_s)
     app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
     app.router.add_post("/v1/completions", api.complete)
     app.router.add_post("/v1/chat/completions", api.chat)
@@ -88,8 +91,10 @@ class _Api:
         template: ChatTemplate | None,
         body_bytes_max: int,
         write_deadline_s: float,
+        keep_alive_s: float,
     ):
         self._service, self._limits, self._template = service, limits, template
+        self._keep_alive_s = keep_alive_s or None
         self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
         self._model = {
             "id": limits.model,
@@ -155,8 +160,10 @@ class _Api:
         try:
             for opening in answer.opening():
                 await self._send(response, json.dumps(opening | usage))
-            async for delta in _deltas(answer):
-                if delta or answer.finish_reason:
+            async for delta in _with_silences(_deltas(answer), self._keep_alive_s):
+                if delta is None:
+                    await self._bounded(response.write(f": {self._state()}\n\n".encode()))
+                elif delta or answer.finish_reason:
                     await self._send(response, json.dumps(answer.chunk(delta) | usage))
             if usage:
                 final = {"choices": [], "usage": answer.usage()}
@@ -173,6 +180,10 @@ class _Api:
 
     async def _send(self, response: web.StreamResponse, data: str) -> None:
         await self._bounded(response.write(f"data: {data}\n\n".encode()))
+
+    def _state(self) -> str:
+        """The cluster's state in a word, for a comment."""
+        return str(self._service.health()[1].get("status", "waiting"))
 
     async def _bounded(self, write) -> None:
         """Awaits a write, which blocks while the client's buffer is full. Raises _ClientGone."""
@@ -207,6 +218,28 @@ async def _deltas(answer: Answer) -> AsyncIterator[str]:
         if answer.finish_reason is not None:
             return
     raise Failed("the stream ended without a reason; send the request again")
+
+
+async def _with_silences(deltas: AsyncIterator[str], after_s: float | None):
+    """Yields the deltas, and None whenever none has come for `after_s`."""
+    waiting = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(deltas))
+            done, _ = await asyncio.wait({waiting}, timeout=after_s)
+            if not done:
+                yield None
+                continue
+            finished, waiting = waiting, None
+            try:
+                yield finished.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await deltas.aclose()
 
 
 async def _read_json(http: web.Request) -> object:

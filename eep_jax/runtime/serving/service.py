@@ -47,6 +47,7 @@ class CompletionFrontend:
         self._table, self._end_tokens, self._unavailable = table, end_tokens, unavailable
         self._accepted, self._cancelled = accepted, cancelled
         self._readers: dict[str, set[asyncio.Event]] = {}
+        self._refusal = self._end = ""
 
     def submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
         """Raises QueueFull, ServiceUnavailable or KeyConflict; see contract.CompletionService."""
@@ -58,7 +59,7 @@ class CompletionFrontend:
                     "use a new key for a new one"
                 )
             return EntryStream(self, known)
-        if reason := self._unavailable():
+        if reason := self._refusal or self._unavailable():
             raise ServiceUnavailable(reason)
         seed = secrets.randbits(64) if request.seed is None else request.seed & (2**64 - 1)
         rank_request = Request(
@@ -73,6 +74,21 @@ class CompletionFrontend:
         entry = self._table.submit(Entry(rank_request, key=key, body=body, created=time.time()))
         self._accepted(entry)
         return EntryStream(self, entry)
+
+    @property
+    def reading(self) -> int:
+        """Streams that clients read now."""
+        return sum(len(events) for events in self._readers.values())
+
+    def drain(self, reason: str) -> None:
+        """Refuses new requests from now on; those that were accepted go on."""
+        self._refusal = reason
+
+    def end_all(self, reason: str) -> None:
+        """Ends every stream with an error; their requests stay in the table."""
+        self._end = reason
+        for request_id in list(self._readers):
+            self.changed(request_id)
 
     def changed(self, request_id: str) -> None:
         """Wakes all readers of a request."""
@@ -101,6 +117,9 @@ class CompletionFrontend:
                 if finish:
                     return
                 if len(entry.produced) == sent and not entry.finish:
+                    if self._end:
+                        yield StreamProgress(error=self._end)
+                        return
                     await event.wait()
         finally:
             readers = self._readers.get(entry.request.id, set())

@@ -17,6 +17,20 @@ class ClusterService:
     def submit(self, request: CompletionRequest, key: str | None) -> Stream:
         return self._frontend.submit(request, key)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a client waits for the rest of an answer."""
+        return self._frontend.reading > 0
+
+    def drain(self, reason: str) -> None:
+        """Takes no new requests, and is not healthy, from now on."""
+        self._frontend.drain(reason)
+        self._reporter.draining = True
+
+    def end_streams(self, reason: str) -> None:
+        """Ends all answers that are under way with an error."""
+        self._frontend.end_all(reason)
+
     def apply(self, request: ScaleRequest) -> dict:
         self._driver.feed(ScaleTo(ranks_out(self._driver.state, request)))
         return self._reporter.scale()

@@ -6,6 +6,7 @@ reads the journal, waits for the ranks to reconnect, and learns from them what t
 """
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 import time
@@ -39,6 +40,7 @@ from eep_jax.runtime.text.open import open_tokenizer, tokenizer_directory
 _log = logging.getLogger(__name__)
 
 TICK_MS = 50
+LAST_WORDS_MS = 200  # for clients to be sent why their answers end
 JOURNAL_RETRY_MS = 1_000  # between tries to write a journal that is off
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
@@ -152,12 +154,20 @@ class Supervisor:
         """The coordinator's current state."""
         return self._driver.state
 
-    async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
+    async def run(
+        self,
+        stop: asyncio.Event,
+        ready: asyncio.Event | None = None,
+        hurry: asyncio.Event | None = None,
+    ) -> None:
         """Serves until `stop` is set, then ends all ranks. Any other end leaves them generating.
+
+        Answers that are under way then are finished first, for at most `serve.shutdown_timeout_s`.
 
         Args:
           stop: set by the caller to end the run.
           ready: set once both ports are open.
+          hurry: set by the caller, after `stop`, to wait for no answer.
 
         Raises:
           OSError: a port is taken.
@@ -181,6 +191,7 @@ class Supervisor:
                     await asyncio.wait_for(stop.wait(), TICK_MS / 1000)
                 except TimeoutError:
                     continue
+            await self._drain(hurry or asyncio.Event())
         finally:
             if looking is not None:
                 looking.cancel()
@@ -201,7 +212,11 @@ class Supervisor:
             control, serve.control_host, serve.control_port, control_before
         )
         http = build_app(
-            self.service, limits, template=self._template, body_bytes_max=body_bytes_max
+            self.service,
+            limits,
+            template=self._template,
+            body_bytes_max=body_bytes_max,
+            keep_alive_s=serve.keep_alive_ms / 1000,
         )
         http_port = await listeners.open(
             http, serve.host, serve.port, http_before, cancel_handlers=True
@@ -219,6 +234,21 @@ class Supervisor:
             self.compact()
         elif self._journal.is_full:
             self.compact()
+
+    async def _drain(self, hurry: asyncio.Event) -> None:
+        """Finishes the answers that are under way; those that take too long end with an error."""
+        self.service.drain("the service is shutting down; send the request to another one")
+        until_ms = self._now_ms() + self.config.serve.shutdown_timeout_s * 1000
+        while self.service.busy and self._now_ms() < until_ms and not hurry.is_set():
+            self._tick()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(hurry.wait(), TICK_MS / 1000)
+        if self.service.busy:
+            _log.warning("answers under way are ended: the time to finish them is over")
+            self.service.end_streams(
+                "the service was shut down before this answer was complete; send the request again"
+            )
+            await asyncio.sleep(LAST_WORDS_MS / 1000)
 
     async def _close(self, listeners: Listeners, ends_run: bool) -> None:
         await listeners.stop()  # a rank that ends must not reconnect

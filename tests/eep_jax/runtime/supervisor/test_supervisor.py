@@ -1,6 +1,7 @@
 """The supervisor with scripted ranks: what clients see while ranks and supervisors come and go."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,68 @@ class TestServing:
                 await anext(texts(response))
             await world.until(lambda: not any(r.requests for r in world.ranks.values()))
             assert world.supervisor.requests.counts["cancelled"] == 1
+
+
+class TestShutdown:
+    """An answer that is under way is finished, or ends with an error that says why."""
+
+    @contextlib.asynccontextmanager
+    async def under_way(self, tmp_path, **serve):
+        async with a_world(tmp_path, serve=serve) as world:
+            await world.form()
+            async with world.completion(max_tokens=100, stream=True) as response:
+                stream = texts(response)
+                seen = await anext(stream)
+                for rank in world.ranks.values():
+                    rank.pace.clear()
+                yield world, stream, seen
+
+    @story
+    async def test_it_takes_no_new_work_and_finishes_what_is_under_way(self, tmp_path):
+        async with self.under_way(tmp_path, shutdown_timeout_s=60) as (world, stream, seen):
+            stopping = asyncio.create_task(world.stop_supervisor())
+            await world.until(lambda: world.supervisor.service.health()[1]["status"] == "draining")
+            assert not world.supervisor.service.health()[0]
+            status, message = await world.complete()
+            assert status == 503 and "shutting down" in message
+            assert not stopping.done()
+            for rank in world.ranks.values():
+                rank.pace.set()
+            assert seen + "".join([text async for text in stream]) == expected_text("Hi", 100)
+            await stopping
+
+    @story
+    async def test_an_answer_that_takes_too_long_ends_with_an_error(self, tmp_path):
+        async with self.under_way(tmp_path, shutdown_timeout_s=0.1) as (world, stream, _):
+            stopping = asyncio.create_task(world.stop_supervisor())
+            with pytest.raises(AssertionError, match="shut down before this answer was complete"):
+                async for _ in stream:
+                    pass
+            await stopping
+
+    @story
+    async def test_a_second_wish_waits_for_no_answer(self, tmp_path):
+        async with self.under_way(tmp_path, shutdown_timeout_s=600) as (world, stream, _):
+            stopping = asyncio.create_task(world.stop_supervisor())
+            await world.until(lambda: world.supervisor.service.health()[1]["status"] == "draining")
+            world.hurry.set()
+            with pytest.raises(AssertionError, match="shut down before this answer was complete"):
+                async for _ in stream:
+                    pass
+            await stopping
+
+    @story
+    async def test_a_stream_says_that_it_lives_while_nothing_comes(self, tmp_path):
+        async with a_world(tmp_path, serve={"keep_alive_ms": 20}) as world:
+            await world.form()
+            for rank in world.ranks.values():
+                rank.pace.clear()
+            async with world.completion(max_tokens=30, stream=True) as response:
+                lines = [await response.content.readline() for _ in range(6)]
+                assert lines == [b": serving\n", b"\n"] * 3
+                for rank in world.ranks.values():
+                    rank.pace.set()
+                assert "".join([t async for t in texts(response)]) == expected_text("Hi", 30)
 
 
 class TestDeathOfARank:
