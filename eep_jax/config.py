@@ -163,6 +163,9 @@ class ServeConfig:
     backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other
     mirror_host: str = ""  # address of this rank for other hosts; "": all ranks on one host
     mirror_transport: str = "auto"  # of rows between hosts, see MIRROR_TRANSPORTS
+    connections_max: int = 4096  # of clients at once; the idle ones make room
+    connections_per_address_max: int = 4096  # of them, from one address
+    head_deadline_ms: int = 10_000  # for the head of a request to arrive on a new connection
     queue_max: int = 256  # unfinished requests, beyond which HTTP answers 429
     message_bytes_max: int = 4 << 20  # largest message on the control channel
     journal_texts: bool = True  # whether the journal holds prompts and answers, or only their ids
@@ -171,6 +174,7 @@ class ServeConfig:
     shutdown_timeout_s: float = 10.0  # for running requests to finish once a stop is wished for
 
     def __post_init__(self):
+        check_positive(self, "connections_max", "connections_per_address_max", "head_deadline_ms")
         if self.keep_alive_ms < 0 or self.shutdown_timeout_s < 0:
             raise ValueError(
                 f"{self.keep_alive_ms=} and {self.shutdown_timeout_s=} must not be negative; 0 "

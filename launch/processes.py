@@ -5,11 +5,15 @@ import ctypes
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 
+from launch.repeated_lines import CountRepeats
+
 _PR_SET_PDEATHSIG = 1
+DESCRIPTORS_MAX = 65_536
 
 
 def set_up_logging(name: str) -> None:
@@ -17,8 +21,18 @@ def set_up_logging(name: str) -> None:
     faulthandler.enable()  # a crash in native code leaves a trace
     form = f"%(asctime)s {name} %(levelname).1s %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, stream=sys.stderr, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(CountRepeats())
     for package in ("eep_jax", "launch"):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def raise_descriptor_limit() -> None:
+    """Takes as many file descriptors as the system allows this process, up to DESCRIPTORS_MAX."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -17,6 +17,7 @@ from launch.processes import (
     end_with_parent,
     keep_files_private,
     on_wish_to_stop,
+    raise_descriptor_limit,
     set_up_logging,
 )
 
@@ -24,6 +25,7 @@ from launch.processes import (
 def main() -> int:
     run_dir = flags.required_run_dir()
     keep_files_private()
+    raise_descriptor_limit()
     end_with_parent(flags.PARENT_PID.value)
     set_up_logging("supervisor")
     config = with_supervisor_addresses(flags.run_config())

@@ -4,6 +4,8 @@ import contextlib
 
 from aiohttp import web
 
+from eep_jax.runtime.supervisor.connection_limits import LimitedRunner, Limits
+
 
 class Listeners:
     """Open ports. `stop` accepts no more connections, `close` ends the open ones."""
@@ -18,6 +20,7 @@ class Listeners:
         port: int,
         before: int = 0,
         cancel_handlers: bool = False,
+        limits: Limits | None = None,
     ) -> int:
         """Serves an application.
 
@@ -28,6 +31,7 @@ class Listeners:
           before: the port of the previous supervisor; 0 if there was none.
           cancel_handlers: whether a client that leaves cancels its handler. Not for WebSockets:
             their handlers read what arrived before the end.
+          limits: of the connections to this port; None takes the defaults.
 
         Returns:
           The port.
@@ -35,8 +39,12 @@ class Listeners:
         Raises:
           OSError: the port is taken, or the address is not of this host.
         """
-        runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=1.0, handler_cancellation=cancel_handlers
+        runner = LimitedRunner(
+            app,
+            limits or Limits(),
+            access_log=None,
+            shutdown_timeout=1.0,
+            handler_cancellation=cancel_handlers,
         )
         await runner.setup()
         self._runners.append(runner)

@@ -29,6 +29,7 @@ from eep_jax.runtime.processes.local import LocalProcesses
 from eep_jax.runtime.processes.registry import RankProcesses
 from eep_jax.runtime.processes.remote import HostWatch
 from eep_jax.runtime.serving.assemble import assemble_serving
+from eep_jax.runtime.supervisor.connection_limits import Limits
 from eep_jax.runtime.supervisor.driver import Driver, DriverDeps
 from eep_jax.runtime.supervisor.listeners import Listeners
 from eep_jax.runtime.supervisor.message_handler import MessageHandler
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 TICK_MS = 50
 LAST_WORDS_MS = 200  # for clients to be sent why their answers end
 JOURNAL_RETRY_MS = 1_000  # between tries to write a journal that is off
+CONTROL_CONNECTIONS_MIN = 64  # beside four for each rank: those of clients are counted apart
 BODY_BYTES_MIN = 1 << 20  # that the body of any request may have
 BODY_BYTES_PER_TOKEN = 32  # of the context; some tokens are long, and JSON escapes
 
@@ -209,7 +211,14 @@ class Supervisor:
         control_before, http_before = ports_before(endpoint_file)
         control = self._control.build_app()
         control_port = await listeners.open(
-            control, serve.control_host, serve.control_port, control_before
+            control,
+            serve.control_host,
+            serve.control_port,
+            control_before,
+            limits=Limits(
+                connections_max=CONTROL_CONNECTIONS_MIN + 4 * self.config.cluster.ranks,
+                head_s=serve.head_deadline_ms / 1000,
+            ),
         )
         http = build_app(
             self.service,
@@ -219,7 +228,16 @@ class Supervisor:
             keep_alive_s=serve.keep_alive_ms / 1000,
         )
         http_port = await listeners.open(
-            http, serve.host, serve.port, http_before, cancel_handlers=True
+            http,
+            serve.host,
+            serve.port,
+            http_before,
+            cancel_handlers=True,
+            limits=Limits(
+                connections_max=serve.connections_max,
+                per_address_max=serve.connections_per_address_max,
+                head_s=serve.head_deadline_ms / 1000,
+            ),
         )
         write_endpoint(endpoint_file, serve, control_port, http_port)
         _log.info("serving on http://%s:%d", serve.host, http_port)
