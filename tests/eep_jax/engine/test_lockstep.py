@@ -1,7 +1,6 @@
 """Promises of the host side of a window: abort and wake words, wherever the slabs are."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from eep_jax.heap.loopback import open_all
 from pallas_kernels.window import WindowLayout, round_up
 from tests.support.fake_cuda import put_fake_driver
 
+DEADLINE_S, HOUR_MS = 60.0, 3_600_000
 LAYOUT = WindowLayout(ranks=2, tokens=4, choices=2, hidden=8)
 
 
@@ -47,12 +47,13 @@ def test_a_peer_is_woken_at_the_round_of_the_pause_only(heaps):
 
 def test_a_sleeper_ends_its_sleep_when_a_peer_wakes_it(heaps):
     first, second = (Lockstep(LAYOUT, heap) for heap in heaps)
-    thread = threading.Timer(0.05, first.wake_peers, ([1], 5))
-    started = time.monotonic()
-    thread.start()
-    second.sleep(second.doorbell(), 30_000)
-    thread.join()
-    assert time.monotonic() - started < 10
+    sleeper = threading.Thread(target=second.sleep, args=(second.doorbell(), HOUR_MS), daemon=True)
+    sleeper.start()
+    sleeper.join(0.05)
+    assert sleeper.is_alive(), "nobody has woken it"
+    first.wake_peers([1], 5)
+    sleeper.join(DEADLINE_S)
+    assert not sleeper.is_alive()
 
 
 def test_clearing_flags_leaves_rows_and_peers_alone(heaps):

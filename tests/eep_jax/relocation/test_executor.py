@@ -1,7 +1,6 @@
 """Promises of the executor: the first source that works, only right bytes, nothing moved twice."""
 
 import threading
-import time
 import types
 
 import numpy as np
@@ -22,6 +21,7 @@ from tests.support.models import a_model, a_run, rounded_weights
 
 LOCAL, PEER, CHECKPOINT = SourceKind.LOCAL, SourceKind.PEER, SourceKind.CHECKPOINT
 SLOTS = 4
+DEADLINE_S = 60.0
 
 
 class CountingCheckpoint(Checkpoint):
@@ -327,15 +327,14 @@ class TestEverySourceFails:
             world.executor.carry_out(self.SLOTS_WANTED, (bring(5, 0, CHECKPOINT),))
 
     def test_a_slow_source_is_left_at_its_deadline_and_the_rank_shows_life(self, world):
-        late, right = threading.Event(), self.backups(world)
-        slow = lambda expert: late.wait(10) and right.fetch(expert, None)
+        late, ended = threading.Event(), []
+        slow = lambda expert: late.wait(DEADLINE_S) or ended.append(expert)
         executor = self.executor(world, self.backups(world, slow), 300)
-        started = time.monotonic()
         # Storage may once be slower than the deadline; a peer's memory is not.
         world.peer.write(2, 5, world.right[5])
         move = bring(5, 0, (self.BACKUP, 1), (PEER, 1, 2))
         executor.carry_out(self.SLOTS_WANTED, (move,))
-        assert time.monotonic() - started < 5
+        assert not ended, "it waited until the source gave up"
         assert executor.moved == {"peer": 1}
         assert len(world.beats) >= 4, "it shows life while it waits"
         late.set()
