@@ -152,7 +152,7 @@ def test_another_number_of_descriptors_is_an_error_and_leaks_none(serve, sent, e
     deadline = time.monotonic() + 60  # the server's thread closes its end of the connection
     while len(os.listdir("/proc/self/fd")) > open_files and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(os.listdir("/proc/self/fd")) <= open_files
 
 
 def test_many_may_ask_a_server_at_once(serve):
@@ -204,7 +204,7 @@ def test_a_server_that_stops_half_way_is_given_up_at_the_deadline_and_leaks_noth
             receive_fds(name, 1, 200)
         thread.join(5)
         held[0].close()
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(os.listdir("/proc/self/fd")) <= open_files
 
 
 def test_slabs_are_zero_at_first():
