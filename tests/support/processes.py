@@ -11,6 +11,7 @@ import aiohttp
 from launch.cluster import LocalCluster, is_whole, rank_name
 from launch.demo import OPENINGS
 from launch.load import Sample, run_load, run_once
+from tests.support.kept_steps import shared_steps
 
 MODEL = "tiny-moe-kjv"
 RANKS = 4
@@ -53,12 +54,14 @@ class ClusterUnderTest:
         words = ["--config=tiny_cpu", "--port=0", *arguments]
         words += [f"--override={o}" for o in overrides]
         self.cluster = LocalCluster(words, ranks, str(run_dir), respawn_delay_ms, joiner_nice)
+        self._steps = shared_steps(run_dir, ranks, words)
         self._wants_truth, self.requests = truth, requests or jobs()
         self._whole_s = whole_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def _start(self) -> None:
+        self._steps.__enter__()
         self._thread.start()
         self.cluster.start()
         self._watch = asyncio.run_coroutine_threadsafe(self.cluster.watch(), self._loop)
@@ -90,6 +93,7 @@ class ClusterUnderTest:
         self.cluster.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._steps.__exit__(None, None, None)
 
     def run(self, coroutine, timeout_s: float = 180.0):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from eep_jax.config import EngineConfig
 from eep_jax.models.weights import build_dense_model, dense_names, expert_name
 from tests.eep_jax.models import make_parity
 from tests.support.engines import compiling_nothing
@@ -16,10 +17,19 @@ from tests.support.parity_cluster import ParityCluster
 from tests.support.wide_parity import wide_weights
 
 RANKS = 4
-# Of these a rank compiles a step for itself alone as well.
+# Of these a rank compiles steps of every size, for itself alone as well, as in production.
 ALONE = ("qwen3_moe", "deepseek_v3")
 # The lite variant differs in projections alone, which the test of whole sequences has seen.
 TOGETHER = tuple(name for name in NAMES if name not in (*ALONE, "deepseek_v2_lite"))
+
+
+@pytest.fixture
+def quick_compilation(monkeypatch):
+    """XLA without its slow passes, and steps of one size: families differ in neither."""
+    monkeypatch.setattr(EngineConfig, "step_sizes", property(lambda self: (self.tokens_max,)))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def dense_model(checkpoint):
@@ -29,6 +39,7 @@ def dense_model(checkpoint):
     return build_dense_model(checkpoint.model, checkpoint.read_dense(), experts)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_whole_sequence_has_the_logits_of_transformers(name):
     wanted = reference(name)
@@ -48,6 +59,7 @@ def test_a_checkpoint_has_just_the_weights_of_the_decoder(name):
     assert checkpoint.model.dense_parameters == total
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_wide_checkpoints_of_the_gpu_tests_have_the_same_logits(name):
     wanted = reference(name)
@@ -80,6 +92,7 @@ def test_ranks_that_read_the_directory_serve_the_logits_of_transformers(name):
     assert unharmed["whole0"] == alone.book.tokens["whole0"]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_one_three_and_four_ranks_have_the_logits_of_transformers(name):
     """They run one compiled step: who is there is data. At last one rank dies and comes back."""
