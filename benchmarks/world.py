@@ -15,6 +15,7 @@ from jax import lax
 
 from benchmarks.gpu_timing import Program
 from eep_jax.config import RunConfig
+from eep_jax.engine.shaping import no_shaping
 from eep_jax.engine.step import (
     COMPILER_OPTIONS,
     Batch,
@@ -119,6 +120,7 @@ class World:
             batch_rows=np.arange(rows, dtype=np.int32),
             positions=np.full(rows, self.position, np.int32),
             sampled=np.ones(rows, np.bool_),
+            shaping=jax.device_put(no_shaping(rows)),
         )
         return with_items(self.config, batch)
 

@@ -4,6 +4,7 @@ Executables are compiled ahead of time, one for each number of rows, before the 
 They cannot recompile; failure, repair and return only change the values they are called with.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from eep_jax.engine.lockstep_engine import LockstepEngine
 from eep_jax.engine.protocol import StepOutcome, WarmUp
 from eep_jax.engine.request import CacheUse, Progress, Request
 from eep_jax.engine.scheduler import Scheduler
+from eep_jax.engine.shaping import ShapingRows
 from eep_jax.engine.step import (
     COMPILER_OPTIONS,
     Batch,
@@ -63,6 +65,7 @@ class Engine(LockstepEngine):
         self._dense = put_dense(dense, dtypes)
         self._store = store or ExecutableStore(None, step_facts(config))
         self._cache = self._empty_cache()
+        self._uploaded: tuple = None, None  # ShapingRows of the host and of the device
         self._executables = {}
         self._first_runs = FIRST_RUNS[config.platform]
         self._warm_compilations = 0
@@ -155,6 +158,16 @@ class Engine(LockstepEngine):
         self._cache = result.cache
         return result
 
+    def _shaping(self) -> ShapingRows:
+        """On the device; uploaded where it is another one than that of the last step."""
+        host, device = self._uploaded
+        if host is not self.scheduler.shaping:
+            host = self.scheduler.shaping
+            device = jax.device_put(host, may_alias=False)
+            self._uploaded = host, device
+        return device
+
     def _arguments(self, batch: Batch, vote: int) -> tuple:
         heap, tables, call = self._heap_array, self._device_tables, self._call(vote)
+        batch = dataclasses.replace(batch, shaping=self._shaping())
         return self._dense, self.bank_array, self._cache, heap, tables, batch, call

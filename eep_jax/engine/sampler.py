@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 DIGIT_BITS = 3  # of a threshold that are found in one pass over the vocabulary
+KEY_DIGIT_BITS = 4  # same, of a threshold among all 32 bits
 PASSES = 10  # for the 30 bits of a float32 from 0 to 1, which grow with it
 
 
@@ -15,9 +16,13 @@ def sample(
     positions: Int32[Array, "B"],
     temperature: Float32[Array, "B"],
     top_p: Float32[Array, "B"],
+    top_k: Int32[Array, "B"] | None = None,
+    min_p_log: Float32[Array, "B"] | None = None,
 ) -> Int32[Array, "B"]:
     """Greedy where the temperature is 0, else a draw from the fewest tokens with mass top_p.
 
+    Before that, `top_k` keeps the k most likely tokens (0: all), and `min_p_log` those with at
+    least exp(min_p_log) times the probability of the most likely one.
     The key is `fold_in(seed, position)`, so a step run again, on any rank, draws the same token.
     A greedy batch costs one argmax.
     """
@@ -26,6 +31,8 @@ def sample(
 
     def draw():
         scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
+        if top_k is not None:
+            scaled = narrow(scaled, top_k, min_p_log)
         cut = (temperature > 0) & (top_p < 1)
         everything = lambda: jnp.ones(logits.shape, jnp.bool_)
         some = lambda: nucleus(scaled, top_p) | ~cut[:, None]
@@ -39,6 +46,40 @@ def sample(
 def _draw_one(logits, seed, position):
     key = jax.random.fold_in(jax.random.wrap_key_data(seed), position)
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def narrow(
+    logits: Float32[Array, "B V"], top_k: Int32[Array, "B"], min_p_log: Float32[Array, "B"]
+) -> Float32[Array, "B V"]:
+    """Logits with -inf for tokens outside the k most likely ones, or too far below the first."""
+
+    def narrowed(logits):
+        # The share is that of all tokens: top_k does not change the most likely one.
+        least = jnp.max(logits, axis=-1, keepdims=True) + min_p_log[:, None]
+        return jnp.where((logits >= least) & most_likely(logits, top_k), logits, -jnp.inf)
+
+    wanted = (top_k > 0) | (min_p_log > -jnp.inf)
+    return lax.cond(wanted.any(), narrowed, lambda same: same, logits)
+
+
+def most_likely(logits: Float32[Array, "B V"], k: Int32[Array, "B"]) -> Bool[Array, "B V"]:
+    """The k largest logits of each row, all where k is 0; those equal to the k-th stay, too.
+
+    NaN counts as -inf. Nothing is sorted: see `nucleus`.
+    """
+    bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.uint32)
+    # Unsigned numbers in the order of the floats.
+    keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    digits = jnp.arange(1, 2**KEY_DIGIT_BITS, dtype=jnp.uint32)
+
+    def next_digit(index, last):
+        shift = (32 - KEY_DIGIT_BITS * (index + 1)).astype(jnp.uint32)
+        thresholds = last[:, None] + (digits << shift)[None]
+        above = jnp.sum(keys[:, None, :] > thresholds[:, :, None], axis=-1, dtype=jnp.int32)
+        return last + (jnp.sum(above >= k[:, None], axis=-1).astype(jnp.uint32) << shift)
+
+    last = lax.fori_loop(0, 32 // KEY_DIGIT_BITS, next_digit, jnp.zeros(k.shape, jnp.uint32))
+    return (keys > last[:, None]) | (k <= 0)[:, None]
 
 
 def nucleus(logits: Float32[Array, "B V"], top_p: Float32[Array, "B"]) -> Bool[Array, "B V"]:

@@ -21,6 +21,7 @@ import numpy as np
 from eep_jax.config import RunConfig
 from eep_jax.engine.pages import PagePool, PrefixKeys
 from eep_jax.engine.request import NOT_FINITE, CacheUse, Progress, Request
+from eep_jax.engine.shaping import no_shaping, with_request
 from eep_jax.engine.step import Batch, empty_batch, with_items
 from eep_jax.engine.votes import IDLE
 from eep_jax.errors import QueueFull
@@ -106,6 +107,7 @@ class Scheduler:
         self._table = np.zeros((engine.batch_rows, engine.pages_per_sequence), np.int32)
         self.pool = PagePool(config.kv_pages, engine.page_tokens, engine.prefix_cache)
         self.counts = CacheCounts()
+        self.shaping = no_shaping(engine.batch_rows)  # of the sequences in the batch rows
         self.rows_max = engine.tokens_max  # of a step with prompts, while others decode
 
     def add(self, request: Request) -> None:
@@ -268,7 +270,9 @@ class Scheduler:
         return progress
 
     def _finish_of(self, sequence: Sequence) -> str:
-        if sequence.tokens[-1] in self._config.model.end_tokens:
+        shaping, last = sequence.request.shaping, sequence.tokens[-1]
+        ends = not shaping.ignore_eos and last in self._config.model.end_tokens
+        if ends or last in shaping.stop_token_ids:
             return "stop"
         return "length" if sequence.produced >= sequence.request.max_tokens else ""
 
@@ -296,6 +300,8 @@ class Scheduler:
             held = self.pool.claim(self._known(sequence))
             batch_row = self._sequences.index(None)
             self._sequences[batch_row] = sequence
+            ends = self._config.model.end_tokens
+            self.shaping = with_request(self.shaping, batch_row, sequence.request, ends)
             sequence.number = next(self._numbers)
             sequence.pages = held + self.pool.allocate(self._pages_of(sequence) - len(held))
             sequence.cached = len(held) * self.pool.page_tokens

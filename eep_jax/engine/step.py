@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from eep_jax.config import RunConfig
 from eep_jax.engine.sampler import sample
+from eep_jax.engine.shaping import ShapingRows, shape_logits
 from eep_jax.models.decoder import add
 from eep_jax.models.kv_cache import KVCache
 from eep_jax.models.moe_block import ExpertSpread, elastic_experts, shared_elastic_experts
@@ -58,6 +59,8 @@ class Batch:
     # What attention does, where it runs by items (see `pallas_kernels.attention.plan`); else None.
     items: Int32[Array, "W 5"] | None = None
     items_count: Int32[Array, "1"] | None = None
+    # What sequences ask for beyond temperature and top_p; None: a step that has no such things.
+    shaping: ShapingRows | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +106,7 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         x = decoder.embed(batch.tokens)
         visible = jnp.maximum(batch.positions, 0)
         places = cache.places_of(batch.table, batch.batch_rows, batch.positions)
+        cache = cache.write_tokens(places, batch.tokens)
         dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
             q, k, v = by_rows(layer.before_attention, x, visible)
@@ -129,18 +133,13 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
             x, dropped = add(x, y), dropped + lost
             chosen.append(ids_or_none)
         logits = by_rows(decoder.logits, x[batch.last_rows])
-        tokens = sample(
-            logits,
-            batch.seeds,
-            batch.positions[batch.last_rows],
-            batch.temperature,
-            batch.top_p,
-        )
+        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        tokens = next_tokens(logits, cache, batch)
         by_batch_row = jnp.zeros(len(batch.table), jnp.int32)
         real = jnp.where(batch.positions >= 0, dropped, 0)
         return StepResult(
             tokens=tokens,
-            finite=jnp.all(jnp.isfinite(logits), axis=-1),
+            finite=finite,
             cache=cache,
             suspicion=call.suspicion,
             round=call.round,
@@ -150,6 +149,24 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         )
 
     return step, dtypes
+
+
+def next_tokens(logits: Float[Array, "S V"], cache: KVCache, batch: Batch) -> Int32[Array, "S"]:
+    """The token behind each of the last rows."""
+    at = batch.positions[batch.last_rows]
+    how = batch.seeds, at, batch.temperature, batch.top_p
+    if batch.shaping is None:
+        return sample(logits, *how)
+    own = batch.batch_rows[batch.last_rows]
+
+    def shaped(logits):
+        rows = jax.tree.map(lambda array: array[own], batch.shaping)
+        return shape_logits(logits, cache.history(batch.table[own]), at, rows)
+
+    # An empty row is of batch row 0, whatever that asks for.
+    wanted = batch.shaping.active[own] & (at >= 0)
+    logits = lax.cond(wanted.any(), shaped, lambda same: same, logits.astype(jnp.float32))
+    return sample(logits, *how, batch.shaping.top_k[own], batch.shaping.min_p_log[own])
 
 
 def count_chosen(ids: Int32[Array, "*L T K"], experts: int) -> Int32[Array, "E"]:

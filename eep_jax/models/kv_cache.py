@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from eep_jax.config import ModelConfig, RunConfig
+from eep_jax.config import RunConfig
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +27,7 @@ class KVCache:
 
     keys: tuple[Float[Array, "N Hk G Ck"], ...]
     values: tuple[Float[Array, "N Hv G Cv"], ...]
+    tokens: Int32[Array, "N G"]  # that the keys and values are of
 
     def write(
         self,
@@ -40,7 +41,19 @@ class KVCache:
         put = lambda old, new: old.at[page, :, offset].set(new, mode="drop")
         keys = (*self.keys[:layer], put(self.keys[layer], k), *self.keys[layer + 1 :])
         values = (*self.values[:layer], put(self.values[layer], v), *self.values[layer + 1 :])
-        return KVCache(keys, values)
+        return KVCache(keys, values, self.tokens)
+
+    def write_tokens(
+        self, places: tuple[Int32[Array, "T"], Int32[Array, "T"]], tokens: Int32[Array, "T"]
+    ) -> "KVCache":
+        """Records the tokens that `write` has the keys and values of."""
+        page, offset = places
+        written = self.tokens.at[page, offset].set(tokens, mode="drop")
+        return KVCache(self.keys, self.values, written)
+
+    def history(self, pages: Int32[Array, "S J"]) -> Int32[Array, "S P"]:
+        """The token at each position of sequences with these pages; any number where none is."""
+        return self.tokens[pages].reshape(len(pages), -1)
 
     def places_of(
         self,
@@ -60,22 +73,21 @@ def empty_cache(config: RunConfig) -> KVCache:
 
     Zeros are uploaded to the device: a program of `zeros_of_cache` avoids that.
     """
-    put = lambda zeros: jax.device_put(zeros, may_alias=False)
-    return _cache(
-        config.model, lambda heads, channels: put(np.zeros(*_shape(config, heads, channels)))
-    )
+    return _cache(config, lambda *form: jax.device_put(np.zeros(*form), may_alias=False))
 
 
 def zeros_of_cache(config: RunConfig) -> KVCache:
     """Traceable `empty_cache`."""
-    return _cache(config.model, lambda heads, channels: jnp.zeros(*_shape(config, heads, channels)))
+    return _cache(config, jnp.zeros)
 
 
-def _shape(config: RunConfig, heads: int, channels: int) -> tuple[tuple[int, ...], str]:
-    return (config.kv_pages, heads, config.engine.page_tokens, channels), config.engine.dtype
+def _cache(config: RunConfig, make: Callable[[tuple[int, ...], str], jax.Array]) -> KVCache:
+    pages, size, dtype = config.kv_pages, config.engine.page_tokens, config.engine.dtype
 
+    def of_layers(heads: int, channels: int) -> tuple[jax.Array, ...]:
+        return tuple(
+            make((pages, heads, size, channels), dtype) for _ in range(config.model.layers)
+        )
 
-def _cache(model: ModelConfig, make: Callable[[int, int], jax.Array]) -> KVCache:
-    keys, values = model.cache_channels
-    of_layers = lambda sizes: tuple(make(*sizes) for _ in range(model.layers))
-    return KVCache(of_layers(keys), of_layers(values))
+    keys, values = config.model.cache_channels
+    return KVCache(of_layers(*keys), of_layers(*values), make((pages, size), "int32"))

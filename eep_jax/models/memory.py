@@ -89,7 +89,8 @@ def memory_per_rank(config: RunConfig) -> RankMemory:
 def page_bytes(config: RunConfig) -> int:
     """Bytes of one page of the KV cache over all layers."""
     item = _BYTES[config.engine.dtype]
-    return config.model.cache_elements * config.engine.page_tokens * item
+    token = 4  # its id, beside its keys and values
+    return config.engine.page_tokens * (config.model.cache_elements * item + token)
 
 
 def expert_bytes(config: RunConfig) -> int:

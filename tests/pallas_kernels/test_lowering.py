@@ -17,6 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from eep_jax.config import RunConfig
+from eep_jax.engine.shaping import no_shaping
 from eep_jax.engine.step import empty_batch, make_step
 from eep_jax.heap.heap import CONTROL_BYTES
 from eep_jax.models.expert_bank import slab_layout
@@ -190,7 +191,9 @@ def a_step(config: RunConfig, rows: int, call=None) -> str:
         jax.eval_shape(lambda: zeros_of_cache(config)),
         like((cluster.ranks, CONTROL_BYTES), np.uint8),  # the head only, see `heap_argument`
         tables,
-        empty_batch(config, rows),
+        dataclasses.replace(
+            empty_batch(config, rows), shaping=no_shaping(config.engine.batch_rows)
+        ),
         call,
     )
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import msgspec
+
 from eep_jax.config import ClusterConfig, RunConfig
 from eep_jax.coordination.coordinator import initial_state, restored_state
 from eep_jax.coordination.state import CoordinatorState
@@ -215,6 +217,5 @@ def process_facts(host: str, process: HostProcess) -> dict:
 
 
 def _entry_of(record: dict) -> Entry:
-    facts = record["request"]
-    request = Request(**facts | {"prompt": tuple(facts["prompt"]), "produced": ()})
+    request = msgspec.convert(record["request"] | {"produced": ()}, Request)
     return Entry(request, key=record["key"], body=record["body"], created=record["created"])

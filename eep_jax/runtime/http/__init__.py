@@ -2,6 +2,8 @@
 
 `app`            routes and handlers
 `completion`     checks of a completion request
+`shaping_fields` checks of penalties, biases and their like
+`neutral_fields` fields of which only values that change nothing are taken
 `chat`           checks of a chat request, and its prompt
 `scale_request`  checks of a change of membership
 `response`       answers and streams in OpenAI's forms

@@ -16,11 +16,8 @@ from aiohttp import web
 
 from eep_jax.errors import CoverageLost, InvalidMove, QueueFull
 from eep_jax.runtime.http.chat import parse_chat
-from eep_jax.runtime.http.completion import (
-    CompletionLimits,
-    RequestError,
-    parse_request,
-)
+from eep_jax.runtime.http.checks import RequestError
+from eep_jax.runtime.http.completion import CompletionLimits, parse_request
 from eep_jax.runtime.http.response import Answer, Failed
 from eep_jax.runtime.http.scale_request import parse_scale_request
 from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, ServiceUnavailable

@@ -2,19 +2,17 @@
 
 import json
 
+from eep_jax.runtime.http.checks import RequestError, refusal, unicode, wrong
 from eep_jax.runtime.http.completion import (
     CompletionLimits,
     CompletionRequest,
-    RequestError,
     answer_length,
     check_room,
-    check_unicode,
     known_fields,
-    refusal,
     sampling_fields,
-    wrong,
 )
 from eep_jax.runtime.http.neutral_fields import CHAT
+from eep_jax.runtime.http.shaping_fields import SHAPING
 from eep_jax.runtime.text.chat_template import ChatTemplate, TemplateRefused
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -24,7 +22,7 @@ EFFORTS = ("minimal", "low", "medium", "high")
 _LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is the former name
 _OWN = ("model", "messages", *_LENGTHS, "temperature", "top_p", "seed", "stop", "stream")
 _OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
-FIELDS = (*_OWN, "stream_options", "cache_salt", *_OF_TEMPLATE, *CHAT)
+FIELDS = (*_OWN, "stream_options", "cache_salt", *_OF_TEMPLATE, *SHAPING, *CHAT)
 # Fields of an answer that a client may send back with the conversation, if empty.
 _EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "tool_calls", "function_call")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
@@ -53,7 +51,7 @@ def parse_chat(
     messages, arguments = _messages(fields, template), _template_arguments(fields, template)
     try:
         text = template.render(messages, **arguments)
-        check_unicode("messages", text)
+        unicode("messages", text)
         prompt = limits.tokenizer.encode_rendered(text)
     except (TemplateRefused, ValueError) as error:
         if isinstance(error, RequestError):
@@ -63,14 +61,14 @@ def parse_chat(
     if not prompt:
         raise refusal("messages", "have no tokens after the model's chat template; send some text")
     check_room("messages", prompt, limits)
+    room = limits.context_tokens - len(prompt)
+    length = answer_length(fields, _length(fields), len(prompt), room, limits)
     return CompletionRequest(
         prompt=prompt,
-        max_tokens=answer_length(
-            fields, _length(fields), len(prompt), limits.context_tokens - len(prompt), limits
-        ),
+        max_tokens=length,
         chat=True,
         conversation=json.dumps([messages, arguments]),
-        **sampling_fields(fields, limits),
+        **sampling_fields(fields, limits, length),
     )
 
 
@@ -115,7 +113,7 @@ def _message(message: object, where: str, template: ChatTemplate) -> dict:
 def _content(content: object, where: str) -> str:
     """The text of a message: a string, or a list of text parts."""
     if isinstance(content, str):
-        check_unicode(where, content)
+        unicode(where, content)
         return content
     if not isinstance(content, list) or not content:
         raise wrong(where, content, 'send a string, or a list of {"type": "text", "text": ...}')
@@ -126,7 +124,7 @@ def _content(content: object, where: str) -> str:
             raise wrong(name, part, "this service takes parts of type text only")
         if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
             raise wrong(name, part, 'send {"type": "text", "text": "..."}')
-        check_unicode(name, part["text"])
+        unicode(name, part["text"])
         texts.append(part["text"])
     return "".join(texts)
 

@@ -4,25 +4,25 @@
 """
 
 import dataclasses
-import reprlib
 
+from eep_jax.runtime.http.checks import (
+    SHORT,
+    RequestError,
+    boolean,
+    integer,
+    number,
+    refusal,
+    unicode,
+    wrong,
+)
 from eep_jax.runtime.http.neutral_fields import COMPLETION, Neutral
+from eep_jax.runtime.http.shaping_fields import SHAPING, shaping_fields
 from eep_jax.runtime.serving.contract import CompletionRequest
 from eep_jax.runtime.text.tokenizer import ByteTokenizer, Tokenizer
 
 MAX_TOKENS_DEFAULT = 16
 BYTES = ByteTokenizer()
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-
-_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40)
-
-
-class RequestError(ValueError):
-    """A refused request. `field` is the part at fault, `code` is OpenAI's error code."""
-
-    def __init__(self, status: int, field: str | None, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.field, self.code = status, field, code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CompletionLimits:
 
 SALT_CHARS_MAX = 256
 _OWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream")
-FIELDS = (*_OWN, "stream_options", "cache_salt", *COMPLETION)
+FIELDS = (*_OWN, "stream_options", "cache_salt", *SHAPING, *COMPLETION)
 
 
 def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
@@ -51,10 +51,9 @@ def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
     """
     fields = known_fields(body, FIELDS, COMPLETION, limits)
     prompt = _prompt(fields.get("prompt"), limits)
+    length = answer_length(fields, "max_tokens", len(prompt), MAX_TOKENS_DEFAULT, limits)
     return CompletionRequest(
-        prompt=prompt,
-        max_tokens=answer_length(fields, "max_tokens", len(prompt), MAX_TOKENS_DEFAULT, limits),
-        **sampling_fields(fields, limits),
+        prompt=prompt, max_tokens=length, **sampling_fields(fields, limits, length)
     )
 
 
@@ -66,7 +65,7 @@ def known_fields(
     Of the fields in `neutral` only values that change no answer are taken.
     """
     if not isinstance(body, dict):
-        raise RequestError(400, None, f"the body is {_SHORT.repr(body)}; send a JSON object")
+        raise RequestError(400, None, f"the body is {SHORT.repr(body)}; send a JSON object")
     for name in body:
         if name not in known:
             own = ", ".join(field for field in known if field not in neutral)
@@ -80,29 +79,20 @@ def known_fields(
     return fields
 
 
-def sampling_fields(fields: dict, limits: CompletionLimits) -> dict:
+def sampling_fields(fields: dict, limits: CompletionLimits, max_tokens: int) -> dict:
     """The checked fields that both kinds of request share, besides prompt and length."""
-    stream = _boolean(fields, "stream")
+    stream = boolean(fields, "stream")
     return {
-        "temperature": _number(fields, "temperature", lambda x: 0 <= x <= 2, "from 0 to 2"),
-        "top_p": _number(fields, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "temperature": number(fields, "temperature", lambda x: 0 <= x <= 2, "from 0 to 2"),
+        "top_p": number(fields, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         "seed": integer(fields, "seed", None, SEED_MIN, SEED_MAX),
         "stop": _stop(fields.get("stop", []), limits),
         "stream": stream,
         "include_usage": _include_usage(fields, stream),
         "model": limits.model,
+        "shaping": shaping_fields(fields, limits.tokenizer, max_tokens),
         "cache_salt": _salt(fields.get("cache_salt", "")),
     }
-
-
-def refusal(field: str, problem: str) -> RequestError:
-    """An error 400 that names the field."""
-    return RequestError(400, field[:80], f"{field[:80]} {problem}")
-
-
-def wrong(field: str, value: object, expectation: str) -> RequestError:
-    """An error 400 that names the field, its value and the expectation."""
-    return refusal(field, f"is {_SHORT.repr(value)}; {expectation}")
 
 
 def _check_model(fields: dict, limits: CompletionLimits) -> None:
@@ -110,7 +100,7 @@ def _check_model(fields: dict, limits: CompletionLimits) -> None:
     if not isinstance(model, str):
         raise wrong("model", model, f"send the name of the model, {limits.model!r}")
     if model != limits.model:
-        message = f"model is {_SHORT.repr(model)}; this service has only {limits.model!r}"
+        message = f"model is {SHORT.repr(model)}; this service has only {limits.model!r}"
         raise RequestError(404, "model", message, code="model_not_found")
 
 
@@ -118,7 +108,7 @@ def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         (prompt,) = prompt
     if isinstance(prompt, str):
-        check_unicode("prompt", prompt)
+        unicode("prompt", prompt)
         try:
             tokens = limits.tokenizer.encode(prompt)
         except ValueError as error:
@@ -132,7 +122,7 @@ def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
     size = limits.tokenizer.vocab_size
     if outside := [token for token in tokens if not 0 <= token < size]:
         raise refusal(
-            "prompt", f"holds token {_SHORT.repr(outside[0])}; ids run from 0 to {size - 1}"
+            "prompt", f"holds token {SHORT.repr(outside[0])}; ids run from 0 to {size - 1}"
         )
     check_room("prompt", tokens, limits)
     return tokens
@@ -148,15 +138,6 @@ def check_room(field: str, prompt: tuple[int, ...], limits: CompletionLimits) ->
         raise RequestError(400, field, message, code="context_length_exceeded")
 
 
-def check_unicode(field: str, text: str) -> None:
-    """Raises RequestError for text that cannot be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"has a lone surrogate at character {error.start}; send valid Unicode"
-        raise refusal(field, problem) from None
-
-
 def _with_bos(limits: CompletionLimits) -> str:
     return " with its BOS" if limits.tokenizer.has_bos else ""
 
@@ -169,36 +150,11 @@ def answer_length(
     wanted = integer(fields, name, default, 1, None)
     if wanted > room:
         message = (
-            f"{name} is {_SHORT.repr(wanted)} and the prompt has {prompt_tokens} tokens"
+            f"{name} is {SHORT.repr(wanted)} and the prompt has {prompt_tokens} tokens"
             f"{_with_bos(limits)}; the context is {limits.context_tokens}: ask for at most {room}"
         )
         raise RequestError(400, name, message, code="context_length_exceeded")
     return wanted
-
-
-def integer(fields: dict, name: str, default: int | None, low: int, high: int | None) -> int | None:
-    value = fields.get(name, default)
-    if value is None:
-        return None
-    if type(value) is int and low <= value and (high is None or value <= high):
-        return value
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    raise wrong(name, value, f"send an integer {limits}")
-
-
-def _number(fields: dict, name: str, allowed, limits: str) -> float:
-    """A number, by default 1. NaN and infinities fail every comparison in `allowed`."""
-    value = fields.get(name, 1.0)
-    if type(value) not in (int, float) or not allowed(value):
-        raise wrong(name, value, f"send a number {limits}")
-    return float(value)
-
-
-def _boolean(fields: dict, name: str) -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise wrong(name, value, "send true or false")
-    return value
 
 
 def _stop(stop: object, limits: CompletionLimits) -> tuple[str, ...]:
@@ -218,7 +174,7 @@ def _salt(salt: object) -> str:
     """Requests with other salts share no cached prefix, so none can measure another's prompt."""
     if not isinstance(salt, str) or len(salt) > SALT_CHARS_MAX:
         raise wrong("cache_salt", salt, f"send a string of at most {SALT_CHARS_MAX} characters")
-    check_unicode("cache_salt", salt)
+    unicode("cache_salt", salt)
     return salt
 
 

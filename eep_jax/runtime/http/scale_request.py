@@ -1,7 +1,7 @@
 """Scale requests of an operator: `{"action": "scale_down", "ranks": [5]}`, checked."""
 
 from eep_jax.coordination.scaling import ACTIONS, ScaleRequest
-from eep_jax.runtime.http.completion import RequestError
+from eep_jax.runtime.http.checks import RequestError
 
 FIELDS = ("action", "ranks", "count")
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol, runtime_checkable
 
 from eep_jax.coordination.scaling import ScaleRequest
+from eep_jax.engine.request import NO_SHAPING, Shaping
 from eep_jax.errors import EepError
 
 
@@ -22,6 +23,7 @@ class CompletionRequest:
     include_usage: bool
     model: str
     cache_salt: str = ""  # only requests with equal salts share cached prefixes
+    shaping: Shaping = NO_SHAPING
     chat: bool = False  # the answer is a message of its own; else it continues the prompt
     conversation: str = (
         ""  # of a chat: the messages and template arguments behind `prompt`, as JSON

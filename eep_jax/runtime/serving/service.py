@@ -70,6 +70,7 @@ class CompletionFrontend:
             top_p=request.top_p,
             seed=seed,
             cache_salt=request.cache_salt,
+            shaping=request.shaping,
         )
         entry = self._table.submit(Entry(rank_request, key=key, body=body, created=time.time()))
         self._accepted(entry)
@@ -99,14 +100,14 @@ class CompletionFrontend:
         """Yields the entry's tokens from the first on. Buffers nothing beyond the entry."""
         event = asyncio.Event()
         self._readers.setdefault(entry.request.id, set()).add(event)
-        sent = 0
+        sent, ends = 0, self._end_tokens.union(entry.request.shaping.stop_token_ids)
         try:
             while True:
                 event.clear()
                 new, finish = entry.produced[sent:], entry.finish
                 sent += len(new)
                 degraded = tuple(sorted(entry.degraded))
-                if finish == "stop" and new and new[-1] in self._end_tokens:
+                if finish == "stop" and new and new[-1] in ends:
                     new = new[:-1]
                 if finish in ERRORS:
                     yield StreamProgress(tokens=tuple(new), error=ERRORS[finish])

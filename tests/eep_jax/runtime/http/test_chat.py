@@ -5,7 +5,8 @@ import json
 import pytest
 
 from eep_jax.runtime.http.chat import parse_chat
-from eep_jax.runtime.http.completion import CompletionLimits, RequestError
+from eep_jax.runtime.http.checks import RequestError
+from eep_jax.runtime.http.completion import CompletionLimits
 from eep_jax.runtime.text.chat_template import ChatTemplate, TemplateRefused, open_chat_template
 from tests.support.hf_tokenizers import CHATML, write_tokenizer
 
@@ -82,8 +83,8 @@ class TestParseChat:
             *[("logprobs", x) for x in [True, 1]],
             ("top_logprobs", 5),
             ("n", 2),
-            ("presence_penalty", 1),
-            ("logit_bias", {"5": 1}),
+            ("presence_penalty", 3),
+            ("logit_bias", {"5": 101}),
             ("modalities", ["text", "audio"]),
             ("temperature", 3),
             ("top_p", 0),

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from eep_jax.runtime.http.completion import CompletionLimits, RequestError, parse_request
+from eep_jax.engine.request import Shaping
+from eep_jax.runtime.http.checks import RequestError
+from eep_jax.runtime.http.completion import CompletionLimits, parse_request
 
 LIMITS = CompletionLimits(model="tiny", context_tokens=32)
 
@@ -66,6 +68,27 @@ class TestParseRequest:
         sent = body(**neutral, frequency_penalty=0, logit_bias={})
         assert parse_request(sent, LIMITS) == parse_request(body(), LIMITS)
 
+    def test_what_shapes_the_choice_of_tokens_is_read(self):
+        sent = {"top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -2}
+        sent |= {"frequency_penalty": 2, "logit_bias": {"7": -100, "3": 1.5}, "min_tokens": 16}
+        sent |= {"stop_token_ids": [9, 3], "ignore_eos": True, "bad_words": ["ab", "c"]}
+        assert parse_request(body(**sent), LIMITS).shaping == Shaping(
+            top_k=40,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            presence_penalty=-2.0,
+            frequency_penalty=2.0,
+            logit_bias=((3, 1.5), (7, -100.0)),
+            min_tokens=16,
+            stop_token_ids=(3, 9),
+            ignore_eos=True,
+            bad_words=((97, 98), (99,)),
+        )
+
+    @pytest.mark.parametrize("top_k", [-1, 0, 256, 2**40])
+    def test_a_top_k_of_all_tokens_asks_for_nothing(self, top_k):
+        assert parse_request(body(top_k=top_k), LIMITS) == parse_request(body(), LIMITS)
+
     def test_usage_is_included_where_a_stream_asks_for_it(self):
         sent = body(stream=True, stream_options={"include_usage": True})
         assert parse_request(sent, LIMITS).include_usage
@@ -87,15 +110,23 @@ class TestParseRequest:
             *[("echo", x) for x in [True, 0]],
             *[("logprobs", x) for x in [0, 5, True]],
             ("suffix", "x"),
-            *[("top_k", x) for x in [1, True, "0"]],
-            *[("repetition_penalty", x) for x in [1.1, 0, True]],
-            *[("ignore_eos", x) for x in [True, 0]],
+            *[("top_k", x) for x in [-2, 1.5, True, "0"]],
+            *[("min_p", x) for x in [-0.1, 1.1, True, math.nan]],
+            *[("min_tokens", x) for x in [-1, 17, 1.0, True]],
+            *[("stop_token_ids", x) for x in [3, [256], [-1], [True], [1] * 65]],
+            *[
+                ("bad_words", x)
+                for x in ["a", [""], [" "], ["x" * 17], [1], ["a"] * 65, ["\ud800"]]
+            ],
+            *[("repetition_penalty", x) for x in [-1, 0, 11, True]],
+            *[("ignore_eos", x) for x in [1, 0, "true"]],
             ("cache_salt", "x" * 257),
             ("cache_salt", 3),
             ("response_format", {"type": "json_object"}),
-            *[("presence_penalty", x) for x in [0.5, False, math.nan]],
-            ("frequency_penalty", -1),
-            *[("logit_bias", x) for x in [{"50256": -100}, []]],
+            *[("presence_penalty", x) for x in [2.5, False, math.nan]],
+            ("frequency_penalty", -2.1),
+            *[("logit_bias", x) for x in [{"256": -100}, [], {"1": 101}, {"1": True}, {"a": 1}]],
+            *[("logit_bias", x) for x in [{"1": 0, "01": 1}, {"²": 1}, {"-1": 1}, {"1": math.nan}]],
             ("user", 7),
             ("temprature", 1),
             ("messages", None),

@@ -3,8 +3,10 @@
 import pytest
 
 from eep_jax.runtime.http.chat import parse_chat
-from eep_jax.runtime.http.completion import CompletionLimits, RequestError, parse_request
+from eep_jax.runtime.http.checks import RequestError
+from eep_jax.runtime.http.completion import CompletionLimits, parse_request
 from eep_jax.runtime.http.neutral_fields import CHAT, COMPLETION, SHARED
+from eep_jax.runtime.http.shaping_fields import SHAPING
 from eep_jax.runtime.text.chat_template import ChatTemplate
 
 LIMITS = CompletionLimits(model="tiny", context_tokens=256)
@@ -73,13 +75,13 @@ CHATS = {
 
 @pytest.mark.parametrize("extra", COMPLETIONS.values(), ids=COMPLETIONS.keys())
 def test_completions(extra):
-    own = {name: value for name, value in extra.items() if name not in COMPLETION}
+    own = {name: value for name, value in extra.items() if name not in (*COMPLETION, *SHAPING)}
     assert parse_request(PLAIN | extra, LIMITS) == parse_request(PLAIN | own, LIMITS)
 
 
 @pytest.mark.parametrize("extra", CHATS.values(), ids=CHATS.keys())
 def test_chats(extra):
-    own = {name: value for name, value in extra.items() if name not in CHAT}
+    own = {name: value for name, value in extra.items() if name not in (*CHAT, *SHAPING)}
     wanted = parse_chat(PLAIN_CHAT, LIMITS, TEMPLATE)
     base = {"model": "tiny", "messages": MESSAGES, "temperature": 0.0}
     base |= {} if "max_completion_tokens" in extra else {"max_tokens": 8}

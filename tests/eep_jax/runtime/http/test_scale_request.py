@@ -3,7 +3,7 @@
 import pytest
 
 from eep_jax.coordination.scaling import ScaleRequest
-from eep_jax.runtime.http.completion import RequestError
+from eep_jax.runtime.http.checks import RequestError
 from eep_jax.runtime.http.scale_request import parse_scale_request
 
 

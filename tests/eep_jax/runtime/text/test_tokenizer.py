@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eep_jax.config import RunConfig
-from eep_jax.runtime.http.completion import CompletionLimits, RequestError, parse_request
+from eep_jax.runtime.http.checks import RequestError
+from eep_jax.runtime.http.completion import CompletionLimits, parse_request
 from eep_jax.runtime.text.detokenizer import TextAssembler
 from eep_jax.runtime.text.hf_tokenizer import HFTokenizer
 from eep_jax.runtime.text.open import open_tokenizer, tokenizer_directory
