@@ -10,7 +10,7 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     shared        0.0 GiB  JAX   shared experts, dense layers
     KV cache     55.7 GiB  JAX   9500 pages x 64 positions = 594 Ki
     step          1.4 GiB  JAX   estimated
-    unused        3.2 GiB  JAX   takes 0.45 of a GPU; room for 550 pages more
+    unused        3.2 GiB  JAX   takes 0.45 of a GPU; room for 549 pages more
     context       0.6 GiB  CUDA
     in all      118.0 GiB  x 1 of 140.4 GiB
     128 experts on 2 ranks: up to 1 may die, up to 1 with nothing to load

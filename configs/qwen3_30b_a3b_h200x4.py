@@ -10,7 +10,7 @@ Of each rank's GPU, as `eep_jax.models.memory` works it out:
     shared        0.0 GiB  JAX   shared experts, dense layers
     KV cache     63.3 GiB  JAX   10800 pages x 64 positions = 675 Ki
     step          1.6 GiB  JAX   estimated
-    unused        2.5 GiB  JAX   takes 0.5 of a GPU; room for 420 pages more
+    unused        2.5 GiB  JAX   takes 0.5 of a GPU; room for 419 pages more
     context       0.6 GiB  CUDA
     in all      111.7 GiB  x 1 of 140.4 GiB
     128 experts on 4 ranks: up to 2 may die, up to 1 with nothing to load

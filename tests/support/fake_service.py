@@ -47,6 +47,7 @@ class FakeService:
 
     def __init__(self, script: Iterable = (), refusal: Exception | None = None):
         self.script, self.refusal = script, refusal
+        self.scripts: list[Iterable] = []  # of the next streams, before `script`
         self.submitted: list[tuple[CompletionRequest, str | None]] = []
         self.streams: list[FakeStream] = []
         self.submitting = asyncio.Event()
@@ -60,9 +61,13 @@ class FakeService:
         if key is not None and self._by_key.setdefault(key, request) != request:
             raise KeyConflict(f"key {key!r} belongs to another body; use a new key")
         self.submitted.append((request, key))
-        self.streams.append(FakeStream(f"cmpl-r{len(self.streams)}", self.script))
+        script = self.scripts.pop(0) if self.scripts else self.script
+        self.streams.append(FakeStream(f"cmpl-r{len(self.streams)}", script))
         self.submitting.set()
         return self.streams[-1]
+
+    def submit_all(self, requests, key: str | None) -> list[FakeStream]:
+        return [self.submit(request, key) for request in requests]
 
     def apply(self, request: ScaleRequest) -> dict:
         if self.refusal is not None:

@@ -15,10 +15,10 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from eep_jax.errors import CoverageLost, InvalidMove, QueueFull
-from eep_jax.runtime.http.chat import parse_chat
+from eep_jax.runtime.http.chat import parse_chats
 from eep_jax.runtime.http.checks import RequestError
-from eep_jax.runtime.http.completion import CompletionLimits, parse_request
-from eep_jax.runtime.http.response import Answer, Failed
+from eep_jax.runtime.http.completion import CompletionLimits, parse_requests
+from eep_jax.runtime.http.response import Answer, Choice, Failed
 from eep_jax.runtime.http.scale_request import parse_scale_request
 from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, ServiceUnavailable
 from eep_jax.runtime.text.chat_template import ChatTemplate
@@ -102,29 +102,32 @@ class _Api:
         }
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
-        return await self._answer(http, parse_request)
+        return await self._answer(http, parse_requests)
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
-        return await self._answer(http, functools.partial(parse_chat, template=self._template))
+        return await self._answer(http, functools.partial(parse_chats, template=self._template))
 
     async def _answer(self, http: web.Request, parse) -> web.StreamResponse:
         # In a thread: a long prompt may take a second, in which the event loop serves the ranks.
-        request = await asyncio.to_thread(parse, await _read_json(http), limits=self._limits)
+        requests = await asyncio.to_thread(parse, await _read_json(http), limits=self._limits)
         key = _read_key(http)
-        answer = Answer(request, self._service.submit(request, key), self._limits.tokenizer)
+        streams = self._service.submit_all(requests, key)
+        answer = Answer(requests, streams, self._limits.tokenizer)
         try:
-            if request.stream:
+            if answer.request.stream:
                 return await self._send_events(http, answer)
-            text = "".join([delta async for delta in _deltas(answer)])
-            return web.json_response(answer.whole(text))
+            texts = [[] for _ in requests]
+            async for choice, delta in answer.deltas():
+                texts[choice.request.index].append(delta)
+            return web.json_response(answer.whole(["".join(parts) for parts in texts]))
         except _ClientGone:
             if http.transport is not None:
                 http.transport.abort()
             return web.Response(status=CLIENT_GONE_STATUS)
         finally:
             # With a key the client may return for the answer, so the request goes on.
-            if key is None and answer.finish_reason is None:
-                answer.stream.cancel()
+            if key is None:
+                answer.cancel()
 
     async def models(self, http: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._model]})
@@ -157,14 +160,15 @@ class _Api:
         try:
             for opening in answer.opening():
                 await self._send(response, json.dumps(opening | usage))
-            async for delta in _with_silences(_deltas(answer), self._keep_alive_s):
-                if delta is None:
+            async for increment in _with_silences(answer.deltas(), self._keep_alive_s):
+                if increment is None:
                     await self._bounded(response.write(f": {self._state()}\n\n".encode()))
-                elif delta or answer.finish_reason:
-                    await self._send(response, json.dumps(answer.chunk(delta) | usage))
+                    continue
+                choice, delta = increment
+                if delta or choice.finish_reason:
+                    await self._send(response, json.dumps(answer.chunk(choice, delta) | usage))
             if usage:
-                final = {"choices": [], "usage": answer.usage()}
-                await self._send(response, json.dumps(answer.chunk("") | final))
+                await self._send(response, json.dumps(answer.final()))
             await self._send(response, "[DONE]")
         except _ClientGone:
             raise
@@ -208,16 +212,7 @@ class _Api:
         return middleware
 
 
-async def _deltas(answer: Answer) -> AsyncIterator[str]:
-    """Yields the text of each increment until the answer is complete. Raises Failed."""
-    async for progress in answer.stream:
-        yield answer.advance(progress)
-        if answer.finish_reason is not None:
-            return
-    raise Failed("the stream ended without a reason; send the request again")
-
-
-async def _with_silences(deltas: AsyncIterator[str], after_s: float | None):
+async def _with_silences(deltas: AsyncIterator[tuple[Choice, str]], after_s: float | None):
     """Yields the deltas, and None whenever none has come for `after_s`."""
     waiting = None
     try:

@@ -8,6 +8,7 @@ from eep_jax.runtime.http.completion import (
     CompletionRequest,
     answer_length,
     check_room,
+    choices_of,
     known_fields,
     sampling_fields,
 )
@@ -21,6 +22,7 @@ EFFORTS = ("minimal", "low", "medium", "high")
 
 _LENGTHS = ("max_completion_tokens", "max_tokens")  # the second is the former name
 _OWN = ("model", "messages", *_LENGTHS, "temperature", "top_p", "seed", "stop", "stream")
+_OWN = (*_OWN, "n", "best_of")
 _OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
 FIELDS = (*_OWN, "stream_options", "cache_salt", *_OF_TEMPLATE, *SHAPING, *CHAT)
 # Fields of an answer that a client may send back with the conversation, if empty.
@@ -31,12 +33,19 @@ _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_tok
 def parse_chat(
     body: object, limits: CompletionLimits, template: ChatTemplate | None
 ) -> CompletionRequest:
+    """The first of `parse_chats`."""
+    return parse_chats(body, limits, template)[0]
+
+
+def parse_chats(
+    body: object, limits: CompletionLimits, template: ChatTemplate | None
+) -> list[CompletionRequest]:
     """Reads the body, and renders the conversation with the model's template.
 
     Follows OpenAI's "Create chat completion" reference; unsupported values are refused, never
     ignored. `{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}` may have an answer
     as long as the context allows. `chat_template_kwargs` are arguments of the template, such as
-    `{"enable_thinking": false}`.
+    `{"enable_thinking": false}`. There is one request for each of the n choices.
 
     Raises:
       RequestError: names the field, within a message as `messages[0].content`.
@@ -63,13 +72,14 @@ def parse_chat(
     check_room("messages", prompt, limits)
     room = limits.context_tokens - len(prompt)
     length = answer_length(fields, _length(fields), len(prompt), room, limits)
-    return CompletionRequest(
+    request = CompletionRequest(
         prompt=prompt,
         max_tokens=length,
         chat=True,
         conversation=json.dumps([messages, arguments]),
         **sampling_fields(fields, limits, length),
     )
+    return choices_of(fields, [request], limits)
 
 
 def _length(fields: dict) -> str:

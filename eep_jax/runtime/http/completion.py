@@ -1,6 +1,6 @@
 """Checks of a completion request, field by field. No socket, no clock.
 
-`parse_request` reads plain completions; `chat.parse_chat` reads conversations with the same parts.
+`parse_requests` reads plain completions; `chat.parse_chats` reads conversations, by the same parts.
 """
 
 import dataclasses
@@ -32,29 +32,65 @@ class CompletionLimits:
     model: str
     context_tokens: int  # prompt with its BOS, and completion
     max_stop: int = 4
+    choices_max: int = 128  # of one HTTP request, over all prompts
     stop_chars_max: int = 64
     tokenizer: Tokenizer = BYTES
 
 
 SALT_CHARS_MAX = 256
 _OWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream")
+_OWN = (*_OWN, "n", "best_of", "echo")
 FIELDS = (*_OWN, "stream_options", "cache_salt", *SHAPING, *COMPLETION)
 
 
 def parse_request(body: object, limits: CompletionLimits) -> CompletionRequest:
-    """Reads the body of `POST /v1/completions`. An optional field that is null counts as absent.
+    """The first of `parse_requests`."""
+    return parse_requests(body, limits)[0]
 
-    `{"model": "tiny", "prompt": "Hi"}` gives prompt (0, 72, 105), 16 tokens at temperature 1.
+
+def parse_requests(body: object, limits: CompletionLimits) -> list[CompletionRequest]:
+    """Reads the body of `POST /v1/completions`, one request for each of its choices.
+
+    `{"model": "tiny", "prompt": "Hi"}` gives prompt (0, 72, 105), 16 tokens at temperature 1. Two
+    prompts with n = 3 give six, those of the first prompt first. An optional field that is null
+    counts as absent.
 
     Raises RequestError, naming the field. Follows OpenAI's "Create completion" reference; what
     this service does not do is refused, never ignored.
     """
     fields = known_fields(body, FIELDS, COMPLETION, limits)
-    prompt = _prompt(fields.get("prompt"), limits)
-    length = answer_length(fields, "max_tokens", len(prompt), MAX_TOKENS_DEFAULT, limits)
-    return CompletionRequest(
-        prompt=prompt, max_tokens=length, **sampling_fields(fields, limits, length)
-    )
+    prompts = _prompts(fields.get("prompt"), limits)
+    echo, requests = boolean(fields, "echo"), []
+    for sent, prompt in prompts:
+        length = answer_length(fields, "max_tokens", len(prompt), MAX_TOKENS_DEFAULT, limits)
+        shared = sampling_fields(fields, limits, length)
+        text = _text(sent, limits) if echo else ""
+        requests.append(CompletionRequest(prompt=prompt, max_tokens=length, echo=text, **shared))
+    return choices_of(fields, requests, limits)
+
+
+def choices_of(
+    fields: dict, requests: list[CompletionRequest], limits: CompletionLimits
+) -> list[CompletionRequest]:
+    """Each of the requests n times, with seeds that count up from the one that was sent."""
+    n = integer(fields, "n", 1, 1, limits.choices_max)
+    if fields.get("best_of", n) not in (1, n) or isinstance(fields.get("best_of"), bool):
+        expected = f"this service returns all candidates; send n, {n}, or leave it out"
+        raise wrong("best_of", fields["best_of"], expected)
+    total = n * len(requests)
+    if total > limits.choices_max:
+        problem = f"{len(requests)} prompts of {n} answers are {total}"
+        raise wrong("n", n, f"{problem}; ask for at most {limits.choices_max} at once")
+    return [
+        dataclasses.replace(
+            request,
+            index=n * number + again,
+            choices=total,
+            seed=None if request.seed is None else request.seed + again,
+        )
+        for number, request in enumerate(requests)
+        for again in range(n)
+    ]
 
 
 def known_fields(
@@ -104,9 +140,18 @@ def _check_model(fields: dict, limits: CompletionLimits) -> None:
         raise RequestError(404, "model", message, code="model_not_found")
 
 
+def _prompts(
+    sent: object, limits: CompletionLimits
+) -> list[tuple[str | list[int], tuple[int, ...]]]:
+    """Each prompt as it was sent, and its tokens."""
+    several = isinstance(sent, list) and bool(sent) and isinstance(sent[0], str | list)
+    found = sent if several else [sent]
+    if len(found) > limits.choices_max:
+        raise wrong("prompt", sent, f"send at most {limits.choices_max} prompts at once")
+    return [(one, _prompt(one, limits)) for one in found]
+
+
 def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        (prompt,) = prompt
     if isinstance(prompt, str):
         unicode("prompt", prompt)
         try:
@@ -116,7 +161,8 @@ def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
     elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         tokens = limits.tokenizer.complete(tuple(prompt))
     else:
-        raise wrong("prompt", prompt, "send one string, or one list with at least one token id")
+        expected = "send a string, a list of token ids, or a list of either; none may be empty"
+        raise wrong("prompt", prompt, expected)
     if not tokens:
         raise wrong("prompt", prompt, "it has no tokens, and this model has no BOS; send some text")
     size = limits.tokenizer.vocab_size
@@ -126,6 +172,14 @@ def _prompt(prompt: object, limits: CompletionLimits) -> tuple[int, ...]:
         )
     check_room("prompt", tokens, limits)
     return tokens
+
+
+def _text(prompt: str | list[int], limits: CompletionLimits) -> str:
+    """A prompt as text, without the special tokens of one that was sent as ids."""
+    if isinstance(prompt, str):
+        return prompt
+    decoder = limits.tokenizer.decoder()
+    return "".join([*map(decoder.feed, prompt), decoder.finish()])
 
 
 def check_room(field: str, prompt: tuple[int, ...], limits: CompletionLimits) -> None:

@@ -43,8 +43,6 @@ _TEXT = "leave it out: answers are text"
 
 # Of both endpoints.
 SHARED = {
-    "n": only(1, way_out="send one request per answer"),
-    "best_of": only(1, way_out="send one request per candidate"),
     # Sampling.
     "length_penalty": only(1),
     "use_beam_search": only(False),
@@ -77,7 +75,6 @@ SHARED = {
     "vllm_xargs": only({}),
 }
 COMPLETION = SHARED | {
-    "echo": only(False, way_out="put the prompt in front of the answer yourself"),
     "logprobs": only(False),
     "suffix": only(""),
 }

@@ -1,7 +1,7 @@
 """Contract between the HTTP front and the service behind it: requests, streams, errors."""
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from eep_jax.coordination.scaling import ScaleRequest
@@ -25,9 +25,11 @@ class CompletionRequest:
     cache_salt: str = ""  # only requests with equal salts share cached prefixes
     shaping: Shaping = NO_SHAPING
     chat: bool = False  # the answer is a message of its own; else it continues the prompt
-    conversation: str = (
-        ""  # of a chat: the messages and template arguments behind `prompt`, as JSON
-    )
+    # Of a chat: the messages and template arguments behind `prompt`, as JSON.
+    conversation: str = ""
+    echo: str = ""  # text of the prompt, which the answer begins with
+    index: int = 0  # among the `choices` that one HTTP request asked for
+    choices: int = 1
 
 
 class ServiceUnavailable(EepError):
@@ -65,10 +67,10 @@ class Stream(Protocol):
 class CompletionService(Protocol):
     """The service behind the HTTP API. No method blocks."""
 
-    def submit(self, request: CompletionRequest, key: str | None) -> Stream:
-        """Starts a request, or reads the request with this key again from its first token.
+    def submit_all(self, requests: Sequence[CompletionRequest], key: str | None) -> list[Stream]:
+        """Starts the requests, or reads those with this key again from their first token.
 
-        Raises QueueFull, ServiceUnavailable, or KeyConflict.
+        Raises QueueFull, ServiceUnavailable, or KeyConflict, and then has started none.
         """
 
     def apply(self, request: ScaleRequest) -> dict:

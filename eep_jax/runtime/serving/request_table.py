@@ -44,15 +44,22 @@ class RequestTable:
 
     def submit(self, entry: Entry) -> Entry:
         """Adds a new request. Raises QueueFull, and then the table is unchanged."""
-        unfinished = len(self.entries) - len(self._finished)
-        if unfinished >= self._queue_max:
-            raise QueueFull(f"{unfinished} requests are being served, the maximum; try again later")
+        self.check_room(1)
         self.entries[entry.request.id] = entry
         if entry.key is not None:
             self._by_key[entry.key] = entry.request.id
         self._queue.append(entry.request.id)
         self.counts["accepted"] += 1
         return entry
+
+    def check_room(self, count: int) -> None:
+        """Raises QueueFull where so many more requests would exceed the maximum."""
+        unfinished = len(self.entries) - len(self._finished)
+        if unfinished + count > self._queue_max:
+            raise QueueFull(
+                f"{unfinished} requests are being served, the maximum is {self._queue_max}, and "
+                f"{count} more would exceed it; try again later"
+            )
 
     def by_key(self, key: str) -> Entry | None:
         return self.entries.get(self._by_key.get(key, ""))

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from eep_jax.engine.request import NOT_FINITE, Request
 from eep_jax.runtime.serving.contract import (
@@ -49,8 +49,17 @@ class CompletionFrontend:
         self._readers: dict[str, set[asyncio.Event]] = {}
         self._refusal = self._end = ""
 
-    def submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
+    def submit_all(
+        self, requests: Sequence[CompletionRequest], key: str | None
+    ) -> "list[EntryStream]":
         """Raises QueueFull, ServiceUnavailable or KeyConflict; see contract.CompletionService."""
+        keys = [_key_of(request, key) for request in requests]
+        new = sum(own is None or self._table.by_key(own) is None for own in keys)
+        if new > 1:
+            self._table.check_room(new)
+        return [self._submit(*pair) for pair in zip(requests, keys, strict=True)]
+
+    def _submit(self, request: CompletionRequest, key: str | None) -> "EntryStream":
         body = _asked(request)
         if key is not None and (known := self._table.by_key(key)) is not None:
             if known.body != body:
@@ -146,6 +155,11 @@ class EntryStream:
 
     def cancel(self) -> None:
         self._frontend.cancel(self._entry)
+
+
+def _key_of(request: CompletionRequest, key: str | None) -> str | None:
+    """The key of one of several choices; no client can send one with a line break."""
+    return f"{key}\n{request.index}" if key is not None and request.index else key
 
 
 def _asked(request: CompletionRequest) -> str:

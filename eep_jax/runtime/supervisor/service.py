@@ -1,5 +1,7 @@
 """The service behind HTTP: completions, changes of membership, and reports of one supervisor."""
 
+from collections.abc import Sequence
+
 from eep_jax.coordination.scaling import ScaleRequest, ranks_out
 from eep_jax.coordination.state import ScaleTo
 from eep_jax.runtime.history.status import StatusReporter
@@ -14,8 +16,8 @@ class ClusterService:
     def __init__(self, frontend: CompletionFrontend, reporter: StatusReporter, driver: Driver):
         self._frontend, self._reporter, self._driver = frontend, reporter, driver
 
-    def submit(self, request: CompletionRequest, key: str | None) -> Stream:
-        return self._frontend.submit(request, key)
+    def submit_all(self, requests: Sequence[CompletionRequest], key: str | None) -> list[Stream]:
+        return self._frontend.submit_all(requests, key)
 
     @property
     def busy(self) -> bool:

@@ -121,6 +121,29 @@ class TestWholeAnswer:
             answer = await (await client.post(PATH, json=body())).json()
         assert answer["degraded"] == {"experts": [3, 9]}
 
+    @story
+    async def test_several_choices_are_one_answer(self):
+        service = FakeService(spell("abc"))
+        async with serving(service) as client:
+            sent = body(prompt=["Hi", "Hello"], n=2, echo=True)
+            answer = await (await client.post(PATH, json=sent)).json()
+        assert [c["text"] for c in answer["choices"]] == ["Hiabc"] * 2 + ["Helloabc"] * 2
+        assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"] == {
+            "prompt_tokens": 3 + 6,
+            "completion_tokens": 12,
+            "total_tokens": 21,
+        }
+
+    @story
+    async def test_one_failed_choice_ends_all(self):
+        service = FakeService()
+        service.scripts = [[asyncio.Event()], [StreamProgress(error="it is lost")]]
+        async with serving(service) as client:
+            response = await client.post(PATH, json=body(n=2))
+            await refusal(response, 500, "generation_failed")
+        assert service.streams[0].cancelled.is_set()
+
     @pytest.mark.parametrize(
         ("script", "code"),
         [
@@ -144,6 +167,29 @@ class TestWholeAnswer:
 
 
 class TestEvents:
+    @story
+    async def test_choices_come_as_they_grow_each_with_its_end(self):
+        slow, service = asyncio.Event(), FakeService()
+        service.scripts = [[slow, *spell("ab")], spell("xy")]
+        usage = {"include_usage": True}
+        sent = {"model": "org/tiny", "messages": [{"role": "user", "content": "Hi"}], "n": 2}
+        sent |= {"stream": True, "stream_options": usage}
+        async with serving(service, template=TEMPLATE) as client:
+            response = await client.post(CHAT, json=sent)
+            await service.submitting.wait()
+            slow.set()
+            *found, last, done = await events(response)
+        assert done == "[DONE]" and last["choices"] == []
+        assert last["usage"]["completion_tokens"] == 4
+        texts, ends = {0: "", 1: ""}, {}
+        for event in found:
+            (choice,) = event["choices"]
+            texts[choice["index"]] += choice["delta"].get("content", "")
+            assert event["id"] == found[0]["id"] and choice["index"] not in ends
+            if choice["finish_reason"]:
+                ends[choice["index"]] = choice["finish_reason"]
+        assert texts == {0: "ab", 1: "xy"} and ends == {0: "length", 1: "length"}
+
     @story
     async def test_the_last_chunk_has_the_finish_reason_and_done_follows(self):
         async with serving(FakeService(spell("a€"))) as client:

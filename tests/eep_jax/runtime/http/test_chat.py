@@ -82,7 +82,7 @@ class TestParseChat:
             *[("response_format", x) for x in [{"type": "json_object"}, "text"]],
             *[("logprobs", x) for x in [True, 1]],
             ("top_logprobs", 5),
-            ("n", 2),
+            ("n", 129),
             ("presence_penalty", 3),
             ("logit_bias", {"5": 101}),
             ("modalities", ["text", "audio"]),

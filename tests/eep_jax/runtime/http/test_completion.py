@@ -7,7 +7,7 @@ import pytest
 
 from eep_jax.engine.request import Shaping
 from eep_jax.runtime.http.checks import RequestError
-from eep_jax.runtime.http.completion import CompletionLimits, parse_request
+from eep_jax.runtime.http.completion import CompletionLimits, parse_request, parse_requests
 
 LIMITS = CompletionLimits(model="tiny", context_tokens=32)
 
@@ -89,6 +89,22 @@ class TestParseRequest:
     def test_a_top_k_of_all_tokens_asks_for_nothing(self, top_k):
         assert parse_request(body(top_k=top_k), LIMITS) == parse_request(body(), LIMITS)
 
+    def test_every_choice_is_a_request_of_its_own(self):
+        sent = body(prompt=["Hi", "Ho"], n=2, best_of=2, seed=7, echo=True)
+        found = parse_requests(sent, LIMITS)
+        assert [r.prompt for r in found] == [(0, 72, 105)] * 2 + [(0, 72, 111)] * 2
+        assert [r.seed for r in found] == [7, 8, 7, 8], "answers to one prompt differ"
+        assert [(r.index, r.choices, r.echo) for r in found] == [
+            *[(0, 4, "Hi"), (1, 4, "Hi"), (2, 4, "Ho"), (3, 4, "Ho")]
+        ]
+
+    def test_too_many_choices_over_all_prompts_are_refused(self):
+        assert refusal(body(prompt=["a"] * 2, n=65)).field == "n"
+        assert len(parse_requests(body(prompt=["a"] * 2, n=64), LIMITS)) == 128
+
+    def test_a_prompt_of_ids_is_echoed_as_text(self):
+        assert parse_request(body(prompt=[72, 105], echo=True), LIMITS).echo == "Hi"
+
     def test_usage_is_included_where_a_stream_asks_for_it(self):
         sent = body(stream=True, stream_options={"include_usage": True})
         assert parse_request(sent, LIMITS).include_usage
@@ -96,7 +112,10 @@ class TestParseRequest:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            *[("prompt", x) for x in [3, True, {}, [], [[]], ["a", "b"], [[1], [2]], [1, "a"]]],
+            *[
+                ("prompt", x)
+                for x in [3, True, {}, [], [[]], ["a", 1], [[1], []], [1, "a"], ["a"] * 129]
+            ],
             *[("prompt", x) for x in [[True], [1.0], [-1], [256], "a\0b", "\ud800", "x" * 31]],
             *[("max_tokens", x) for x in [0, -1, 16.0, True, "16", 30, 10**400]],
             *[("temperature", x) for x in [-0.1, 2.1, True, "1", math.nan, math.inf, 10**400]],
@@ -105,9 +124,9 @@ class TestParseRequest:
             *[("stop", x) for x in ["", [""], 3, ["a"] * 5, ["a", 1], "x" * 65, "\udfff", {}]],
             *[("stream", x) for x in [0, 1, "true"]],
             *[("stream_options", x) for x in [{"include_usage": True}, {}, True]],
-            *[("n", x) for x in [2, 0, True]],
+            *[("n", x) for x in [129, 0, True, 1.0]],
             *[("best_of", x) for x in [2, True]],
-            *[("echo", x) for x in [True, 0]],
+            *[("echo", x) for x in ["true", 0]],
             *[("logprobs", x) for x in [0, 5, True]],
             ("suffix", "x"),
             *[("top_k", x) for x in [-2, 1.5, True, "0"]],
