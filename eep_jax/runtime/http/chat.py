@@ -16,7 +16,7 @@ from eep_jax.runtime.http.neutral_fields import CHAT
 from eep_jax.runtime.http.shaping_fields import SHAPING
 from eep_jax.runtime.text.chat_template import ChatTemplate, TemplateRefused
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGES_MAX = 1_024
 EFFORTS = ("minimal", "low", "medium", "high")
 
@@ -26,7 +26,14 @@ _OWN = (*_OWN, "n", "best_of")
 _OF_TEMPLATE = ("reasoning_effort", "chat_template_kwargs")
 FIELDS = (*_OWN, "stream_options", "cache_salt", *_OF_TEMPLATE, *SHAPING, *CHAT)
 # Fields of an answer that a client may send back with the conversation, if empty.
-_EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "tool_calls", "function_call")
+_EMPTY_OF_MESSAGE = ("refusal", "annotations", "audio", "function_call")
+# Fields beside role and content, and the roles that have them.
+_OF_ROLE = {
+    "name": ("system", "developer", "user", "assistant", "tool"),
+    "tool_calls": ("assistant",),
+    "reasoning_content": ("assistant",),
+    "tool_call_id": ("tool",),
+}
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 
 
@@ -107,17 +114,76 @@ def _message(message: object, where: str, template: ChatTemplate) -> dict:
     for name in _EMPTY_OF_MESSAGE:
         if fields.pop(name, None):
             raise refusal(f"{where}.{name}", "is not supported by this service; leave it out")
-    if unknown := sorted(fields.keys() - {"role", "content", "name"}):
-        raise refusal(
-            f"{where}.{unknown[0]}", "is not a field of a message; use role, content and name"
-        )
-    if "name" in fields and not isinstance(fields["name"], str):
-        raise wrong(f"{where}.name", fields["name"], "send a string")
-    if "name" in fields and not template.mentions("name"):
-        raise refusal(f"{where}.name", "has no place in this model's template; leave it out")
-    if role == "developer" and not template.mentions("developer"):
+    for name in _OF_ROLE.keys() & fields.keys():
+        if fields[name] in ("", []):
+            del fields[name]
+        elif role not in _OF_ROLE[name]:
+            raise refusal(f"{where}.{name}", f"is no field of a message of {role}; leave it out")
+    if unknown := sorted(fields.keys() - {"role", "content", *_OF_ROLE}):
+        known = ", ".join(("role", "content", *_OF_ROLE))
+        raise refusal(f"{where}.{unknown[0]}", f"is not a field of a message; use {known}")
+    fields |= _role_fields(fields, where)
+    fields["content"] = _content_of(fields, f"{where}.content")
+    if role == "developer" and role not in template.reads.strings:
         fields["role"] = "system"  # the former name of the role
-    return fields | {"content": _content(fields.get("content"), f"{where}.content")}
+    _check_read(fields, where, template)
+    return fields
+
+
+def _check_read(fields: dict, where: str, template: ChatTemplate) -> None:
+    """Refuses what the template would leave out of the prompt."""
+    if not template.reads.role(fields["role"]):
+        problem = f"{fields['role']!r} has no place in this model's template; use another role"
+        raise refusal(f"{where}.role", problem)
+    for name in _OF_ROLE.keys() & fields.keys():
+        # The id of a call orders messages; many templates order them by place alone.
+        if name != "tool_call_id" and not template.reads.field(name):
+            raise refusal(f"{where}.{name}", "has no place in this model's template; leave it out")
+
+
+def _role_fields(fields: dict, where: str) -> dict:
+    """The checked fields that only some roles have."""
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if name not in fields:
+            continue
+        if not isinstance(fields[name], str):
+            raise wrong(f"{where}.{name}", fields[name], "send a string")
+        unicode(f"{where}.{name}", fields[name])
+    if "tool_calls" not in fields:
+        return {}
+    calls = fields["tool_calls"]
+    if not isinstance(calls, list):
+        raise wrong(f"{where}.tool_calls", calls, "send a list of calls, as an answer had them")
+    named = [(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    return {"tool_calls": [_tool_call(call, name) for call, name in named]}
+
+
+def _tool_call(call: object, where: str) -> dict:
+    """A call with its arguments as an object: templates write them as JSON themselves."""
+    form = '{"id": "...", "type": "function", "function": {"name": "f", "arguments": "{}"}}'
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong(where, call, f"send {form}")
+    if call.get("type", "function") != "function":
+        raise wrong(f"{where}.type", call["type"], "send function")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise refusal(f"{where}.function.arguments", f"is not JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        expected = "send an object, or the text of one"
+        raise wrong(f"{where}.function.arguments", function["arguments"], expected)
+    return call | {"type": "function", "function": function | {"arguments": arguments}}
+
+
+def _content_of(fields: dict, where: str) -> str:
+    """The text of a message; one that calls tools may have none."""
+    may_lack = fields["role"] == "assistant" and fields.keys() & {"tool_calls", "reasoning_content"}
+    if may_lack and fields.get("content") in (None, []):
+        return ""
+    return _content(fields.get("content"), where)
 
 
 def _content(content: object, where: str) -> str:
@@ -147,14 +213,14 @@ def _template_arguments(fields: dict, template: ChatTemplate) -> dict:
         field = f"chat_template_kwargs.{name}"
         if name in _RESERVED or not name.isidentifier():
             raise refusal(field, "is not an argument that a request may set")
-        if not template.mentions(name):
+        if not template.takes(name):
             raise refusal(field, "has no place in this model's template; leave it out")
         if not isinstance(value, str | int | float | bool | None):
             raise wrong(field, value, "send a string, a number or a boolean")
     effort = fields.get("reasoning_effort")
     if effort is None:
         return arguments
-    if effort not in EFFORTS or not template.mentions("reasoning_effort"):
+    if effort not in EFFORTS or not template.takes("reasoning_effort"):
         expected = f"one of {', '.join(EFFORTS)}, where the model's template has such an argument"
         raise wrong("reasoning_effort", effort, f"send {expected}; else leave it out")
     return arguments | {"reasoning_effort": effort}

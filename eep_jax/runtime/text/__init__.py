@@ -4,5 +4,6 @@
 `hf_tokenizer`   tokenizer.json of a Hugging Face directory
 `open`           choice of a run's tokenizer
 `chat_template`  Jinja templates that come with models
+`template_reads` what such a template reads of a conversation
 `detokenizer`    tokens to text that is never taken back, cut at stop strings
 """

@@ -11,9 +11,11 @@ import json
 import pathlib
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from eep_jax.runtime.text.template_reads import TemplateReads, reads_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON = "chat_template.json"  # of some models with processors
@@ -32,15 +34,19 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, named: dict[str, str]):
-        self._source, self._named = source, named
+        self._named = named
         try:
             self._template = _environment().from_string(source)
+            tree = _environment().parse(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
-    def mentions(self, word: str) -> bool:
-        """Whether the template uses `word`, a role or an argument."""
-        return word in self._source
+        self.reads: TemplateReads = reads_of(tree)
+        self._arguments = meta.find_undeclared_variables(tree)
+
+    def takes(self, argument: str) -> bool:
+        """Whether the template reads an argument of this name."""
+        return argument in self._arguments
 
     def render(self, messages: list[dict], **arguments) -> str:
         """The prompt, up to where the assistant's answer begins.

@@ -15,6 +15,16 @@ TEMPLATE = ChatTemplate(CHATML, {})
 HI = {"role": "user", "content": "Hi"}
 
 
+def a_call(**function) -> dict:
+    """A turn that calls a tool."""
+    function = {"name": "add", "arguments": '{"a": 2}'} | function
+    call = {"id": "1", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+ASKS = a_call()
+
+
 def body(**fields) -> dict:
     return {"model": "tiny", "messages": [HI]} | fields
 
@@ -62,7 +72,10 @@ class TestParseChat:
     def test_the_developer_is_the_system_of_older_templates(self):
         rule = {"role": "developer", "content": "Be brief."}
         assert "system\nBe brief." in prompt(body(messages=[rule, HI]))
-        newer = ChatTemplate(CHATML + "{# developer #}", {})
+        assert "system\nBe brief." in prompt(
+            body(messages=[rule, HI]), ChatTemplate(CHATML + "{# developer #}", {})
+        )
+        newer = ChatTemplate(CHATML + "{% if messages[0].role == 'developer' %}{% endif %}", {})
         assert "developer\nBe brief." in prompt(body(messages=[rule, HI]), newer)
 
     def test_arguments_of_the_template_are_passed_on(self):
@@ -108,24 +121,48 @@ class TestParseChat:
         [
             ("Hi", "messages[1]"),
             ({"content": "Hi"}, "messages[1].role"),
-            ({"role": "tool", "content": "4"}, "messages[1].role"),
+            ({"role": "function", "content": "4"}, "messages[1].role"),
+            ({"role": "tool"}, "messages[1].content"),
+            ({"role": "tool", "content": "4", "tool_calls": [1]}, "messages[1].tool_calls"),
             ({"role": "user"}, "messages[1].content"),
             ({"role": "user", "content": 3}, "messages[1].content"),
             ({"role": "user", "content": []}, "messages[1].content"),
             ({"role": "user", "content": "a\ud800"}, "messages[1].content"),
             (HI | {"content": [{"type": "image_url"}]}, "messages[1].content[0]"),
             (HI | {"content": [{"type": "text", "text": 3}]}, "messages[1].content[0]"),
-            (HI | {"name": "Ann"}, None),
+            (HI | {"name": "Ann"}, "messages[1].name"),
             (HI | {"weight": 1}, "messages[1].weight"),
-            ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[1].tool_calls"),
+            (ASKS | {"tool_calls": [{}]}, "messages[1].tool_calls[0]"),
+            (ASKS | {"tool_calls": {}}, "messages[1].tool_calls"),
+            (ASKS, "messages[1].tool_calls"),
+            (a_call(arguments="{"), "messages[1].tool_calls[0].function.arguments"),
+            (a_call(arguments="3"), "messages[1].tool_calls[0].function.arguments"),
+            ({"role": "assistant", "reasoning_content": "so"}, "messages[1].reasoning_content"),
+            ({"role": "assistant"}, "messages[1].content"),
         ],
     )
     def test_a_refusal_names_the_part_of_a_message(self, message, field):
-        sent = body(messages=[HI, message])
-        if field is None:  # the word "name" is in no ChatML template's text
-            assert refused(sent, ChatTemplate("{{ messages[0].content }}", {}))
-        else:
-            assert refused(sent).field == field
+        assert refused(body(messages=[HI, message])).field == field
+
+    def test_tools_were_called_and_answered(self):
+        template = ChatTemplate(
+            "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+            "{% endfor %}{{ m.reasoning_content }}{{ m.content }}|{% endfor %}",
+            {},
+        )
+        asks = {name: ASKS[name] for name in ("role", "tool_calls")} | {"reasoning_content": "so"}
+        tells = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "4"}]}
+        found = prompt(body(messages=[HI, asks, asks | {"content": None}, tells]), template)
+        call = 'so|{"name": "add", "arguments": {"a": 2}}'
+        assert found == 'Hi|{"name": "add", "arguments": {"a": 2}}' + call + "so|4|"
+
+    def test_a_role_without_a_place_in_the_template_is_refused(self):
+        only = "{# system #}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        template = ChatTemplate(only + "{% endif %}{% endfor %}", {})
+        assert prompt(body(), template) == "Hi"
+        for role in ("system", "developer", "assistant", "tool"):
+            error = refused(body(messages=[HI, {"role": role, "content": "x"}]), template)
+            assert error.field == "messages[1].role" and role in str(error).replace("system", role)
 
     @pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "unheard_of", "a b"])
     def test_arguments_that_a_request_may_not_set(self, name):
