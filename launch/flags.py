@@ -65,10 +65,25 @@ SHUTDOWN_TIMEOUT_S = flags.DEFINE_float(
     "If not given, serve.shutdown_timeout_s of the configuration.",
     0,
 )
+SERVED_MODEL_NAME = flags.DEFINE_string(
+    "served_model_name",
+    None,
+    "Name of the model in requests and answers. If not given, the model's own.",
+)
+CORS_ORIGINS = flags.DEFINE_list(
+    "cors_origins",
+    None,
+    "Origins whose pages a browser lets read answers: https://a.example,https://b.example; * for "
+    "all. If not given, serve.cors_origins of the configuration.",
+)
+ACCESS_LOG = flags.DEFINE_boolean(
+    "access_log", None, "Logs a line for every HTTP request. If not given, serve.access_log."
+)
 PARENT_PID = flags.DEFINE_integer(
     "parent_pid", 0, "Ends this process when its parent, which has this pid, ends; 0: does not."
 )
 program.group("Process", RUN_DIR, HOST, PORT, SHUTDOWN_TIMEOUT_S, PARENT_PID)
+program.group("HTTP API", SERVED_MODEL_NAME, CORS_ORIGINS, ACCESS_LOG)
 
 ENVIRONMENT = flags.DEFINE_enum(
     "environment",
@@ -147,11 +162,15 @@ def run_config() -> RunConfig:
         (HOST, "serve.host"),
         (PORT, "serve.port"),
         (SHUTDOWN_TIMEOUT_S, "serve.shutdown_timeout_s"),
+        (SERVED_MODEL_NAME, "serve.served_model_name"),
+        (ACCESS_LOG, "serve.access_log"),
         (MIRROR_HOST, "serve.mirror_host"),
         (DEVICE_MEMORY_FRACTION, "device.memory_fraction"),
     ):
         if flag.value is not None:
             draft.set(f"--{flag.name}", **{path: flag.value})
+    if CORS_ORIGINS.value is not None:
+        draft.set("--cors_origins", **{"serve.cors_origins": tuple(CORS_ORIGINS.value)})
     return draft.checked()
 
 
@@ -165,6 +184,9 @@ def forwarded() -> list[str]:
     if ENVIRONMENT.value != "local":
         arguments.append(f"--environment={ENVIRONMENT.value}")
     optional = (HOST, PORT, SHUTDOWN_TIMEOUT_S, DEVICE_MEMORY_FRACTION, MIRROR_HOST)
+    optional += (SERVED_MODEL_NAME, ACCESS_LOG)
+    if CORS_ORIGINS.value is not None:
+        arguments.append(f"--cors_origins={','.join(CORS_ORIGINS.value)}")
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
     return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])

@@ -5,6 +5,8 @@
 `shaping_fields` checks of penalties, biases and their like
 `neutral_fields` fields of which only values that change nothing are taken
 `chat`           checks of a chat request, and its prompt
+`tokens`         tokenizing and its reverse
+`frame`          ids of requests, access log, CORS
 `scale_request`  checks of a change of membership
 `response`       answers and streams in OpenAI's forms
 """

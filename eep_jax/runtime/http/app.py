@@ -10,16 +10,19 @@ import functools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
+from eep_jax import __version__
 from eep_jax.errors import CoverageLost, InvalidMove, QueueFull
 from eep_jax.runtime.http.chat import parse_chats
 from eep_jax.runtime.http.checks import RequestError
 from eep_jax.runtime.http.completion import CompletionLimits, parse_requests
+from eep_jax.runtime.http.frame import add_frame
 from eep_jax.runtime.http.response import Answer, Choice, Failed
 from eep_jax.runtime.http.scale_request import parse_scale_request
+from eep_jax.runtime.http.tokens import detokenize, tokenize
 from eep_jax.runtime.serving.contract import CompletionService, KeyConflict, ServiceUnavailable
 from eep_jax.runtime.text.chat_template import ChatTemplate
 
@@ -47,6 +50,9 @@ def build_app(
     body_bytes_max: int = 1 << 20,
     write_deadline_s: float = WRITE_DEADLINE_S,
     keep_alive_s: float = 0,
+    cors_origins: Sequence[str] = (),
+    access_log: bool = False,
+    info: dict | None = None,
 ) -> web.Application:
     """The HTTP application in front of `service`.
 
@@ -60,8 +66,11 @@ def build_app(
       write_deadline_s: how long a client may take nothing before its connection is aborted.
       keep_alive_s: after so long a silence a stream sends a comment with the cluster's state, so
         that no proxy cuts it; 0 sends none.
+      cors_origins, access_log: see frame.add_frame.
+      info: what `/server_info` answers beside the version.
     """
     api = _Api(service, limits, template, body_bytes_max, write_deadline_s, keep_alive_s)
+    api.info = {"version": __version__} | (info or {})
     app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
     app.router.add_post("/v1/completions", api.complete)
     app.router.add_post("/v1/chat/completions", api.chat)
@@ -71,6 +80,13 @@ def build_app(
     app.router.add_post("/v1/fault_tolerance/apply", api.apply)
     app.router.add_get("/health", api.health)
     app.router.add_get("/metrics", api.metrics)
+    app.router.add_post("/tokenize", api.tokenize)
+    app.router.add_post("/detokenize", api.detokenize)
+    app.router.add_get("/version", api.version)
+    app.router.add_get("/server_info", api.server_info)
+    app.router.add_get("/ping", api.health)
+    app.router.add_post("/ping", api.health)
+    add_frame(app, cors_origins=cors_origins, access_log=access_log)
     return app
 
 
@@ -92,6 +108,7 @@ class _Api:
     ):
         self._service, self._limits, self._template = service, limits, template
         self._keep_alive_s = keep_alive_s or None
+        self.info: dict = {}
         self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
         self._model = {
             "id": limits.model,
@@ -137,6 +154,20 @@ class _Api:
             message = f"model {name[:80]!r} does not exist; this service has {self._limits.model!r}"
             raise RequestError(404, "model", message, code="model_not_found")
         return web.json_response(self._model)
+
+    async def tokenize(self, http: web.Request) -> web.Response:
+        body, how = await _read_json(http), (self._limits, self._template)
+        return web.json_response(await asyncio.to_thread(tokenize, body, *how))
+
+    async def detokenize(self, http: web.Request) -> web.Response:
+        body = await _read_json(http)
+        return web.json_response(await asyncio.to_thread(detokenize, body, self._limits))
+
+    async def version(self, http: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
+    async def server_info(self, http: web.Request) -> web.Response:
+        return web.json_response(self.info)
 
     async def health(self, http: web.Request) -> web.Response:
         healthy, facts = self._service.health()

@@ -58,6 +58,26 @@ def parse_chats(
       RequestError: names the field, within a message as `messages[0].content`.
     """
     fields = known_fields(body, FIELDS, CHAT, limits)
+    messages, arguments, prompt = rendered(fields, limits, template)
+    if not prompt:
+        raise refusal("messages", "have no tokens after the model's chat template; send some text")
+    check_room("messages", prompt, limits)
+    room = limits.context_tokens - len(prompt)
+    length = answer_length(fields, _length(fields), len(prompt), room, limits)
+    request = CompletionRequest(
+        prompt=prompt,
+        max_tokens=length,
+        chat=True,
+        conversation=json.dumps([messages, arguments]),
+        **sampling_fields(fields, limits, length),
+    )
+    return choices_of(fields, [request], limits)
+
+
+def rendered(
+    fields: dict, limits: CompletionLimits, template: ChatTemplate | None
+) -> tuple[list[dict], dict, tuple[int, ...]]:
+    """The checked messages and template arguments, and the tokens of their prompt."""
     if template is None:
         message = (
             f"messages: the model {limits.model!r} has no chat template (chat_template.jinja, or "
@@ -74,19 +94,7 @@ def parse_chats(
             raise
         problem = f"are refused by the model's chat template: {error}"
         raise refusal("messages", problem) from None
-    if not prompt:
-        raise refusal("messages", "have no tokens after the model's chat template; send some text")
-    check_room("messages", prompt, limits)
-    room = limits.context_tokens - len(prompt)
-    length = answer_length(fields, _length(fields), len(prompt), room, limits)
-    request = CompletionRequest(
-        prompt=prompt,
-        max_tokens=length,
-        chat=True,
-        conversation=json.dumps([messages, arguments]),
-        **sampling_fields(fields, limits, length),
-    )
-    return choices_of(fields, [request], limits)
+    return messages, arguments, prompt
 
 
 def _length(fields: dict) -> str:

@@ -7,6 +7,7 @@ reads the journal, waits for the ranks to reconnect, and learns from them what t
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import time
@@ -203,7 +204,7 @@ class Supervisor:
         """Opens both ports, the previous ones if they are free, and writes them to the file."""
         serve, endpoint_file = self.config.serve, self._run_dir / ENDPOINT
         limits = CompletionLimits(
-            model=self.config.model.name,
+            model=serve.served_model_name or self.config.model.name,
             context_tokens=self.config.engine.context_tokens,
             tokenizer=self._tokenizer,
         )
@@ -226,6 +227,9 @@ class Supervisor:
             template=self._template,
             body_bytes_max=body_bytes_max,
             keep_alive_s=serve.keep_alive_ms / 1000,
+            cors_origins=serve.cors_origins,
+            access_log=serve.access_log,
+            info={"config": dataclasses.asdict(self.config)},
         )
         http_port = await listeners.open(
             http,
