@@ -15,9 +15,6 @@ one that hosts JAX's coordinator: that would end the baselines for good.
 
 import asyncio
 import dataclasses
-import pathlib
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,7 +22,7 @@ from absl import flags as absl_flags
 
 from benchmarks import command
 from benchmarks.harness import Record, Sheet, Unfit
-from benchmarks.processes import Machine, machine_of, with_ranks
+from benchmarks.processes import Machine, machine_of, run_directory, with_ranks
 from benchmarks.serving import statistics as stats
 from benchmarks.serving.own_cluster import (
     Load,
@@ -199,12 +196,18 @@ def repair_of(status: dict, kill_s: float) -> dict | None:
 
 
 @asynccontextmanager
+async def _service(name: str, config: RunConfig, machine: Machine) -> AsyncIterator[StaticService]:
+    exchange = absl_flags.FLAGS.exchange
+    with run_directory() as directory:
+        async with StaticService(config, machine, name, exchange, directory.path) as service:
+            yield service
+
+
+@asynccontextmanager
 async def _static(
     name: str, config: RunConfig, machine: Machine, victim: int
 ) -> AsyncIterator[Harmed]:
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="eep-static-"))
-    exchange = absl_flags.FLAGS.exchange
-    async with StaticService(config, machine, name, exchange, directory) as service:
+    async with _service(name, config, machine) as service:
 
         async def serving() -> None:
             try:
@@ -227,7 +230,6 @@ async def _static(
 
         await serving()
         yield Harmed(service.url, lambda: service.kill(victim), again)
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _report(name: str, outcome: Outcome) -> None:

@@ -10,7 +10,6 @@ the ratios are of one run. On GPUs the collectives are NCCL's, on CPU Gloo's.
 """
 
 import json
-import shutil
 
 from absl import flags as absl_flags
 
@@ -18,8 +17,8 @@ from benchmarks import command
 from benchmarks.harness import Record, Sheet, Unfit, percentile
 from benchmarks.processes import (
     free_port,
-    fresh_directory,
     machine_of,
+    run_directory,
     run_workers,
     with_ranks,
 )
@@ -55,14 +54,14 @@ def main() -> list[Record]:
     systems = _systems(config)
     _check_room(config)
     sheet = Sheet("static", machine.device, machine.ranks, _shape(config))
-    directory = fresh_directory(None)
-    say(f"{machine.ranks} ranks of {config.name}: {', '.join(systems)}; {directory}")
     job = {"flags": flags.forwarded(), "coordinator": f"127.0.0.1:{free_port()}"}
     job |= {"systems": systems, "blocks": values.blocks, "steps": values.steps}
     where = {"deadline_s": values.deadline_s, "fraction": config.device.memory_fraction}
-    run_workers("benchmarks.static.worker", machine, job, directory, **where)
-    report = json.loads((directory / REPORT).read_text())
-    shutil.rmtree(directory, ignore_errors=True)
+    with run_directory() as directory:
+        logs = directory.path
+        say(f"{machine.ranks} ranks of {config.name}: {', '.join(systems)}; {logs}")
+        run_workers("benchmarks.static.worker", machine, job, logs, **where)
+        report = json.loads((logs / REPORT).read_text())
     if report["wrong"]:
         raise Unfit(report["wrong"][0])
     if any(report["ranks_wrong"]):

@@ -25,8 +25,8 @@ from benchmarks.harness import Record, Sheet
 from benchmarks.processes import (
     Machine,
     WorkersFailed,
-    fresh_directory,
     machine_of,
+    run_directory,
     run_workers,
 )
 from benchmarks.wide.exchange import FP8, Family
@@ -59,15 +59,15 @@ def main() -> int:
     tokens = tuple(sorted(set(command.numbers("tokens", every))))
     families = families_of(machine, tokens, values.hidden, values.experts, values.top_k)
     sheet = Sheet("wide", machine.device, machine.ranks, machine.facts)
-    directory = fresh_directory(values.directory)
-    say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {directory}")
-    problems = _run(machine, families, directory)
-    found = read_found(directory, machine.ranks)
-    add_records(sheet, found, families)
-    if sheet.records:
-        show(found, sheet.records)
-    temporary = directory if values.directory is None else None
-    return finish(sheet.records, problems + found.failures, temporary)
+    with run_directory(values.directory) as directory:
+        logs = directory.path
+        say(f"{machine.device}: {machine.ranks} ranks, link {machine.link}; logs: {logs}")
+        problems = _run(machine, families, logs)
+        found = read_found(logs, machine.ranks)
+        add_records(sheet, found, families)
+        if sheet.records:
+            show(found, sheet.records)
+        return finish(sheet.records, problems + found.failures, directory)
 
 
 def families_of(

@@ -23,8 +23,8 @@ from benchmarks.processes import (
     Machine,
     WorkersFailed,
     free_port,
-    fresh_directory,
     machine_of,
+    run_directory,
     run_workers,
 )
 from benchmarks.wide.decode_report import add_records
@@ -62,19 +62,19 @@ def main() -> int:
     sizes = _sizes(config, machine)
     configs = [with_sizes(config, ranks=machine.ranks, **size) for size in sizes]
     sheet = Sheet("wide_decode", machine.device, machine.ranks, machine.facts)
-    directory = fresh_directory(values.directory)
     layers = sorted({c.model.layers for c in configs})
-    say(
-        f"{machine.device}: {machine.ranks} ranks of {config.model.name}, {layers} of "
-        f"{config.model.layers} layers: {', '.join(systems)}; logs: {directory}"
-    )
-    problems = _run(machine, config, configs, sizes, systems, directory)
-    found = read_found(directory, machine.ranks)
-    add_records(sheet, found, configs)
-    if sheet.records:
-        show(sheet.records)
-    temporary = directory if values.directory is None else None
-    return finish(sheet.records, problems + found.failures, temporary)
+    with run_directory(values.directory) as directory:
+        logs = directory.path
+        say(
+            f"{machine.device}: {machine.ranks} ranks of {config.model.name}, {layers} of "
+            f"{config.model.layers} layers: {', '.join(systems)}; logs: {logs}"
+        )
+        problems = _run(machine, config, configs, sizes, systems, logs)
+        found = read_found(logs, machine.ranks)
+        add_records(sheet, found, configs)
+        if sheet.records:
+            show(sheet.records)
+        return finish(sheet.records, problems + found.failures, directory)
 
 
 def _config() -> RunConfig:

@@ -9,13 +9,11 @@ The other sources (backups in host memory, storage) do not depend on how many GP
 `bench_sources` times them.
 """
 
-import shutil
-
 from absl import flags as absl_flags
 
 from benchmarks import command, sources
 from benchmarks.harness import Record, Sheet
-from benchmarks.processes import fresh_directory, machine_of, run_workers
+from benchmarks.processes import machine_of, run_directory, run_workers
 from benchmarks.wide.exchange_report import read_found
 from launch import flags
 from launch.console import say
@@ -38,17 +36,17 @@ def main() -> list[Record]:
         raise UsageError(
             f"--config={config.name} is for {config.platform}, --platform={values.platform}"
         )
-    directory = fresh_directory(None)
     job = {"flags": flags.forwarded(), "samples": values.samples}
     sheet = Sheet("wide_sources", machine.device, 2, machine.facts | {"samples": values.samples})
     where = {"deadline_s": values.deadline_s, "fraction": 0.3}
-    say(f"{machine.device}: logs: {directory}")
-    run_workers("benchmarks.wide.sources_rank", machine, job, directory, **where)
-    for _, line in read_found(directory, 2).of("source"):
+    with run_directory() as directory:
+        say(f"{machine.device}: logs: {directory.path}")
+        run_workers("benchmarks.wide.sources_rank", machine, job, directory.path, **where)
+        found = read_found(directory.path, 2)
+    for _, line in found.of("source"):
         r = sources.add_rate(sheet, line["name"], line["rates"], **line["shape"])
         aim = f", at least {AIM:.0%}" if r.metric == "peer moved" else ""
         say(f"{r.metric}: {r.value:.1f} GB/s, plain copy {r.baseline:.1f} GB/s, {r.ratio:.0%}{aim}")
-    shutil.rmtree(directory, ignore_errors=True)
     return sheet.records
 
 

@@ -4,6 +4,7 @@ Only processes that were started here are ever signalled. GPUs go around: with f
 some share one, and every record says so (`Machine.link`), since nothing crosses NVLink then.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,13 +16,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import flags as absl_flags
 
 from benchmarks.harness import ROOT, Unfit, cpu_device, gpu_device
 from eep_jax.config import RunConfig
 from eep_jax.library.environment import cpu_environment
+from eep_jax.runtime.rank.scratch_dir import open_scratch
 from launch import flags
 from launch.environments.local import (
     gpu_rank_environment,
@@ -128,13 +130,36 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def fresh_directory(given: str | None) -> pathlib.Path:
+@dataclasses.dataclass
+class RunDirectory:
+    """Logs and reports of workers; a temporary one stays if `kept` is set."""
+
+    path: pathlib.Path
+    kept: bool = False
+
+
+@contextlib.contextmanager
+def run_directory(given: str | None = None) -> Iterator[RunDirectory]:
     """`given`, emptied of an earlier run of workers, or a temporary directory.
 
-    Raises UsageError for a directory that holds something else.
+    A temporary one stays after an exception, for its logs say why. Otherwise it is removed, also
+    if this process is killed. Raises UsageError for a directory that holds something else.
     """
-    if given is None:
-        return pathlib.Path(tempfile.mkdtemp(prefix="eep-bench-"))
+    if given is not None:
+        yield RunDirectory(_emptied(given))
+        return
+    scratch = open_scratch(tempfile.gettempdir(), "bench")
+    found = RunDirectory(scratch.path)
+    try:
+        yield found
+    except Exception:
+        found.kept = True
+        raise
+    finally:
+        scratch.keep() if found.kept else scratch.remove()
+
+
+def _emptied(given: str) -> pathlib.Path:
     path = pathlib.Path(given).absolute()
     if path.exists() and not (path / JOB).exists() and any(path.iterdir()):
         raise UsageError(f"--directory={given} holds files that are of no run; name another one")

@@ -8,11 +8,11 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks import command
 from benchmarks.harness import Record, Sheet, percentile
+from benchmarks.processes import RunDirectory
 from benchmarks.wide.exchange import Family
 from launch.console import say
 
@@ -117,17 +117,13 @@ def add_times(sheet: Sheet, samples_us: Sequence[float], metric: str = "time", *
         sheet.add(f"{metric} p{statistic}", value, "us", samples=count, **beside)
 
 
-def finish(records: Sequence[Record], problems: Sequence[str], temporary: pathlib.Path | None):
-    """Keeps the records, also if something went wrong; returns the exit status.
-
-    `temporary` is a directory of logs that is removed if nothing went wrong.
-    """
+def finish(records: Sequence[Record], problems: Sequence[str], directory: RunDirectory) -> int:
+    """Keeps the records, also if something went wrong, and then the logs; the exit status."""
     command.keep(records)
     for problem in problems:
         say(problem, "bold red")
-    if temporary is not None and not problems:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return 1 if problems else 0
+    directory.kept = bool(problems)
+    return int(directory.kept)
 
 
 def published(name: str, tokens: int) -> str:

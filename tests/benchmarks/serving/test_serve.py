@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks.harness import read
-from tests.benchmarks.processes import run_module
+from tests.benchmarks.processes import assert_refused, run_module
 from tests.benchmarks.serving.fake_server import fake_server
+from tests.support.kept_steps import shared_steps
 
 
 def serve(*arguments: str, deadline_s: float):
@@ -34,35 +35,31 @@ def test_any_openai_server_is_measured(tmp_path):
     assert "answers_wrong" not in records  # there is nothing to compare with
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
+def test_what_cannot_be_done_is_one_line_and_status_2():
+    cases = [
         (["--fault_plan=[[0,1,2,3],[0,1,2]]"], "write -3 there"),
         (["--fault_plan=[[0,1]]", "--url=http://127.0.0.1:1"], "leave --url out"),
         (["--request_rate=1", "--concurrency=2"], "give one of them"),
         (["--random_input_len=400", "--random_output_len=400"], "has room for 512"),
-    ],
-)
-@pytest.mark.timeout(60)
-def test_what_cannot_be_done_is_one_line_and_status_2(arguments, told):
-    done = serve(*arguments, deadline_s=50)
-    assert done.returncode == 2 and told in done.stdout, done.stdout
+    ]
+    assert_refused([("benchmarks.serve", *case) for case in cases])
 
 
 @pytest.mark.multiprocess
 @pytest.mark.timeout(420)
 def test_ranks_die_and_return_as_planned_and_nothing_is_lost(tmp_path):
     out = tmp_path / "serve.jsonl"
-    done = serve(
-        "--config=tiny_cpu",
-        "--fault_plan=[[0,1,2,3],[-0,1,2,3],[1,2,3],[0,1,2,3]]",
-        "--phase_s=1.5",
-        "--random_output_len=24",
-        "--distinct_prompts=8",
-        f"--run_dir={tmp_path}",
-        f"--out={out}",
-        deadline_s=400,
-    )
+    with shared_steps(tmp_path, 4, ["--config=tiny_cpu"]):
+        done = serve(
+            "--config=tiny_cpu",
+            "--fault_plan=[[0,1,2,3],[-0,1,2,3],[1,2,3],[0,1,2,3]]",
+            "--phase_s=1.5",
+            "--random_output_len=24",
+            "--distinct_prompts=8",
+            f"--run_dir={tmp_path}",
+            f"--out={out}",
+            deadline_s=400,
+        )
     assert done.returncode == 0, done.stdout
     records = read([out])
     single = {r.metric: r.value for r in records}

@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from benchmarks.harness import Record
+from benchmarks.harness import ROOT, Record
 from benchmarks.processes import (
     Machine,
     WorkersFailed,
     environment_of,
-    fresh_directory,
     machine_of,
+    run_directory,
     run_workers,
 )
 from benchmarks.serving.fault_plan import parse_plan
@@ -23,6 +27,7 @@ from launch.errors import UsageError
 from launch.flags import load_config, override
 from tests.benchmarks.processes import run_module
 
+DEADLINE_S = 60.0
 EIGHT = Machine("gpu", 8, tuple("01234567"))
 TWO, SHARED, CPU = Machine("gpu", 2, ("0", "1")), Machine("gpu", 2, ("0",)), Machine("cpu", 2)
 
@@ -241,7 +246,30 @@ def test_a_directory_of_an_earlier_run_is_emptied_and_no_other(tmp_path):
     old = tmp_path / "old"
     (old / "meeting").mkdir(parents=True)
     (old / "job.json").write_text("{}")
-    assert fresh_directory(str(old)) == old and not any(old.iterdir())
+    with run_directory(str(old)) as found:
+        assert found.path == old and not any(old.iterdir())
+    assert old.exists()
     (old / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="holds files that are of no run"):
-        fresh_directory(str(old))
+        run_directory(str(old)).__enter__()
+
+
+def test_a_temporary_directory_stays_for_its_logs_alone_and_goes_with_a_killed_process(tmp_path):
+    """Like those of launch: they are swept when their process is gone."""
+    program = (
+        "import os, sys, tempfile\n"
+        "from benchmarks.processes import WorkersFailed, run_directory\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "with run_directory(): pass\n"
+        "try:\n"
+        "    with run_directory() as kept: raise WorkersFailed('no result')\n"
+        "except WorkersFailed: print(kept.path)\n"
+        "with run_directory(): os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    ends_s = time.monotonic() + DEADLINE_S
+    while len(list(tmp_path.iterdir())) > 1 and time.monotonic() < ends_s:
+        time.sleep(0.02)
+    assert [str(path) for path in tmp_path.iterdir()] == [done.stdout.strip()]
