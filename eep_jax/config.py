@@ -227,7 +227,7 @@ class RunConfig:
     platform: str = "cpu"  # of the computation, see PLATFORMS
     checkpoint: str = ""  # directory of launch.convert or launch.train_tiny, or of Hugging Face
     random_weights: int | None = None  # seed of random weights instead of a checkpoint
-    tokenizer: str = ""  # directory of tokenizer.json; "": the checkpoint's, else bytes
+    tokenizer: str = ""  # directory of tokenizer.json, or "bytes"; "": the checkpoint's
 
     def __post_init__(self):
         if self.random_weights is not None and not 0 <= self.random_weights < 1 << 32:

@@ -57,7 +57,7 @@ TEXT_PARTS = {
 
 
 def read_config_json(directory) -> dict:
-    """`config.json` of a Hugging Face directory, with the end tokens of generation_config.json.
+    """`config.json` of a Hugging Face directory, with the ends of generation_config.json, too.
 
     Of a multimodal model it is that of the text part. Raises CheckpointError if the file is missing
     or not a JSON object.
@@ -66,8 +66,14 @@ def read_config_json(directory) -> dict:
     values = text_part(_read_object(path), str(path))
     generation = path.with_name("generation_config.json")
     if generation.exists() and (ends := _read_object(generation).get("eos_token_id")) is not None:
-        values["eos_token_id"] = ends
+        values["eos_token_id"] = _union(ends, values.get("eos_token_id"))
     return values
+
+
+def _union(first, second):
+    """Ids of two fields, each an id, a list of ids, or None; what is no id stays to be refused."""
+    lists = [found if isinstance(found, list) else [found] for found in (first, second)]
+    return list(dict.fromkeys(token for found in lists for token in found if token is not None))
 
 
 def text_part(values: dict, path: str = CONFIG) -> dict:

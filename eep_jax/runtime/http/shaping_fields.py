@@ -28,6 +28,9 @@ def shaping_fields(fields: dict, tokenizer: Tokenizer, max_tokens: int) -> Shapi
         name: number(fields, name, lambda x: -2 <= x <= 2, "from -2 to 2", 0.0)
         for name in _PENALTIES
     }
+    asked = _stop_token_ids(fields.get("stop_token_ids", []), tokenizer)
+    ignores = boolean(fields, "ignore_eos")
+    own_ends = frozenset() if ignores else tokenizer.end_tokens
     return Shaping(
         top_k=_top_k(fields, tokenizer),
         min_p=number(fields, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1", 0.0),
@@ -41,8 +44,8 @@ def shaping_fields(fields: dict, tokenizer: Tokenizer, max_tokens: int) -> Shapi
         **penalties,
         logit_bias=_logit_bias(fields.get("logit_bias", {}), tokenizer),
         min_tokens=_min_tokens(fields, max_tokens),
-        stop_token_ids=_stop_token_ids(fields.get("stop_token_ids", []), tokenizer),
-        ignore_eos=boolean(fields, "ignore_eos"),
+        stop_token_ids=tuple(sorted(asked | own_ends)),
+        ignore_eos=ignores,
         bad_words=_bad_words(fields.get("bad_words", []), tokenizer),
     )
 
@@ -81,7 +84,7 @@ def _logit_bias(bias: object, tokenizer: Tokenizer) -> tuple[tuple[int, float], 
     return tuple(sorted(found.items()))
 
 
-def _stop_token_ids(ids: object, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _stop_token_ids(ids: object, tokenizer: Tokenizer) -> frozenset[int]:
     size = tokenizer.vocab_size
     expected = f"send a list of at most {STOP_TOKENS_MAX} token ids from 0 to {size - 1}"
     if not isinstance(ids, list) or len(ids) > STOP_TOKENS_MAX:
@@ -89,7 +92,7 @@ def _stop_token_ids(ids: object, tokenizer: Tokenizer) -> tuple[int, ...]:
     for token in ids:
         if type(token) is not int or not 0 <= token < size:
             raise wrong("stop_token_ids", token, expected)
-    return tuple(sorted(set(ids)))
+    return frozenset(ids)
 
 
 def _bad_words(words: object, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -14,6 +14,7 @@ import tokenizers
 from eep_jax.runtime.text.tokenizer import TOKENIZER_FILE, PieceDecoder
 
 CONFIG_FILE = "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -34,11 +35,14 @@ class HFTokenizer:
         # A file may come with the settings of a training run.
         self._inner.no_truncation()
         self._inner.no_padding()
+        self.config = read_tokenizer_config(directory)
+        self.named = named_tokens(directory, self.config)
+        _add_tokens(self._inner, directory, self.config, self.named)
         added = self._inner.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
-        self.config = read_tokenizer_config(directory)
-        self.named = named_tokens(directory, self.config)
+        end = self._inner.token_to_id(self.named.get("eos_token", ""))
+        self.end_tokens = frozenset() if end is None else frozenset({end})
         self._bos = self._bos_to_add()
         self.has_bos = bool(self.encode(""))
         try:
@@ -145,6 +149,44 @@ def named_tokens(directory: pathlib.Path, config: dict) -> dict[str, str]:
         if isinstance(token, str):
             named[name] = token
     return named
+
+
+def _add_tokens(
+    inner: tokenizers.Tokenizer, directory: pathlib.Path, config: dict, named: dict[str, str]
+) -> None:
+    """Adds the tokens that stand only in tokenizer_config.json or added_tokens.json, by their id.
+
+    Raises ValueError where the library would give one another id.
+    """
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    for token_id, fields in sorted(_listed_tokens(directory, config).items()):
+        if (text := fields["content"]) in known:
+            continue
+        special = bool(fields.get("special", text in named.values()))
+        how = {name: bool(fields.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
+        how["normalized"] = bool(fields.get("normalized", not special))
+        token = tokenizers.AddedToken(text, special=special, **how)
+        (inner.add_special_tokens if special else inner.add_tokens)([token])
+        if (found := inner.token_to_id(text)) != token_id:
+            raise ValueError(
+                f"{directory} says that {text!r:.60} has the id {token_id}, but behind the tokens "
+                f"of {TOKENIZER_FILE} it gets {found}; save the tokenizer anew with transformers"
+            )
+
+
+def _listed_tokens(directory: pathlib.Path, config: dict) -> dict[int, dict]:
+    """Fields of the added tokens by id: `{7: {"content": "<think>", "special": True}}`."""
+    path, found = directory / ADDED_FILE, {}
+    try:
+        if path.is_file():
+            ids = json.loads(path.read_text())
+            found = {int(token): {"content": str(text)} for text, token in ids.items()}
+        path = directory / CONFIG_FILE
+        for token, fields in (config.get("added_tokens_decoder") or {}).items():
+            found[int(token)] = {**fields, "content": str(fields["content"])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: its added tokens cannot be read: {error!r}") from error
+    return found
 
 
 def _pieces(decoder: dict):

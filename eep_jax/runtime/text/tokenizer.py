@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # ids are below it
     has_bos: bool  # whether prompts begin with a token that the client did not send
+    end_tokens: frozenset[int]  # that end a text beside those of the model
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a prompt in the model's training format, with BOS if it has one.
@@ -52,7 +53,7 @@ class ByteTokenizer:
 
     def __init__(self, vocab_size: int = 256, bos_token: int = 0):
         self.vocab_size, self.bos_token = vocab_size, bos_token
-        self.has_bos = bos_token >= 0
+        self.has_bos, self.end_tokens = bos_token >= 0, frozenset()
 
     def encode(self, text: str) -> tuple[int, ...]:
         tokens = text.encode()

@@ -152,6 +152,8 @@ def test_ends_of_the_generation_config_end_completions(copy_of):
     (root / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9, 11]}))
     model = HuggingFaceCheckpoint(root).model
     assert model.end_tokens == {7, 9, 11}
+    edit_config(root, eos_token_id=[3, 9])
+    assert HuggingFaceCheckpoint(root).model.end_tokens == {3, 7, 9, 11}
 
 
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])

@@ -15,7 +15,7 @@ from eep_jax.runtime.text.hf_tokenizer import HFTokenizer
 from eep_jax.runtime.text.open import open_tokenizer, tokenizer_directory
 from eep_jax.runtime.text.tokenizer import ByteTokenizer
 from tests.support import hf_tokenizers
-from tests.support.models import a_run
+from tests.support.models import a_model, a_run
 
 KINDS = ("byte_level", "byte_fallback", "metaspace")
 
@@ -163,6 +163,59 @@ class TestOpening:
     def test_a_directory_without_one_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
             open_tokenizer(self.config(tokenizer=str(tmp_path)))
+
+    @pytest.mark.parametrize("file", ["tokenizer.model", "qwen.tiktoken", "vocab.json"])
+    def test_a_tokenizer_of_another_form_is_not_replaced_by_bytes(self, tmp_path, file):
+        (tmp_path / file).write_bytes(b"")
+        for fields in ({"checkpoint": str(tmp_path)}, {"tokenizer": str(tmp_path)}):
+            with pytest.raises(ValueError, match=rf"no tokenizer\.json, but {file}: convert it"):
+                open_tokenizer(self.config(**fields))
+        chosen = self.config(checkpoint=str(tmp_path), tokenizer="bytes")
+        assert isinstance(open_tokenizer(chosen), ByteTokenizer)
+
+    def test_a_large_vocabulary_is_not_one_of_bytes(self, tmp_path):
+        large = self.config(checkpoint=str(tmp_path), model=a_model(vocab_size=32_000))
+        with pytest.raises(ValueError, match="one token per byte"):
+            open_tokenizer(large)
+        open_tokenizer(dataclasses.replace(large, checkpoint=""))
+
+    def test_tokens_of_other_files_are_tokens(self, tmp_path):
+        first = hf_tokenizers.byte_level().get_vocab_size(with_added_tokens=True)
+        listed = {first: {"content": "<|tool|>", "special": True}, first + 1: {"content": "<say>"}}
+        decoder = {str(token): fields for token, fields in listed.items()}
+        hf_tokenizers.write_tokenizer(tmp_path, added_tokens_decoder=decoder, eos_token="<|tool|>")
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<more>": first + 2}))
+        tokenizer = HFTokenizer(tmp_path)
+        assert tokenizer.encode_rendered("<|tool|><say><more>") == (first, first + 1, first + 2)
+        assert tokenizer.vocab_size == first + 3
+        assert "".join(streamed(tokenizer, [first, first + 1, first + 2])) == "<say><more>"
+        assert tokenizer.end_tokens == {first}
+
+    def test_a_token_that_would_get_another_id_is_named(self, tmp_path):
+        hf_tokenizers.write_tokenizer(tmp_path, added_tokens_decoder={"9999": {"content": "<x>"}})
+        with pytest.raises(ValueError, match="'<x>' has the id 9999"):
+            HFTokenizer(tmp_path)
+
+    @pytest.mark.parametrize("found", [[1], {"a": {"content": "x"}}, {"7": {}}, {"7": 3}])
+    def test_damaged_lists_of_tokens_are_named(self, tmp_path, found):
+        hf_tokenizers.write_tokenizer(tmp_path, added_tokens_decoder=found)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: its added tokens"):
+            HFTokenizer(tmp_path)
+
+    def test_the_tokenizers_own_end_ends_an_answer_unless_it_is_ignored(self, tmp_path):
+        inner = hf_tokenizers.byte_level()
+        hf_tokenizers.write_tokenizer(tmp_path, inner, eos_token=hf_tokenizers.EOS)
+        end = inner.token_to_id(hf_tokenizers.EOS)
+        config = self.config(tokenizer=str(tmp_path), model=a_model(vocab_size=500))
+        limits = CompletionLimits(model="m", context_tokens=64, tokenizer=open_tokenizer(config))
+        sent = {"model": "m", "prompt": "Hi"}
+        assert parse_request(sent, limits).shaping.stop_token_ids == (end,)
+        asked = parse_request(sent | {"stop_token_ids": [1, end]}, limits)
+        assert asked.shaping.stop_token_ids == (1, end)
+        ignoring = parse_request(sent | {"ignore_eos": True, "stop_token_ids": [1]}, limits)
+        assert ignoring.shaping.stop_token_ids == (1,)
+        known = dataclasses.replace(config, model=a_model(vocab_size=500, eos_token=end))
+        assert open_tokenizer(known).end_tokens == frozenset()
 
     def test_a_tokenizer_of_another_model_is_refused(self, tmp_path):
         config = self.config(tokenizer=str(hf_tokenizers.write_tokenizer(tmp_path)))
