@@ -18,6 +18,7 @@ import aiohttp
 from eep_jax.config import ClusterConfig
 from eep_jax.errors import RunDirError
 from eep_jax.runtime.control.endpoint import ENDPOINT
+from eep_jax.runtime.control.last_words import find_last_words
 from eep_jax.runtime.control.run_dir import make_private_file, make_run_dir, make_token
 from eep_jax.runtime.control.run_owner import LAUNCHER, RunOwner, check_free, claim
 from eep_jax.runtime.rank import priority
@@ -32,7 +33,6 @@ DELAY_MAX_MS = 30_000
 GIVE_UP_AFTER = 3  # quick deaths of one process before the cluster was ever healthy
 LOG_TAIL_LINES = 15
 LAST_WORDS_BYTES = 64 << 10  # of a log that are searched
-LAST_WORDS = ("error: ", " ending: ")  # followed by the reason why a process ends
 
 
 class ClusterFailed(RuntimeError):
@@ -169,7 +169,7 @@ class LocalCluster:
 
     def _report_end(self, child: Child, status: int, consequence: str) -> None:
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        words = self.last_words(child.name, child.log_begin)
+        words = self.last_words(child)
         self.report(f"{child.name} {how}{f': {words}' if words else ''}{consequence}")
 
     def _spawn(self, name: str, quick_deaths: int = 0, nice: int = 0) -> None:
@@ -213,16 +213,15 @@ class LocalCluster:
     def log_path(self, name: str) -> pathlib.Path:
         return self.run_dir / "logs" / f"{name}.log"
 
-    def last_words(self, name: str, begin: int = 0) -> str:
-        """The reason of a process's end in its log, from `begin` on; '' if there is none."""
+    def last_words(self, child: Child) -> str:
+        """The reason that a process gave in its log for its end; '' if it gave none."""
         try:
-            with self.log_path(name).open("rb") as log:
-                log.seek(max(begin, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
-                lines = log.read().decode(errors="replace").splitlines()
+            with self.log_path(child.name).open("rb") as log:
+                log.seek(max(child.log_begin, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+                text = log.read().decode(errors="replace")
         except OSError:  # the log was removed
             return ""
-        said = [line.partition(mark)[2] for line in lines for mark in LAST_WORDS if mark in line]
-        return said[-1] if said else ""
+        return find_last_words(text, child.process.pid)
 
     def log_tail(self, name: str) -> str:
         """The last lines of a log; '' if there is none."""

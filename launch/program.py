@@ -12,6 +12,7 @@ from absl import app, flags
 
 import eep_jax
 from eep_jax.errors import CheckpointError, RunDirError
+from eep_jax.runtime.control.last_words import last_words
 from launch.errors import UsageError
 
 EXIT_USAGE = 2
@@ -50,10 +51,16 @@ def main_with_usage(main: Callable[[], int]) -> Callable[[list[str]], int]:
         try:
             return main()
         except (UsageError, CheckpointError, RunDirError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_end(str(error))
             return EXIT_USAGE
 
     return wrapped
+
+
+def print_end(reason: str) -> None:
+    """Prints why this process ends; a launcher's child marks it as its last words."""
+    has_parent = "parent_pid" in flags.FLAGS and flags.FLAGS["parent_pid"].value
+    print(f"error: {last_words(reason) if has_parent else reason}", file=sys.stderr, flush=True)
 
 
 def require_extra(package: str, extra: str, purpose: str) -> None:

@@ -68,7 +68,7 @@ def main() -> int:
 
 def _end_turned_away(reason: str) -> None:
     """At once: there is no use in loading and compiling for this run, nor in another try."""
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    program.print_end(reason)
     os._exit(program.EXIT_USAGE)
 
 

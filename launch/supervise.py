@@ -8,7 +8,6 @@ on ports of the job.
 
 import asyncio
 import dataclasses
-import sys
 
 from eep_jax.config import RunConfig
 from eep_jax.runtime.supervisor.supervisor import Supervisor
@@ -41,7 +40,7 @@ def main() -> int:
     try:
         asyncio.run(_serve(supervisor))
     except OSError as error:
-        print(f"error: {error.strerror or error}", file=sys.stderr)
+        program.print_end(str(error.strerror or error))
         return program.EXIT_USAGE
     return 0
 

@@ -217,7 +217,7 @@ class TestLack:
         cluster.start()
         assert cluster.children["rank0"].process.poll() is None
         assert reported == [f"rank0 has no log: {cluster.log_path('rank0')}: Is a directory"]
-        assert cluster.last_words("rank0") == ""
+        assert cluster.last_words(cluster.children["rank0"]) == ""
 
 
 class TestOwner:
@@ -288,7 +288,11 @@ class TestGivingUp:
         assert len(cluster.exits) == 1
 
     def test_every_end_is_reported_with_its_reason_and_consequence(self, scripted):
-        said = "import sys; print('3 W eep_jax: ending: the disk is full'); sys.exit(75)"
+        said = """
+import os, sys
+print(f"3 W agent: process {os.getpid()} is ending: the disk is full")
+print("4 W agent: rank 1 is ending: error: process 1 is ending: it slept")
+sys.exit(75)"""
         cluster, reported = scripted(rank0=said, respawn_delay_ms=1), []
         cluster.report, cluster.was_healthy = reported.append, True
         cluster.start()

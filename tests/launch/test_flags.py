@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
@@ -10,6 +11,7 @@ from absl import flags as absl_flags
 from configs import tiny_cpu
 from eep_jax.errors import CheckpointError
 from eep_jax.models.families.published import PUBLISHED
+from eep_jax.runtime.control.last_words import find_last_words
 from launch import flags, program
 
 CONFIG = tiny_cpu.get_config()
@@ -284,6 +286,13 @@ class TestMain:
 
         assert program.main_with_usage(main)(["program"]) == program.EXIT_USAGE
         assert capsys.readouterr().err == "error: write this instead\n"
+
+    def test_a_child_of_a_launcher_marks_it_as_its_last_words(self, parse, capsys):
+        parse("--run_dir=.", f"--parent_pid={os.getpid()}")
+        program.print_end("write this instead")
+        log = f"{capsys.readouterr().err}W rank 2 error: no more"
+        assert find_last_words(log, os.getpid()) == "write this instead"
+        assert find_last_words(log, 1) == ""
 
     def test_other_errors_are_not_hidden(self):
         def main():

@@ -17,6 +17,7 @@ from eep_jax.relocation.background_fetch import BackgroundFetch
 from eep_jax.relocation.backup_store import BackupStore
 from eep_jax.relocation.executor import Executor
 from eep_jax.runtime.control import messages
+from eep_jax.runtime.control.last_words import last_words
 from eep_jax.runtime.control.rank_client import REASON_CHARACTERS_MAX, Connected, ControlClient
 from eep_jax.runtime.rank.change_timer import ChangeTimer
 from eep_jax.runtime.rank.priority import restore_priority
@@ -218,7 +219,7 @@ class Agent:
                     if self._backups is not None:
                         self._backups.follow(view.in_epoch, placement)
                 case p.End(reason=reason):
-                    _log.warning("ending: %s", reason)
+                    _log.warning("%s", last_words(reason))
                     self._exit = EXIT_FENCED
 
     def _fill_bank(self, load):

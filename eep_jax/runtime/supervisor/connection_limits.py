@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from eep_jax.runtime.supervisor.http_errors import ErrorsAsJson
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,18 +36,23 @@ class Limits:
 
 
 class LimitedRunner(web.AppRunner):
-    """An AppRunner whose ports keep to limits."""
+    """An AppRunner whose ports keep to limits, and answer in JSON to what is no HTTP."""
 
     def __init__(self, app: web.Application, limits: Limits, **options):
         self._connections = _Connections(limits)
         app.middlewares.append(self._connections.middleware)
-        super().__init__(app, keepalive_timeout=limits.idle_s, **options)
+        self._idle_s = limits.idle_s
+        super().__init__(app, **options)
 
     @property
     def server(self):
         """What asyncio calls for the protocol of a new connection."""
         inner = super().server
-        return inner and (lambda: _Guard(self._connections, inner))
+        return inner and (lambda: _Guard(self._connections, lambda: self._protocol(inner)))
+
+    def _protocol(self, inner: web.Server) -> ErrorsAsJson:
+        loop = asyncio.get_running_loop()
+        return ErrorsAsJson(inner, loop=loop, keepalive_timeout=self._idle_s, access_log=None)
 
 
 class _Connections:

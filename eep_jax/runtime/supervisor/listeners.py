@@ -42,7 +42,6 @@ class Listeners:
         runner = LimitedRunner(
             app,
             limits or Limits(),
-            access_log=None,
             shutdown_timeout=1.0,
             handler_cancellation=cancel_handlers,
         )
