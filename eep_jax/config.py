@@ -158,6 +158,9 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
+    api_key_file: str = ""  # keys of clients, one a line; "": completions need no key
+    admin_key_file: str = ""  # keys for status and changes of the cluster; "": see http/access.py
+    allowed_hosts: tuple[str, ...] = ()  # further names of this service, as clients write them
     control_host: str = "127.0.0.1"
     control_port: int = 0  # 0: any free port, which ranks read from the run directory
     backup_host: str = "127.0.0.1"  # address at which ranks serve backups to each other

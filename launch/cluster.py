@@ -17,6 +17,7 @@ import aiohttp
 
 from eep_jax.config import ClusterConfig
 from eep_jax.errors import RunDirError
+from eep_jax.runtime.control.admin_key import admin_headers
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from eep_jax.runtime.control.last_words import find_last_words
 from eep_jax.runtime.control.run_dir import make_private_file, make_run_dir, make_token
@@ -242,7 +243,8 @@ class LocalCluster:
     async def status(self, session: aiohttp.ClientSession) -> dict | None:
         """The supervisor's status, or None while it does not answer."""
         try:
-            async with session.get(self.url + "/v1/fault_tolerance/status") as response:
+            url, headers = self.url + "/v1/fault_tolerance/status", admin_headers(self.run_dir)
+            async with session.get(url, headers=headers) as response:
                 return await response.json()
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError):
             return None

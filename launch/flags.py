@@ -58,6 +58,24 @@ PORT = flags.DEFINE_integer(
     0,
     65535,
 )
+API_KEY_FILE = flags.DEFINE_string(
+    "api_key_file",
+    None,
+    "File of the keys that completions need, one a line; it is read again when it changes. Clients "
+    "send `Authorization: Bearer KEY`.",
+)
+ADMIN_KEY_FILE = flags.DEFINE_string(
+    "admin_key_file",
+    None,
+    "File of the keys that the status and changes of the cluster need, which may also ask for "
+    "completions.",
+)
+ALLOWED_HOSTS = flags.DEFINE_list(
+    "allowed_hosts",
+    None,
+    "Further names by which clients reach this service, behind a proxy for example: "
+    "api.example.org,eep.default.svc.",
+)
 SHUTDOWN_TIMEOUT_S = flags.DEFINE_float(
     "shutdown_timeout_s",
     None,
@@ -84,6 +102,7 @@ PARENT_PID = flags.DEFINE_integer(
 )
 program.group("Process", RUN_DIR, HOST, PORT, SHUTDOWN_TIMEOUT_S, PARENT_PID)
 program.group("HTTP API", SERVED_MODEL_NAME, CORS_ORIGINS, ACCESS_LOG)
+program.group("Who may call", API_KEY_FILE, ADMIN_KEY_FILE, ALLOWED_HOSTS)
 
 ENVIRONMENT = flags.DEFINE_enum(
     "environment",
@@ -171,6 +190,15 @@ def run_config() -> RunConfig:
             draft.set(f"--{flag.name}", **{path: flag.value})
     if CORS_ORIGINS.value is not None:
         draft.set("--cors_origins", **{"serve.cors_origins": tuple(CORS_ORIGINS.value)})
+    for flag, path in (
+        (API_KEY_FILE, "serve.api_key_file"),
+        (ADMIN_KEY_FILE, "serve.admin_key_file"),
+    ):
+        if flag.value is not None:
+            file = str(pathlib.Path(flag.value).absolute()) if flag.value else ""
+            draft.set(f"--{flag.name}", **{path: file})
+    if ALLOWED_HOSTS.value is not None:
+        draft.set("--allowed_hosts", **{"serve.allowed_hosts": tuple(ALLOWED_HOSTS.value)})
     return draft.checked()
 
 
@@ -189,6 +217,10 @@ def forwarded() -> list[str]:
         arguments.append(f"--cors_origins={','.join(CORS_ORIGINS.value)}")
     arguments += [f"--{flag.name}={flag.value}" for flag in (SUPERVISOR, HOST_ID) if flag.value]
     arguments += [f"--{flag.name}={flag.value}" for flag in optional if flag.value is not None]
+    files = (API_KEY_FILE, ADMIN_KEY_FILE)
+    arguments += [f"--{f.name}={pathlib.Path(f.value).absolute()}" for f in files if f.value]
+    if ALLOWED_HOSTS.value:
+        arguments.append(f"--allowed_hosts={','.join(ALLOWED_HOSTS.value)}")
     return arguments + ([f"--gpus={','.join(gpus())}"] if run_config().platform == "gpu" else [])
 
 

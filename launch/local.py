@@ -12,6 +12,7 @@ import aiohttp
 from absl import flags as absl_flags
 
 from eep_jax.errors import RunDirError
+from eep_jax.runtime.http.access import exposure
 from launch import flags, program
 from launch.cluster import ClusterFailed, LocalCluster, is_whole
 from launch.console import progress, say
@@ -36,6 +37,8 @@ def main() -> int:
     if DEMO.value:
         program.require_extra("matplotlib", "plots", "--demo")
         _make_out_directory()
+        if config.serve.api_key_file:
+            raise flags.UsageError("--demo asks without a key; leave --api_key_file out")
     if DEMO.value and flags.PORT.value is None:
         arguments.append("--port=0")  # a demonstration should not fail for a port in use
     try:
@@ -144,6 +147,8 @@ async def _wait_until_whole(cluster: LocalCluster, config) -> None:
 def _print_how_to_use(cluster: LocalCluster, config) -> None:
     pids = {name: child.process.pid for name, child in sorted(cluster.children.items())}
     say(f"serving {config.model.name} on {cluster.url}", "bold green")
+    if warning := exposure(config.serve):
+        say(warning, "yellow")
     say("processes: " + ", ".join(f"{name} {pid}" for name, pid in pids.items()))
     say(f"logs: {cluster.run_dir}/logs")
     body = (

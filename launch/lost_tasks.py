@@ -15,6 +15,7 @@ import time
 import aiohttp
 from absl import flags as absl_flags
 
+from eep_jax.runtime.control.admin_key import admin_headers
 from eep_jax.runtime.control.endpoint import ENDPOINT
 from launch import flags, program
 from launch.environments.slurm import SlurmEnvironment
@@ -86,7 +87,7 @@ async def _status(session: aiohttp.ClientSession, run_dir: pathlib.Path) -> dict
     try:
         at = json.loads((run_dir / ENDPOINT).read_text())
         url = f"http://{at['http_host']}:{at['http_port']}/v1/fault_tolerance/status"
-        async with session.get(url) as response:
+        async with session.get(url, headers=admin_headers(run_dir)) as response:
             return await response.json()
     except (aiohttp.ClientError, OSError, ValueError, LookupError, TimeoutError):
         return None

@@ -31,7 +31,7 @@ def main() -> int:
     token, host = flags.read_token(run_dir), flags.HOST_ID.value
     try:
         supervisor = Supervisor(config, run_dir, token, host=host)
-    except ValueError as error:  # of a tokenizer or chat template
+    except ValueError as error:  # of a tokenizer, a chat template or keys
         raise flags.UsageError(str(error)) from error
     except OSError as error:
         raise flags.UsageError(

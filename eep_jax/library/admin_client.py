@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
+from eep_jax.runtime.control.admin_key import admin_headers
 from eep_jax.runtime.control.endpoint import ENDPOINT
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,9 @@ class AdminClient:
         endpoint = json.loads(self._endpoint_file.read_text())
         url = f"http://{endpoint['http_host']}:{endpoint['http_port']}/v1/fault_tolerance/{name}"
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(url, data, timeout=CALL_TIMEOUT_S) as answer:
+        headers = admin_headers(self._endpoint_file.parent) | {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, data, headers)
+        with urllib.request.urlopen(request, timeout=CALL_TIMEOUT_S) as answer:
             return json.loads(answer.read())
 
 

@@ -1,6 +1,8 @@
 """OpenAI's HTTP API, membership and metrics. No JAX.
 
 `app`            routes and handlers
+`access`         keys, origins and host names: who may call which route
+`key_file`       keys of a file, read again when it changes
 `completion`     checks of a completion request
 `shaping_fields` checks of penalties, biases and their like
 `neutral_fields` fields of which only values that change nothing are taken

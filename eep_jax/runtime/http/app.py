@@ -6,6 +6,7 @@ error is JSON.
 """
 
 import asyncio
+import dataclasses
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ from aiohttp import web
 
 from eep_jax import __version__
 from eep_jax.errors import CoverageLost, InvalidMove, QueueFull
+from eep_jax.runtime.http.access import AUTHENTICATE, EVERYONE, Access, check_is_json, guard
 from eep_jax.runtime.http.chat import parse_chats
 from eep_jax.runtime.http.checks import RequestError
 from eep_jax.runtime.http.completion import CompletionLimits, parse_requests
@@ -53,6 +55,7 @@ def build_app(
     cors_origins: Sequence[str] = (),
     access_log: bool = False,
     info: dict | None = None,
+    access: Access = EVERYONE,
 ) -> web.Application:
     """The HTTP application in front of `service`.
 
@@ -68,10 +71,12 @@ def build_app(
         that no proxy cuts it; 0 sends none.
       cors_origins, access_log: see frame.add_frame.
       info: what `/server_info` answers beside the version.
+      access: who may call what; by default everyone, but no web page of another origin.
     """
     api = _Api(service, limits, template, body_bytes_max, write_deadline_s, keep_alive_s)
     api.info = {"version": __version__} | (info or {})
-    app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json])
+    guarded = guard(dataclasses.replace(access, readers=frozenset(cors_origins)))
+    app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json, guarded])
     app.router.add_post("/v1/completions", api.complete)
     app.router.add_post("/v1/chat/completions", api.chat)
     app.router.add_get("/v1/models", api.models)
@@ -177,6 +182,7 @@ class _Api:
         return web.json_response(self._service.status())
 
     async def apply(self, http: web.Request) -> web.Response:
+        check_is_json(http)
         return web.json_response(self._service.apply(parse_scale_request(await _read_json(http))))
 
     async def metrics(self, http: web.Request) -> web.Response:
@@ -236,6 +242,8 @@ class _Api:
                     raise
                 status, body = _describe(error, http, self._body_bytes_max)
                 headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+                if status == 401:
+                    headers |= AUTHENTICATE
                 if isinstance(error, web.HTTPMethodNotAllowed):
                     headers["Allow"] = error.headers["Allow"]
                 return web.json_response(body, status=status, headers=headers)
@@ -303,6 +311,7 @@ def _describe(error: Exception, http: web.Request, body_bytes_max: int) -> tuple
     match error:
         case RequestError():
             status, param, code = error.status, error.field, error.code
+            kind = {401: "authentication_error", 403: "permission_error"}.get(status, kind)
         case KeyConflict():
             status, param, code = 409, KEY_HEADER, "idempotency_key_conflict"
         case InvalidMove():

@@ -24,6 +24,7 @@ from eep_jax.runtime.control.server import ControlServer
 from eep_jax.runtime.history.event_log import EventLog
 from eep_jax.runtime.history.recovery import snapshot
 from eep_jax.runtime.history.status import StatusReporter
+from eep_jax.runtime.http.access import exposure, open_access
 from eep_jax.runtime.http.app import build_app
 from eep_jax.runtime.http.completion import CompletionLimits
 from eep_jax.runtime.processes.local import LocalProcesses
@@ -85,13 +86,14 @@ class Supervisor:
           host: the id of this host, if it is not `identity.host_id()`.
 
         Raises:
-          ValueError: the model's tokenizer or chat template cannot be used.
+          ValueError: the model's tokenizer or chat template, or a file of keys, cannot be used.
           RunDirError: `run_dir` is in use, or holds what this run cannot continue.
           OSError: `run_dir` cannot be written.
         """
         self.config, self._run_dir = config, pathlib.Path(run_dir)
         now_ms = (clock or SystemClock()).now_ms
         self._tokenizer = open_tokenizer(config)
+        self._access = open_access(config.serve, token)
         self._template = open_chat_template(tokenizer_directory(config))
         self._files = open_run(self._run_dir, config)
         try:
@@ -230,6 +232,7 @@ class Supervisor:
             cors_origins=serve.cors_origins,
             access_log=serve.access_log,
             info={"config": dataclasses.asdict(self.config)},
+            access=self._access,
         )
         http_port = await listeners.open(
             http,
@@ -244,6 +247,8 @@ class Supervisor:
             ),
         )
         write_endpoint(endpoint_file, serve, control_port, http_port)
+        if warning := exposure(serve):
+            _log.warning("%s", warning)
         _log.info("serving on http://%s:%d", serve.host, http_port)
 
     def _tick(self) -> None:

@@ -61,11 +61,11 @@ def test_pages_of_these_origins_may_read_answers(origins, allowed):
             answer = await client.post("/v1/completions", json=BODY, headers=PAGE)
             assert answer.headers.get("Access-Control-Allow-Origin") == allowed
             refused = await client.post("/v1/completions", json={}, headers=PAGE)
-            assert refused.status == 400
+            assert refused.status == (400 if allowed else 403)  # a foreign page's, see access.py
             assert refused.headers.get("Access-Control-Allow-Origin") == allowed
             asks = PAGE | {"Access-Control-Request-Headers": "authorization, content-type"}
             before = await client.options("/v1/completions", headers=asks)
-            assert before.status == (204 if origins else 405)
+            assert before.status == (204 if origins else 403)
             if allowed:
                 assert "authorization" in before.headers["Access-Control-Allow-Headers"]
                 assert "POST" in before.headers["Access-Control-Allow-Methods"]
