@@ -3,6 +3,7 @@
 import typing
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32
 
 SMALL_ROWS = 40  # up to this many rows per slot, most slots need one tile of 64 only
@@ -44,7 +45,7 @@ def tiles_max(choices: int, num_slots: int, tile_rows: int) -> int:
 
 
 def group_rows(
-    slots: Int32[Array, "R T K"], num_slots: int, tile_rows: int, rows_max: int = 0
+    slots: Int32[Array | np.ndarray, "R T K"], num_slots: int, tile_rows: int, rows_max: int = 0
 ) -> ExpertRows:
     """Groups choices by their slot on this rank; -1 marks a choice that runs elsewhere.
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import simt
 from pallas_kernels.attention.plan import CHUNK_TOKENS, FIELDS, GROUP_ROWS, GROUPS, PAGE_TOKENS
@@ -52,7 +52,7 @@ def attend_mosaic(
     kv_heads: int,
     scale: float,
     window: int = 0,
-    sinks: Float32[Array, "Hq"] | None = None,
+    sinks: Float[Array, "Hq"] | None = None,
     blocks: int = SM_COUNT,
 ) -> BFloat16[Array, "T Hq C"]:
     """As `attention_reference`, for the first `count` of `items` (see `plan.plan_items`).

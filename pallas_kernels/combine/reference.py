@@ -1,14 +1,15 @@
 """Combine for all ranks at once, in plain JAX: the specification."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 
 def combine_reference(
-    results: Float[Array, "R R T K D"],
-    slots: Int32[Array, "R T K"],
-    weights: Float32[Array, "R T K"],
-    active: Int32[Array, "R"],
+    results: Float[Array | np.ndarray, "R R T K D"],
+    slots: Int32[Array | np.ndarray, "R T K"],
+    weights: Float32[Array | np.ndarray, "R T K"],
+    active: Int32[Array | np.ndarray, "R"],
     slots_per_rank: int,
     mode: str = "per_choice",
 ) -> Float32[Array, "R T D"]:

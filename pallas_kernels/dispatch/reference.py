@@ -1,13 +1,14 @@
 """Dispatch for all ranks at once, in plain JAX: the specification."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 
 def dispatch_reference(
-    x: Float[Array, "R T D"],
-    slots: Int32[Array, "R T K"],
-    active: Int32[Array, "R"],
+    x: Float[Array | np.ndarray, "R T D"],
+    slots: Int32[Array | np.ndarray, "R T K"],
+    active: Int32[Array | np.ndarray, "R"],
     slots_per_rank: int,
 ) -> tuple[Float[Array, "R R T D"], Int32[Array, "R R T K"]]:
     """`rows[d, s, t] = x[s, t]` if any choice of token t of source s is on rank d, else 0.

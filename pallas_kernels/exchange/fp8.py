@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -12,7 +13,7 @@ E4M3_MAX = 448.0
 SMALLEST_PEAK = 1e-12  # so that the scale of zeros is not zero
 
 
-def pack_rows(x: Float[Array, "*T D"]) -> UInt8[Array, "*T B"]:
+def pack_rows(x: Float[Array | np.ndarray, "*T D"]) -> UInt8[Array, "*T B"]:
     """`x ~ value * scale` with scale = max |x| / 448 over each 128 channels.
 
     B is D bytes of values, then D / 128 little-endian float32 scales, padded to a multiple of 16.
@@ -29,7 +30,7 @@ def pack_rows(x: Float[Array, "*T D"]) -> UInt8[Array, "*T B"]:
 
 
 def unpack_rows(
-    packed: UInt8[Array, "*T B"], hidden: int, dtype: DTypeLike
+    packed: UInt8[Array | np.ndarray, "*T B"], hidden: int, dtype: DTypeLike
 ) -> Float[Array, "*T D"]:
     """The inverse of `pack_rows`, up to e4m3's rounding (relative 2**-4 of each value)."""
     *lead, _ = packed.shape

@@ -5,10 +5,13 @@ import dataclasses
 import time
 
 import numpy as np
+from jax.experimental.buffer_callback import Buffer
 
 from pallas_kernels.exchange.call import ExchangeSpec
 from pallas_kernels.exchange.signals import parity, post, wait_round
 from pallas_kernels.window import WindowLayout
+
+HostArray = Buffer | np.ndarray
 
 
 class HostExchange:
@@ -29,7 +32,7 @@ class HostExchange:
         return type(self), (self.spec,)
 
     def begin(
-        self, heap: np.ndarray, active: np.ndarray, scalars: np.ndarray, suspicion: np.ndarray
+        self, heap: HostArray, active: HostArray, scalars: HostArray, suspicion: np.ndarray
     ) -> "Turn":
         """This use of the windows. `suspicion` is the exchange's output, already filled."""
         rank, epoch, current, deadline_ms, vote = np.asarray(scalars).tolist()
@@ -91,7 +94,7 @@ class HeapViews:
         self._layout = layout
         self._address, self._windows = None, None
 
-    def of(self, heap: np.ndarray) -> list[dict[str, np.ndarray]]:
+    def of(self, heap: HostArray) -> list[dict[str, np.ndarray]]:
         memory = np.asarray(heap)
         address = memory.__array_interface__["data"][0]
         if address != self._address:

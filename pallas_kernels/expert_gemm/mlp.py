@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+AnyArray = Array | np.ndarray  # of a device, or of a host's expert GEMM
 ACTIVATIONS = ("swiglu", "clamped_swiglu")
 
 
@@ -44,8 +46,8 @@ class ExpertMlp:
         return gate * jax.nn.sigmoid(self.slope * gate) * (up + 1)
 
     def split(
-        self, expert: Float[Array, "*N 3 G D"]
-    ) -> tuple[Float[Array, "*N 3 F D"], tuple[Array, Array, Array] | None]:
+        self, expert: Float[AnyArray, "*N 3 G D"]
+    ) -> tuple[Float[AnyArray, "*N 3 F D"], tuple[AnyArray, AnyArray, AnyArray] | None]:
         """Returns weights, and biases of gate, up `[*N F]` and down `[*N D]`, or None.
 
         Raises ValueError if the rows below F have no room for a bias.

@@ -49,6 +49,7 @@ from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 from pallas_kernels.grouping import ExpertRows
 from pallas_kernels.handover import Homes, InArray, InWindow, ResultsAtHome
 from pallas_kernels.simt import GROUP_THREADS, Word, entry
+from pallas_kernels.simt.mlir import KernelRef
 
 DEPTH = 64  # channels of one stage: 128 bytes, the copy engine's widest swizzle
 CHUNKS = DEPTH * 2 // simt.VECTOR_BYTES  # 16-byte pieces of a row in one stage
@@ -149,7 +150,7 @@ class Work:
         return group, mine, at
 
     def load(
-        self, units: Units, free: jax.Ref, begin: Callable, start: Callable, finish: Callable
+        self, units: Units, free: KernelRef, begin: Callable, start: Callable, finish: Callable
     ) -> None:
         """Part of a kernel: the loop of the loading warpgroup.
 
@@ -180,8 +181,8 @@ class Work:
     def multiply(
         self,
         units: Units,
-        counts: jax.Ref,
-        barriers: tuple[jax.Ref, ...],
+        counts: KernelRef,
+        barriers: tuple[KernelRef, ...],
         product: Callable,
         sums: int,
         store: Callable,
@@ -276,7 +277,7 @@ def gate_up(
     rows, columns, stages = config.tile_rows, config.tile_columns, config.stages
     work = Work(config, columns, width // columns, hidden // DEPTH, stages)
 
-    def body(*refs: jax.Ref) -> None:
+    def body(*refs: typing.Any) -> None:  # references, barriers and tuples of them
         count = len(source.operands)
         given, (layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
         tiles, (h, *scratch) = Tiles(*rest[:3]), rest[3:]
@@ -376,7 +377,7 @@ def _activate(
 
 
 def _bias(
-    bank: jax.Ref, matrix: int, slot: Array, layer: Array, start: Array, columns: int, width: int
+    bank: KernelRef, matrix: int, slot: Array, layer: Array, start: Array, columns: int, width: int
 ) -> Float32[Array, "N C"]:
     """Columns from `start` on of a matrix's bias, for all rows; the bank has it below `width`."""
     hidden = bank.shape[-1]
@@ -403,7 +404,7 @@ def down(
     work = Work(config, columns, hidden // columns, width // DEPTH, stages)
     windows = homes.operands if homes else ()
 
-    def body(*refs: jax.Ref) -> None:
+    def body(*refs: typing.Any) -> None:  # references, barriers and tuples of them
         count = len(windows)
         given, (h, layer, bank, grouped, counts, *rest) = refs[:count], refs[count:]
         tiles, (results, *scratch) = Tiles(*rest[:3]), rest[3:]
@@ -469,9 +470,9 @@ def down(
 
 def _find_rows(
     source: InWindow | InArray,
-    given: tuple[jax.Ref, ...],
-    grouped: jax.Ref,
-    offsets: jax.Ref,
+    given: tuple[KernelRef, ...],
+    grouped: KernelRef,
+    offsets: KernelRef,
     first: Array,
     here: Array,
 ) -> None:
@@ -493,7 +494,7 @@ def _find_rows(
     find(tuple(given), grouped, offsets, first, here)
 
 
-def _gather(x_smem: jax.Ref, offsets: jax.Ref, here: Array, k: Array, rows: int) -> None:
+def _gather(x_smem: KernelRef, offsets: KernelRef, here: Array, k: Array, rows: int) -> None:
     """Part of a kernel: starts the copies of one stage of a tile's rows, swizzled."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), simt.ref, simt.scalar, simt.scalar))
@@ -538,8 +539,8 @@ class Target(typing.NamedTuple):
 
 
 def _store_rows(
-    tile: jax.Ref,
-    out: jax.Ref,
+    tile: KernelRef,
+    out: KernelRef,
     first: Array,
     here: Array,
     column: Array,

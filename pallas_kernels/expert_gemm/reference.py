@@ -1,15 +1,16 @@
 """The experts of a rank over received rows, choice by choice in plain JAX: the specification."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.expert_gemm.mlp import SWIGLU, ExpertMlp
 
 
 def expert_gemm_reference(
-    rows: Float[Array, "R T D"],
-    slots: Int32[Array, "R T K"],
-    bank: Float[Array, "S 3 F D"],
+    rows: Float[Array | np.ndarray, "R T D"],
+    slots: Int32[Array | np.ndarray, "R T K"],
+    bank: Float[Array | np.ndarray, "S 3 F D"],
     mlp: ExpertMlp = SWIGLU,
 ) -> Float[Array, "R T K D"]:
     """`y[s, t, k] = down(silu(gate(x)) * up(x))`, x = rows[s, t], of `slots[s, t, k]`; 0 for -1.

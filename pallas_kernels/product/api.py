@@ -14,11 +14,11 @@ MULTIPLE = 64  # of both sides of a weight matrix on a GPU; others are padded wi
 
 def product(
     x: Float[Array, "*T D"],
-    weights: Float[Array, "D N"],
+    weights: Float[Array, "_ _"],
     *,
     out_dtype=None,
     transposed: bool = False,
-) -> Float[Array, "*T N"]:
+) -> Float[Array, "*T _"]:
     """`x @ weights`, or `x @ weights.T` with `transposed`: `products` with one matrix."""
     (found,) = products(x, (weights,), out_dtype=out_dtype, transposed=transposed)
     return found
@@ -26,11 +26,11 @@ def product(
 
 def products(
     x: Float[Array, "*T D"],
-    weights: Sequence[Float[Array, "D N"]],
+    weights: Sequence[Float[Array, "_ _"]],
     *,
     out_dtype=None,
     transposed: bool = False,
-) -> list[Float[Array, "*T N"]]:
+) -> list[Float[Array, "*T _"]]:
     """`x @ w` for each of `weights`, summed in float32.
 
     On a GPU, in bfloat16, a row's result has the same bits for any number of rows and any place

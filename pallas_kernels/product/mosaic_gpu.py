@@ -60,11 +60,11 @@ def config_for(rows: int, columns: int, all_columns: int, out_bytes: int = 2) ->
 @functools.partial(jax.jit, static_argnames=("out_dtype", "transposed", "config"))
 def products_mosaic(
     x: BFloat16[Array, "T D"],
-    weights: Sequence[BFloat16[Array, "D N"]],
+    weights: Sequence[BFloat16[Array, "_ _"]],
     out_dtype=jnp.bfloat16,
     transposed: bool = False,
     config: ProductConfig | None = None,
-) -> list[Float[Array, "T N"]]:
+) -> list[Float[Array, "T _"]]:
     """`x @ w` for each of `weights`, in one launch: few rows of one matrix alone fill no GPU.
 
     Sums are float32, from channel 0 on, and rounded once to `out_dtype`. D and every N are

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.simt.mlir import plgpu
@@ -15,7 +16,7 @@ GROUP_THREADS = 128  # threads of one warpgroup
 def kernel(
     body: Callable,
     *operands: Array,
-    out: dict[str, tuple[tuple[int, ...], jnp.dtype]],
+    out: dict[str, tuple[tuple[int, ...], DTypeLike]],
     grid: int,
     name: str,
     groups: int = 1,

@@ -4,10 +4,14 @@ The builders that `jax.experimental.mosaic.gpu` is written with, the LLVM dialec
 have no public name.
 """
 
+import jax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, scf
+from jax._src.state.types import TransformedRef
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["FragmentedArray", "arith", "ir", "llvm", "mgpu", "plgpu", "scf"]
+KernelRef = jax.Ref | TransformedRef  # of an array inside a Pallas kernel, or of a part of one
+
+__all__ = ["FragmentedArray", "KernelRef", "arith", "ir", "llvm", "mgpu", "plgpu", "scf"]
