@@ -175,6 +175,7 @@ class ServeConfig:
     finished_max: int = 512  # finished requests kept for clients that ask again
     served_model_name: str = ""  # name of the model in requests and answers; "": its own
     cors_origins: tuple[str, ...] = ()  # origins of pages that may read answers; ("*",): all
+    ready_while_changing: bool = False  # whether /readyz is 200 during a change of members
     access_log: bool = False  # whether a line is logged for every HTTP request
     keep_alive_ms: int = 10_000  # silence after which a stream sends a comment; 0: never
     shutdown_timeout_s: float = 10.0  # for running requests to finish once a stop is wished for

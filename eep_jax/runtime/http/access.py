@@ -15,7 +15,7 @@ from eep_jax.runtime.http.key_file import KeyFile, KeySet
 
 ADMIN_ROUTES = ("/v1/fault_tolerance/", "/server_info")  # what begins so
 # For probes and scrapers: they show no prompt and no pid.
-OPEN_ROUTES = ("/health", "/ping", "/version", "/metrics")
+OPEN_ROUTES = ("/health", "/livez", "/readyz", "/ping", "/version", "/metrics")
 AUTHENTICATE = {"WWW-Authenticate": 'Bearer realm="eep-jax"'}
 JSON = "application/json"
 

@@ -56,6 +56,7 @@ def build_app(
     access_log: bool = False,
     info: dict | None = None,
     access: Access = EVERYONE,
+    ready_while_changing: bool = False,
 ) -> web.Application:
     """The HTTP application in front of `service`.
 
@@ -72,8 +73,10 @@ def build_app(
       cors_origins, access_log: see frame.add_frame.
       info: what `/server_info` answers beside the version.
       access: who may call what; by default everyone, but no web page of another origin.
+      ready_while_changing: whether `/readyz` is 200 during a change of members.
     """
     api = _Api(service, limits, template, body_bytes_max, write_deadline_s, keep_alive_s)
+    api.ready_while_changing = ready_while_changing
     api.info = {"version": __version__} | (info or {})
     guarded = guard(dataclasses.replace(access, readers=frozenset(cors_origins)))
     app = web.Application(client_max_size=body_bytes_max, middlewares=[api.errors_as_json, guarded])
@@ -84,6 +87,8 @@ def build_app(
     app.router.add_get("/v1/fault_tolerance/status", api.status)
     app.router.add_post("/v1/fault_tolerance/apply", api.apply)
     app.router.add_get("/health", api.health)
+    app.router.add_get("/livez", api.livez)
+    app.router.add_get("/readyz", api.readyz)
     app.router.add_get("/metrics", api.metrics)
     app.router.add_post("/tokenize", api.tokenize)
     app.router.add_post("/detokenize", api.detokenize)
@@ -114,6 +119,7 @@ class _Api:
         self._service, self._limits, self._template = service, limits, template
         self._keep_alive_s = keep_alive_s or None
         self.info: dict = {}
+        self.ready_while_changing = False
         self._body_bytes_max, self._write_deadline_s = body_bytes_max, write_deadline_s
         self._model = {
             "id": limits.model,
@@ -177,6 +183,17 @@ class _Api:
     async def health(self, http: web.Request) -> web.Response:
         healthy, facts = self._service.health()
         return web.json_response(facts, status=200 if healthy else 503)
+
+    async def livez(self, http: web.Request) -> web.Response:
+        """200 while this process answers; a restart would help no other fault."""
+        return web.json_response({"status": "alive"})
+
+    async def readyz(self, http: web.Request) -> web.Response:
+        """200 while requests are served without a pause."""
+        healthy, facts = self._service.health()
+        ready = healthy and (self.ready_while_changing or facts.get("status") != "changing")
+        found = {name: facts[name] for name in ("status", "reason") if name in facts}
+        return web.json_response({"ready": ready} | found, status=200 if ready else 503)
 
     async def status(self, http: web.Request) -> web.Response:
         return web.json_response(self._service.status())

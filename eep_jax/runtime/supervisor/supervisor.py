@@ -233,6 +233,7 @@ class Supervisor:
             access_log=serve.access_log,
             info={"config": dataclasses.asdict(self.config)},
             access=self._access,
+            ready_while_changing=serve.ready_while_changing,
         )
         http_port = await listeners.open(
             http,

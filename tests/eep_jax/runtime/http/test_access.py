@@ -1,5 +1,6 @@
 """Who may call which route: every route with each key, each file of keys, web pages and names."""
 
+import asyncio
 import os
 
 import pytest
@@ -11,12 +12,12 @@ from eep_jax.runtime.http.access import Access, exposure, open_access
 from eep_jax.runtime.http.app import build_app
 from eep_jax.runtime.http.checks import RequestError
 from eep_jax.runtime.http.key_file import KEY_CHARS_MIN, KeyFile, KeySet
-from tests.eep_jax.runtime.http.test_app import LIMITS, body, refusal, serving, story
+from tests.eep_jax.runtime.http.test_app import DEADLINE_S, LIMITS, body, refusal, serving, story
 from tests.support.fake_service import FakeService
 
 API, ADMIN, RUN = "api-key-of-a-client", "admin-key-of-operator", run_admin_key("t" * 32)
 STATUS, APPLY = "/v1/fault_tolerance/status", "/v1/fault_tolerance/apply"
-OPEN = {"/health", "/metrics", "/ping", "/version"}
+OPEN = {"/health", "/livez", "/readyz", "/metrics", "/ping", "/version"}
 KEYS = {"none": None, "wrong": "wrong-key-of-nobody", "api": API, "admin": ADMIN, "run": RUN}
 
 
@@ -151,6 +152,31 @@ class TestOverHttp:
             error = await refusal(response, 403, "admin_key_required")
             assert API not in error["message"] and error["type"] == "permission_error"
             assert (await client.get("/v1/models", headers=headers)).status == 200
+
+
+class TestProbes:
+    @pytest.mark.parametrize(
+        "healthy, phase, while_changing, ready",
+        [
+            (True, "serving", False, 200),
+            (True, "changing", False, 503),
+            (True, "changing", True, 200),
+            (False, "blocked", True, 503),
+            (False, "draining", False, 503),
+        ],
+    )
+    def test_readiness_and_liveness_are_two_questions(self, healthy, phase, while_changing, ready):
+        async def ask():
+            service = FakeService()
+            service.health = lambda: (healthy, {"status": phase, "reason": "why"})
+            async with serving(service, ready_while_changing=while_changing) as client:
+                assert (await client.get("/livez")).status == 200
+                response = await client.get("/readyz")
+                assert response.status == ready
+                wanted = {"ready": ready == 200, "status": phase, "reason": "why"}
+                assert await response.json() == wanted
+
+        asyncio.run(asyncio.wait_for(ask(), DEADLINE_S))
 
 
 class TestKeyFile:
