@@ -32,6 +32,7 @@ class ClusterConfig:
     heartbeat_ms: int = 200
     lease_ms: int = 3_000  # a rank without any heartbeat for longer is dead
     accused_lease_ms: int = 1_500  # the same, for a rank that a peer's step timed out on
+    joining_lease_ms: int = 60_000  # the same, for one that is no member and still loads
     channel_grace_ms: int = 1_500  # without a control channel, process not known dead
     stall_ms: int = 15_000  # heartbeats arrive, but the engine loop does not move
     sources: tuple[str, ...] = SOURCES  # sources that a running cluster may use
@@ -78,6 +79,11 @@ class ClusterConfig:
             raise ValueError(f"{self.lease_ms=} must be at least 3 x {self.heartbeat_ms=}")
         if not 0 < self.accused_lease_ms <= self.lease_ms:
             raise ValueError(f"{self.accused_lease_ms=} must be in 1..{self.lease_ms=}")
+        if self.joining_lease_ms < self.lease_ms:
+            raise ValueError(
+                f"{self.joining_lease_ms=} must be at least {self.lease_ms=}: a rank that loads "
+                "disturbs nobody, and may be given less processor time than members"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

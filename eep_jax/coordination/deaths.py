@@ -48,6 +48,7 @@ def verdict_on(state: CoordinatorState, rank: int, now_ms: int):
         # A rank that is alone compiles, which may take long and disturbs no other rank.
         stalled_ms=0 if status is None or status.mode is Mode.ALONE else status.stalled_ms,
         accused_by=record.accused_by,
+        joining=record.is_loading and state.view.members[rank].state is RankState.ABSENT,
     )
     verdict = judge(now_ms, signs, state.config)
     reason = _disagreement(state, rank)

@@ -12,6 +12,7 @@ A Tick always looks at all ranks.
 
 from eep_jax.coordination.protocol import Mode, Status
 from eep_jax.coordination.state import CoordinatorState, Quiet, RankRecord
+from eep_jax.membership.detector import lease_of
 from eep_jax.membership.view import RankState
 
 # Status fields that can change a decision, beside its time of arrival.
@@ -33,7 +34,9 @@ def look(state: CoordinatorState) -> Quiet | None:
     """Bounds that hold until an event that is not quiet; None before the first epoch."""
     if state.view.epoch == 0 or state.blocked or state.resync:
         return None
-    due = [_due_ms(state, record) for record in state.records]
+    members = state.view.members
+    absent = [member.state is RankState.ABSENT for member in members]
+    due = [_due_ms(state, r, outside) for r, outside in zip(state.records, absent, strict=True)]
     return Quiet(min(due), _witness(state))
 
 
@@ -59,14 +62,14 @@ def is_quiet(before: CoordinatorState, after: CoordinatorState, event, now_ms: i
     return last is not None and all(getattr(last, n) == getattr(event, n) for n in _DECIDING)
 
 
-def _due_ms(state: CoordinatorState, record: RankRecord) -> int:
+def _due_ms(state: CoordinatorState, record: RankRecord, outside: bool) -> int:
     """The time at which this record decides something else, if no message comes."""
     config = state.config
     if not record.is_current:
         waits = not record.ended and not record.killed
         return record.fenced_ms + config.fenced_grace_ms if waits else _NEVER
-    lease_ms = config.accused_lease_ms if record.accused_by else config.lease_ms
-    due = record.heard_ms + lease_ms
+    joining = outside and record.is_loading
+    due = record.heard_ms + lease_of(joining, record.accused_by, config)
     if record.channel_lost_ms is not None:
         due = min(due, record.channel_lost_ms + config.channel_grace_ms)
     return due

@@ -3,7 +3,7 @@
 import dataclasses
 
 from eep_jax.config import ClusterConfig
-from eep_jax.coordination.protocol import Load, Status
+from eep_jax.coordination.protocol import Load, Mode, Status
 from eep_jax.membership.view import View
 from eep_jax.placement.balance import Aim
 from eep_jax.placement.load import LoadEstimate
@@ -30,6 +30,11 @@ class RankRecord:
     @property
     def is_current(self) -> bool:
         return self.incarnation > self.fenced
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether this process, if it is no member, has not offered itself yet."""
+        return self.status is None or self.status.mode is Mode.ALONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ class Signs:
     channel_lost_ms: int | None = None  # None while its control channel is open
     stalled_ms: int = 0  # time since its engine loop moved, as last reported
     accused_by: tuple[int, ...] = ()  # ranks whose step timed out on it in this epoch
+    joining: bool = False  # no member, and has not offered itself yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +28,38 @@ class Verdict:
     reason: str
 
 
+def lease_of(joining: bool, accused_by: tuple[int, ...], limits: ClusterConfig) -> int:
+    """Milliseconds of silence after which a rank is dead.
+
+    Args:
+        joining: It is no member and has not offered itself: nobody waits for it, and members may
+            leave it little processor time while it loads.
+        accused_by: Ranks whose step timed out on it.
+        limits: `joining_lease_ms`, `accused_lease_ms` and `lease_ms` are used.
+
+    >>> limits = ClusterConfig(ranks=4, slots_per_rank=2)
+    >>> [lease_of(joining, accused, limits) for joining, accused in ((True, ()), (False, (0,)))]
+    [60000, 1500]
+    """
+    if joining:
+        return limits.joining_lease_ms
+    return limits.accused_lease_ms if accused_by else limits.lease_ms
+
+
 def judge(now_ms: int, signs: Signs, limits: ClusterConfig) -> Verdict:
     """Decides from all signs. A peer's suspicion alone never kills: it only shortens the lease.
 
     Args:
         now_ms: Time on the clock of `signs`.
         signs: All observations of the rank.
-        limits: `lease_ms`, `accused_lease_ms`, `channel_grace_ms` and `stall_ms` are used.
+        limits: The leases (see `lease_of`), `channel_grace_ms` and `stall_ms` are used.
 
     >>> limits = ClusterConfig(ranks=4, slots_per_rank=2, lease_ms=3_000)
     >>> judge(5_000, Signs(rank=2, heard_ms=4_900, accused_by=(0,)), limits).dead
     False
     """
     silent_ms = now_ms - signs.heard_ms
-    lease_ms = limits.accused_lease_ms if signs.accused_by else limits.lease_ms
+    lease_ms = lease_of(signs.joining, signs.accused_by, limits)
     accusers = f" and ranks {list(signs.accused_by)} accuse it" if signs.accused_by else ""
     dead = lambda reason: Verdict(signs.rank, True, f"rank {signs.rank} {reason}")
     if signs.ended:

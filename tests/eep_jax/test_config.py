@@ -51,6 +51,7 @@ def test_a_model_of_sizes_that_contradict_is_refused(changes, said):
             "accused_lease_ms=1001 must be in",
         ),
         ({"accused_lease_ms": 0}, "accused_lease_ms=0 must be in 1"),
+        ({"joining_lease_ms": 2_999}, "joining_lease_ms=2999 must be at least self.lease_ms=3000"),
         ({"channel_grace_ms": 0}, "channel_grace_ms=0 must be positive"),
         ({"stall_ms": -1}, "stall_ms=-1 must be positive"),
     ],

@@ -34,6 +34,15 @@ def test_silence_kills_past_the_lease_which_accusations_shorten(silent_ms, accus
         assert f"silent for {silent_ms} ms, longer than {lease_ms} ms" in verdict.reason
 
 
+@given(st.integers(0, 120_000), ACCUSERS)
+def test_one_that_still_loads_has_a_lease_of_its_own(silent_ms, accused_by):
+    limits = some_cluster(joining_lease_ms=60_000)
+    signs = Signs(rank=2, heard_ms=NOW_MS - silent_ms, accused_by=accused_by, joining=True)
+    verdict = judge(NOW_MS, signs, limits)
+    assert verdict.dead == (silent_ms > 60_000)
+    assert judge(NOW_MS, dataclasses.replace(signs, ended=True), limits).dead
+
+
 @given(st.integers(0, 3_000))
 def test_a_lost_channel_kills_past_its_grace(lost_ms):
     signs = Signs(rank=2, heard_ms=NOW_MS, channel_lost_ms=NOW_MS - lost_ms)
