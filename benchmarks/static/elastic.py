@@ -13,8 +13,7 @@ from benchmarks.meeting import Meeting
 from benchmarks.static.engine import Weights
 from eep_jax.config import RunConfig
 from eep_jax.engine.engine import Engine
-from eep_jax.engine.step import COMPILER_OPTIONS, empty_batch
-from eep_jax.engine.votes import IDLE
+from eep_jax.engine.step import make_step
 from eep_jax.membership.view import Member, RankState, View
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.placement.placement import EMPTY
@@ -28,20 +27,15 @@ class FixedEngine(Engine):
     def warm_up(self) -> None:
         """Compiles for the tables it has; call it after `resume`. Runs nothing."""
         tables, constant = jax.device_get((self._device_tables, self._epoch_call))
+        step, _ = make_step(self.config, self._spread)
 
-        def fixed(dense, bank, cache, heap, batch, round, vote):
-            call = dataclasses.replace(jax.tree.map(jnp.asarray, constant), round=round, vote=vote)
-            known = jax.tree.map(jnp.asarray, tables)
-            return self._step(dense, bank, cache, heap, known, batch, call)
+        def fixed(dense, bank, cache, heap, _, batch, call):
+            changing = {name: getattr(call, name) for name in ("round", "vote", "suspicion")}
+            call = dataclasses.replace(jax.tree.map(jnp.asarray, constant), **changing)
+            return step(dense, bank, cache, heap, jax.tree.map(jnp.asarray, tables), batch, call)
 
-        for rows in self.config.engine.step_sizes:
-            arguments = self._arguments(empty_batch(self.config, rows), IDLE)
-            jitted = jax.jit(fixed, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-            self._executables[rows] = jitted.lower(*arguments).compile()
-
-    def _arguments(self, batch, vote: int):
-        dense, bank, cache, heap, _, batch, call = super()._arguments(batch, vote)
-        return dense, bank, cache, heap, batch, call.round, call.vote
+        self._packed.replace_step(fixed)
+        self._packed.obtain((self._shaping(), self._device_tables, self._epoch_call))
 
 
 def open_engine(

@@ -8,7 +8,6 @@ when one died. What is passed each step is one array; the cache is donated.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -16,12 +15,15 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.static.exchanges import AXIS, as_run_experts, no_call, slots_of
 from eep_jax.config import RunConfig
+from eep_jax.engine.packed_step import pack_batch, unpack_batch
 from eep_jax.engine.request import Progress
 from eep_jax.engine.scheduler import Scheduler
-from eep_jax.engine.step import COMPILER_OPTIONS, Batch, empty_batch, make_step
+from eep_jax.engine.step import COMPILER_OPTIONS, empty_batch, make_step
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import expert_mlp
+
+APART = ("latest", "shaping")  # fields of a batch that are not passed: no step here follows one under way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,43 +38,6 @@ def mesh_of(devices) -> Mesh:
     """A mesh of one device per rank."""
     return jax.make_mesh(
         (len(devices),), (AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
-    )
-
-
-def pack_batch(batch: Batch, vote: int) -> np.ndarray:
-    """All of a batch as one row of 32-bit words, `[1 W]`: one transfer instead of eight."""
-    parts = [
-        np.ascontiguousarray(getattr(batch, f.name))
-        .astype(_word(f.name), copy=False)
-        .view(np.int32)
-        for f in dataclasses.fields(Batch)
-        if getattr(batch, f.name) is not None
-    ]
-    words = [part.reshape(-1) for part in parts]
-    return np.concatenate([*words, np.array([vote], np.int32)])[None]
-
-
-def unpack_batch(words, like: Batch) -> tuple[Batch, jax.Array]:
-    """The batch inside a step, and the vote."""
-    start, found = 0, {}
-    for field in dataclasses.fields(Batch):
-        model = getattr(like, field.name)
-        if model is None:
-            continue
-        part = words[start : start + model.size].reshape(model.shape)
-        start += model.size
-        if model.dtype == np.bool_:
-            found[field.name] = part.astype(jnp.bool_)
-        else:
-            found[field.name] = lax.bitcast_convert_type(part, model.dtype)
-    return Batch(**found), words[start].astype(jnp.uint32)
-
-
-def _word(name: str):
-    return (
-        np.float32
-        if name in ("temperature", "top_p")
-        else (np.uint32 if name == "seeds" else np.int32)
     )
 
 
@@ -100,8 +65,8 @@ class StaticEngine:
     def advance(self, rows: int = 0) -> tuple[Progress, ...]:
         """One step of all ranks, of the rows they agreed on unless some are given."""
         plan = self.scheduler.plan(rows or self.next)
-        vote = self.scheduler.vote_after(plan)
-        words = self._own(pack_batch(plan.batch, vote))
+        vote = self.scheduler.vote([plan])
+        words = self._own(pack_batch(plan.batch, vote, apart=APART)[None])
         tokens, agreed, self._cache = self._compiled[plan.rows](
             self._dense, self._bank, self._cache, words
         )
@@ -119,7 +84,7 @@ class StaticEngine:
         step, agree = self._step, self._agree
 
         def local(dense, bank, cache, words):
-            batch, vote = unpack_batch(words[0], like)
+            (vote,), batch = unpack_batch(words[0], like, 1, apart=APART)
             result = step(dense, bank, cache, None, None, batch, no_call(vote))
             agreed = lax.pmax(vote, AXIS) if agree else vote
             return result.tokens, agreed[None], result.cache

@@ -2,8 +2,13 @@
 
 Executables are compiled ahead of time, one for each number of rows, before the rank offers itself.
 They cannot recompile; failure, repair and return only change the values they are called with.
+
+The device does not wait for the host: the next step is planned and launched before the results of
+the one under way are read. Tokens that it needs of that step stay on the device. If a step is
+discarded, so is the one after it.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -13,31 +18,36 @@ import jax
 import numpy as np
 
 from eep_jax.config import RunConfig
+from eep_jax.engine.agreement import NO_STEP, Agreement
 from eep_jax.engine.compilations import CompileCounter
 from eep_jax.engine.executables import ExecutableStore, step_facts
 from eep_jax.engine.lockstep_engine import LockstepEngine
+from eep_jax.engine.packed_step import PackedSteps
 from eep_jax.engine.protocol import StepOutcome, WarmUp
 from eep_jax.engine.request import CacheUse, Progress, Request
-from eep_jax.engine.scheduler import Scheduler
+from eep_jax.engine.scheduler import Scheduler, StepPlan
 from eep_jax.engine.shaping import ShapingRows
-from eep_jax.engine.step import (
-    COMPILER_OPTIONS,
-    Batch,
-    StepResult,
-    empty_batch,
-    make_step,
-    result_like,
-)
+from eep_jax.engine.step import Batch, empty_batch, make_step
 from eep_jax.engine.step_times import StepTimes
-from eep_jax.engine.votes import IDLE
+from eep_jax.engine.votes import HOLD, IDLE
 from eep_jax.heap.heap import SymmetricHeap
 from eep_jax.models.expert_bank import SlabLayout
 from eep_jax.models.kv_cache import KVCache, empty_cache, zeros_of_cache
 from eep_jax.models.weights import put_dense
+from eep_jax.tables import Tables
 
 # Runs of an executable that take longer than others. On a GPU the first loads its kernels, and only
 # the next one records the graph that later ones replay: no peer should wait for that.
 FIRST_RUNS = {"cpu": 1, "gpu": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class UnderWay:
+    """A step that was launched and whose results were not read yet."""
+
+    plan: StepPlan
+    result: jax.Array
+    launched_s: float
 
 
 class Engine(LockstepEngine):
@@ -57,34 +67,27 @@ class Engine(LockstepEngine):
         `store` keeps the steps for other processes of any rank.
         """
         self.compilations = CompileCounter()
+        self._agreement = Agreement(config.engine.step_sizes[0])
+        self._under_way: collections.deque[UnderWay] = collections.deque()
+        self._read_s = 0.0  # when results were last read
         super().__init__(config, rank, heap, layout)
         self.scheduler = Scheduler(config)
         self._times = StepTimes(config.engine.step_sizes)
         self._chosen = np.zeros(config.model.experts, np.int64)
-        self._step, dtypes = make_step(config, self._spread)
-        self._dense = put_dense(dense, dtypes)
         self._store = store or ExecutableStore(None, step_facts(config))
-        self._cache = self._empty_cache()
         self._uploaded: tuple = None, None  # ShapingRows of the host and of the device
-        self._executables = {}
+        step, dtypes = make_step(config, self._spread)
+        fixed = put_dense(dense, dtypes), self.bank_array, self._heap_array
+        self._packed = PackedSteps(config, step, fixed, self._empty_cache(), self._store)
         self._first_runs = FIRST_RUNS[config.platform]
         self._warm_compilations = 0
 
     def warm_up(self) -> WarmUp:
         started = time.monotonic()
-        for rows in self.config.engine.step_sizes:
-            arguments = self._arguments(empty_batch(self.config, rows), IDLE)
-            jitted = jax.jit(self._step, donate_argnames="cache", compiler_options=COMPILER_OPTIONS)
-            self._executables[rows] = self._store.obtain(
-                f"rows-{rows}",
-                lambda jitted=jitted, arguments=arguments: jitted.lower(*arguments),
-                arguments,
-                result_like(self._cache),
-            )
+        self._packed.obtain((self._shaping(), self._device_tables, self._epoch_call))
         ready = time.monotonic()
-        for rows in [rows for rows in self._executables for _ in range(self._first_runs)]:
-            result = self._run(empty_batch(self.config, rows), IDLE)
-            jax.block_until_ready(result.suspicion)
+        for rows in [rows for rows in self._packed.sizes for _ in range(self._first_runs)]:
+            self._packed.read(self._start(empty_batch(self.config, rows), IDLE, first=True))
         self._warm_compilations = self.compilations.total
         origins = dict(self._store.origins)
         compiled = self.compilations.total - self.compilations.cached
@@ -110,30 +113,76 @@ class Engine(LockstepEngine):
     def snapshot(self) -> list[Progress]:
         return self.scheduler.snapshot()
 
+    def resume(self, tables: Tables) -> None:
+        self.quiesce()
+        super().resume(tables)
+
+    def quiesce(self) -> None:
+        while self._under_way:
+            jax.block_until_ready(self._under_way.pop().result)
+            self.discarded += 1
+
     def advance(self) -> StepOutcome:
-        started = time.monotonic()
-        plan = self.scheduler.plan(self._next)
-        result = self._run(plan.batch, self.scheduler.vote_after(plan))
-        # One transfer for all: on a GPU each costs more than its bytes.
-        suspicion, next_round, agreed, tokens, finite, dropped, chosen = jax.device_get(
-            (
-                result.suspicion,
-                result.round,
-                result.agreed,
-                result.tokens,
-                result.finite,
-                result.dropped,
-                result.chosen,
-            )
-        )
-        outcome = self._settle(suspicion, next_round, agreed)
+        if not self._under_way:
+            rows = self._rows_of_next
+            self._launch(self._smallest if rows in NO_STEP else rows)
+        if (rows := self._rows_of_next) not in NO_STEP:
+            self._launch(rows)
+        step = self._under_way.popleft()
+        found = self._packed.read(step.result)
+        outcome = self._settle(found.suspicion, found.round, found.agreed)
         if not outcome.committed:
+            self._agreement.put_back([step.plan.rows, *(plan.rows for plan in self._plans)])
+            self.quiesce()
             return outcome
         self.steps += 1
-        self._chosen += chosen
-        progress = tuple(self.scheduler.commit(plan, tokens, dropped, finite))
-        self._limit_prompts(plan.rows, time.monotonic() - started)
+        self._chosen += found.chosen
+        committed = step.plan, found.tokens, found.dropped, found.finite
+        progress = tuple(self.scheduler.commit(*committed))
+        now_s = time.monotonic()
+        self._limit_prompts(step.plan.rows, now_s - max(step.launched_s, self._read_s))
+        self._read_s = now_s
+        self._next = self._smallest
+        if len(self.active) > 1:
+            stop = self._agreement.hear(int(found.agreed), is_last=not self._under_way)
+        else:
+            stop = None if self._under_way else self._rows_of_next
+        if stop in (IDLE, HOLD):
+            self._next = stop
         return StepOutcome(True, progress)
+
+    def _begin_agreement(self) -> None:
+        super()._begin_agreement()
+        self._agreement.begin()
+
+    @property
+    def _rows_of_next(self) -> int:
+        """Rows of the next step, or one of NO_STEP. A rank that is alone decides as it launches."""
+        if len(self.active) > 1:
+            return self._agreement.rows
+        return HOLD if self._votes_hold else self.scheduler.vote(self._plans)
+
+    @property
+    def _plans(self) -> list[StepPlan]:
+        return [step.plan for step in self._under_way]
+
+    def _launch(self, rows: int) -> None:
+        """Starts a step behind those under way."""
+        several = len(self.active) > 1
+        if several:
+            self._agreement.take()
+        plan = self.scheduler.plan(rows, self._plans)
+        between = self._agreement.between if several else 0
+        vote = self._agreement.vote(self.scheduler.vote([*self._plans, plan], between))
+        started_s = time.monotonic()
+        result = self._start(plan.batch, vote, first=not self._under_way)
+        self._under_way.append(UnderWay(plan, result, started_s))
+
+    def _start(self, batch: Batch, vote: int, first: bool) -> jax.Array:
+        """Launches a step; the `first` does not follow one that is under way."""
+        lasting = self._shaping(), self._device_tables, self._epoch_call
+        vote = HOLD if self._votes_hold else vote
+        return self._packed.launch(batch, lasting, vote, int(self._round) if first else None)
 
     def _limit_prompts(self, rows: int, seconds: float) -> None:
         """Keeps steps with prompts within the wanted time between tokens."""
@@ -152,12 +201,6 @@ class Engine(LockstepEngine):
         lower = lambda: jax.jit(zeros).lower()
         return self._store.obtain("cache", lower, (), jax.eval_shape(zeros))()
 
-    def _run(self, batch: Batch, vote: int) -> StepResult:
-        result = self._executables[len(batch.tokens)](*self._arguments(batch, vote))
-        # The old cache was donated. Discarding a step keeps the new one: rows are kept by position.
-        self._cache = result.cache
-        return result
-
     def _shaping(self) -> ShapingRows:
         """On the device; uploaded where it is another one than that of the last step."""
         host, device = self._uploaded
@@ -166,8 +209,3 @@ class Engine(LockstepEngine):
             device = jax.device_put(host, may_alias=False)
             self._uploaded = host, device
         return device
-
-    def _arguments(self, batch: Batch, vote: int) -> tuple:
-        heap, tables, call = self._heap_array, self._device_tables, self._call(vote)
-        batch = dataclasses.replace(batch, shaping=self._shaping())
-        return self._dense, self.bank_array, self._cache, heap, tables, batch, call

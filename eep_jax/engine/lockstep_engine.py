@@ -62,6 +62,9 @@ class LockstepEngine(abc.ABC):
         """The ranks of the epoch."""
         return tuple(np.flatnonzero(self._tables.active).tolist())
 
+    def quiesce(self) -> None:  # noqa: B027  nothing is under way, unless a subclass says so
+        pass
+
     def resume(self, tables: Tables) -> None:
         self._take_tables(tables)
 
@@ -83,8 +86,12 @@ class LockstepEngine(abc.ABC):
         elif not self.lockstep.is_woken(paused_round):
             return False
         self.lockstep.forget_wakes()
-        self._next = self._smallest
+        self._begin_agreement()
         return True
+
+    def _begin_agreement(self) -> None:
+        """The rows of steps are agreed anew, from a step on that costs every rank the least."""
+        self._next = self._smallest
 
     def _call(self, vote: int) -> Call:
         """The argument of the exchanges of the next step, in which this rank votes so."""
@@ -105,8 +112,8 @@ class LockstepEngine(abc.ABC):
     def _take_tables(self, tables: Tables) -> None:
         """Puts what stays the same for an epoch onto the device, once."""
         self._tables, self._round = tables, np.uint32(first_round(int(tables.epoch)))
-        # After a change the rows are agreed anew, in a step that costs every rank the least.
-        self._next, self._votes_hold = self._smallest, False
+        self._votes_hold = False
+        self._begin_agreement()
         deadline_ms = self.config.engine.step_deadline_ms
         call = call_of(tables, self.rank, deadline_ms, self.heap.control_address())
         self._device_tables, self._epoch_call = jax.device_put((tables, call))

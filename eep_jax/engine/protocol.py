@@ -66,8 +66,17 @@ class RankEngine(typing.Protocol):
         Flags must have been cleared since the last step (see `Lockstep.clear_flags`).
         """
 
+    def quiesce(self) -> None:
+        """Discards the steps under way, and waits for their ends.
+
+        Call it before the heap changes. Where `held` or `paused` is true, none is under way.
+        """
+
     def advance(self) -> StepOutcome:
-        """Runs one step. A discarded one changes nothing, and is run again by the next call."""
+        """Runs one step, and perhaps launches the one behind it.
+
+        A discarded one changes nothing, and is run again by the next call.
+        """
 
     @property
     def paused(self) -> bool:

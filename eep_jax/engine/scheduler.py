@@ -1,7 +1,8 @@
 """Scheduler of a rank: continuous batching of decoding sequences and of prompts in pieces.
 
 It uses no clock and no JAX arrays. A plan changes nothing that a client sees until it is committed,
-so a discarded step is planned again.
+so a discarded step is planned again. A step may be planned while others are under way: the tokens
+that these will sample are then taken from the device.
 
 Sequences hold pages of the KV cache. A waiting request is admitted, first come first served, once a
 batch row is free and its known tokens fit into free pages; pages of a prefix that is still cached
@@ -26,6 +27,8 @@ from eep_jax.engine.step import Batch, empty_batch, with_items
 from eep_jax.engine.votes import IDLE
 from eep_jax.errors import QueueFull
 
+WAITS = -1
+
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
@@ -34,7 +37,7 @@ class Sequence:
     request: Request
     tokens: list[int]  # prompt and all produced
     keys: PrefixKeys
-    number: int = 0  # grows with every admission
+    number: int = WAITS  # of its admission; they grow
     pages: list[int] = dataclasses.field(default_factory=list)
     cached: int = 0
     published: int = 0  # pages that others may share
@@ -54,19 +57,41 @@ class Sequence:
         """The most pages that it can come to hold."""
         return -(-(len(self.request.prompt) + self.request.max_tokens) // self.keys.page_tokens)
 
-    @property
-    def missing(self) -> int:
-        """Tokens that are not in the cache; the last one is always among them."""
-        return len(self.tokens) - self.cached
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The rows of one sequence in a step. Its token, if it samples one, is that of its number."""
 
+    sequence: Sequence
+    number: int  # of the sequence's admission: a part of an earlier one is void
     batch_row: int
     start: int  # first position
     end: int  # length of its cache once the step is committed
+    samples: bool
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the sequence has left its batch row since the step was planned."""
+        return self.sequence.number != self.number
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """A sequence as it will be once the steps under way are committed."""
+
+    sequence: Sequence
+    batch_row: int
+    cached: int
+    unknown: int  # tokens that these steps sample
+
+    @property
+    def missing(self) -> int:
+        """Tokens that will not be in the cache; the last one is always among them."""
+        return len(self.sequence.tokens) + self.unknown - self.cached
+
+    def goes_on(self, more: int = 0) -> bool:
+        """Whether it needs a step after these, and after `more` that sample."""
+        return self.sequence.produced + self.unknown + more < self.sequence.request.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,26 +181,26 @@ class Scheduler:
         pool, counts = self.pool, dataclasses.asdict(self.counts)
         return CacheUse(pages=pool.pages, held=pool.held, cached=pool.cached, **counts)
 
-    def vote(self) -> int:
-        """Rows of the step that this rank needs next; IDLE if it has nothing to do."""
-        return self._vote(())
+    def vote(self, under_way: Iterable[StepPlan] = (), rows: int = 0) -> int:
+        """Rows of the step that this rank needs next; IDLE if it has nothing to do.
 
-    def vote_after(self, plan: StepPlan) -> int:
-        """Same, once `plan` is committed, as far as it is known before the tokens are."""
-        return self._vote(plan.parts)
-
-    def _vote(self, parts: Iterable[Part]) -> int:
-        cached = {part.batch_row: part.end for part in parts}
-        decoding = prompts = 0
-        for batch_row, sequence in self._running():
-            missing = len(sequence.tokens) - cached.get(batch_row, sequence.cached)
-            if missing > 1:
-                prompts += missing
-            # A step that samples adds a token to a sequence, which is then one behind again, or
-            # at its end.
-            elif missing or sequence.produced + 1 < sequence.request.max_tokens:
+        Args:
+            under_way: steps that are not committed yet; the vote is about one after them.
+            rows: of one more step in between, which is not planned yet; 0 for none.
+        """
+        ahead = self._ahead(under_way)
+        decoding = sum(s.goes_on(more=bool(rows)) for s in ahead if s.missing == 1)
+        left = max(0, rows - sum(s.missing == 1 for s in ahead))
+        prompts = 0
+        waiting = ((s, self._new_tokens(s)) for s in self._admissible())
+        reading = ((s.sequence, s.missing) for s in ahead if s.missing > 1)
+        for sequence, missing in itertools.chain(reading, waiting):
+            read = min(missing, left)
+            left -= read
+            if missing > read:
+                prompts += missing - read
+            elif sequence.produced + 1 < sequence.request.max_tokens:
                 decoding += 1
-        prompts += sum(self._new_tokens(s) for s in self._admissible())
         if not decoding + prompts:
             return IDLE
         wanted = self._smallest(decoding + prompts)
@@ -184,22 +209,39 @@ class Scheduler:
             wanted = min(wanted, max(self.rows_max, self._smallest(decoding + 1)))
         return wanted
 
+    def _ahead(self, under_way: Iterable[StepPlan]) -> list[Ahead]:
+        """The running sequences that need a step after those under way, the oldest first."""
+        parts = collections.defaultdict(list)
+        for plan in under_way:
+            for part in plan.parts:
+                parts[part.number].append(part)
+        found = []
+        for batch_row, sequence in self._running():
+            own = parts[sequence.number]
+            cached = own[-1].end if own else sequence.cached
+            found.append(Ahead(sequence, batch_row, cached, sum(part.samples for part in own)))
+        return sorted((s for s in found if s.goes_on()), key=lambda s: s.sequence.number)
+
     def _smallest(self, rows: int) -> int:
         """Rows of the smallest step with so many, or of the largest one."""
         sizes = self._config.engine.step_sizes
         return next((size for size in sizes if size >= rows), sizes[-1])
 
-    def plan(self, rows: int) -> StepPlan:
-        """The fullest batch of so many rows: first what decodes, then prompts, the oldest first."""
+    def plan(self, rows: int, under_way: Iterable[StepPlan] = ()) -> StepPlan:
+        """The fullest batch of so many rows: first what decodes, then prompts, the oldest first.
+
+        `under_way` are steps that come before and are not committed yet.
+        """
+        under_way = tuple(under_way)
         self._admit()
-        self._grow()
-        oldest = sorted(self._running(), key=lambda entry: entry[1].number)
-        parts, left = [], rows
+        self._grow(under_way)
+        ahead, left, parts = self._ahead(under_way), rows, []
         for decodes in (True, False):
-            for batch_row, sequence in oldest:
-                if left and (sequence.missing == 1) == decodes:
-                    count = min(sequence.missing, left)
-                    parts.append(Part(batch_row, sequence.cached, sequence.cached + count))
+            for s in ahead:
+                if left and (s.missing == 1) == decodes:
+                    count = min(s.missing, left)
+                    place = s.batch_row, s.cached, s.cached + count
+                    parts.append(Part(s.sequence, s.sequence.number, *place, count == s.missing))
                     left -= count
         return StepPlan(with_items(self._config, self._batch(rows, parts)), tuple(parts))
 
@@ -209,16 +251,18 @@ class Scheduler:
         batch.table[...] = self._table
         if not parts:
             return batch
-        sequences = [self._sequences[part.batch_row] for part in parts]
+        sequences = [part.sequence for part in parts]
         counts = [part.end - part.start for part in parts]
-        pairs = list(zip(sequences, parts, strict=True))
-        tokens = [token for s, part in pairs for token in s.tokens[part.start : part.end]]
-        positions = [at for part in parts for at in range(part.start, part.end)]
-        used, own = slice(len(tokens)), slice(len(parts))
-        batch.tokens[used], batch.positions[used] = tokens, positions
+        ends = np.cumsum(counts)
+        used, own = slice(int(ends[-1])), slice(len(parts))
+        batch.tokens[used] = list(itertools.chain.from_iterable(map(_tokens_of, parts)))
+        steps = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+        batch.positions[used] = steps + np.repeat([part.start for part in parts], counts)
         batch.batch_rows[used] = np.repeat([part.batch_row for part in parts], counts)
-        batch.last_rows[own] = np.cumsum(counts) - 1
-        batch.sampled[own] = [part.end == len(s.tokens) for s, part in pairs]
+        batch.last_rows[own] = ends - 1
+        known = np.array([len(s.tokens) for s in sequences])
+        batch.from_latest[ends - 1] = np.array([part.end for part in parts]) > known
+        batch.sampled[own] = [part.samples for part in parts]
         batch.seeds[own] = [s.seed_words for s in sequences]
         batch.temperature[own] = [s.request.temperature for s in sequences]
         batch.top_p[own] = [s.request.top_p for s in sequences]
@@ -237,13 +281,15 @@ class Scheduler:
         """
         progress = []
         for index, part in enumerate(plan.parts):
-            sequence, lost = self._sequences[part.batch_row], int(dropped[part.batch_row])
+            if part.is_void:
+                continue
+            sequence, lost = part.sequence, int(dropped[part.batch_row])
             sequence.cached = part.end
             sequence.dropped += lost
             if lost:
                 first = part.start // self.pool.page_tokens
                 sequence.publishable = min(sequence.publishable, first)
-            if not plan.batch.sampled[index]:
+            if not part.samples:
                 continue
             start, finish = sequence.produced, NOT_FINITE
             if finite[index]:
@@ -310,10 +356,11 @@ class Scheduler:
             self.counts.hit_tokens += sequence.cached
             self._table[batch_row, : len(sequence.pages)] = sequence.pages
 
-    def _grow(self) -> None:
-        """Gives every sequence the pages of its known tokens; preempts where there are too few."""
-        for _, sequence in sorted(self._running(), key=lambda entry: entry[1].number):
-            while sequence.pages and len(sequence.pages) < self._pages_of(sequence):
+    def _grow(self, under_way: tuple[StepPlan, ...]) -> None:
+        """Gives every sequence the pages of its tokens; preempts where there are too few."""
+        for s in self._ahead(under_way):
+            sequence, needed = s.sequence, self._pages_for(s.cached + s.missing)
+            while sequence.pages and len(sequence.pages) < needed:
                 if (more := self.pool.allocate(1)) is None:
                     self._preempt()  # perhaps this sequence, which then has no pages
                     continue
@@ -335,6 +382,7 @@ class Scheduler:
         self._table[batch_row] = 0
         self.pool.release(sequence.pages)
         sequence.pages, sequence.cached, sequence.published = [], 0, 0
+        sequence.number = WAITS
         sequence.publishable = math.inf
 
     def _publish(self, sequence: Sequence) -> None:
@@ -348,7 +396,10 @@ class Scheduler:
         sequence.published = int(end)
 
     def _pages_of(self, sequence: Sequence) -> int:
-        return -(-len(sequence.tokens) // self.pool.page_tokens)
+        return self._pages_for(len(sequence.tokens))
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page_tokens)
 
     def _known(self, sequence: Sequence) -> list[bytes]:
         """Keys of the cached pages of its prefix; its last token is computed in any case."""
@@ -364,3 +415,9 @@ class Scheduler:
 
     def _all(self) -> list[Sequence]:
         return [*(s for _, s in self._running()), *self._waiting]
+
+
+def _tokens_of(part: Part) -> list[int]:
+    """Tokens of a part; 0 for one that a step under way samples."""
+    known = part.sequence.tokens[part.start : part.end]
+    return known if len(known) == part.end - part.start else [*known, 0]

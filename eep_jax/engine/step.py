@@ -48,6 +48,8 @@ class Batch:
     """
 
     tokens: Int32[Array, "T"]
+    from_latest: Bool[Array, "T"]  # rows whose token is that of `latest` instead
+    latest: Int32[Array, "B"]  # the last token that each batch row sampled: of the step before
     batch_rows: Int32[Array, "T"]  # batch row of each row
     positions: Int32[Array, "T"]
     table: Int32[Array, "B J"]  # pages of the sequence in each batch row, see `KVCache`
@@ -70,6 +72,7 @@ class StepResult:
     """Results of a step, provisional until the host finds `suspicion` zero."""
 
     tokens: Int32[Array, "S"]
+    latest: Int32[Array, "B"]  # that of the batch, with these tokens
     finite: Bool[Array, "S"]  # whether the logits behind each token are numbers
     cache: KVCache
     suspicion: Int32[Array, "R"]
@@ -77,12 +80,6 @@ class StepResult:
     agreed: UInt32[Array, ""]  # the largest vote: rows of the next step, or one of `votes`
     dropped: Int32[Array, "B"]  # choices without a live expert, over the rows of each batch row
     chosen: Int32[Array, "E"]  # how often each expert was chosen, over all rows and layers
-
-
-def result_like(cache: KVCache) -> StepResult:
-    """The structure of a step's result, without its values."""
-    names = (field.name for field in dataclasses.fields(StepResult))
-    return StepResult(**{name: cache if name == "cache" else 0 for name in names})
 
 
 def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
@@ -103,10 +100,12 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
 
     def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:
         decoder = merge_decoder(graph, dense)
-        x = decoder.embed(batch.tokens)
+        latest = batch.latest[batch.batch_rows]
+        known = jnp.where(batch.from_latest, latest, batch.tokens)
+        x = decoder.embed(known)
         visible = jnp.maximum(batch.positions, 0)
         places = cache.places_of(batch.table, batch.batch_rows, batch.positions)
-        cache = cache.write_tokens(places, batch.tokens)
+        cache = cache.write_tokens(places, known)
         dropped, chosen = jnp.zeros(batch.tokens.shape, jnp.int32), []
         for index, layer in enumerate(decoder.layers):
             q, k, v = by_rows(layer.before_attention, x, visible)
@@ -137,8 +136,13 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         tokens = next_tokens(logits, cache, batch)
         by_batch_row = jnp.zeros(len(batch.table), jnp.int32)
         real = jnp.where(batch.positions >= 0, dropped, 0)
+        sampled_by = batch.batch_rows[batch.last_rows]
+        nowhere = len(batch.latest)
         return StepResult(
             tokens=tokens,
+            latest=batch.latest.at[jnp.where(batch.sampled, sampled_by, nowhere)].set(
+                tokens, mode="drop"
+            ),
             finite=finite,
             cache=cache,
             suspicion=call.suspicion,
@@ -201,6 +205,8 @@ def empty_batch(config: RunConfig, rows: int) -> Batch:
     return Batch(
         **work,
         tokens=np.zeros(rows, np.int32),
+        from_latest=np.zeros(rows, np.bool_),
+        latest=np.zeros(engine.batch_rows, np.int32),
         batch_rows=np.zeros(rows, np.int32),
         positions=np.full(rows, -1, np.int32),
         table=np.zeros((engine.batch_rows, engine.pages_per_sequence), np.int32),

@@ -87,6 +87,9 @@ class EngineCluster:
         words = ["active" if rank in members else "absent" for rank in self.ranks]
         view = a_view(" ".join(words), epoch=self.epoch)
         for rank in members:
+            self.engines[rank].lockstep.abort(self.epoch)
+            self.engines[rank].quiesce()
+        for rank in members:
             for peer in set(self.ranks) - {rank}:
                 if peer in members:
                     self.heaps[rank].attach(peer, self.heaps[peer].export())
@@ -105,7 +108,9 @@ class EngineCluster:
     def renew(self, rank: int) -> None:
         """A new process of `rank` as far as its memory goes, but with the executables it had."""
         engine = self.engines[rank]
-        engine.scheduler, engine._cache = Scheduler(self.config), self._cache()
+        engine.lockstep.abort(self.epoch + 1)
+        engine.quiesce()
+        engine.scheduler, engine._packed.cache = Scheduler(self.config), self._cache()
         for slot in range(self.layout.slots):
             engine.bank.write(slot, EMPTY, np.full(self.layout.expert_shape, np.nan))
 

@@ -83,6 +83,8 @@ class Agent:
             self._begin_planned()
             if self._exit is None and not (self._fetch() | self._step()):
                 self._lockstep.sleep(doorbell, SLEEP_MS)
+        self._lockstep.abort(self._engine.epoch + 1)
+        self._engine.quiesce()
         return self._exit
 
     def stop(self) -> None:
@@ -223,6 +225,7 @@ class Agent:
                     self._exit = EXIT_FENCED
 
     def _fill_bank(self, load):
+        self._engine.quiesce()
         for peer, handle in load.handles.items():
             try:
                 self._attach(peer, handle)
@@ -236,6 +239,7 @@ class Agent:
 
     def _carry_out(self, prepare):
         started, members = time.monotonic(), prepare.view.in_epoch
+        self._engine.quiesce()
         for peer in list(self._attached):
             if peer not in members:
                 self._heap.detach(peer)

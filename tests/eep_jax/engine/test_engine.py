@@ -12,8 +12,6 @@ from configs import tiny_cpu
 from eep_jax.config import ClusterConfig
 from eep_jax.engine.engine import Engine
 from eep_jax.engine.request import NOT_FINITE
-from eep_jax.engine.step import empty_batch
-from eep_jax.engine.votes import IDLE
 from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.weights import build_dense_model, expert_name
@@ -70,7 +68,7 @@ def next_epoch(engine: Engine) -> None:
 def rows_of(engine: Engine, pages: list[int], length: int) -> list[np.ndarray]:
     """Keys and values of every layer at the first positions of a sequence, `[H length C]`."""
     take = lambda leaf: np.moveaxis(np.asarray(leaf)[pages], 1, 0)
-    leaves = jax.tree.leaves(engine._cache)
+    leaves = jax.tree.leaves(engine._packed.cache)
     return [take(leaf).reshape(leaf.shape[1], -1, leaf.shape[3])[:, :length] for leaf in leaves]
 
 
@@ -140,7 +138,7 @@ def test_drawn_weights_serve_like_read_ones():
 
 def test_kernels_are_told_where_the_abort_word_is():
     engine = small()
-    *_, call = engine._arguments(empty_batch(engine.config, engine.config.engine.batch_rows), IDLE)
+    call = engine._epoch_call
     low, high = call.abort_address.tolist()
     assert high << 32 | low == engine.heap.control_address()
     assert call.abort_address.dtype == np.uint32
@@ -270,7 +268,7 @@ def test_a_step_without_tokens_sends_no_row_and_gives_no_progress():
     engine = small()
     steps, (window,) = engine.steps, engine.bank.layout.window.views(engine.heap.whole())
     window["slots"][...] = 0
-    engine._next = engine.config.engine.tokens_max
+    engine._launch(engine.config.engine.tokens_max)
     outcome = engine.advance()
     assert outcome.committed and outcome.progress == () and engine.steps == steps + 1
     assert set(window["slots"].ravel().tolist()) == {-1}, "an empty row goes to no expert"
@@ -285,7 +283,7 @@ def test_tokens_are_the_same_whatever_sizes_of_steps_there_are():
 
     def answers(**sizes):
         engine = an_engine(a_run(**sizes), *weights)
-        assert len(engine._executables) == len(engine.config.engine.step_sizes)
+        assert engine._packed.sizes == engine.config.engine.step_sizes
         return serve(engine, *requests)[0].tokens
 
     assert answers(prefill_tokens=16, step_rows=(4, 8, 12)) == answers()

@@ -19,7 +19,8 @@ from eep_jax.heap.loopback import LoopbackHeap
 from eep_jax.models.expert_bank import slab_layout
 from tests.support.models import a_run, some_weights
 
-NAMES, RANKS = ["rows-4", "rows-8"], 2
+RANKS = 2
+NAMES = ["read", "rows-4", "rows-8", "table", "words-4", "words-8"]
 JOIN_S = 60
 
 
@@ -40,8 +41,8 @@ def logits_of(engine: Engine):
     batch = empty_batch(engine.config, engine.config.engine.tokens_max)
     batch.tokens[:3], batch.positions[:3] = (5, 3, 1), (0, 1, 2)
     batch.last_rows[0], batch.temperature[0], batch.seeds[0] = 2, 0.8, (4, 2)
-    result = engine._run(batch, IDLE)
-    return jax.device_get((result.tokens, result.cache.keys, result.cache.values, result.chosen))
+    found = engine._packed.read(engine._start(batch, IDLE, first=True))
+    return jax.device_get((found.tokens, engine._packed.cache, found.chosen))
 
 
 @pytest.fixture(scope="module")

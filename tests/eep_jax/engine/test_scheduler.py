@@ -157,7 +157,7 @@ def test_what_decodes_comes_before_prompts():
     plan = scheduler.plan(NARROW)
     assert plan.cached == {1: 1, 0: 3}
     assert plan.batch.tokens.tolist() == [4, 0, 1, 2]
-    assert scheduler.vote_after(plan) == WIDE
+    assert scheduler.vote([plan]) == WIDE
 
 
 def test_votes_are_for_all_rows_that_are_needed_then_for_one_then_for_nothing():
@@ -166,11 +166,11 @@ def test_votes_are_for_all_rows_that_are_needed_then_for_one_then_for_nothing():
     scheduler.add(a_request(prompt=range(6), max_tokens=2))
     assert scheduler.vote() == WIDE
     plan = scheduler.plan(WIDE)
-    assert scheduler.vote_after(plan) == NARROW
+    assert scheduler.vote([plan]) == NARROW
     commit(scheduler, model, book, WIDE)
     assert scheduler.vote() == NARROW
     # Its last token: nothing follows.
-    assert scheduler.vote_after(scheduler.plan(NARROW)) == IDLE
+    assert scheduler.vote([scheduler.plan(NARROW)]) == IDLE
     commit(scheduler, model, book, NARROW)
     assert scheduler.vote() == IDLE
 
@@ -282,7 +282,7 @@ class TestSizesOfSteps:
 
     def test_what_is_left_of_a_prompt_is_for_a_smaller_step(self):
         scheduler = self.a_scheduler(22)
-        assert scheduler.vote_after(scheduler.plan(20)) == 4
+        assert scheduler.vote([scheduler.plan(20)]) == 4
 
     def test_a_larger_step_of_a_peer_is_filled_as_far_as_there_are_tokens(self):
         plan = self.a_scheduler(6).plan(20)
