@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
         engine=EngineConfig(
             batch_rows=256,
             prefill_tokens=3840,
-            step_rows=(16, 64, 128, 256, 1024),
+            step_rows=(16, 64, 256, 1024, 2048),
             context_tokens=40_960,  # the model's own
             kv_pages=12_000,
             gap_ms=60,
