@@ -23,7 +23,8 @@ from eep_jax.models.expert_bank import slab_layout
 from eep_jax.models.kv_cache import empty_cache
 from eep_jax.models.moe_block import expert_mlp
 
-APART = ("latest", "shaping")  # fields of a batch that are not passed: no step here follows one under way
+# Fields of a batch that are not passed: no step here follows one under way.
+APART = ("latest", "shaping")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ Step 0, the first after a start, a pause or a change, is read before another is 
 decides for step 1; step 2 is of the smallest size. A result of IDLE or HOLD launches no more; once
 the steps under way are read, the last result decides: a pause, or a beginning with its rows as
 those of step 1. Every rank sees the same results, and so launches the same steps.
+
+Without overlap each step decides for the next.
 """
 
 import collections
@@ -25,6 +27,8 @@ class Agreement:
 
     Args:
         smallest: rows of the smallest step.
+        overlap: whether a step may be launched before the one under way is read; the same on all
+            ranks.
 
     >>> agreement = Agreement(8)
     >>> agreement.take(), agreement.rows == UNKNOWN
@@ -33,8 +37,8 @@ class Agreement:
     (None, 40, 8)
     """
 
-    def __init__(self, smallest: int):
-        self._smallest = smallest
+    def __init__(self, smallest: int, overlap: bool = True):
+        self._smallest, self._overlap = smallest, overlap
         self.begin()
 
     def begin(self) -> None:
@@ -58,7 +62,7 @@ class Agreement:
     @property
     def between(self) -> int:
         """Rows, as far as they are known, of the step before the one that a vote of now is for."""
-        if self._is_first:
+        if self._is_first or not self._overlap:
             return 0
         rows = self._coming[0] if self._coming else self._voted
         return 0 if rows in NO_STEP else rows
@@ -76,7 +80,7 @@ class Agreement:
             is_last: no other step is under way.
         """
         self._coming.append(agreed)
-        if self._is_first and agreed not in NO_STEP:
+        if self._is_first and self._overlap and agreed not in NO_STEP:
             self._coming.append(self._smallest)
         self._is_first = False
         if not is_last or self._coming[0] not in NO_STEP:

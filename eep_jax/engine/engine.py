@@ -3,7 +3,7 @@
 Executables are compiled ahead of time, one for each number of rows, before the rank offers itself.
 They cannot recompile; failure, repair and return only change the values they are called with.
 
-The device does not wait for the host: the next step is planned and launched before the results of
+A GPU does not wait for the host: the next step is planned and launched before the results of
 the one under way are read. Tokens that it needs of that step stay on the device. If a step is
 discarded, so is the one after it.
 """
@@ -61,13 +61,17 @@ class Engine(LockstepEngine):
         layout: SlabLayout,
         dense: Mapping[str, np.ndarray],
         store: ExecutableStore | None = None,
+        overlap: bool | None = None,
     ):
         """`dense` are the weights outside the experts by name, as the checkpoint has them.
 
-        `store` keeps the steps for other processes of any rank.
+        `store` keeps the steps for other processes of any rank. `overlap` launches a step before
+        the one under way is read; unless given, it does so on a GPU, since a call of a CPU returns
+        when the step has ended.
         """
         self.compilations = CompileCounter()
-        self._agreement = Agreement(config.engine.step_sizes[0])
+        self._overlap = config.platform == "gpu" if overlap is None else overlap
+        self._agreement = Agreement(config.engine.step_sizes[0], self._overlap)
         self._under_way: collections.deque[UnderWay] = collections.deque()
         self._read_s = 0.0  # when results were last read
         super().__init__(config, rank, heap, layout)
@@ -126,7 +130,7 @@ class Engine(LockstepEngine):
         if not self._under_way:
             rows = self._rows_of_next
             self._launch(self._smallest if rows in NO_STEP else rows)
-        if (rows := self._rows_of_next) not in NO_STEP:
+        if self._overlap and (rows := self._rows_of_next) not in NO_STEP:
             self._launch(rows)
         step = self._under_way.popleft()
         found = self._packed.read(step.result)

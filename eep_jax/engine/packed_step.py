@@ -137,14 +137,18 @@ class PackedSteps:
     def __init__(self, config: RunConfig, step, fixed: tuple, cache, store: ExecutableStore):
         self._config, self._step, self._fixed, self._store = config, step, fixed, store
         self._layout = StateLayout(config)
-        self.cache = cache
         engine = config.engine
         self._table_host = np.zeros((engine.batch_rows, engine.pages_per_sequence), np.int32)
         self._table = jax.device_put(self._table_host)
-        self._state = jax.device_put(np.zeros(self._layout.words, np.int32))
+        self.reset(cache)
         self._words: dict[int, jax.Array] = {}
         self._steps: dict[int, jax.stages.Compiled] = {}
         self._copies: dict[str, jax.stages.Compiled] = {}
+
+    def reset(self, cache) -> None:
+        """Begins anew with this cache, which a step that failed may have taken with it."""
+        self.cache = cache
+        self._state = jax.device_put(np.zeros(self._layout.words, np.int32))
 
     def replace_step(self, step) -> None:
         """Steps do this instead. Call it before `obtain`."""

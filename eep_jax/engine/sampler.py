@@ -65,20 +65,19 @@ def narrow(
 def most_likely(logits: Float32[Array, "B V"], k: Int32[Array, "B"]) -> Bool[Array, "B V"]:
     """The k largest logits of each row, all where k is 0; those equal to the k-th stay, too.
 
-    NaN counts as -inf. Nothing is sorted: see `nucleus`.
+    NaN counts as -inf. Nothing is sorted: see `nucleus`. The passes are written out, since a loop
+    would keep the step from being one CUDA graph.
     """
     bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.uint32)
     # Unsigned numbers in the order of the floats.
     keys = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
     digits = jnp.arange(1, 2**KEY_DIGIT_BITS, dtype=jnp.uint32)
 
-    def next_digit(index, last):
-        shift = (32 - KEY_DIGIT_BITS * (index + 1)).astype(jnp.uint32)
+    last = jnp.zeros(k.shape, jnp.uint32)
+    for shift in reversed(range(0, 32, KEY_DIGIT_BITS)):
         thresholds = last[:, None] + (digits << shift)[None]
         above = jnp.sum(keys[:, None, :] > thresholds[:, :, None], axis=-1, dtype=jnp.int32)
-        return last + (jnp.sum(above >= k[:, None], axis=-1).astype(jnp.uint32) << shift)
-
-    last = lax.fori_loop(0, 32 // KEY_DIGIT_BITS, next_digit, jnp.zeros(k.shape, jnp.uint32))
+        last += jnp.sum(above >= k[:, None], axis=-1).astype(jnp.uint32) << shift
     return (keys > last[:, None]) | (k <= 0)[:, None]
 
 

@@ -56,12 +56,6 @@ def config_for(rows: int, columns: int, all_columns: int, out_bytes: int = 2) ->
     return ProductConfig(groups=2, columns=128 if columns % 128 == 0 else 64, stages=4)
 
 
-def _in_rows_of(channels: int, size: int) -> tuple:
-    """Transforms of shared memory as matrix instructions read it, with rows of so many channels."""
-    row_bytes = min(channels * size, 128)
-    return plgpu.TilingTransform((8, row_bytes // size)), plgpu.SwizzleTransform(row_bytes)
-
-
 # Calls of one shape share a trace, a lowering and a compilation: a step has hundreds.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "transposed", "config"))
 def products_mosaic(
@@ -87,9 +81,9 @@ def products_mosaic(
     row_tiles, column_tiles = -(-rows // tile_rows), sum(sizes) // wide
     steps, stages = depth // DEPTH, config.stages
     blocks = min(SM_COUNT, row_tiles * column_tiles)
-    out_size = jnp.dtype(out_dtype).itemsize
-    # Both operands of a matrix instruction must lie alike.
-    swizzled = _in_rows_of(DEPTH if transposed else min(wide, DEPTH), 2)
+    out_channels = 128 // jnp.dtype(out_dtype).itemsize
+    out_tiles = (plgpu.TilingTransform((8, out_channels)), plgpu.SwizzleTransform(128))
+    swizzled = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
     starts = [sum(sizes[:m]) for m in range(len(sizes))]
 
     def body(x, *refs):
@@ -205,7 +199,7 @@ def products_mosaic(
                 jnp.bfloat16,
                 transforms=swizzled,
             ),
-            plgpu.SMEM((tile_rows, wide), out_dtype, transforms=_in_rows_of(wide, out_size)),
+            plgpu.SMEM((tile_rows, wide), out_dtype, transforms=out_tiles),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=config.groups, num_barriers=stages),
         ],

@@ -52,7 +52,10 @@ class Book:
 
 
 class EngineCluster:
-    """R engines that serve in lockstep. Each heap and engine is that of one imagined process."""
+    """R engines that serve in lockstep. Each heap and engine is that of one imagined process.
+
+    Their steps overlap, as on GPUs.
+    """
 
     def __init__(self, config: RunConfig, weights: tuple | None = None):
         """`weights` are (dense by name, experts by number); drawn unless given."""
@@ -110,7 +113,8 @@ class EngineCluster:
         engine = self.engines[rank]
         engine.lockstep.abort(self.epoch + 1)
         engine.quiesce()
-        engine.scheduler, engine._packed.cache = Scheduler(self.config), self._cache()
+        engine.scheduler = Scheduler(self.config)
+        engine._packed.reset(self._cache())
         for slot in range(self.layout.slots):
             engine.bank.write(slot, EMPTY, np.full(self.layout.expert_shape, np.nan))
 
@@ -197,7 +201,7 @@ class EngineCluster:
         return open_all(self.config.cluster.ranks, self.layout.slab_bytes)
 
     def _engine(self, rank: int, heap) -> Engine:
-        engine = Engine(self.config, rank, heap, self.layout, self.dense)
+        engine = Engine(self.config, rank, heap, self.layout, self.dense, overlap=True)
         engine.warm_up()
         return engine
 

@@ -68,6 +68,16 @@ def test_ranks_launch_the_same_steps_and_stop_together(votes, hold_from, paces):
         assert results(len(rank.rows) - 1) == IDLE
 
 
+def test_without_overlap_a_vote_counts_in_the_next_step():
+    agreement = Agreement(SMALL, overlap=False)
+    for rows in (LARGE, SMALL, LARGE):
+        agreement.take()
+        assert agreement.hear(rows, is_last=True) is None and agreement.rows == rows
+        assert agreement.between == 0
+    agreement.take()
+    assert agreement.hear(IDLE, is_last=True) == IDLE and agreement.rows == SMALL
+
+
 def test_a_vote_counts_in_the_step_after_the_next():
     agreement = Agreement(SMALL)
     assert agreement.take() == SMALL and agreement.rows == UNKNOWN

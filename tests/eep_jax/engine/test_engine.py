@@ -25,7 +25,8 @@ from tests.support.models import a_run, some_weights
 def an_engine(config, dense, experts) -> Engine:
     """One rank that holds every expert in the slot of its number, warmed up."""
     layout = slab_layout(config.model, config.engine, 1, config.model.experts)
-    engine = Engine(config, 0, LoopbackHeap(0, 1, layout.slab_bytes), layout, dense)
+    heap = LoopbackHeap(0, 1, layout.slab_bytes)
+    engine = Engine(config, 0, heap, layout, dense, overlap=True)
     for expert in range(config.model.experts):
         engine.bank.write(expert, expert, experts[expert])
     engine.warm_up()
@@ -68,7 +69,7 @@ def next_epoch(engine: Engine) -> None:
 def rows_of(engine: Engine, pages: list[int], length: int) -> list[np.ndarray]:
     """Keys and values of every layer at the first positions of a sequence, `[H length C]`."""
     take = lambda leaf: np.moveaxis(np.asarray(leaf)[pages], 1, 0)
-    leaves = jax.tree.leaves(engine._packed.cache)
+    leaves = (*engine._packed.cache.keys, *engine._packed.cache.values)
     return [take(leaf).reshape(leaf.shape[1], -1, leaf.shape[3])[:, :length] for leaf in leaves]
 
 
