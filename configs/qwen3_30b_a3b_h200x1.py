@@ -3,16 +3,16 @@
 Of each rank's GPU, as `eep_jax.models.memory` works it out:
 
     experts      54.0 GiB  heap  128 slots x 0.4 GiB
-    window        0.1 GiB  heap
+    window        0.3 GiB  heap
     embeddings    1.2 GiB  JAX   with the head
     attention     1.7 GiB  JAX
     routers       0.0 GiB  JAX
     shared        0.0 GiB  JAX   shared experts, dense layers
     KV cache     70.3 GiB  JAX   12000 pages x 64 positions = 750 Ki
-    step          1.3 GiB  JAX   estimated
-    unused        2.7 GiB  JAX   takes 0.55 of a GPU; room for 460 pages more
+    step          2.3 GiB  JAX   estimated
+    unused        1.7 GiB  JAX   takes 0.55 of a GPU; room for 295 pages more
     context       0.6 GiB  CUDA
-    in all      131.9 GiB  x 1 of 140.4 GiB
+    in all      132.2 GiB  x 1 of 140.4 GiB
     128 experts on 1 ranks: up to 0 may die, up to 0 with nothing to load
 """
 

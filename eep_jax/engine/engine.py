@@ -175,9 +175,10 @@ class Engine(LockstepEngine):
         several = len(self.active) > 1
         if several:
             self._agreement.take()
-        plan = self.scheduler.plan(rows, self._plans)
-        between = self._agreement.between if several else 0
-        vote = self._agreement.vote(self.scheduler.vote([*self._plans, plan], between))
+        plan, vote = self.scheduler.plan(rows, self._plans), IDLE
+        if several:
+            wanted = self.scheduler.vote([*self._plans, plan], self._agreement.between)
+            vote = self._agreement.vote(wanted)
         started_s = time.monotonic()
         result = self._start(plan.batch, vote, first=not self._under_way)
         self._under_way.append(UnderWay(plan, result, started_s))
