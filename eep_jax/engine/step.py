@@ -100,8 +100,8 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
 
     def step(dense, bank, cache, heap, tables: Tables, batch: Batch, call: Call) -> StepResult:
         decoder = merge_decoder(graph, dense)
-        latest = batch.latest[batch.batch_rows]
-        known = jnp.where(batch.from_latest, latest, batch.tokens)
+        latest = jnp.asarray(batch.latest)
+        known = jnp.where(batch.from_latest, latest[batch.batch_rows], batch.tokens)
         x = decoder.embed(known)
         visible = jnp.maximum(batch.positions, 0)
         places = cache.places_of(batch.table, batch.batch_rows, batch.positions)
@@ -137,10 +137,10 @@ def make_step(config: RunConfig, spread: ExpertSpread | None, run_experts=None):
         by_batch_row = jnp.zeros(len(batch.table), jnp.int32)
         real = jnp.where(batch.positions >= 0, dropped, 0)
         sampled_by = batch.batch_rows[batch.last_rows]
-        nowhere = len(batch.latest)
+        nowhere = len(latest)
         return StepResult(
             tokens=tokens,
-            latest=batch.latest.at[jnp.where(batch.sampled, sampled_by, nowhere)].set(
+            latest=latest.at[jnp.where(batch.sampled, sampled_by, nowhere)].set(
                 tokens, mode="drop"
             ),
             finite=finite,

@@ -72,6 +72,7 @@ def test_one_launcher_alone_starts_a_rank_of_a_run_on_a_host():
 
 def test_a_rank_that_lived_long_is_brought_back_however_often_it_dies_then(tmp_path):
     class Process:
+        pid = 7
         status: int | None = None
 
         def poll(self):

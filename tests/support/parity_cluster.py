@@ -134,7 +134,7 @@ class ParityCluster(EngineCluster):
             step_module.sample = _sample
         return engine
 
-    def _sample(self, logits, seeds, positions, temperature, top_p):
+    def _sample(self, logits, seeds, positions, temperature, top_p, *narrowing):
         """As the step's own; keeps what it was given."""
 
         def keep(logits, seeds, positions):
@@ -142,4 +142,4 @@ class ParityCluster(EngineCluster):
                 self.logits[int(seed[1]), int(position)] = np.array(row)
 
         io_callback(keep, None, logits, seeds, positions)
-        return _sample(logits, seeds, positions, temperature, top_p)
+        return _sample(logits, seeds, positions, temperature, top_p, *narrowing)
