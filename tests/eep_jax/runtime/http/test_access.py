@@ -1,4 +1,4 @@
-"""Who may call which route: every route with each key, each file of keys, web pages and names."""
+"""Access to every route with each key, each file of keys, web pages and names."""
 
 import asyncio
 import os

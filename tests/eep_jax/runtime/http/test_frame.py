@@ -1,4 +1,4 @@
-"""What surrounds every answer: an id, CORS, a line in the log; and the small endpoints."""
+"""The frame of every answer: an id, CORS, a line in the log; and the small endpoints."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What an operator sends is checked field by field."""
+"""A change that an operator sends is checked field by field."""
 
 import pytest
 

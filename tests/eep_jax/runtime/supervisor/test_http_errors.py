@@ -1,4 +1,4 @@
-"""What is no HTTP request gets an error in JSON and leaves one line in the log."""
+"""Bytes that are no HTTP request get an error in JSON and leave one line in the log."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What a template reads is found in its syntax, not in its letters."""
+"""Reads of a template are found in its syntax, not in its letters."""
 
 import pytest
 
