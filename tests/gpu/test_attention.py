@@ -1,4 +1,4 @@
-"""What cuDNN computes is attention to the caches, as XLA does it in float32.
+"""Attention of cuDNN to the caches is as XLA computes it in float32.
 
 EEP_TEST_PLATFORM=gpu python -m pytest tests/gpu/test_attention.py
 """

@@ -1,4 +1,4 @@
-"""What happens to a run directory, its owner and its disk harms no rank and no request."""
+"""Accidents of a run directory, its owner and its disk harm no rank and no request."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""What counts as a promise to clients that was broken."""
+"""Promises to clients that count as broken."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What holds secrets or texts is for its user alone; what others may have touched is refused."""
+"""Secrets and texts are for their user alone; files that others may have touched are refused."""
 
 import stat
 

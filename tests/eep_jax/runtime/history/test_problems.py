@@ -1,4 +1,4 @@
-"""What a person is told of a cluster that is not whole."""
+"""Problems that a person reads of a cluster that is not whole."""
 
 import dataclasses
 

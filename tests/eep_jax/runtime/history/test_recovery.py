@@ -1,4 +1,4 @@
-"""What a supervisor wrote is what the next one knows, also after the journal was cut short."""
+"""Records of a supervisor are what the next one knows, also after the journal was cut short."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What people and monitors are told, in every phase of a cluster's life."""
+"""Status for people and monitors, in every phase of a cluster's life."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Who may come in, who is what it was, who asks again, and who is turned away for good."""
+"""Processes that may come in, ask again, or are turned away for good."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What cannot be is refused with what was said and what was expected; all else passes."""
+"""Messages that cannot be are refused with what was said and expected; all others pass."""
 
 import dataclasses
 
