@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from benchmarks import command
-from benchmarks.harness import Sheet, Unfit, percentile
+from benchmarks.harness import Sheet, Unfit
 from benchmarks.processes import machine_of
+from benchmarks.serving import statistics as stats
 from benchmarks.serving.own_cluster import own_cluster, started, status_of
 from benchmarks.serving.workload import TEXT, Workload, make_jobs
 from launch import flags
@@ -78,17 +79,12 @@ class Line:
 
     def values(self) -> dict[str, tuple[float, str]]:
         """Value and unit of each measure."""
-        first = [s.ttft_s * 1e3 for s in self.samples]
-        gaps = [gap * 1e3 for s in self.samples for gap in s.gaps_s]
-        tokens = sum(s.output_tokens for s in self.samples)
-        found = {
-            "output_tokens_per_s": (tokens / self.seconds, "tokens/s"),
-            "ttft_p50": (percentile(first, 50), "ms"),
-            "ttft_p99": (percentile(first, 99), "ms"),
-        }
-        if gaps:
-            found["gap_p50"] = (percentile(gaps, 50), "ms")
-            found["gap_p99"] = (percentile(gaps, 99), "ms")
+        serving = stats.summarise(self.samples, self.seconds)
+        found = {"output_tokens_per_s": (serving.output_tokens_per_s, "tokens/s")}
+        for name, latency in (("ttft", "ttft"), ("gap", "itl")):
+            if times := serving.latencies.get(latency):
+                found[f"{name}_p50"] = (times["median"], "ms")
+                found[f"{name}_p99"] = (times["p99"], "ms")
         return found
 
     def __str__(self) -> str:
