@@ -147,10 +147,10 @@ class Engine(LockstepEngine):
         self._limit_prompts(step.plan.rows, now_s - max(step.launched_s, self._read_s))
         self._read_s = now_s
         self._next = self._smallest
-        if len(self.active) > 1:
-            stop = self._agreement.hear(int(found.agreed), is_last=not self._under_way)
-        else:
+        if self._is_alone:
             stop = None if self._under_way else self._rows_of_next
+        else:
+            stop = self._agreement.hear(int(found.agreed), is_last=not self._under_way)
         if stop in (IDLE, HOLD):
             self._next = stop
         return StepOutcome(True, progress)
@@ -162,7 +162,7 @@ class Engine(LockstepEngine):
     @property
     def _rows_of_next(self) -> int:
         """Rows of the next step, or one of NO_STEP. A rank that is alone decides as it launches."""
-        if len(self.active) > 1:
+        if not self._is_alone:
             return self._agreement.rows
         return HOLD if self._votes_hold else self.scheduler.vote(self._plans)
 
@@ -172,11 +172,9 @@ class Engine(LockstepEngine):
 
     def _launch(self, rows: int) -> None:
         """Starts a step behind those under way."""
-        several = len(self.active) > 1
-        if several:
-            self._agreement.take()
         plan, vote = self.scheduler.plan(rows, self._plans), IDLE
-        if several:
+        if not self._is_alone:
+            self._agreement.take()
             wanted = self.scheduler.vote([*self._plans, plan], self._agreement.between)
             vote = self._agreement.vote(wanted)
         started_s = time.monotonic()
@@ -186,8 +184,8 @@ class Engine(LockstepEngine):
     def _start(self, batch: Batch, vote: int, first: bool) -> jax.Array:
         """Launches a step; the `first` does not follow one that is under way."""
         lasting = self._shaping(), self._device_tables, self._epoch_call
-        vote = HOLD if self._votes_hold else vote
-        return self._packed.launch(batch, lasting, vote, int(self._round) if first else None)
+        round_ = int(self._round) if first else None
+        return self._packed.launch(batch, lasting, self._or_hold(vote), round_)
 
     def _limit_prompts(self, rows: int, seconds: float) -> None:
         """Keeps steps with prompts within the wanted time between tokens."""

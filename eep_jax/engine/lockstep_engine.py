@@ -65,6 +65,11 @@ class LockstepEngine(abc.ABC):
     def quiesce(self) -> None:  # noqa: B027  nothing is under way, unless a subclass says so
         pass
 
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this is the only rank of the epoch, which agrees with none."""
+        return len(self.active) == 1
+
     def resume(self, tables: Tables) -> None:
         self._take_tables(tables)
 
@@ -95,8 +100,12 @@ class LockstepEngine(abc.ABC):
 
     def _call(self, vote: int) -> Call:
         """The argument of the exchanges of the next step, in which this rank votes so."""
-        vote = HOLD if self._votes_hold else vote
-        return dataclasses.replace(self._epoch_call, round=self._round, vote=np.uint32(vote))
+        vote = np.uint32(self._or_hold(vote))
+        return dataclasses.replace(self._epoch_call, round=self._round, vote=vote)
+
+    def _or_hold(self, vote: int) -> int:
+        """HOLD once a planned change waits for it, else the vote."""
+        return HOLD if self._votes_hold else vote
 
     def _settle(
         self, suspicion: np.ndarray, next_round: SupportsInt, agreed: SupportsInt
